@@ -1,0 +1,47 @@
+"""The two kinds of mistake a user can make, and the checks that name them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """A misspelt name, an unknown option or an impossible setting (exit code 2)."""
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on as they are (exit code 3)."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """A sentence naming the closest candidate, or the empty string when none is close."""
+    by_key = {fold(c): c for c in candidates}
+    match = difflib.get_close_matches(fold(name), by_key, n=1, cutoff=0.5)
+    return f" Did you mean '{by_key[match[0]]}'?" if match else ""
+
+
+def fold(name: str) -> str:
+    """The form in which names are compared: case, '-', '_' and '+' do not matter."""
+    return name.lower().replace("-", "").replace("_", "").replace("+", "")
+
+
+def check_range(
+    name: str,
+    value: float,
+    low: float = float("-inf"),
+    high: float = float("inf"),
+    *,
+    lower_open: bool = False,
+    upper_open: bool = False,
+) -> None:
+    """Raise :class:`UsageError` unless ``low <= value <= high`` (an open end excludes its bound)."""
+    try:
+        above = value > low if lower_open else value >= low
+        below = value < high if upper_open else value <= high
+    except TypeError:
+        raise UsageError(f"`{name}` is {value!r}; expected a number. Pass a number.") from None
+    if above and below:
+        return
+    interval = f"{'(' if lower_open else '['}{low}, {high}{')' if upper_open else ']'}"
+    raise UsageError(f"`{name}` is {value}; expected a value in {interval}. Change `--model.{name}` or leave it out.")
