@@ -1,0 +1,125 @@
+"""Which library multiplies float32 matrices on the CPU.
+
+torch's CPU builds carry two: MKL, the default, and oneDNN. On some processors oneDNN is up to twice as fast at the same
+precision. The switch torch offers for it (`torch.backends.mkldnn.matmul.fp32_precision`) *permits* bfloat16, which
+oneDNN uses where the processor has AMX tiles; without them it computes in plain float32. So the choice follows the
+processor kind, which is the same on every start, and a product is checked against float64 before it is trusted.
+
+The switch concerns oneDNN alone: products on a GPU keep their precision, and TF32 is never allowed by this module.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from offpolicy.errors import UsageError, nearest
+
+CHOICES = ("auto", "mkl", "onednn")
+# relative to the largest entry of a 256³ product; float32 stays near 5e-7, bfloat16 near 4e-3
+FLOAT32_ERROR = 1e-5
+
+
+def choose_matmul(setting: str = "auto") -> str:
+    """The library for float32 products on this machine's CPU.
+
+    Args:
+        setting: ``"auto"``, or a library by name, which is taken as it is unless torch lacks it.
+
+    Returns:
+        ``"mkl"`` (torch's default, whatever it was built with) or ``"onednn"``. For one processor and one torch the
+        answer never changes: it does not depend on timings.
+
+    Raises:
+        UsageError: the setting is unknown, or oneDNN was asked for and is not float32-exact here.
+    """
+    if setting not in CHOICES:
+        raise UsageError(f"Unknown matmul setting '{setting}'; expected one of {CHOICES}.{nearest(setting, CHOICES)}")
+    if setting == "auto":
+        return "onednn" if onednn_is_faster() and onednn_error() < FLOAT32_ERROR else "mkl"
+    if setting == "onednn" and not onednn_error() < FLOAT32_ERROR:
+        raise UsageError(
+            f"matmul 'onednn' gives products with relative error {onednn_error():.1g} on this machine; expected float32"
+            f" precision (below {FLOAT32_ERROR:g}). Use matmul 'mkl', or bfloat16 openly by precision 'bf16-mixed'."
+        )
+    return setting
+
+
+@contextmanager
+def matmul_setting(choice: str) -> Iterator[None]:
+    """Use a library inside the block and put the former setting back, whatever happens.
+
+    Args:
+        choice: what `choose_matmul` returned, or a stored choice of an earlier run.
+    """
+    former = apply_matmul(choice)
+    try:
+        yield
+    finally:
+        restore_matmul(former)
+
+
+def apply_matmul(choice: str) -> str | None:
+    """Switch to a library from now on.
+
+    Returns:
+        What `restore_matmul` needs; None when there was nothing to switch.
+    """
+    if choice not in ("mkl", "onednn"):
+        raise UsageError(f"Unknown matmul library '{choice}'; expected 'mkl' or 'onednn'.")
+    if not _switchable():
+        return None
+    former = str(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if choice == "onednn" else "ieee"  # type: ignore[attr-defined]
+    return former
+
+
+def restore_matmul(former: str | None) -> None:
+    """Undo `apply_matmul`, given what it returned."""
+    if former is not None:
+        torch.backends.mkldnn.matmul.fp32_precision = former  # type: ignore[attr-defined]
+
+
+@cache
+def onednn_error() -> float:
+    """Largest error of a 256³ float32 product through oneDNN against float64, relative to the largest entry."""
+    if not _switchable():
+        return float("inf")
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator, dtype=torch.float64) for _ in range(2))
+    with matmul_setting("onednn"):
+        product = a.float() @ b.float()
+    exact = a.float().double() @ b.float().double()
+    return float((product - exact).abs().max() / exact.abs().max())
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether this kind of processor is one where oneDNN's float32 kernel beats MKL's: AMD with AVX-512, no AMX."""
+    vendor, flags = _processor()
+    return vendor == "AuthenticAMD" and "avx512f" in flags and not any(flag.startswith("amx") for flag in flags)
+
+
+def _switchable() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.backends.mkldnn, "matmul")
+
+
+def _processor() -> tuple[str, frozenset[str]]:
+    """Vendor and feature flags of the first processor; empty where the system does not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return ("AuthenticAMD" if "AuthenticAMD" in platform.processor() else "", frozenset())
+    vendor, flags = "", frozenset[str]()
+    for line in cpuinfo.read_text(errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "vendor_id":
+            vendor = value.strip()
+        elif key.strip() == "flags":
+            flags = frozenset(value.split())
+            break
+    return vendor, flags

@@ -1,0 +1,157 @@
+"""Adam in one call per network, and the update of target networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from offpolicy.errors import check_range
+
+FUSED_DEVICES = ("cpu", "cuda")
+FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam (arXiv:1412.6980), or AdamW (arXiv:1711.05101), that takes gradients as arguments.
+
+    `apply` hands parameters, gradients and moments to torch's fused kernel at once: no ``p.grad``, no Python work per
+    tensor and a learning rate per call. Where torch has no fused kernel it uses the foreach form. The numbers are those
+    of `torch.optim.Adam` and `AdamW` up to rounding, and the state dict has their layout.
+
+    Args:
+        params: tensors or parameter groups.
+        lr: step size for `step`, and for `apply` without its own, ≥ 0.
+        betas: decay of the two moments, each in [0, 1).
+        eps: added to the root of the second moment, > 0.
+        weight_decay: λ, ≥ 0.
+        decoupled: multiply the parameters by 1 − lr·λ (AdamW) instead of adding λ·θ to the gradient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        decoupled: bool = False,
+    ) -> None:
+        check_range("lr", lr, 0.0)
+        check_range("betas[0]", betas[0], 0.0, 1.0, upper_open=True)
+        check_range("betas[1]", betas[1], 0.0, 1.0, upper_open=True)
+        check_range("eps", eps, 0.0)
+        check_range("weight_decay", weight_decay, 0.0)
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
+        super().__init__(params, defaults)
+        self._moments: dict[tuple[int, ...], tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor]]] = {}
+
+    @torch.no_grad()
+    def apply(self, params: Sequence[Tensor], grads: Sequence[Tensor], lr: float | None = None) -> None:
+        """One Adam step.
+
+        Args:
+            params: parameters of one group of this optimiser, all on one device and of one type.
+            grads: a gradient for each, of the same shape.
+            lr: step size of this step; None takes the group's.
+        """
+        group, first, second, steps = self._moments_of(params)
+        beta1, beta2 = group["betas"]
+        # the kernel walks the memory of each tensor in a line
+        grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
+        fused = params[0].device.type in FUSED_DEVICES and params[0].dtype in FUSED_DTYPES
+        if fused:
+            torch._foreach_add_(steps, 1)
+            kernel = torch._fused_adamw_ if group["decoupled"] else torch._fused_adam_
+            kernel(
+                list(params),
+                grads,
+                first,
+                second,
+                [],
+                steps,
+                lr=group["lr"] if lr is None else lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+            return
+        adam(
+            list(params),
+            grads,
+            first,
+            second,
+            [],
+            steps,
+            foreach=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"] if lr is None else lr,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+            decoupled_weight_decay=group["decoupled"],
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step with the gradients in ``p.grad``; parameters without one are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self.apply(params, [p.grad for p in params])
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict of this class, or of `torch.optim.Adam` or `AdamW`."""
+        decoupled = [group["decoupled"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, old in zip(self.param_groups, decoupled):
+            group.setdefault("decoupled", group.get("decoupled_weight_decay", old))
+            group["betas"] = tuple(group["betas"])
+        self._moments.clear()  # the old tensors were replaced
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._moments = {}
+
+    def _moments_of(self, params: Sequence[Tensor]) -> tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor]]:
+        """Group, both moments and step counts of these parameters; made once, then found by identity."""
+        key = tuple(map(id, params))
+        found = self._moments.get(key)
+        if found is None:
+            group = next(g for g in self.param_groups if any(p is params[0] for p in g["params"]))
+            for p in params:
+                state = self.state[p]
+                if not state:
+                    on = p.device if p.device.type == "cuda" else torch.device("cpu")
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=on)
+                    state["exp_avg"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+                    state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            lists = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
+            found = self._moments[key] = (group, *lists)  # type: ignore[assignment]
+        return found
+
+
+@torch.no_grad()
+def polyak_(targets: Sequence[Tensor], sources: Sequence[Tensor], tau: float) -> None:
+    """In place, targets ← (1 − τ) targets + τ sources.
+
+    Args:
+        targets: tensors to move.
+        sources: tensors to move towards, of the same shapes in the same order.
+        tau: τ in [0, 1].
+    """
+    torch._foreach_lerp_(list(targets), list(sources), tau)
