@@ -1,0 +1,12 @@
+"""The methods: one file each. This table is read without importing any of them.
+
+Other packages add methods through the entry-point group ``offpolicy.methods`` (name → ``package.module:Class``).
+"""
+
+__offpolicy__ = True  # marks these as the library's own packages; another distribution could use the name
+
+METHODS = {
+    "BC": "bc",
+    "TD3BC": "td3bc",
+    "IQL": "iql",
+}

@@ -1,0 +1,112 @@
+"""TD3+BC — Fujimoto & Gu 2021, A Minimalist Approach to Offline Reinforcement Learning (arXiv:2106.06860).
+
+Critic: twin TD error with smoothed target actions (TD3, arXiv:1802.09477).
+Actor, every second update: -λ·Q₁(s, π(s)) + (π(s) - a)², with λ = α / mean|Q₁(s, π(s))|.
+Both terms are means, the second over batch and action dimensions, as in the authors' code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offpolicy.data.views import Transitions
+from offpolicy.errors import check_range
+from offpolicy.losses.td import mean_squared_action, squared_td, td_target
+from offpolicy.modules import Draw, Metrics, OfflineModule, Rate, Sizes
+from offpolicy.nn.critics import EnsembleCritic
+from offpolicy.nn.policies import DeterministicPolicy
+
+
+class TD3BC(OfflineModule):
+    """TD3 with a behaviour-cloning term.
+
+    Args:
+        alpha: α; larger trusts Q more, 0 is plain cloning. Range ≥ 0, paper 2.5.
+        discount: γ per environment step, in [0, 1).
+        tau: Polyak rate of the targets, in [0, 1].
+        policy_noise: standard deviation of the target action's noise, in units of the scaled action (±1), ≥ 0.
+        noise_clip: bound on that noise, ≥ 0.
+        policy_freq: critic updates per actor and target update, ≥ 1.
+        num_critics: critics in the ensemble, ≥ 1; the target takes their minimum.
+        hidden_dims: widths of the hidden layers of actor and critics.
+        actor_lr: Adam's learning rate of the actor.
+        critic_lr: Adam's learning rate of the critics.
+        batch_size: transitions per update over all processes.
+        normalize_obs: standardise observations: (s - mean) / (std + 1e-3).
+        reward_transform: "r", an affine form such as "0.1r" or "r-1", or "return_range".
+        max_grad_norm: limit on each network's gradient norm, > 0; None for no limit.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 2.5,
+        discount: float = 0.99,
+        tau: float = 0.005,
+        policy_noise: float = 0.2,
+        noise_clip: float = 0.5,
+        policy_freq: int = 2,
+        num_critics: int = 2,
+        hidden_dims: tuple[int, ...] = (256, 256),
+        actor_lr: float = 3e-4,
+        critic_lr: float = 3e-4,
+        batch_size: int = 256,
+        normalize_obs: bool = True,
+        reward_transform: str = "r",
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_range("alpha", alpha, 0.0)
+        check_range("discount", discount, 0.0, 1.0, upper_open=True)
+        check_range("tau", tau, 0.0, 1.0)
+        check_range("policy_noise", policy_noise, 0.0)
+        check_range("noise_clip", noise_clip, 0.0)
+        check_range("policy_freq", policy_freq, 1)
+        check_range("num_critics", num_critics, 1)
+        self.save_hyperparameters()
+
+    def build(self, sizes: Sizes) -> None:
+        h = self.hparams
+        self.actor = DeterministicPolicy(sizes.obs_dim, sizes.action_dim, h.hidden_dims)
+        self.critic = EnsembleCritic(sizes.obs_dim, sizes.action_dim, h.num_critics, h.hidden_dims)
+        self.target_actor, self.target_critic = self.target_of(self.actor), self.target_of(self.critic)
+
+    def learning_rates(self) -> dict[str, Rate]:
+        return {"critic": self.hparams.critic_lr, "actor": self.hparams.actor_lr}
+
+    def draws(self) -> dict[str, Draw]:
+        return {"target": Draw((self.sizes.action_dim,))}
+
+    def critic_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
+        h = self.hparams
+        with torch.no_grad():
+            noise = (h.policy_noise * batch.noise.target).clamp(-h.noise_clip, h.noise_clip)
+            next_action = (self.target_actor(batch.next_obs) + noise).clamp(-1.0, 1.0)
+            next_q = self.target_critic(batch.next_obs, next_action).amin(-2)
+            target_q = td_target(batch.reward, batch.terminated, next_q, h.discount)
+        q = self.critic(batch.obs, batch.action)
+        loss = squared_td(q, target_q)
+        return loss, {"critic_loss": loss.detach(), "q_mean": q.detach().mean((-2, -1))}
+
+    def actor_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
+        action = self.actor(batch.obs)
+        q = self.critic.member(batch.obs, action)
+        lambda_ = self.hparams.alpha / self.batch_mean(q.abs())
+        bc_loss = mean_squared_action(action, batch.action)
+        loss = bc_loss - lambda_ * q.mean(-1)
+        return loss, {"actor_loss": loss.detach(), "bc_loss": bc_loss.detach()}
+
+    def update(self, batch: Transitions, step: int) -> Metrics:
+        loss, metrics = self.critic_loss(batch)
+        self.step("critic", loss)
+        if step % self.hparams.policy_freq == 0:
+            loss, actor_metrics = self.actor_loss(batch)
+            self.step("actor", loss)
+            self.track("critic", self.hparams.tau)
+            self.track("actor", self.hparams.tau)
+            metrics |= actor_metrics
+        return metrics
+
+    def policy(self, obs: Tensor) -> Tensor:
+        return self.actor(obs)

@@ -1,0 +1,288 @@
+"""What happens between blocks of updates: evaluation, files of the run, the progress bar, interruption.
+
+All intervals are in updates (``trainer.global_step``); a block always ends on them.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+
+from offpolicy.evaluation.rollout import Evaluator, make_evaluator
+from offpolicy.evaluation.scores import score_kind, simulator_note, simulator_version, summarize
+from offpolicy.files import Table, plot_curves
+
+log = logging.getLogger(__name__)
+
+
+def due(updates: int, every: int, last: int) -> bool:
+    """Whether something that happens every n updates, and after the last one, happens now."""
+    return updates == last or (every > 0 and updates % every == 0)
+
+
+class RestoreSettings(Callback):
+    """Undo what a fit changed in the process (threads, matmul) when it ends by an exception or by itself."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.restore_settings()  # type: ignore[operator]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        pl_module.restore_settings()  # type: ignore[operator]
+
+
+class Evaluation(Callback):
+    """Runs the policy in the data's environment every ``run.eval_every`` updates, on one process.
+
+    Numbers arrive as ``eval/…`` in the Trainer's metrics and as the method's ``eval_row``. Nothing of the training is
+    touched: environments have their own fixed seeds and the generators are put back.
+    """
+
+    def __init__(self) -> None:
+        self.evaluator: Evaluator | None = None
+        self.best: float | None = None
+        self.facts: dict[str, str] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.eval_row = {}
+        if not trainer.is_global_zero:
+            return
+        meta = pl_module.data_meta
+        self.evaluator, reason = make_evaluator(meta, pl_module.sizes, episodes=pl_module.run.eval_episodes)
+        if self.evaluator is None:
+            log.warning("No evaluation: %s eval/return_mean and eval/score will be missing.", reason)
+            return
+        self.facts = {"env": simulator_version(meta["env_id"]), "score_kind": score_kind(meta)}
+        note = simulator_note(meta)
+        if note:
+            log.warning(note)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        updates = trainer.global_step
+        if not due(updates, pl_module.run.eval_every, trainer.max_steps):
+            return
+        numbers: dict[str, float] = {}
+        if self.evaluator is not None:
+            result = self.evaluator.run(pl_module.agent())
+            numbers = {f"eval/{name}": value for name, value in summarize(result, pl_module.data_meta).items()}
+            key = next(k for k in ("eval/score", "eval/success_rate", "eval/return_mean") if k in numbers)
+            self.best = numbers[key] if self.best is None else max(self.best, numbers[key])
+            numbers[f"{key}_best"] = self.best
+        numbers = trainer.strategy.broadcast(numbers)
+        if numbers:
+            pl_module.log_dict(numbers, logger=False)
+            pl_module.log_to_loggers(numbers, updates)
+            pl_module.eval_row = {"step": updates, **numbers, **self.facts}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.evaluator is not None:
+            self.evaluator.close()
+            self.evaluator = None
+
+
+class Interruption(Callback):
+    """The first Ctrl-C or SIGTERM ends the run after the current block, with a whole checkpoint; the second at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._former: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.interrupted_by = self.received = 0
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            self._restore()
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
+            pl_module.interrupted_by = self.received or signal.SIGINT
+            trainer.should_stop = True
+            if not any(isinstance(callback, RunFolder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                path = Path(trainer.default_root_dir) / "checkpoints" / checkpoint_name(trainer.global_step)
+                trainer.save_checkpoint(path)
+                log.warning("Interrupted at update %d; saved %s.", trainer.global_step, path)
+
+    def _restore(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+
+class RunFolder(Checkpoint):
+    """The files of a run: ``metrics.csv``, ``evals.csv``, ``checkpoints/step=….ckpt`` and, at the end, ``curves.png``.
+
+    Checkpoints are written after every evaluation, at the last update and on interruption. The newest two are kept and
+    the one with the best evaluation. Rows beyond the checkpoint that a run continues from are cut, never others.
+    Lightning runs this callback after all others, so that files hold what the others found.
+
+    Args:
+        folder: of the run.
+        keep: how many of the newest checkpoints stay, ≥ 1.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+        self.folder = Path(folder)
+        self.keep = keep
+        self.metrics = Table(self.folder / "metrics.csv")
+        self.evals = Table(self.folder / "evals.csv")
+        self.best_path = ""
+        self.best_value: float | None = None
+        self._written: dict[str, int] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.metric_row, pl_module.eval_row = {}, {}
+        if trainer.is_global_zero:
+            for table in (self.metrics, self.evals):
+                table.cut(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        updates = trainer.global_step
+        if trainer.is_global_zero:
+            for name, table, row in (
+                ("metrics", self.metrics, pl_module.metric_row),
+                ("evals", self.evals, pl_module.eval_row),
+            ):
+                if row.get("step") == updates and self._written.get(name) != updates:
+                    table.append(row)
+                    self._written[name] = updates
+        if due(updates, pl_module.run.eval_every, trainer.max_steps) or trainer.should_stop:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, pl_module: Any) -> None:
+        path = self.folder / "checkpoints" / checkpoint_name(trainer.global_step)
+        row = pl_module.eval_row if pl_module.eval_row.get("step") == trainer.global_step else {}
+        value = next((row[k] for k in ("eval/score", "eval/success_rate", "eval/return_mean") if k in row), None)
+        if value is not None and (self.best_value is None or value > self.best_value):
+            self.best_value, self.best_path = value, path.name
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            kept = sorted(path.parent.glob("step=*.ckpt"))
+            for old in kept[: -self.keep]:
+                if old.name != self.best_path:
+                    old.unlink(missing_ok=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            plot_curves(self.folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_path": self.best_path, "best_value": self.best_value}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.best_path, self.best_value = state_dict["best_path"], state_dict["best_value"]
+
+
+class UpdateBar(ProgressBar):
+    """One bar in updates: total, rate, and a few numbers; plain lines at evaluations where there is no terminal.
+
+    Args:
+        names: metrics shown, the first five of these that exist.
+        every: least seconds between two drawings.
+    """
+
+    NAMES = (
+        "eval/score",
+        "eval/score_best",
+        "eval/success_rate",
+        "eval/return_mean",
+        "train/critic_loss",
+        "train/actor_loss",
+        "train/q_mean",
+    )
+
+    def __init__(self, names: tuple[str, ...] = NAMES, every: float = 0.5) -> None:
+        super().__init__()
+        self.names, self.every = names, every
+        self._enabled = True
+        self._bar: Any = None
+        self._drawn = 0.0
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first, self._began = trainer.global_step, time.perf_counter()
+        if not (self._enabled and trainer.is_global_zero):
+            return
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[numbers]}"),
+                console=Console(stderr=True),
+                auto_refresh=False,
+            )
+            self._task = self._bar.add_task("", total=trainer.max_steps, completed=self._first, rate="", numbers="")
+            self._bar.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:  # type: ignore[override]
+        if not (self._enabled and trainer.is_global_zero):
+            return
+        now, updates = time.perf_counter(), trainer.global_step
+        if self._bar is not None:
+            if now - self._drawn < self.every and updates < trainer.max_steps:
+                return
+            self._drawn = now
+            rate, numbers = self.rate(updates, now), self.numbers(trainer)
+            self._bar.update(self._task, completed=updates, rate=rate, numbers=numbers, refresh=True)
+        elif due(updates, pl_module.run.eval_every, trainer.max_steps) or trainer.should_stop:
+            count = f"{updates:>{len(str(trainer.max_steps))}}/{trainer.max_steps}"
+            print(f"{count}  {self.rate(updates, now)}  {self.numbers(trainer)}", file=sys.stderr, flush=True)
+
+    def rate(self, updates: int, now: float) -> str:
+        return f"{(updates - self._first) / max(now - self._began, 1e-9):,.0f} updates/s"
+
+    def numbers(self, trainer: Trainer) -> str:
+        found = trainer.callback_metrics
+        shown = [(n.split("/")[1], float(found[n])) for n in self.names if n in found][:5]
+        return "  ".join(f"{name} {value:.4g}" for name, value in shown)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+
+def checkpoint_name(updates: int) -> str:
+    return f"step={updates:08d}.ckpt"

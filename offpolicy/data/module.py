@@ -1,0 +1,169 @@
+"""The data side of a Lightning fit: an open replay, and a loader that yields ticks because batches are drawn on the
+device by the method."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+from offpolicy.data.replay import Replay, Ring
+from offpolicy.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+class Ticks(IterableDataset[int]):
+    """Endless zeros: one tick is one block of updates."""
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield 0
+
+
+class DataModule(LightningDataModule):
+    """A replay for the Trainer.
+
+    Args:
+        name: a known data set ("pendulum-stitch-v0", "hopper-medium-v2", a Minari id, an OGBench name) or a file or
+            folder (.hdf5, .npz, a folder written by ``convert``).
+        download: fetch a known set that is not on disk.
+        on_bad: "error" stops at faulty content; "drop_episode" drops and counts the episodes that have it.
+        clip_actions: clip actions outside the bounds instead of stopping.
+        timeout_step: what to do with the last step before a time limit when its successor is unknown: "drop", "keep"
+            or "self"; None takes what published numbers of the source use ("drop" for D4RL).
+        sha256: expected hash of the file; None accepts what the first load recorded.
+
+    For data that change during training set ``change_every`` (updates) and override :meth:`on_block_start`.
+    """
+
+    change_every: int = 0
+
+    def __init__(
+        self,
+        name: str = "pendulum-stitch-v0",
+        *,
+        download: bool = True,
+        on_bad: str = "error",
+        clip_actions: bool = False,
+        timeout_step: str | None = None,
+        sha256: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.options = {
+            "download": download,
+            "on_bad": on_bad,
+            "clip_actions": clip_actions,
+            "timeout_step": timeout_step,
+            "sha256": sha256,
+        }
+        self.replay: Replay | None = None
+        self._saved_version = 0
+
+    @classmethod
+    def of(cls, replay: Replay) -> DataModule:
+        """A data module around a replay at hand."""
+        module = cls(str(replay.meta.get("name", "arrays")))
+        module.replay = replay
+        return module
+
+    def load(self) -> Replay:
+        """Open the data if they are not open yet; downloads, makes, validates."""
+        if self.replay is None:
+            from offpolicy.data.sources import open_source
+
+            self.replay = open_source(self.name, **self.options)  # type: ignore[arg-type]
+        return self.replay
+
+    def prepare_data(self) -> None:
+        self.load()  # on one process first, so that only one downloads
+
+    def setup(self, stage: str) -> None:
+        self.load()
+
+    def train_dataloader(self) -> DataLoader[int]:
+        return DataLoader(Ticks(), batch_size=None)
+
+    def on_block_start(self, policy: Any) -> None:
+        """Change the replay: append whole episodes to a :class:`Ring`, or put another replay into ``self.replay``.
+
+        Called on every process before the updates after each multiple of ``change_every`` (0 included), so all
+        processes must make the same change; a pure function of ``policy.global_step`` and the weights does. A new
+        replay must have another ``version`` than the one it replaces.
+
+        Args:
+            policy: the method being trained; ``policy.act(obs)`` is its current behaviour.
+        """
+
+    # -- what a checkpoint knows of data that change -------------------------------------------------------------------
+
+    @property
+    def versions_folder(self) -> Path:
+        root = self.trainer.default_root_dir if self.trainer is not None else "."
+        return Path(root) / "replay"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Version and fingerprint; the data of a changed replay are written beside the checkpoint first."""
+        replay = self.load()
+        if replay.version == 0 and self._saved_version == 0:
+            return {"version": 0}
+        state = {"version": replay.version, "fingerprint": replay.fingerprint()}
+        if isinstance(replay, Ring):
+            state["head"] = replay.head
+        folder = self.versions_folder / f"v{replay.version}"
+        if (self.trainer is None or self.trainer.is_global_zero) and not folder.exists():
+            replay.save(folder)
+        self._saved_version = replay.version
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        version = state_dict["version"]
+        if version == 0:
+            return
+        folder = self.versions_folder / f"v{version}"
+        if not folder.exists():
+            raise DataError(
+                f"the checkpoint was trained on version {version} of a changing replay, expected in {folder}, which "
+                "does not exist. Resume in the folder of the run, or start a fresh one."
+            )
+        replay = Replay.load(folder)
+        if replay.fingerprint() != state_dict["fingerprint"]:
+            raise DataError(f"{folder} is not the replay of the checkpoint (fingerprints differ). Restore that folder.")
+        self.replay = Ring.reopen(replay, state_dict["head"]) if "head" in state_dict else replay
+        self.replay.version = self._saved_version = version
+
+
+Loadable = str | Path | Replay | Mapping[str, np.ndarray] | DataModule
+
+
+def load_data(data: Loadable = "pendulum-stitch-v0", **options: Any) -> DataModule:
+    """Open data for training.
+
+    Args:
+        data: a known name, a file or folder, a :class:`Replay`, or a dict of NumPy arrays (``obs action reward
+            terminated`` and optionally ``next_obs episode_end``; D4RL's names work too).
+        options: as of :class:`DataModule`, or of ``from_arrays`` for a dict.
+
+    Returns:
+        A data module; ``.replay`` is the open replay.
+
+    Raises:
+        UsageError: an unknown name.  DataError: data that cannot be trained on.
+    """
+    if isinstance(data, DataModule):
+        return data
+    if isinstance(data, Replay):
+        return DataModule.of(data)
+    if isinstance(data, Mapping):
+        from offpolicy.data.sources import from_arrays
+
+        return DataModule.of(from_arrays(data, **options))
+    module = DataModule(str(data), **options)
+    module.load()
+    return module

@@ -1,0 +1,209 @@
+"""What a user means by ``--data TEXT``: a file or folder, or the name of a known data set.
+
+Nothing heavy is imported here, so that a misspelt name is answered at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from offpolicy.errors import UsageError, fold, nearest
+
+Kind = Literal["hdf5", "npz", "replay", "made", "d4rl", "minari", "ogbench", "language"]
+
+FILES: dict[str, Kind] = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz"}
+LANGUAGE = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+ROOTS = {
+    "d4rl": ("D4RL_DATASET_DIR", "~/.d4rl/datasets"),
+    "minari": ("MINARI_DATASETS_PATH", "~/.minari/datasets"),
+    "ogbench": ("OGBENCH_DATASET_DIR", "~/.ogbench/data"),
+    "made": ("OFFPOLICY_DATA_DIR", "~/.cache/offpolicy/datasets"),
+}
+MINARI_ID = re.compile(r"^([-\w]{2,}/)+[-\w]+-v\d+$")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a name or path was taken for.
+
+    Attributes:
+        kind: "hdf5", "npz" and "replay" (our own folder format) are files without a known task; "made", "d4rl",
+            "minari" and "ogbench" are sets with one; "language" is text data.
+        name: canonical name, or the file's stem.
+        path: the file or folder the user gave, else None: a known set is looked up under :func:`root`.
+        info: facts from the table of known sets, by column (D4RL: that row of ``d4rl.csv``).
+    """
+
+    kind: Kind
+    name: str
+    path: Path | None = None
+    info: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def location(self) -> Path | None:
+        """Where the data are or would be put; None for language data given by name."""
+        if self.path is not None:
+            return self.path
+        if self.kind == "d4rl":
+            return root("d4rl") / self.info["dataset_url"].rsplit("/", 1)[-1]
+        if self.kind == "ogbench":
+            return root("ogbench") / f"{self.name}.npz"
+        return root(self.kind) / self.name
+
+
+def root(kind: str) -> Path:
+    """Folder in which sets of a kind ("d4rl", "minari", "ogbench", "made") are kept; an environment variable wins."""
+    variable, default = ROOTS[kind]
+    return Path(os.environ.get(variable) or default).expanduser()
+
+
+def resolve(text: str | os.PathLike[str]) -> Target:
+    """Find out what is meant by a name or path.
+
+    An existing file or folder comes first, then the made sets, D4RL tasks, Minari ids and OGBench names, then a folder
+    of our format under :func:`root` ("made") and local Minari sets. Case, '-', '_' and '+' do not matter in names.
+
+    Raises:
+        UsageError: no such file and no such name (with the nearest name), or a file of an unknown type.
+    """
+    name = os.fspath(text)
+    path = Path(name).expanduser()
+    found = _of_path(path) if path.exists() else None
+    if found is not None:
+        return found
+    known = _known().get(fold(name))
+    if known is not None:
+        return known
+    if path.exists():
+        raise UsageError(_unknown_path(path))
+    looks_like_a_path = name.startswith((".", "~", os.sep)) or _suffix(path) in {*FILES, *LANGUAGE}
+    if not looks_like_a_path:
+        if (root("made") / name / "meta.json").is_file():
+            return Target("replay", name, root("made") / name)
+        local = {fold(i): i for i in _local_minari()}.get(fold(name))
+        if local is not None or MINARI_ID.match(name):
+            return Target("minari", local or name)
+        raise UsageError(
+            f"no data set is called '{name}' and there is no such file; expected a known name, a file ({', '.join(FILES)})"
+            f" or a folder.{nearest(name, known_names())} `python -m offpolicy.data show` lists the known names."
+        )
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise UsageError(f"{path} does not exist; expected a data file or folder.{nearest(path.name, siblings)} Check the path.")
+
+
+def known_names() -> list[str]:
+    """All names that need no path: made sets, 155 D4RL tasks, published Minari ids, OGBench sets; in this order."""
+    return [target.name for target in _known().values()]
+
+
+def describe(target: Target) -> str:
+    """One sentence saying what a name or path was taken for and where the data are."""
+    place, made = target.location(), target.kind == "made"
+    what = {
+        "hdf5": "a file in the layout of D4RL (HDF5)",
+        "npz": "a NumPy archive (.npz) of steps",
+        "replay": "a folder in the format of this library",
+        "made": "a set made here from a real environment",
+        "d4rl": f"the D4RL task of the family {target.info.get('family')}",
+        "minari": "a Minari data set",
+        "ogbench": "an OGBench data set",
+        "language": "language data",
+    }[target.kind]
+    if target.path is not None:
+        where = f"read from {target.path}"
+    elif made:
+        where = f"kept under {root('made')}"
+    elif place is not None and place.exists():
+        where = f"found at {place}"
+    else:
+        where = f"not on disk, to be downloaded to {place}"
+    return f"{target.name} was taken for {what}, {where}."
+
+
+@lru_cache(maxsize=1)
+def _known() -> dict[str, Target]:
+    """Folded name → target."""
+    targets: list[Target] = []
+    made = sorted(f.name for f in files("datasets_cfg").joinpath("made").iterdir() if f.name.endswith(".yaml"))
+    targets += [Target("made", name.removesuffix(".yaml")) for name in made]
+    targets += [Target("d4rl", row["task"], None, row) for row in _table("d4rl.csv")]
+    targets += [Target("minari", row["dataset_id"], None, row) for row in _table("minari.csv")]
+    for row in _table("ogbench.csv"):
+        stem = row["env_id"].removesuffix("-v0")
+        targets += [Target("ogbench", f"{stem}-{kind}-v0", None, row) for kind in row["kinds"].split()]
+    return {fold(target.name): target for target in targets}
+
+
+def _table(name: str) -> Iterator[dict[str, str]]:
+    yield from csv.DictReader(files("datasets_cfg").joinpath(name).read_text().splitlines())
+
+
+def _of_path(path: Path) -> Target | None:
+    """What an existing path is; None when it is nothing we read."""
+    if path.is_dir():
+        if (path / "meta.json").is_file() and (path / "index.npz").is_file():
+            return Target("replay", path.name, path)
+        for folder in (path, path.parent):
+            if (folder / "data" / "metadata.json").is_file():
+                return Target("minari", _minari_name(folder), folder, _minari_info(_minari_name(folder)))
+        return None
+    suffix = _suffix(path)
+    if suffix in LANGUAGE:
+        return Target("language", path.name.removesuffix(suffix), path)
+    if suffix not in FILES:
+        return None
+    if path.name == "main_data.hdf5" and (path.parent / "metadata.json").is_file():
+        return _of_path(path.resolve().parent)
+    for known in _known().values():  # a known set kept somewhere else
+        if known.kind in ("d4rl", "ogbench") and known.location().name == path.name:  # type: ignore[union-attr]
+            return Target(known.kind, known.name, path, known.info)
+    return Target(FILES[suffix], path.stem, path)
+
+
+def _minari_name(folder: Path) -> str:
+    try:
+        return folder.resolve().relative_to(root("minari").resolve()).as_posix()
+    except ValueError:
+        parts = folder.resolve().parts[-3:]
+        return next(
+            (t.name for n in (3, 2) if (t := _known().get(fold("/".join(parts[-n:])))) and t.kind == "minari"),
+            folder.resolve().name,
+        )
+
+
+def _minari_info(name: str) -> Mapping[str, str]:
+    known = _known().get(fold(name))
+    return known.info if known is not None and known.kind == "minari" else {}
+
+
+def _local_minari() -> Iterator[str]:
+    """Ids of the sets in the Minari folder; a set has ``data/metadata.json``."""
+    top = root("minari")
+    for folder, children, _ in os.walk(top):
+        if os.path.isfile(os.path.join(folder, "data", "metadata.json")):
+            children.clear()
+            yield Path(folder).relative_to(top).as_posix()
+
+
+def _suffix(path: Path) -> str:
+    lower = path.name.lower()
+    return next((s for s in LANGUAGE if lower.endswith(s)), path.suffix.lower())
+
+
+def _unknown_path(path: Path) -> str:
+    if path.is_dir():
+        return (
+            f"the folder {path} holds no data set: there is neither meta.json with index.npz (our format) nor "
+            "data/metadata.json (Minari). Pass the folder of one data set, or a file."
+        )
+    return (
+        f"{path} has the type '{_suffix(path)}'; expected {', '.join((*FILES, *LANGUAGE))} or a folder. Pickled files are "
+        "never read, as opening one runs its code; save the arrays with numpy.savez instead."
+    )

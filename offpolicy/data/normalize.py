@@ -1,0 +1,135 @@
+"""Normalisers as buffers of the method, so that a checkpoint is enough to act.
+
+Every transformation is affine per column, ``x ↦ (x - center) · scale``, fitted once on the rows that training can draw,
+stored in the checkpoint, and used by training and evaluation alike.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from offpolicy.data.replay import Replay, _numpy
+from offpolicy.errors import UsageError
+
+_AFFINE = re.compile(r"^(?P<scale>[+-]?\d*\.?\d*(?:e[+-]?\d+)?)\*?r(?P<shift>[+-]\d*\.?\d+(?:e[+-]?\d+)?)?$")
+
+
+def parse_reward_transform(text: str) -> tuple[float, float] | None:
+    """``"10r-5"`` → (10, -5); ``"return_range"`` → None, as its scale comes from the data.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text == "return_range":
+        return None
+    match = _AFFINE.match(text.replace(" ", ""))
+    scale = {"": 1.0, "+": 1.0, "-": -1.0}.get(match["scale"]) if match else None
+    if match and scale is None:
+        scale = float(match["scale"])
+    if not match or not scale:
+        raise UsageError(
+            f"`reward_transform` is {text!r}; expected 'r' (unchanged), an affine form such as '0.1r', 'r-1' or "
+            "'10r-5', or 'return_range' (r·1000 / (largest − smallest episode return))."
+        )
+    return scale, float(match["shift"] or 0.0)
+
+
+class Normalizer(nn.Module):
+    """Affine maps of observations, actions and rewards.
+
+    Args:
+        obs_shape: shape of one observation.
+        action_dim: A.
+
+    Observations: ``(x - mean) / (std + eps)``. Actions: environment bounds to [-1, 1]. Rewards: ``scale·r + shift``.
+    """
+
+    obs_center: Tensor
+    obs_scale: Tensor
+    action_center: Tensor
+    action_scale: Tensor
+    reward_center: Tensor
+    reward_scale: Tensor
+
+    def __init__(self, obs_shape: tuple[int, ...], action_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("obs_center", torch.zeros(obs_shape))
+        self.register_buffer("obs_scale", torch.ones(obs_shape))
+        self.register_buffer("action_center", torch.zeros(action_dim))
+        self.register_buffer("action_scale", torch.ones(action_dim))
+        self.register_buffer("reward_center", torch.zeros(()))
+        self.register_buffer("reward_scale", torch.ones(()))
+
+    def obs(self, obs: Tensor) -> Tensor:
+        return (obs - self.obs_center) * self.obs_scale
+
+    def action(self, action: Tensor) -> Tensor:
+        """Environment units to [-1, 1]."""
+        return (action - self.action_center) * self.action_scale
+
+    def reward(self, reward: Tensor) -> Tensor:
+        return (reward - self.reward_center) * self.reward_scale
+
+    def environment_action(self, action: Tensor) -> Tensor:
+        """[-1, 1] to environment units."""
+        return action / self.action_scale + self.action_center
+
+    @torch.no_grad()
+    def fit(self, replay: Replay, rows: np.ndarray, *, normalize_obs: bool, reward_transform: str, eps: float) -> None:
+        """Set the buffers from data.
+
+        Args:
+            replay: the data; its ``meta`` may hold ``action_low`` and ``action_high``.
+            rows: rows whose observations are measured (those that training draws), int64.
+            normalize_obs: standardise observations; constant columns are left alone.
+            reward_transform: see :func:`parse_reward_transform`.
+            eps: added to the standard deviation.
+        """
+        if normalize_obs:
+            mean, std = mean_std(replay.steps["obs"], rows)
+            varies = std > 0
+            self.obs_center.copy_(torch.from_numpy(np.where(varies, mean, 0.0)))
+            self.obs_scale.copy_(torch.from_numpy(np.where(varies, 1.0 / (std + eps), 1.0)))
+        low, high = action_bounds(replay)
+        self.action_center.copy_(torch.from_numpy((high + low) / 2))
+        self.action_scale.copy_(torch.from_numpy(2 / np.where(high > low, high - low, 2.0)))
+        affine = parse_reward_transform(reward_transform)
+        if affine is None:
+            returns = replay.returns()
+            span = float(returns.max() - returns.min())
+            if span <= 0:
+                raise UsageError(
+                    f"reward_transform 'return_range' divides by the range of episode returns, which is {span}; "
+                    "expected returns that differ. Use 'r'."
+                )
+            affine = 1000.0 / span, 0.0
+        scale, shift = affine
+        self.reward_center.fill_(-shift / scale)
+        self.reward_scale.fill_(scale)
+
+
+def action_bounds(replay: Replay) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action per dimension: the environment's, else the data's; float64 (A,) each."""
+    low, high = replay.meta.get("action_low"), replay.meta.get("action_high")
+    if low is not None and high is not None and np.isfinite([low, high]).all():
+        return np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
+    action = _numpy(replay.steps["action"])
+    return action.min(0).astype(np.float64), action.max(0).astype(np.float64)
+
+
+def mean_std(column: np.ndarray | Tensor, rows: np.ndarray, chunk: int = 1 << 18) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and population standard deviation over rows, two passes in float64 and in chunks."""
+    array = _numpy(column)
+    whole = len(rows) == len(array) and bool((np.diff(rows) == 1).all())
+
+    def chunks():  # type: ignore[no-untyped-def]
+        for i in range(0, len(rows), chunk):
+            yield array[i : i + chunk] if whole else array[rows[i : i + chunk]]
+
+    mean = sum(c.sum(0, dtype=np.float64) for c in chunks()) / len(rows)
+    square = sum(np.square(c - mean).sum(0) for c in chunks()) / len(rows)
+    return mean, np.sqrt(square)

@@ -1,0 +1,451 @@
+"""The store: named columns of steps laid end to end, and an index of episodes over them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offpolicy.data.sampling import bits, keys, unit
+from offpolicy.errors import DataError, UsageError
+
+Column = np.ndarray | Tensor
+FORMAT = 1
+
+
+class Replay:
+    """Steps of many episodes in flat columns (the only store of the library).
+
+    Args:
+        steps: name → array of shape (N, …). Control data use ``obs (N, O)``, ``action (N, A)`` in environment units,
+            ``reward (N,)``, ``terminated (N,)`` bool and, when the source has it, ``next_obs (N, O)``; an optional
+            ``valid_td (N,)`` bool marks the rows whose successor may be used. Arrays are kept, not copied: NumPy
+            arrays in memory, memory maps, or torch tensors on a device.
+        start: first row of each episode, int64 (E,).
+        length: steps of each episode, int64 (E,), each ≥ 1.
+        episode_end: alternative to ``start``/``length``: bool (N,), true on the last step of each episode. Rows after
+            the last end form an unfinished episode, which is kept.
+        tail: ``{"obs": (E, O)}``, the observation after the last step of each episode, and optionally
+            ``{"valid": (E,)}`` bool when only some episodes have one.
+        episodes: name → array of shape (E, …).
+        meta: JSON-able facts about the data (name, environment, action bounds, reference scores, recipe).
+
+    The index need not cover all rows: :meth:`filter` gives another index over the same columns. ``terminated`` means
+    that the environment ended the episode, so there is nothing to bootstrap from; a step that is last in its episode
+    without it was merely cut.
+
+    Raises:
+        DataError: columns of unequal length, or an index that leaves the columns or overlaps itself.
+    """
+
+    version = 0  # grows whenever the content changes during training
+
+    def __init__(
+        self,
+        steps: Mapping[str, Column],
+        *,
+        start: np.ndarray | None = None,
+        length: np.ndarray | None = None,
+        episode_end: np.ndarray | None = None,
+        tail: Mapping[str, Column] | None = None,
+        episodes: Mapping[str, np.ndarray] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.steps: dict[str, Column] = dict(steps)
+        self.tail: dict[str, Column] = dict(tail or {})
+        self.episodes: dict[str, np.ndarray] = dict(episodes or {})
+        self.meta: dict[str, Any] = dict(meta or {})
+        sizes = {name: len(column) for name, column in self.steps.items()}
+        if not sizes or len(set(sizes.values())) != 1:
+            raise DataError(f"columns have lengths {sizes}; expected one common length. Pass one row per step in each.")
+        rows = next(iter(sizes.values()))
+        if episode_end is not None:
+            ends = np.flatnonzero(np.asarray(episode_end)) + 1
+            if rows and (not len(ends) or ends[-1] != rows):
+                ends = np.append(ends, rows)
+            start = np.concatenate([[0], ends[:-1]])
+            length = ends - start
+        elif start is None or length is None:
+            start, length = np.zeros(1), np.full(1, rows)
+        self.start = np.asarray(start, dtype=np.int64)
+        self.length = np.asarray(length, dtype=np.int64)
+        self._check_index(rows)
+
+    def _check_index(self, rows: int) -> None:
+        if self.start.shape != self.length.shape or self.start.ndim != 1:
+            raise DataError(f"start has shape {self.start.shape} and length {self.length.shape}; expected two (E,).")
+        if not len(self.start) or self.length.min() < 1:
+            raise DataError("the episode index is empty or has an episode without steps; expected ≥ 1 step in each.")
+        order = np.argsort(self.start, kind="stable")
+        stop = (self.start + self.length)[order]
+        if self.start.min() < 0 or stop.max() > rows or (stop[:-1] > self.start[order][1:]).any():
+            raise DataError(f"episodes overlap or leave the {rows} rows; expected disjoint spans inside the columns.")
+        for name, column in {**self.tail, **self.episodes}.items():
+            if len(column) != len(self.start):
+                raise DataError(f"'{name}' has {len(column)} rows; expected one per episode ({len(self.start)}).")
+
+    # -- sizes and derived columns ------------------------------------------------------------------------------------
+
+    @property
+    def num_steps(self) -> int:
+        """Steps covered by the episode index."""
+        return int(self.length.sum())
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self.start)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(c.nbytes) for c in self.steps.values())
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether a column lies on disk (a memory map)."""
+        return any(_is_mapped(c) for c in self.steps.values())
+
+    @cached_property
+    def episode_of(self) -> np.ndarray:
+        """Episode of each row covered by the index, aligned with :attr:`rows`, int64."""
+        return np.repeat(np.arange(self.num_episodes), self.length)
+
+    @cached_property
+    def t(self) -> np.ndarray:
+        """Time step inside the episode, aligned with :attr:`rows`, int64."""
+        return np.arange(self.num_steps) - np.repeat(np.cumsum(self.length) - self.length, self.length)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The rows covered by the index, episode by episode, int64 (num_steps,)."""
+        return np.repeat(self.start, self.length) + self.t
+
+    @cached_property
+    def end(self) -> np.ndarray:
+        """Last row of each episode, int64 (E,)."""
+        return self.start + self.length - 1
+
+    def returns(self) -> np.ndarray:
+        """Undiscounted, untransformed return of each episode, float64 (E,)."""
+        reward = _numpy(self.steps["reward"])
+        if self._is_whole():
+            return np.add.reduceat(reward, self.start, dtype=np.float64)
+        sums = np.concatenate([[0.0], np.cumsum(reward[self.rows], dtype=np.float64)])
+        stop = np.cumsum(self.length)
+        return sums[stop] - sums[stop - self.length]
+
+    def _is_whole(self) -> bool:
+        """The episodes lie end to end and cover every row."""
+        rows = len(next(iter(self.steps.values())))
+        return self.start[0] == 0 and bool((self.end[:-1] + 1 == self.start[1:]).all()) and self.end[-1] + 1 == rows
+
+    def usable_rows(self) -> np.ndarray:
+        """Rows whose successor is known or not needed: what a transition may be drawn from, int64."""
+        rows = self.rows
+        keep = np.ones(len(rows), dtype=bool)
+        if "valid_td" in self.steps:
+            keep &= _numpy(self.steps["valid_td"])[rows].astype(bool)
+        if "next_obs" not in self.steps:
+            known = _numpy(self.tail["valid"]).astype(bool) if "valid" in self.tail else "obs" in self.tail
+            last = np.cumsum(self.length) - 1
+            keep[last] &= known | _numpy(self.steps["terminated"])[self.end].astype(bool)
+        return rows if keep.all() else rows[keep]
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def take(self, indices: Tensor | np.ndarray, columns: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Gather rows of the named columns (all when None); any shape of indices, which comes first in the result."""
+        return {name: _gather(self.steps[name], indices) for name in (columns or self.steps)}
+
+    def next_obs(self, indices: Tensor | np.ndarray) -> Tensor:
+        """The observation after each row; never one of another episode.
+
+        Where an episode ends and its last observation was not stored, the row's own observation is returned (see
+        :meth:`usable_rows`).
+        """
+        if "next_obs" in self.steps:
+            return _gather(self.steps["next_obs"], indices)
+        index = _numpy(indices)
+        episode = self.episode_at(index)
+        last = index == self.end[episode]
+        result = _gather(self.steps["obs"], np.where(last, index, index + 1))
+        if "obs" in self.tail and last.any():
+            known = last & _numpy(self.tail["valid"])[episode].astype(bool) if "valid" in self.tail else last
+            result[torch.from_numpy(known)] = _gather(self.tail["obs"], episode[known]).to(result.dtype)
+        return result
+
+    def episode_at(self, rows: np.ndarray) -> np.ndarray:
+        """The episode that each of these covered rows belongs to."""
+        order = self._row_order
+        return order[np.searchsorted(self.start[order], rows, side="right") - 1]
+
+    def episode_end(self, rows: np.ndarray) -> np.ndarray:
+        """The last row of the episode of each of these rows."""
+        return self.end[self.episode_at(rows)]
+
+    @cached_property
+    def _row_order(self) -> np.ndarray:
+        return np.argsort(self.start, kind="stable")
+
+    def to(self, device: torch.device | str) -> Replay:
+        """The same replay with its columns as tensors on a device."""
+        return self._derive(
+            {k: torch.as_tensor(v).to(device) for k, v in self.steps.items()},
+            {k: torch.as_tensor(v).to(device) for k, v in self.tail.items()},
+        )
+
+    # -- other indices over the same columns --------------------------------------------------------------------------
+
+    def _derive(self, steps: dict[str, Column], tail: dict[str, Column], keep: np.ndarray | None = None) -> Replay:
+        pick = slice(None) if keep is None else keep
+        return Replay(
+            steps,
+            start=self.start[pick],
+            length=self.length[pick],
+            tail={k: v[pick] for k, v in tail.items()},
+            episodes={k: v[pick] for k, v in self.episodes.items()},
+            meta=self.meta,
+        )
+
+    def filter(self, keep: np.ndarray | Sequence[int]) -> Replay:
+        """Only the chosen episodes: a bool mask (E,) or episode numbers, in the given order. Columns are shared."""
+        chosen = np.asarray(keep)
+        chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64)
+        if not len(chosen):
+            raise DataError("the filter keeps no episode; expected at least one. Loosen the filter.")
+        return self._derive(self.steps, self.tail, chosen)
+
+    def top(self, fraction: float, discount: float = 1.0) -> Replay:
+        """The best share of the episodes by return: max(1, ⌊fraction·E⌋ episodes), ties to the earlier one.
+
+        Args:
+            fraction: share kept, in (0, 1].
+            discount: weight γ^t of the reward at step t in the ranking, in [0, 1].
+        """
+        if not 0.0 < fraction <= 1.0:
+            raise UsageError(f"fraction is {fraction}; expected a value in (0, 1]. Pass 0.1 for the best tenth.")
+        returns = self.returns()
+        if discount != 1.0:
+            weighted = _numpy(self.steps["reward"])[self.rows] * np.power(discount, self.t, dtype=np.float64)
+            returns = np.bincount(self.episode_of, weights=weighted, minlength=self.num_episodes)
+        best = np.argsort(-returns, kind="stable")[: max(1, int(fraction * self.num_episodes))]
+        return self.filter(np.sort(best))
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[Replay, Replay]:
+        """Two replays without a common episode; ``fraction`` of the episodes, chosen by a hash, go to the second."""
+        key = keys(seed, "split", torch.zeros(1, dtype=torch.int64))[0]
+        order = unit(bits(key, torch.arange(self.num_episodes))).argsort(stable=True).numpy()
+        count = round(fraction * self.num_episodes)
+        if not 0 < count < self.num_episodes:
+            raise DataError(
+                f"splitting {self.num_episodes} episodes at {fraction} leaves one side empty; expected ≥ 1 episode on "
+                "each. Choose another fraction or pass more episodes."
+            )
+        return self.filter(np.sort(order[count:])), self.filter(np.sort(order[:count]))
+
+    # -- identity and disk --------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """SHA-256 over index and columns: two replays with the same one train alike."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        parts = {"start": self.start, "length": self.length, **self.steps}
+        parts |= {f"tail/{k}": v for k, v in self.tail.items()} | {f"episodes/{k}": v for k, v in self.episodes.items()}
+        for name, column in sorted(parts.items()):
+            array = _numpy(column)
+            digest.update(f"{name}{array.dtype.str}{array.shape}".encode())
+            for chunk in np.array_split(array, max(1, array.nbytes >> 26)):
+                digest.update(np.ascontiguousarray(chunk).data)
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the replay as a folder: ``steps/<name>.npy``, ``index.npz``, ``meta.json``.
+
+        All files go to a temporary folder beside the target, which is renamed when complete, so a folder of this name
+        is always whole.
+
+        Raises:
+            FileExistsError: the folder exists and ``overwrite`` is false.
+            OSError: the disk is full or not writable; nothing is left behind.
+        """
+        target = Path(folder)
+        if target.exists() and not overwrite:
+            raise FileExistsError(f"{target} exists; expected a new folder. Remove it or pass overwrite=True.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            (temporary / "steps").mkdir()
+            names = {}
+            for i, (name, column) in enumerate(self.steps.items()):
+                names[name] = f"{i:02d}-{name.replace('/', '.')}.npy"
+                np.save(temporary / "steps" / names[name], _numpy(column), allow_pickle=False)
+            small = {f"tail/{k}": _numpy(v) for k, v in self.tail.items()}
+            small |= {f"episodes/{k}": v for k, v in self.episodes.items()}
+            np.savez(temporary / "index.npz", start=self.start, length=self.length, **small)
+            record = {"format": FORMAT, "columns": names, "fingerprint": self.fingerprint(), "meta": self.meta}
+            (temporary / "meta.json").write_text(json.dumps(record, indent=1))
+            if target.exists():
+                aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent)) / "replaced"
+                os.rename(target, aside)
+                os.rename(temporary, target)
+                shutil.rmtree(aside.parent, ignore_errors=True)
+            else:
+                os.rename(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return target
+
+    @classmethod
+    def load(cls, folder: str | Path, *, mmap: bool = True) -> Replay:
+        """Open a folder written by :meth:`save`; with ``mmap`` the columns stay on disk and open at once."""
+        path = Path(folder)
+        if not (path / "meta.json").is_file():
+            raise FileNotFoundError(f"{path} has no meta.json; expected a folder written by Replay.save.")
+        record = json.loads((path / "meta.json").read_text())
+        if record.get("format") != FORMAT:
+            raise DataError(f"{path} has format {record.get('format')}; this version reads {FORMAT}. Convert it anew.")
+        mode = "r" if mmap else None
+        try:
+            steps = {
+                name: np.load(path / "steps" / file, mmap_mode=mode, allow_pickle=False)
+                for name, file in record["columns"].items()
+            }
+            with np.load(path / "index.npz", allow_pickle=False) as index:
+                small = {name: index[name] for name in index.files}
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path} cannot be read: {error}. Delete it and make or convert it again.") from None
+        replay = cls(
+            steps,
+            start=small["start"],
+            length=small["length"],
+            tail={k[5:]: v for k, v in small.items() if k.startswith("tail/")},
+            episodes={k[9:]: v for k, v in small.items() if k.startswith("episodes/")},
+            meta=record["meta"],
+        )
+        replay.__dict__["_fingerprint"] = record["fingerprint"]
+        return replay
+
+    def __repr__(self) -> str:
+        columns = ", ".join(f"{k} {tuple(v.shape)}" for k, v in self.steps.items())
+        name = self.meta.get("name", "Replay")
+        return f"<{name}: {self.num_steps:,} steps in {self.num_episodes:,} episodes; {columns}>"
+
+
+class Ring(Replay):
+    """A replay of bounded size that grows during training by whole episodes; the oldest leave whole.
+
+    Each episode lies in one piece: one that does not fit before the end of the columns starts at row 0 again, so no
+    window can span the write head.
+
+    Args:
+        first: replay whose columns and content the ring starts with.
+        capacity: rows, at least ``first.num_steps``.
+    """
+
+    def __init__(self, first: Replay, capacity: int) -> None:
+        if capacity < first.num_steps:
+            raise UsageError(f"capacity is {capacity}; expected at least the {first.num_steps} rows to start with.")
+        rows = first.rows
+        steps: dict[str, Column] = {}
+        for name, column in first.steps.items():
+            source = _numpy(column)
+            steps[name] = np.zeros((capacity, *source.shape[1:]), dtype=source.dtype)
+            steps[name][: len(rows)] = source[rows]
+        super().__init__(
+            steps,
+            start=np.cumsum(first.length) - first.length,
+            length=first.length.copy(),
+            tail={k: _numpy(v) for k, v in first.tail.items()},
+            episodes=first.episodes,
+            meta=first.meta,
+        )
+        self.capacity = capacity
+        self.head = first.num_steps
+
+    @classmethod
+    def reopen(cls, saved: Replay, head: int) -> Ring:
+        """The ring whose columns, index and write position were saved with :meth:`Replay.save`."""
+        ring = cls.__new__(cls)
+        Replay.__init__(
+            ring,
+            {k: np.array(_numpy(v)) for k, v in saved.steps.items()},
+            start=saved.start,
+            length=saved.length,
+            tail=saved.tail,
+            episodes=saved.episodes,
+            meta=saved.meta,
+        )
+        ring.capacity, ring.head = len(next(iter(ring.steps.values()))), head
+        return ring
+
+    def append(self, new: Replay) -> None:
+        """Add the episodes of another replay in order, evicting the oldest ones whose rows are needed.
+
+        Raises:
+            DataError: the columns differ, or an episode is longer than the capacity. Nothing is added then.
+        """
+        for kind, ours, theirs in (
+            ("columns", self.steps, new.steps),
+            ("tails", self.tail, new.tail),
+            ("episode columns", self.episodes, new.episodes),
+        ):
+            if ours.keys() != theirs.keys():
+                raise DataError(f"the new episodes have {kind} {sorted(theirs)}; expected {sorted(ours)}.")
+        if new.length.max() > self.capacity:
+            raise DataError(f"an episode has {new.length.max()} steps; expected at most {self.capacity} (the ring).")
+        for episode in range(new.num_episodes):
+            self._append_one(new, episode)
+        for name in ("episode_of", "t", "rows", "end", "_row_order", "_fingerprint"):
+            self.__dict__.pop(name, None)
+        self.version += 1
+
+    def _append_one(self, new: Replay, episode: int) -> None:
+        length, source = int(new.length[episode]), int(new.start[episode])
+        first = self.head if self.head + length <= self.capacity else 0
+        alive = (self.start >= first + length) | (self.start + self.length <= first)
+        if first == 0 and self.head != 0:  # the rows skipped at the end hold the oldest episodes of the last round
+            alive &= self.start < self.head
+        for name, column in self.steps.items():
+            column[first : first + length] = _numpy(new.steps[name])[source : source + length]
+        self.start = np.append(self.start[alive], first)
+        self.length = np.append(self.length[alive], length)
+        for ours, theirs in ((self.tail, new.tail), (self.episodes, new.episodes)):
+            for name in ours:
+                row = _numpy(theirs[name])[episode : episode + 1]
+                ours[name] = np.concatenate([_numpy(ours[name])[alive], row])
+        self.head = first + length
+
+
+def _is_mapped(column: Column) -> bool:
+    base: Any = column
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return True
+        base = base.base
+    return False
+
+
+def _numpy(column: Column) -> np.ndarray:
+    return column.cpu().numpy() if isinstance(column, Tensor) else column
+
+
+def _gather(column: Column, indices: Tensor | np.ndarray) -> Tensor:
+    """Rows of a column as a tensor: on the column's device, or in memory for arrays and maps."""
+    if isinstance(column, Tensor):
+        index = torch.as_tensor(indices, device=column.device)
+        return column.index_select(0, index.reshape(-1)).reshape(*index.shape, *column.shape[1:])
+    index = _numpy(indices)
+    return torch.from_numpy(np.ascontiguousarray(column[index]))

@@ -1,0 +1,558 @@
+"""What a method inherits.
+
+``Module`` holds what both worlds share: sizes, normalisers, checkpoint contents, metrics. ``OfflineModule`` adds the
+update loop of control: blocks of updates on device-resident data, several optimisers, one count of updates. A method
+is one class that says which view it needs, builds its networks, and writes its losses and the order of its steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from offpolicy import matmul
+from offpolicy.callbacks import Evaluation, Interruption, RestoreSettings
+from offpolicy.checkpoint import plain_hparams, to_plain
+from offpolicy.data import sampling
+from offpolicy.data.normalize import Normalizer, parse_reward_transform
+from offpolicy.data.replay import Replay
+from offpolicy.data.views import BoundView, Noise, TransitionView, WindowView
+from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.optim import FusedAdam, polyak_
+from offpolicy.options import RunOptions
+
+log = logging.getLogger(__name__)
+Metrics = dict[str, Tensor]
+Rate = float | Callable[[int], float]
+KEY = "offpolicy"  # our part of a checkpoint
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What networks are built from: never an environment, so a checkpoint needs neither data nor simulator.
+
+    Args:
+        obs_dim: O, numbers in an observation.
+        action_dim: A, numbers in an action.
+        max_steps: step limit of an episode, 0 when unknown.
+    """
+
+    obs_dim: int
+    action_dim: int
+    max_steps: int = 0
+
+    @classmethod
+    def of(cls, replay: Replay) -> Sizes:
+        obs, action = replay.steps["obs"], replay.steps["action"]
+        limit = replay.meta.get("max_episode_steps") or int(replay.length.max())
+        return cls(int(np.prod(obs.shape[1:])), int(np.prod(action.shape[1:])), int(limit))
+
+
+class Draw(NamedTuple):
+    """Noise of one name: numbers per row of the batch, and their law ("normal" or "uniform" in [0, 1))."""
+
+    shape: tuple[int, ...]
+    law: str = "normal"
+
+
+class Module(LightningModule):
+    """Sizes, normalisers, seed, metrics and checkpoint contents: what every method has."""
+
+    sizes: Sizes = None  # type: ignore[assignment]  # set by `initialize`
+    normalizer: Normalizer
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = RunOptions()
+        self.seeds: tuple[int, ...] = ()  # several seeds trained at once: one more axis in front of every weight
+        self.seed: int | None = None
+        self.data_meta: dict[str, Any] = {}
+        self.data_fingerprint = ""
+        self.meter = Meter()
+
+    # -- to be written by a method -------------------------------------------------------------------------------------
+
+    def build(self, sizes: Sizes) -> None:
+        """Make the networks. Called once, before training or when a checkpoint is opened without data."""
+        raise NotImplementedError(f"{type(self).__name__} must define build(sizes) and make its networks there.")
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    def option(self, name: str, default: Any) -> Any:
+        """A hyperparameter that a method may leave out."""
+        return getattr(self.hparams, name, default)
+
+    def initialize(self, sizes: Sizes, seed: int | None = None) -> Module:
+        """Build the networks for these sizes, reproducibly from the seed, without data or trainer. Returns self."""
+        if self.sizes is not None:
+            if self.sizes != sizes:
+                raise UsageError(f"the method was built for {self.sizes} but the data have {sizes}; expected the same.")
+            return self
+        self.sizes = sizes
+        self.seed = seed if seed is not None else (self.seed if self.seed is not None else torch.initial_seed())
+        self.seed %= 1 << 63
+        self.normalizer = Normalizer((sizes.obs_dim,), sizes.action_dim)
+        with torch.random.fork_rng(devices=[]):
+            if not self.seeds:
+                torch.manual_seed(self.seed)
+                self.build(sizes)
+            else:
+                self._build_stacked(sizes)
+        return self
+
+    def _build_stacked(self, sizes: Sizes) -> None:
+        """Build once per seed and put the parameters of all seeds into one tensor with an axis in front."""
+        states = []
+        for seed in self.seeds:
+            torch.manual_seed(seed)
+            self.build(sizes)
+            own = [(n, p) for n, p in self.named_parameters()]
+            states.append({name: p.detach().clone() for name, p in own})
+        for name, p in self.named_parameters():
+            p.data = torch.stack([state[name] for state in states])
+
+    @property
+    def dtype_of_weights(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    # -- statistics over processes -------------------------------------------------------------------------------------
+
+    @property
+    def world_size(self) -> int:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return torch.distributed.get_world_size() if distributed else 1
+
+    def batch_mean(self, x: Tensor) -> Tensor:
+        """Mean over the batch axis (−1) of the global batch, detached: (…, B) → (…,).
+
+        For every statistic of the batch that is not a plain mean of the loss, so that two processes equal one.
+        """
+        return self._mean_over_processes(x.detach().mean(-1))
+
+    def _mean_over_processes(self, x: Tensor) -> Tensor:
+        if self.world_size > 1:
+            x = x.clone()
+            torch.distributed.all_reduce(x)
+            x = x / self.world_size
+        return x
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["hyper_parameters"] = plain_hparams(self.hparams)
+        checkpoint[KEY] = to_plain(
+            {
+                "class": f"{type(self).__module__}.{type(self).__qualname__}",
+                "sizes": asdict(self.sizes),
+                "seed": self.seed,
+                "seeds": self.seeds,
+                "updates": self.global_step,
+                "threads": torch.get_num_threads(),
+                "matmul": self.run.matmul,
+                "data": {"fingerprint": self.data_fingerprint, "meta": self.data_meta},
+                "meter": self.meter.state_dict(),
+                **self.extra_state(),
+            }
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get(KEY)
+        if state is None:
+            raise UsageError("the checkpoint was not written by this library; expected its 'offpolicy' entry.")
+        data = state["data"]
+        if self.data_fingerprint and self.data_fingerprint != data["fingerprint"] and not self.run.allow_other_data:
+            raise DataError(
+                f"the checkpoint was trained on other data ({data['meta'].get('name', 'unnamed')}, fingerprint "
+                f"{data['fingerprint'][:12]}) than those given ({self.data_fingerprint[:12]}). Pass the same data, or "
+                "--run.allow_other_data=true to go on with these."
+            )
+        self.seed, self.seeds = state["seed"], tuple(state["seeds"])
+        self.initialize(Sizes(**state["sizes"]), seed=state["seed"])
+        self.data_meta = self.data_meta or data["meta"]
+        self.run.threads, self.run.matmul = state["threads"], state["matmul"]
+        self.meter.load_state_dict(state["meter"])
+        self.load_extra_state(state)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Further plain values or tensors to keep in a checkpoint."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`extra_state` gave."""
+
+
+class Meter:
+    """Running means of metrics on the device: nothing is read back before a row is wanted."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        new = [name for name in metrics if name not in self.sums]
+        for name in new:
+            self.sums[name] = torch.zeros_like(metrics[name], dtype=torch.float32)
+            self.counts[name] = 0
+        if metrics:
+            torch._foreach_add_([self.sums[name] for name in metrics], list(metrics.values()))
+        for name in metrics:
+            self.counts[name] += 1
+
+    def read(self, mean_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float | list[float]]:
+        """Means since the last call, in one transfer; starts anew."""
+        if not self.sums:
+            return {}
+        means = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
+        values = mean_over_processes(means).tolist()
+        row = dict(zip(self.sums, values, strict=True))
+        self.sums, self.counts = {}, {}
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+    def to(self, device: torch.device) -> None:
+        self.sums = {k: v.to(device) for k, v in self.sums.items()}
+
+
+class OfflineModule(Module):
+    """Base of control methods: one update = one batch = one ``trainer.global_step``, whatever the optimisers.
+
+    A method declares ``view``, and defines ``build``, ``learning_rates``, ``update`` and ``policy``; ``draws`` when its
+    losses need noise. Hyperparameters understood by the base when a method has them: ``batch_size`` (global, 256),
+    ``normalize_obs`` (True), ``obs_eps`` (1e-3), ``reward_transform`` ("r"), ``max_grad_norm`` (None).
+    """
+
+    view: ClassVar[Any] = TransitionView()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.metric_row: dict[str, Any] = {}  # the newest row of metrics, and of an evaluation
+        self.eval_row: dict[str, Any] = {}
+        self.interrupted_by = 0  # signal that ended the last fit, 0 when none did
+        self._params: dict[str, list[Tensor]] = {}
+        self._optimizers: dict[str, FusedAdam] = {}
+        self._rates: dict[str, Rate] = {}
+        self._bound: BoundView | None = None
+        self._bound_version: tuple[int, int] = (0, 0)
+        self._undo = ExitStack()
+        self._update_time = 0.0
+        self._updates_timed = 0
+
+    # -- to be written by a method -------------------------------------------------------------------------------------
+
+    def learning_rates(self) -> dict[str, Rate]:
+        """What is trained: name of a network or parameter of this module → its rate, or a function of the update."""
+        raise NotImplementedError(f"{type(self).__name__} must define learning_rates(), e.g. {{'actor': 3e-4}}.")
+
+    def draws(self) -> dict[str, Draw]:
+        """Noise that the losses need; arrives as ``batch.noise.<name>`` with shape (B, *shape)."""
+        return {}
+
+    def update(self, batch: Any, step: int) -> Metrics:
+        """One update in the order of the paper; ``step`` counts from 1. Returns detached metrics."""
+        raise NotImplementedError(f"{type(self).__name__} must define update(batch, step).")
+
+    def policy(self, obs: Tensor) -> Tensor:
+        """Deterministic action in [-1, 1] for normalised observations: (…, B, O) → (…, B, A)."""
+        raise NotImplementedError(f"{type(self).__name__} must define policy(obs), used by act() and evaluation.")
+
+    def select(self, replay: Replay) -> Replay:
+        """The episodes this method trains on; all by default."""
+        return replay
+
+    def make_optimizer(self, name: str, params: list[Tensor]) -> FusedAdam:
+        """The optimiser of one name: Adam (0.9, 0.999, 1e-8) by default."""
+        return FusedAdam(params)
+
+    # -- acting --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(self, obs: Any) -> Any:
+        """Deterministic action in environment units.
+
+        Args:
+            obs: raw observation(s), NumPy or tensor, shape (O,) or (n, O).
+
+        Returns:
+            Action(s) of the same kind, (A,) or (n, A).
+        """
+        if self.sizes is None:
+            raise UsageError("the method has no networks yet; expected a trained one. Fit it or load a checkpoint.")
+        x = torch.as_tensor(obs).to(self.device, self.dtype_of_weights)
+        if x.shape[-1:] != (self.sizes.obs_dim,) or x.dim() not in (1, 2):
+            raise UsageError(
+                f"`obs` has shape {tuple(x.shape)}; expected ({self.sizes.obs_dim},) or (n, {self.sizes.obs_dim})."
+            )
+        training = self.training
+        self.eval()
+        action = self.policy(self.normalizer.obs(x if x.dim() == 2 else x[None])).clamp(-1.0, 1.0)
+        self.train(training)
+        action = self.normalizer.environment_action(action)
+        action = action if x.dim() == 2 else action[..., 0, :]
+        return action if isinstance(obs, Tensor) else action.float().cpu().numpy()
+
+    def agent(self) -> Any:
+        """What evaluation plays with: a function of observations (n, O), or an object that remembers.
+
+        See :class:`offpolicy.evaluation.rollout.Agent`; ``act`` unless a method needs the history.
+        """
+        return self.act
+
+    # -- steps of an update --------------------------------------------------------------------------------------------
+
+    def params(self, name: str) -> list[Tensor]:
+        """The parameters of a network (or the parameter) of this name."""
+        if name not in self._params:
+            part = getattr(self, name)
+            self._params[name] = [part] if isinstance(part, Tensor) else list(part.parameters())
+        return self._params[name]
+
+    def target_of(self, network: nn.Module) -> Any:
+        """A copy that follows a network by :meth:`track` and takes no gradient."""
+        return copy.deepcopy(network).requires_grad_(False)
+
+    def track(self, name: str, tau: float) -> None:
+        """Polyak step of ``target_<name>``: θ̄ ← (1 − τ)·θ̄ + τ·θ."""
+        polyak_(self.params(f"target_{name}"), self.params(name), tau)
+
+    def step(self, name: str, loss: Tensor | None = None, *, grads: list[Tensor] | None = None) -> None:
+        """One optimiser step of one network, from its loss or from ready gradients.
+
+        Only this network's gradient is computed, so other networks in the graph need no detaching and keep nothing.
+        With several processes gradients are averaged first; with ``max_grad_norm`` they are clipped per seed.
+
+        Args:
+            name: a key of :meth:`learning_rates`.
+            loss: (…,), one number per seed.
+            grads: instead of the loss, one gradient per parameter, of the local batch's mean loss.
+        """
+        params = self.params(name)
+        if grads is None:
+            assert loss is not None
+            grads = list(torch.autograd.grad(loss.sum() if loss.dim() else loss, params))
+        if self.world_size > 1:
+            grads = self.reduce_gradients(grads)
+        limit = self.option("max_grad_norm", None)
+        if limit is not None:
+            grads = clip_per_seed(grads, limit, seeds=bool(self.seeds))
+        rate = self._rates[name]
+        self._optimizers[name].apply(params, grads, rate(self._step) if callable(rate) else rate)
+
+    def reduce_gradients(self, grads: list[Tensor]) -> list[Tensor]:
+        """Mean over processes of a list of tensors, as one flat all-reduce."""
+        if self.world_size == 1:
+            return grads
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        torch.distributed.all_reduce(flat)
+        flat /= self.world_size
+        return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
+
+    # -- Lightning: construction ---------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "replay", None) is None:
+            raise UsageError(
+                "fit was given no replay; expected a data module. Use `data = offpolicy.load_data(...)` and "
+                "`trainer.fit(method, data)`."
+            )
+        self._check_hyperparameters()
+        if self.seed is None:
+            self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed())) % (1 << 63)
+        replay = self.select(data.replay)
+        self.data_meta, self.data_fingerprint = dict(data.replay.meta), data.replay.fingerprint()
+        self.initialize(Sizes.of(replay))
+        self.normalizer.fit(
+            replay,
+            self.view.rows(replay) if isinstance(self.view, TransitionView) else replay.rows,
+            normalize_obs=self.option("normalize_obs", True),
+            reward_transform=self.option("reward_transform", "r"),
+            eps=self.option("obs_eps", 1e-3),
+        )
+
+    def _check_hyperparameters(self) -> None:
+        check_range("batch_size", self.option("batch_size", 256), 1)
+        check_range("obs_eps", self.option("obs_eps", 1e-3), 0.0)
+        parse_reward_transform(self.option("reward_transform", "r"))
+        if self.option("max_grad_norm", None) is not None:
+            check_range("max_grad_norm", self.hparams["max_grad_norm"], 0.0, lower_open=True)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        self._rates = self.learning_rates()
+        for name, rate in self._rates.items():
+            if not callable(rate):
+                check_range(f"{name} learning rate", rate, 0.0)
+        self._params.clear()
+        self._optimizers = {name: self.make_optimizer(name, self.params(name)) for name in self._rates}
+        return list(self._optimizers.values())
+
+    def on_fit_start(self) -> None:
+        trainer = self.trainer
+        if trainer.max_steps < 1:
+            raise UsageError("the Trainer has no `max_steps`; expected the number of updates, e.g. max_steps=10000.")
+        if trainer.precision == "16-mixed":
+            raise UsageError("precision '16-mixed' needs loss scaling, which methods do not do; use 'bf16-mixed'.")
+        if self.option("batch_size", 256) % self.world_size:
+            raise UsageError(
+                f"`batch_size` is {self.option('batch_size', 256)}; expected a multiple of the {self.world_size} "
+                "processes, as it is the size of the global batch."
+            )
+        if self.run.threads is not None:
+            self._undo.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.run.threads)
+        self.run.matmul = matmul.choose_matmul(self.run.matmul)
+        self._undo.enter_context(matmul.matmul_setting(self.run.matmul))
+        if self.run.compile:
+            self._compile_losses()
+        self.meter.to(self.device)
+        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())
+        self._cuts = self._intervals()
+        self._bind()
+
+    def _compile_losses(self) -> None:
+        for name in dir(type(self)):
+            if name.endswith("_loss") and callable(getattr(self, name)):
+                setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+                self._undo.callback(partial(delattr, self, name))
+
+    def _intervals(self) -> set[int]:
+        """Every interval, in updates, at which a block must end."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        found = {self.run.log_every, self.run.eval_every, getattr(data, "change_every", 0)}
+        found |= {getattr(callback, "_every_n_train_steps", 0) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return {n for n in found if isinstance(n, int) and n > 0}
+
+    def _bind(self) -> None:
+        """Put the data where batches are gathered from; again whenever the replay has changed."""
+        replay = self.trainer.datamodule.replay  # type: ignore[attr-defined]
+        version = (id(replay), replay.version)
+        if self._bound is None or version != self._bound_version:
+            self._bound = self.view.bind(self.select(replay), self.normalizer, self.device)
+            self._bound_version = version
+
+    def restore_settings(self) -> None:
+        """Put thread count, matmul choice and uncompiled losses back as they were before the fit."""
+        self._undo.close()
+
+    def teardown(self, stage: str) -> None:
+        self.restore_settings()
+        self._bound = None
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [RestoreSettings(), Evaluation(), Interruption()]
+
+    # -- Lightning: the loop -------------------------------------------------------------------------------------------
+
+    def block_length(self, t: int) -> int:
+        """Updates until the next interval ends, at most ``run.block``; a function of the update count alone."""
+        return min([self.run.block, self.trainer.max_steps - t, *(n - t % n for n in self._cuts)])
+
+    def draw(self, t: int, k: int) -> list[Any]:
+        """The batches of updates t + 1 … t + k: this process's rows of each, with their noise."""
+        assert self._bound is not None and self.seed is not None
+        size = self.option("batch_size", 256)
+        local = size // self.world_size
+        rank = self.global_rank if self.world_size > 1 else 0
+        rows = torch.arange(rank * local, (rank + 1) * local, device=self._bound.device)
+        steps = torch.arange(t + 1, t + k + 1, device=rows.device)
+        seeds: Any = list(self.seeds) if self.seeds else self.seed
+        words = sampling.bits(sampling.keys(seeds, "index", steps), rows)
+        batch = self._bound.gather(self._bound.pick(words))
+        rows, steps = rows.to(self.device), steps.to(self.device)
+        laws = {"normal": sampling.normals, "uniform": sampling.uniforms}
+        noise = {
+            name: laws[draw.law](sampling.keys(seeds, name, steps), rows, draw.shape).to(batch.obs.dtype).unbind(0)
+            for name, draw in self.draws().items()
+        }
+        parts = {name: value.unbind(0) for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+        return [
+            type(batch)(
+                **{name: part[j] for name, part in parts.items()},
+                noise=Noise(**{name: part[j] for name, part in noise.items()}),
+            )
+            for j in range(k)
+        ]
+
+    def training_step(self, tick: Any, _: int) -> None:
+        t = self.global_step
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        change_every = getattr(data, "change_every", 0)
+        if change_every and t % change_every == 0:
+            data.on_block_start(self)
+            self._bind()
+        k = self.block_length(t)
+        began = time.perf_counter()
+        for j, batch in enumerate(self.draw(t, k)):
+            self._step = t + j + 1
+            if self._has_dropout:  # dropout has no noise argument: make its generator a function of the update too
+                torch.manual_seed(int(sampling.keys(self.seed or 0, "dropout", torch.tensor([self._step]))[0]))
+            self.meter.add(self.update(batch, self._step))
+        self._count(k)
+        self._update_time += time.perf_counter() - began
+        self._updates_timed += k
+        if (t + k) % self.run.log_every == 0 or t + k == self.trainer.max_steps:
+            self._write_row(t + k)
+
+    def _count(self, k: int) -> None:
+        """Let ``global_step`` count k updates. The only place that touches the Trainer's private counters."""
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        for part in (progress.total, progress.current):
+            part.ready += k
+            part.completed += k
+
+    def _write_row(self, updates: int) -> None:
+        """One row of metrics: means since the last row, read back once."""
+        row: dict[str, Any] = {f"train/{k}": v for k, v in self.meter.read(self._mean_over_processes).items()}
+        speed = self._updates_timed / max(self._update_time, 1e-9)
+        self._update_time, self._updates_timed = 0.0, 0
+        row = {"step": updates, **row, "perf/updates_per_s": speed}
+        self.metric_row = row
+        scalars = {k: float(v) for k, v in row.items() if not isinstance(v, list)}
+        self.log_dict({k: v for k, v in scalars.items() if k != "step"}, logger=False)
+        self.log_to_loggers(scalars, updates)
+
+    def log_to_loggers(self, values: dict[str, float], updates: int) -> None:
+        """Hand a row to the Trainer's loggers; one that fails is a warning, not the end of the run."""
+        for logger in self.loggers:
+            try:
+                logger.log_metrics({k: v for k, v in values.items() if k != "step"}, step=updates)
+            except Exception as error:
+                log.warning("logger %s failed at update %d: %s", type(logger).__name__, updates, error)
+
+
+def clip_per_seed(grads: list[Tensor], max_norm: float, *, seeds: bool) -> list[Tensor]:
+    """Scale gradients so that their joint norm is at most ``max_norm``, for each seed by itself.
+
+    Args:
+        grads: one gradient per parameter, with a seed axis in front when ``seeds``.
+        max_norm: limit > 0 on the Euclidean norm over all parameters.
+    """
+    if not seeds:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return list(torch._foreach_mul(grads, scale))
+    norm = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return [g * scale.reshape(-1, *(1,) * (g.dim() - 1)) for g in grads]
+
+
+__all__ = ["Draw", "Metrics", "Module", "Noise", "OfflineModule", "Sizes", "TransitionView", "WindowView"]

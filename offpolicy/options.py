@@ -1,0 +1,40 @@
+"""Options of a run, common to all methods (``--run.*`` on the command line)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offpolicy.errors import UsageError, check_range
+
+
+@dataclass
+class RunOptions:
+    """How a run is carried out; none of these changes what is learned (``matmul`` and ``threads`` change last bits).
+
+    Args:
+        block: updates per call of the Trainer, ≥ 1; cut at every interval. Any value gives the same weights.
+        eval_every: updates between evaluations and checkpoints, ≥ 0; 0 evaluates at the end only.
+        eval_episodes: episodes per evaluation, ≥ 0; 0 never evaluates.
+        log_every: updates between rows of metrics, ≥ 1.
+        threads: torch threads during training; None leaves the setting alone.
+        matmul: float32 products on CPU: "auto", "mkl" or "onednn" (see :mod:`offpolicy.matmul`).
+        compile: compile the losses with ``torch.compile``; pays on GPUs, not on CPUs.
+        allow_other_data: resume although the data are not those of the checkpoint.
+    """
+
+    block: int = 64
+    eval_every: int = 5000
+    eval_episodes: int = 10
+    log_every: int = 500
+    threads: int | None = None
+    matmul: str = "auto"
+    compile: bool = False
+    allow_other_data: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low in (("block", 1), ("eval_every", 0), ("eval_episodes", 0), ("log_every", 1)):
+            check_range(name, getattr(self, name), low)
+        if self.threads is not None:
+            check_range("threads", self.threads, 1)
+        if self.matmul not in ("auto", "mkl", "onednn"):
+            raise UsageError(f"`matmul` is {self.matmul!r}; expected 'auto', 'mkl' or 'onednn'.")
