@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +72,10 @@ class Module(LightningModule):
 
     sizes: Sizes = None  # type: ignore[assignment]  # set by `initialize`
     normalizer: Normalizer
+    if TYPE_CHECKING:
+        hparams: Any  # the arguments of the method's __init__, by name
+
+        def __getattr__(self, name: str) -> Any: ...  # networks, made in `build`
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,7 +373,7 @@ class OfflineModule(Module):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if getattr(data, "replay", None) is None:
             raise UsageError(
                 "fit was given no replay; expected a data module. Use `data = offpolicy.load_data(...)` and "

@@ -293,7 +293,7 @@ class Replay:
                 np.save(temporary / "steps" / names[name], _numpy(column), allow_pickle=False)
             small = {f"tail/{k}": _numpy(v) for k, v in self.tail.items()}
             small |= {f"episodes/{k}": v for k, v in self.episodes.items()}
-            np.savez(temporary / "index.npz", start=self.start, length=self.length, **small)
+            np.savez(temporary / "index.npz", **{"start": self.start, "length": self.length, **small})  # type: ignore[arg-type]
             record = {"format": FORMAT, "columns": names, "fingerprint": self.fingerprint(), "meta": self.meta}
             (temporary / "meta.json").write_text(json.dumps(record, indent=1))
             if target.exists():
@@ -317,10 +317,9 @@ class Replay:
         record = json.loads((path / "meta.json").read_text())
         if record.get("format") != FORMAT:
             raise DataError(f"{path} has format {record.get('format')}; this version reads {FORMAT}. Convert it anew.")
-        mode = "r" if mmap else None
         try:
             steps = {
-                name: np.load(path / "steps" / file, mmap_mode=mode, allow_pickle=False)
+                name: np.load(path / "steps" / file, mmap_mode="r" if mmap else None, allow_pickle=False)
                 for name, file in record["columns"].items()
             }
             with np.load(path / "index.npz", allow_pickle=False) as index:
@@ -362,8 +361,9 @@ class Ring(Replay):
         steps: dict[str, Column] = {}
         for name, column in first.steps.items():
             source = _numpy(column)
-            steps[name] = np.zeros((capacity, *source.shape[1:]), dtype=source.dtype)
-            steps[name][: len(rows)] = source[rows]
+            space = np.zeros((capacity, *source.shape[1:]), dtype=source.dtype)
+            space[: len(rows)] = source[rows]
+            steps[name] = space
         super().__init__(
             steps,
             start=np.cumsum(first.length) - first.length,
@@ -419,10 +419,11 @@ class Ring(Replay):
         if first == 0 and self.head != 0:  # the rows skipped at the end hold the oldest episodes of the last round
             alive &= self.start < self.head
         for name, column in self.steps.items():
-            column[first : first + length] = _numpy(new.steps[name])[source : source + length]
+            _numpy(column)[first : first + length] = _numpy(new.steps[name])[source : source + length]
         self.start = np.append(self.start[alive], first)
         self.length = np.append(self.length[alive], length)
-        for ours, theirs in ((self.tail, new.tail), (self.episodes, new.episodes)):
+        pairs: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ((self.tail, new.tail), (self.episodes, new.episodes))
+        for ours, theirs in pairs:
             for name in ours:
                 row = _numpy(theirs[name])[episode : episode + 1]
                 ours[name] = np.concatenate([_numpy(ours[name])[alive], row])

@@ -56,11 +56,10 @@ def keys(seeds: Sequence[int] | int, stream: int | str, steps: Tensor) -> Tensor
         int64, shape (K,) for one seed and (K, S) for a sequence.
     """
     stream = stream_id(stream) if isinstance(stream, str) else stream
-    single = isinstance(seeds, int)
-    values = torch.tensor([_signed(s) for s in ([seeds] if single else seeds)], dtype=torch.int64)
-    values = values.to(steps.device)
+    listed = [seeds] if isinstance(seeds, int) else seeds
+    values = torch.tensor([_signed(seed) for seed in listed], dtype=torch.int64).to(steps.device)
     key = mix(mix(values * _GOLDEN + stream) + steps[:, None] * _GOLDEN)
-    return key[:, 0] if single else key
+    return key[:, 0] if isinstance(seeds, int) else key
 
 
 def bits(key: Tensor, counter: Tensor) -> Tensor:
