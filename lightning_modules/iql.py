@@ -90,7 +90,7 @@ class IQL(OfflineModule):
 
     def build(self, sizes: Sizes) -> None:
         h = self.hparams
-        policy = DeterministicPolicy if h.deterministic else GaussianPolicy
+        policy: Any = DeterministicPolicy if h.deterministic else GaussianPolicy
         self.actor = policy(sizes.obs_dim, sizes.action_dim, h.hidden_dims, dropout=h.actor_dropout)
         self.critic = EnsembleCritic(sizes.obs_dim, sizes.action_dim, h.num_critics, h.hidden_dims)
         self.target_critic = self.target_of(self.critic)

@@ -422,8 +422,8 @@ class Ring(Replay):
             _numpy(column)[first : first + length] = _numpy(new.steps[name])[source : source + length]
         self.start = np.append(self.start[alive], first)
         self.length = np.append(self.length[alive], length)
-        pairs: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ((self.tail, new.tail), (self.episodes, new.episodes))
-        for ours, theirs in pairs:
+        tails: Any = (self.tail, new.tail)
+        for ours, theirs in (tails, (self.episodes, new.episodes)):
             for name in ours:
                 row = _numpy(theirs[name])[episode : episode + 1]
                 ours[name] = np.concatenate([_numpy(ours[name])[alive], row])
