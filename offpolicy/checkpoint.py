@@ -1,0 +1,234 @@
+"""Checkpoints of plain types in whole files, and how to find the one to continue from.
+
+Nothing here needs Lightning; the plugin that makes Lightning write this way is in `checkpoint_io.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import enum
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from offpolicy.errors import UsageError
+from offpolicy.files import atomic_file, is_stray, method_folder
+
+PLAIN = (type(None), bool, torch.Tensor, torch.dtype, torch.device, torch.layout)
+UNREADABLE = (
+    OSError,
+    RuntimeError,  # torch's archive reader
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    pickle.UnpicklingError,
+)
+
+
+def to_plain(value: Any, where: str = "value", *, freeze_lists: bool = False) -> Any:
+    """Turn `value` into what ``torch.load(weights_only=True)`` accepts, all the way down.
+
+    Paths become text, NumPy scalars numbers, arrays tensors, enums their values, NamedTuples tuples, dataclasses and
+    namespaces dicts, frozen sets sets. `OrderedDict` stays one (with the version notes of a `state_dict`); tensors are
+    passed on without a copy.
+
+    Args:
+        where: the name to use in the error message.
+        freeze_lists: lists become tuples, so that settings from a file equal settings from Python.
+
+    Raises:
+        UsageError: something else, such as a function or an object; the message names the key.
+    """
+    if isinstance(value, enum.Enum):
+        return to_plain(value.value, where, freeze_lists=freeze_lists)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, PLAIN):
+        return value
+    for kind in (int, float, complex, str, bytes):  # also subclasses, which would not load
+        if isinstance(value, kind):
+            return kind(value)  # type: ignore[arg-type]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biufc":
+            _refuse(value, where)
+        return torch.from_numpy(np.array(value))  # a copy: the array may be read-only or change later
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+    def inner(item: Any, key: object) -> Any:
+        return to_plain(item, f"{where}.{key}", freeze_lists=freeze_lists)
+
+    if isinstance(value, Mapping):
+        plain: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
+        for key, item in value.items():
+            plain[to_plain(key, f"key {key!r} of {where}", freeze_lists=True)] = inner(item, key)
+        if isinstance(value, OrderedDict) and hasattr(value, "_metadata"):
+            plain._metadata = to_plain(value._metadata, f"{where}._metadata")  # type: ignore[attr-defined]
+        return plain
+    if isinstance(value, (list, tuple)):
+        items = [inner(item, i) for i, item in enumerate(value)]
+        return tuple(items) if freeze_lists or isinstance(value, tuple) else items
+    if isinstance(value, (set, frozenset)):
+        return {inner(item, "item") for item in value}
+    return _refuse(value, where)
+
+
+def plain_hparams(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters in the one form that goes into a checkpoint, however the run was started.
+
+    Lists become tuples, and the notes that the command line leaves (`_class_path`, `_instantiator`) are dropped.
+    """
+    kept = {key: value for key, value in hparams.items() if key not in ("_class_path", "_instantiator")}
+    return to_plain(kept, "hparams", freeze_lists=True)
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write `checkpoint`, made plain, atomically and to the disk.
+
+    Raises:
+        UsageError: something in it is not plain (nothing is written).
+        WriteError: full disk, read-only folder; no temporary stays, earlier files are untouched.
+    """
+    plain = to_plain(checkpoint, "checkpoint")
+    with atomic_file(path) as file:
+        torch.save(plain, file)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a whole checkpoint to the CPU with ``weights_only=True``.
+
+    Raises:
+        UsageError: no such file, a file cut short, or one that holds more than plain types.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"Found no checkpoint {path}; expected a file. Check the path or pass the run folder.")
+    try:
+        return _load(path)
+    except UNREADABLE as error:
+        reason = str(error).split("\n", 1)[0][:200]
+        raise UsageError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a whole checkpoint of plain types: {reason} "
+            "Pass an earlier one, or the run folder to take the newest that opens."
+        ) from error
+
+
+def opens(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a whole checkpoint. Cheap: tensors are mapped, not read.
+
+    A file cut anywhere fails, because the archive's directory stands at its end.
+    """
+    try:
+        _load(Path(path), mmap=True)
+    except UNREADABLE:
+        return False
+    return True
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint with the largest update number in its name (`step=00005000.ckpt`) that opens, or None.
+
+    `folder` is a folder of checkpoints or a run folder with `checkpoints/` in it.
+    """
+    return next((path for path in _by_update(Path(folder)) if opens(path)), None)
+
+
+def newest_run(root: str | os.PathLike[str], data: str, method: str, seed: int | None = None) -> Path | None:
+    """The run folder under `<root>/<data>/<method>/` that wrote a checkpoint last, or None.
+
+    Args:
+        seed: only runs of this seed (`seed<seed>-<n>`); any seed when None.
+    """
+    runs = []
+    for folder in method_folder(root, data, method).glob("seed*-*"):
+        match = re.fullmatch(r"seed(-?\d+)-(\d+)", folder.name)
+        files = _by_update(folder)
+        if match and files and seed in (None, int(match[1])):
+            runs.append((max(file.stat().st_mtime_ns for file in files), int(match[2]), folder))
+    return next((folder for *_, folder in sorted(runs, reverse=True) if newest_checkpoint(folder)), None)
+
+
+def resolve_checkpoint(
+    ckpt: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] = "runs",
+    data: str | None = None,
+    method: str | None = None,
+    seed: int | None = None,
+) -> Path:
+    """The checkpoint file that the user means.
+
+    Args:
+        ckpt: `"last"` (the newest run of `method` on `data` under `root`), a checkpoint file, or a run folder.
+
+    Raises:
+        UsageError: nothing there that opens; the message names the places searched.
+    """
+    if os.fspath(ckpt) == "last":
+        if data is None or method is None:
+            raise UsageError("`ckpt_path` is 'last'; expected the data and the method too. Pass both or a path.")
+        run = newest_run(root, data, method, seed)
+        found = run and newest_checkpoint(run)
+        if found:
+            return found
+        place = method_folder(root, data, method).resolve()
+        pattern = f"seed{'*' if seed is None else seed}-*"
+        raise UsageError(
+            f"`ckpt_path` is 'last', but no whole checkpoint was found; searched {place / pattern / 'checkpoints'}. "
+            "Leave `ckpt_path` out to start a new run, or pass a checkpoint file or run folder."
+        )
+    path = Path(ckpt)
+    if path.is_dir():
+        found = newest_checkpoint(path)
+        if found:
+            return found
+        raise UsageError(
+            f"No whole checkpoint in {path}; searched {path / '*.ckpt'} and {path / 'checkpoints' / '*.ckpt'}. "
+            "Pass a checkpoint file or the folder of another run."
+        )
+    if not path.exists():
+        raise UsageError(f"Found no {path} (searched {path.resolve()}); expected 'last', a checkpoint or a run folder.")
+    if not opens(path):
+        other = newest_checkpoint(path.parent)
+        hint = f" Continue from {other}." if other else " No other checkpoint lies beside it."
+        raise UsageError(f"{path} ({path.stat().st_size:,} bytes) does not open; expected a whole checkpoint.{hint}")
+    return path
+
+
+def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"it holds a {type(loaded).__name__}, not a dict.")
+    return loaded
+
+
+def _by_update(folder: Path) -> list[Path]:
+    """Checkpoint files in `folder` and its `checkpoints/`, largest update number first, newest first among equals."""
+    found = []
+    for path in [*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")]:
+        match = re.search(r"step=(\d+)", path.name)
+        if match and path.is_file() and not is_stray(path):
+            found.append((int(match[1]), path.stat().st_mtime_ns, path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def _refuse(value: Any, where: str) -> Any:
+    kind = f"{type(value).__name__} of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+    raise UsageError(
+        f"`{where}` is {str(value)[:80]!r} ({kind}), which a checkpoint cannot hold; expected numbers, text, tensors, "
+        "paths, enums, or tuples, lists and dicts of them. Pass a name or a number instead and build the object inside."
+    )

@@ -1,0 +1,327 @@
+"""Episodes of a policy in gymnasium environments, repeatable and without a trace on training.
+
+Episode k always starts from seed ``seed + k``, whatever the number of environments, and the global random generators
+of Python, NumPy and torch are seeded for the evaluation and put back after it. So a result depends on the policy
+alone, and training numbers never depend on evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import random
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from offpolicy.errors import UsageError
+
+EVAL_SEED = 10_000
+MAX_STEPS = 100_000  # an episode that is longer than this has no end: the environment has no step limit
+
+# Environment ids that a package of ours-to-install registers when it is imported: pattern, module, extra.
+PACKAGES = (
+    (r"(PointMaze|AntMaze|Adroit|FrankaKitchen|Fetch|Hand)", "gymnasium_robotics", "robotics"),
+    (r"(pointmaze|antmaze|humanoidmaze|antsoccer|cube|scene|puzzle|powderworld)", "ogbench", "ogbench"),
+)
+
+
+class Agent(Protocol):
+    """A policy that may remember. Only `act` is required; a plain function of the observations will do too.
+
+    ``reset(num_envs)`` starts `num_envs` new episodes; ``observe(reward, finished)`` follows every step with the
+    rewards (n,) and which episodes are over (n,). Row i is the same episode from `reset` to the next `reset`; rows of
+    finished episodes keep their last observation, get reward 0, and their actions are ignored.
+    """
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """Observations (n, O) float32 -> actions (n, A) in environment units."""
+
+
+class Sizes(Protocol):
+    """What the data say about the widths."""
+
+    @property
+    def obs_dim(self) -> int: ...
+
+    @property
+    def action_dim(self) -> int: ...
+
+
+class EvalResult(NamedTuple):
+    """One row per episode: undiscounted return (n,) float64, length in steps (n,) int64, success (n,) bool or None.
+
+    `success` is whether the environment reported it at any step; None when it never reports it. The return of an
+    episode in which the policy gave a NaN or infinite action is NaN, and the episode stops there.
+    """
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    success: np.ndarray | None
+
+
+class NoEnvironment(UsageError):
+    """There is nothing to evaluate in: no environment is known, or its package is not installed."""
+
+
+class Evaluator:
+    """Runs whole episodes, several environments side by side, with one batched call of the policy per step.
+
+    Args:
+        meta: of a replay. Used are `env_id`, `env_kwargs`, `max_episode_steps`, `obs_keys` (the parts of a dict
+            observation, concatenated in this order; 'a/b' reaches into nested ones) and `reset_options` (one dict for
+            every episode, or a list from which episode k takes number k, round and round).
+        sizes: `obs_dim` and `action_dim` of the data.
+        episodes: per evaluation, at least 1.
+        seed: episode k is reset with `seed + k`.
+        num_envs: environments kept open, at most one per episode; 10 if None. It changes the speed and the batch the
+            policy sees, not the episodes.
+
+    Raises:
+        NoEnvironment: no `env_id`, no such environment here, or its package is missing.
+        UsageError: its spaces do not match the data, or it refuses `env_kwargs`.
+    """
+
+    def __init__(
+        self,
+        meta: Mapping[str, Any],
+        sizes: Sizes,
+        *,
+        episodes: int = 10,
+        seed: int = EVAL_SEED,
+        num_envs: int | None = None,
+    ) -> None:
+        for name, value in (("episodes", episodes), ("num_envs", num_envs)):
+            if value is not None and value < 1:
+                raise UsageError(f"`{name}` is {value}; expected at least 1. Pass a positive number or leave it out.")
+        self.episodes = episodes
+        self.seed = seed
+        options = meta.get("reset_options")
+        self._options: list[Mapping[str, Any] | None] = (
+            list(options) if isinstance(options, (list, tuple)) else [options]
+        )
+        self._keys = [str(key).split("/") for key in meta.get("obs_keys") or []]
+        with isolated_rng(seed):
+            self.envs = [make_environment(meta)]
+            self.obs_dim = self._check_obs(meta["env_id"], self.envs[0].observation_space, sizes.obs_dim)
+            self.action_dim = self._check_action(meta["env_id"], self.envs[0].action_space, sizes.action_dim)
+            self.envs += [make_environment(meta) for _ in range(min(episodes, num_envs or 10) - 1)]
+        self._space = self.envs[0].action_space
+
+    def run(self, agent: Agent | Callable[[np.ndarray], np.ndarray]) -> EvalResult:
+        """Play all episodes and return one row for each.
+
+        Args:
+            agent: an :class:`Agent`, or a function of observations (n, O) float32 that gives actions (n, A) in
+                environment units. Actions are clipped to the action space. Called without gradients.
+
+        Raises:
+            UsageError: the actions have another shape, or an episode does not end.
+        """
+        returns = np.zeros(self.episodes)
+        lengths = np.zeros(self.episodes, np.int64)
+        success = np.full(self.episodes, -1, np.int8)  # -1: never reported
+        with isolated_rng(self.seed), torch.no_grad():
+            for first in range(0, self.episodes, len(self.envs)):
+                wave = slice(first, min(first + len(self.envs), self.episodes))
+                self._play(agent, first, returns[wave], lengths[wave], success[wave])
+        return EvalResult(returns, lengths, success > 0 if (success >= 0).any() else None)
+
+    def close(self) -> None:
+        """Close the environments."""
+        for env in self.envs:
+            env.close()
+        self.envs = []
+
+    def _play(
+        self,
+        agent: Agent | Callable[[np.ndarray], np.ndarray],
+        first: int,
+        returns: np.ndarray,
+        lengths: np.ndarray,
+        success: np.ndarray,
+    ) -> None:
+        """One episode in each of the first environments; the three arrays (n,) are filled in place."""
+        n = len(returns)
+        act: Callable[[np.ndarray], Any] = getattr(agent, "act", agent)  # type: ignore[arg-type]
+        observe = getattr(agent, "observe", None)
+        obs = np.empty((n, self.obs_dim), np.float32)
+        for i in range(n):
+            options = self._options[(first + i) % len(self._options)]
+            start, _ = self.envs[i].reset(seed=self.seed + first + i, options=dict(options) if options else None)
+            obs[i] = self._flat(start)
+        if hasattr(agent, "reset"):
+            agent.reset(n)
+
+        alive = np.ones(n, bool)
+        while alive.any():
+            actions = act(obs.copy())  # a copy: a policy with memory may keep it
+            actions = actions.float().cpu().numpy() if isinstance(actions, torch.Tensor) else np.asarray(actions)
+            if actions.shape != (n, self.action_dim):
+                raise UsageError(
+                    f"The policy returned actions of shape {actions.shape} for {n} observations; "
+                    f"expected ({n}, {self.action_dim}). Return one row of environment actions per observation."
+                )
+            finite = np.isfinite(actions).all(1)
+            actions = actions.astype(np.float32).reshape(n, *self._space.shape)
+            actions = np.clip(actions, self._space.low, self._space.high).astype(self._space.dtype)
+            rewards = np.zeros(n)
+            for i in np.flatnonzero(alive).tolist():
+                if not finite[i]:
+                    returns[i], alive[i] = np.nan, False
+                    continue
+                observation, reward, terminated, truncated, info = self.envs[i].step(actions[i])
+                obs[i] = self._flat(observation)
+                rewards[i] = reward
+                lengths[i] += 1
+                alive[i] = not (terminated or truncated)
+                reached = info.get("success", info.get("is_success"))
+                if reached is not None:
+                    success[i] = max(success[i], bool(reached))
+            returns += rewards
+            if observe is not None:
+                observe(rewards, ~alive)
+            if lengths.max() >= MAX_STEPS and alive.any():
+                raise UsageError(
+                    f"An episode ran for {MAX_STEPS:,} steps without an end; expected a step limit. "
+                    "Set `max_episode_steps` in the data's meta."
+                )
+
+    def _flat(self, observation: Any) -> np.ndarray:
+        if not self._keys or not isinstance(observation, Mapping):
+            return np.ravel(observation)
+        return np.concatenate([np.ravel(_reach(observation, key)) for key in self._keys])
+
+    def _check_obs(self, env_id: str, space: Any, expected: int) -> int:
+        from gymnasium import spaces
+
+        try:
+            parts = [_reach(space, key) for key in self._keys] if isinstance(space, spaces.Dict) else [space]
+        except KeyError as error:
+            raise UsageError(
+                f"{env_id} has no observation part {error}; it has {sorted(space)}. Correct `obs_keys` of the data."
+            ) from None
+        if not parts:
+            raise UsageError(
+                f"{env_id} gives a dict observation with {sorted(space)}; expected to be told which parts the data "
+                "hold, in which order. Set `obs_keys` in the data's meta."
+            )
+        if not all(isinstance(part, spaces.Box) for part in parts):
+            raise UsageError(
+                f"{env_id} has the observation space {space}; expected numbers in a Box, as in the data. "
+                "Correct `env_id` or `obs_keys` of the data, or train without evaluation: `--run.eval_episodes=0`."
+            )
+        return _same_width(env_id, "observations", sum(int(np.prod(p.shape)) for p in parts), expected)
+
+    def _check_action(self, env_id: str, space: Any, expected: int) -> int:
+        from gymnasium import spaces
+
+        if not isinstance(space, spaces.Box):
+            raise UsageError(
+                f"{env_id} has the action space {space}; expected a Box of {expected} numbers, as in the data. "
+                "Correct `env_id` of the data, or train without evaluation: `--run.eval_episodes=0`."
+            )
+        return _same_width(env_id, "actions", int(np.prod(space.shape)), expected)
+
+
+def make_evaluator(
+    meta: Mapping[str, Any],
+    sizes: Sizes,
+    *,
+    episodes: int = 10,
+    seed: int = EVAL_SEED,
+    num_envs: int | None = None,
+) -> tuple[Evaluator | None, str]:
+    """An evaluator and an empty string; or None and a sentence saying why there is none.
+
+    Raises:
+        UsageError: there is an environment, but it does not match the data.
+    """
+    if episodes == 0:
+        return None, "Evaluation is off (0 episodes): returns and scores are not measured."
+    try:
+        return Evaluator(meta, sizes, episodes=episodes, seed=seed, num_envs=num_envs), ""
+    except NoEnvironment as error:
+        return None, str(error)
+
+
+def make_environment(meta: Mapping[str, Any]) -> Any:
+    """The environment that `meta` names, without a display.
+
+    Raises:
+        NoEnvironment: it cannot be had here; the message names the extra to install where one is missing.
+        UsageError: it refuses `env_kwargs`.
+    """
+    import gymnasium
+
+    env_id = meta.get("env_id")
+    if not env_id:
+        raise NoEnvironment("The data name no environment (`env_id`): returns and scores are not measured.")
+    kwargs = {k: v for k, v in (meta.get("env_kwargs") or {}).items() if k != "render_mode"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "v4 is out of date": the version is chosen to match the data
+        package = next(((m, extra) for p, m, extra in PACKAGES if re.match(p, env_id)), None)
+        if package and env_id not in gymnasium.registry:
+            if importlib.util.find_spec(package[0]) is None:
+                raise _missing(env_id, package[0], package[1])
+            with contextlib.suppress(ImportError):  # then gymnasium's own message says what is wrong
+                importlib.import_module(package[0])
+        try:
+            steps = meta.get("max_episode_steps")
+            return gymnasium.make(env_id, max_episode_steps=steps, disable_env_checker=True, **kwargs)
+        except TypeError as error:
+            raise UsageError(f"{env_id} refuses `env_kwargs` {kwargs}: {error}. Correct the data's meta.") from error
+        except Exception as error:
+            if "mujoco" in str(error).lower() and importlib.util.find_spec("mujoco") is None:
+                raise _missing(env_id, "mujoco", package[1] if package else "mujoco") from error
+            reason = str(error.args[0] if error.args else "").strip().split("\n", 1)[0] or type(error).__name__
+            raise NoEnvironment(
+                f"{env_id} cannot be made here ({reason.rstrip('.')}): returns and scores are not measured."
+            ) from error
+
+
+@contextlib.contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and torch for the block, and put their states back after it."""
+    python, numpy_, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also queue a seed for a device not in use
+        if cuda is not None:
+            torch.cuda.manual_seed_all(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _reach(tree: Any, key: list[str]) -> Any:
+    for name in key:
+        tree = tree[name]
+    return tree
+
+
+def _same_width(env_id: str, what: str, found: int, expected: int) -> int:
+    if found != expected:
+        raise UsageError(
+            f"{env_id} has {what} of width {found}, the data have {expected}; expected the same. Correct `env_id`, "
+            "`env_kwargs` or `obs_keys` of the data, or train without evaluation: `--run.eval_episodes=0`."
+        )
+    return found
+
+
+def _missing(env_id: str, module: str, extra: str) -> NoEnvironment:
+    return NoEnvironment(
+        f"{env_id} needs {module}, which is not installed: returns and scores are not measured. "
+        f"Install it with: pip install 'offpolicy[{extra}]'."
+    )

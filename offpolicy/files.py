@@ -1,0 +1,359 @@
+"""Small files that are either whole or absent: atomic writes, tables by update number, curves, run folders."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import io
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+Value = int | float | str
+Columns = dict[str, tuple[list[float], list[float]]]  # name -> (steps, values)
+
+
+class WriteError(OSError):
+    """A file could not be written; the message names the file, the cause and what to do. `errno` is kept."""
+
+    @classmethod
+    def of(cls, error: OSError, path: Path, written: int = 0) -> WriteError:
+        """The clear form of `error`, met while writing `path` after `written` bytes."""
+        cause = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            after = f" after {written:,} bytes{_free(path.parent)}"
+            remedy = "Free some space or choose another folder"
+        else:
+            after, remedy = "", "Choose a folder you may write to"
+        message = f"Could not write {path}: {cause}{after}. {remedy}; files written earlier are unchanged."
+        return cls(error.errno, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1]) if len(self.args) > 1 else super().__str__()
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a binary file that appears under `path` only when the block ends without an error.
+
+    The bytes go to a temporary name in the same folder (so the final rename never copies), are flushed to the disk,
+    and then replace `path` in one step. Whatever happens before that step, an earlier file of that name is untouched.
+    Missing folders are made. A killed process leaves at most a stray ``.<name>.<pid>.tmp`` (see :func:`is_stray`).
+
+    Raises:
+        WriteError: full disk, read-only folder, or another fault of the file system. The temporary is removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    file: BinaryIO | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = cast(BinaryIO, open(temporary, "wb"))  # noqa: SIM115 - closed below, before the rename
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        written = _size(temporary)
+        with contextlib.suppress(OSError):
+            if file is not None:
+                file.close()  # may try to flush once more
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        cause = _os_error(error)
+        if cause is None or isinstance(cause, WriteError):
+            raise
+        raise WriteError.of(cause, path, written) from error
+
+
+def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write a whole small file, or leave what was there (text as UTF-8). Raises :class:`WriteError`."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def is_stray(path: Path) -> bool:
+    """Whether `path` is a temporary that a killed process left behind."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+class Table:
+    """A CSV file of rows by update number: `step` first, appended row by row, safe to kill at any moment.
+
+    A row is handed to the operating system in one piece before :meth:`append` returns. New columns may appear at any
+    time: the file is then rewritten atomically with a longer header and empty cells in the earlier rows. A last line
+    that was torn by a kill (it has no line end) is dropped, and only that line. One process writes; any may read.
+    Every row carries the column `step`, the update count.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.columns: list[str] = []
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one row at the end.
+
+        Args:
+            row: name -> number, 0-d tensor, text or None (an empty cell). `step` must be there. Numbers are written
+                so that they read back bit-equal.
+
+        Raises:
+            ValueError: no `step` in the row.
+            WriteError: full disk or read-only folder; the file keeps its earlier rows.
+        """
+        if "step" not in row:
+            raise ValueError(f"a row of {self.path.name} has {sorted(row)}; expected `step`, the update count. Add it.")
+        if not self.columns or not self.path.exists():
+            self._open()
+        new = [name for name in row if name not in self.columns and name != "step"]
+        if new or not self.columns:
+            self.columns = ["step", *self.columns[1:], *new]
+            self._rewrite(self._read())
+        cells = [_cell(row.get(name)) for name in self.columns]
+        self._append_bytes(_encode([_line(cells)]))
+
+    def rows(self) -> list[dict[str, Value]]:
+        """All rows in order, numbers parsed, empty cells left out. Reads only: safe while another process writes."""
+        return [{name: _parse(cell) for name, cell in row.items() if cell != ""} for row in self._read()]
+
+    def cut(self, after_step: int) -> int:
+        """Remove the rows with `step` > `after_step`, atomically, and return how many went.
+
+        Every other row stays, byte by byte.
+        """
+        if not self.path.exists():
+            return 0
+        header, *lines = _whole_lines(self.path) or [""]
+        kept = [line for line in lines if not _step(line) > after_step]
+        if len(kept) < len(lines):
+            atomic_write(self.path, _encode([header, *kept]))
+        return len(lines) - len(kept)
+
+    def _open(self) -> None:
+        """Take over what is on disk, without a torn last line."""
+        self.columns = []
+        lines = _whole_lines(self.path)
+        if lines:
+            self.columns = next(csv.reader(lines[:1]))
+        content = _encode(lines)
+        if _size(self.path) > len(content):
+            atomic_write(self.path, content)
+
+    def _read(self) -> list[dict[str, str]]:
+        return [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(_whole_lines(self.path))]
+
+    def _rewrite(self, rows: Iterable[Mapping[str, str]]) -> None:
+        body = [_line([row.get(name, "") for name in self.columns]) for row in rows]
+        atomic_write(self.path, _encode([_line(self.columns), *body]))
+
+    def _append_bytes(self, line: bytes) -> None:
+        size = _size(self.path)
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                written = file.write(line)
+                if written != len(line):  # a disk that fills up takes a part of the line first
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            raise WriteError.of(error, self.path, size) from error
+
+
+def plot_curves(folder: str | os.PathLike[str], title: str | None = None) -> Path | None:
+    """Draw `curves.png` of a run folder from its `metrics.csv` and `evals.csv`.
+
+    Panels, each only when there is something in it: the evaluation score (the return when there are no reference
+    scores) with one standard deviation over episodes, the losses, and a health number (mean Q, accuracy, margin).
+
+    Args:
+        folder: a run folder; its last two or three names become the title unless `title` is given.
+
+    Returns:
+        The path of the picture, or None when there is nothing to draw yet.
+    """
+    folder = Path(folder)
+    evals, metrics = (Table(folder / name).rows() for name in ("evals.csv", "metrics.csv"))
+    name = _first_column(evals, ("score", "return_mean", "accuracies", "loss"))
+    curves = _columns(metrics)
+    losses = {k: v for k, v in curves.items() if "loss" in k}
+    health = {k: v for k, v in curves.items() if k.endswith(("q_mean", "v_mean", "accuracies", "margins"))}
+    panels = [kind for kind, shown in (("eval", name), ("losses", losses), ("health", health)) if shown]
+    if not panels:
+        return None
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyplot would keep global state and ask for a display
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    heading = title or " · ".join(folder.resolve().parts[-3:])
+    for i, kind in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1, xlabel="updates")
+        axes.grid(alpha=0.3)
+        if kind == "eval" and name is not None:
+            heading += "\n" + _draw_evaluation(axes, _columns(evals), name)
+        else:
+            _draw_metrics(axes, losses if kind == "losses" else health, logarithmic=kind == "losses")
+    figure.suptitle(heading, fontsize=10)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    atomic_write(folder / "curves.png", picture.getvalue())
+    return folder / "curves.png"
+
+
+def unique_run_folder(root: str | os.PathLike[str], data: str, method: str, seed: int) -> Path:
+    """Make and return a new folder `<root>/<data>/<method>/seed<seed>-<n>`, n one above the largest there is.
+
+    Characters of the names that are not letters, digits, `.`, `_`, `+` or `-` (slashes above all) become `-`.
+
+    Raises:
+        WriteError: the folder cannot be made.
+    """
+    parent = method_folder(root, data, method)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        numbers = [int(m[1]) for p in parent.iterdir() if (m := re.fullmatch(rf"seed{seed}-(\d+)", p.name))]
+        n = max(numbers, default=0) + 1
+        while True:  # two processes may ask at the same moment: mkdir decides
+            with contextlib.suppress(FileExistsError):
+                folder = parent / f"seed{seed}-{n}"
+                folder.mkdir()
+                return folder
+            n += 1
+    except OSError as error:
+        raise WriteError.of(error, parent) from error
+
+
+def method_folder(root: str | os.PathLike[str], data: str, method: str) -> Path:
+    """Where the runs of one method on one data set lie: `<root>/<data>/<method>`, names made safe."""
+    return Path(root) / safe_name(data) / safe_name(method)
+
+
+def safe_name(name: str) -> str:
+    """`name` as one folder name: 'D4RL/pen/human-v2' -> 'D4RL-pen-human-v2'."""
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "unnamed"
+
+
+def _draw_evaluation(axes: Any, columns: Columns, name: str) -> str:
+    """One curve with its spread. Returns the words for the title: last and best."""
+    steps, values = columns[name]
+    axes.plot(steps, values, marker="o", markersize=3)
+    spread = columns.get(name.removesuffix("_mean") + "_std")
+    if spread is not None and spread[0] == steps:
+        low, high = ([v + sign * s for v, s in zip(values, spread[1])] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, alpha=0.2, linewidth=0, label="± 1 std over episodes")
+        axes.legend(fontsize=7)
+    label = name.rpartition("/")[2].removesuffix("_mean")
+    axes.set_title(f"evaluation {label}", fontsize=9)
+    best = (min if "loss" in label else max)((v for v in values if not math.isnan(v)), default=math.nan)
+    return f"{label}: last {values[-1]:.4g}, best {best:.4g}"
+
+
+def _draw_metrics(axes: Any, columns: Columns, logarithmic: bool) -> None:
+    """Up to four curves of training metrics."""
+    shown = dict(list(columns.items())[:4])
+    for name, (steps, values) in shown.items():
+        axes.plot(steps, values, linewidth=1, label=name.removeprefix("train/"))
+    if logarithmic and all(v > 0 for _, values in shown.values() for v in values):
+        axes.set_yscale("log")
+    axes.set_title("training losses" if logarithmic else "training values", fontsize=9)
+    axes.legend(fontsize=7)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines that were written to their end; none when there is no file."""
+    try:
+        text = path.read_bytes().decode(errors="surrogateescape")
+    except FileNotFoundError:
+        return []
+    return [line + "\n" for line in text.split("\n")[:-1]]
+
+
+def _encode(lines: Iterable[str]) -> bytes:
+    return "".join(lines).encode(errors="surrogateescape")  # foreign bytes stay what they were
+
+
+def _line(cells: Iterable[str]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(cells)
+    return buffer.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if hasattr(value, "item"):  # NumPy scalar or 0-d tensor
+        value = value.item()
+    if isinstance(value, bool):
+        value = int(value)
+    return " ".join(str(value).splitlines())  # str(float) is the shortest text that reads back bit-equal
+
+
+def _parse(cell: str) -> Value:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(cell)
+    return cell
+
+
+def _step(line: str) -> float:
+    try:
+        return float(line.split(",", 1)[0])
+    except ValueError:
+        return -math.inf  # not a row of ours: keep it
+
+
+def _columns(rows: list[dict[str, Value]]) -> Columns:
+    """The non-empty numeric cells of every column."""
+    columns: Columns = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "step" and not isinstance(value, str) and not isinstance(row["step"], str):
+                steps, values = columns.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return columns
+
+
+def _first_column(rows: list[dict[str, Value]], endings: Iterable[str]) -> str | None:
+    """The first column whose last name is one of `endings`, in their order."""
+    names = _columns(rows)
+    return next((name for end in endings for name in names if name.rpartition("/")[2] == end), None)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The OSError behind `error`; torch's archive writer hides it behind a RuntimeError of its own."""
+    if isinstance(error, OSError) or error is None:
+        return error
+    return _os_error(error.__context__) if isinstance(error, RuntimeError) else None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power failure, where the system allows it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(folder).free:,} bytes free)"
+    except OSError:
+        return ""
