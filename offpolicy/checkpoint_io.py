@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class AtomicCheckpointIO(CheckpointIO):
         folder = Path(path).parent
         if folder not in self._swept:
             for stray in filter(is_stray, folder.glob(".*.tmp")):
-                stray.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a folder that cannot be written to is reported below
+                    stray.unlink()
             self._swept.add(folder)
         write_checkpoint(checkpoint, path)
 

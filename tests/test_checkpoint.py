@@ -344,6 +344,19 @@ def test_the_plugin_reads_and_removes(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_the_plugin_in_a_read_only_folder(tmp_path, monkeypatch):
+    from offpolicy.checkpoint_io import AtomicCheckpointIO
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / ".step=1.ckpt.17.tmp").write_bytes(b"half")
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    with pytest.raises(WriteError, match=r"step=1\.ckpt: Permission denied"):
+        AtomicCheckpointIO().save_checkpoint(checkpoint(), tmp_path / "step=1.ckpt")
+
+
 # Which one to continue from
 
 
