@@ -385,6 +385,10 @@ class OfflineModule(Module):
         replay = self.select(data.replay)
         self.data_meta, self.data_fingerprint = dict(data.replay.meta), data.replay.fingerprint()
         self.initialize(Sizes.of(replay))
+        self.fit_normalizer(replay)
+
+    def fit_normalizer(self, replay: Replay) -> None:
+        """Statistics of the rows that training draws."""
         self.normalizer.fit(
             replay,
             self.view.rows(replay) if isinstance(self.view, TransitionView) else replay.rows,
@@ -392,6 +396,17 @@ class OfflineModule(Module):
             reward_transform=self.option("reward_transform", "r"),
             eps=self.option("obs_eps", 1e-3),
         )
+
+    def prepare(self, replay: Replay, seed: int = 0) -> OfflineModule:
+        """Ready for :meth:`run_block` without a Trainer: networks, normaliser, optimisers, data. Returns self."""
+        self._check_hyperparameters()
+        chosen = self.select(replay)
+        self.initialize(Sizes.of(chosen), seed)
+        self.fit_normalizer(chosen)
+        self.configure_optimizers()
+        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())
+        self._bound = self.view.bind(chosen, self.normalizer, self.device)
+        return self
 
     def _check_hyperparameters(self) -> None:
         check_range("batch_size", self.option("batch_size", 256), 1)
@@ -496,6 +511,14 @@ class OfflineModule(Module):
             for j in range(k)
         ]
 
+    def run_block(self, t: int, k: int) -> None:
+        """Updates t + 1 … t + k, without any reading of values back to the host."""
+        for j, batch in enumerate(self.draw(t, k)):
+            self._step = t + j + 1
+            if self._has_dropout:  # dropout has no noise argument: make its generator a function of the update too
+                torch.manual_seed(int(sampling.keys(self.seed or 0, "dropout", torch.tensor([self._step]))[0]))
+            self.meter.add(self.update(batch, self._step))
+
     def training_step(self, tick: Any, _: int) -> None:
         t = self.global_step
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -505,11 +528,7 @@ class OfflineModule(Module):
             self._bind()
         k = self.block_length(t)
         began = time.perf_counter()
-        for j, batch in enumerate(self.draw(t, k)):
-            self._step = t + j + 1
-            if self._has_dropout:  # dropout has no noise argument: make its generator a function of the update too
-                torch.manual_seed(int(sampling.keys(self.seed or 0, "dropout", torch.tensor([self._step]))[0]))
-            self.meter.add(self.update(batch, self._step))
+        self.run_block(t, k)
         self._count(k)
         self._update_time += time.perf_counter() - began
         self._updates_timed += k
