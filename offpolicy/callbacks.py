@@ -30,6 +30,11 @@ def due(updates: int, every: int, last: int) -> bool:
     return updates == last or (every > 0 and updates % every == 0)
 
 
+def is_better(value: float, best: float | None) -> bool:
+    """Whether a value beats the best so far; NaN (a policy that diverged) never does."""
+    return value == value and (best is None or value > best)
+
+
 class RestoreSettings(Callback):
     """Undo what a fit changed in the process (threads, matmul) when it ends by an exception or by itself."""
 
@@ -75,8 +80,10 @@ class Evaluation(Callback):
             result = self.evaluator.run(pl_module.agent())
             numbers = {f"eval/{name}": value for name, value in summarize(result, pl_module.data_meta).items()}
             key = next(k for k in ("eval/score", "eval/success_rate", "eval/return_mean") if k in numbers)
-            self.best = numbers[key] if self.best is None else max(self.best, numbers[key])
-            numbers[f"{key}_best"] = self.best
+            if is_better(numbers[key], self.best):
+                self.best = numbers[key]
+            if self.best is not None:
+                numbers[f"{key}_best"] = self.best
         numbers = trainer.strategy.broadcast(numbers)
         if numbers:
             pl_module.log_dict(numbers, logger=False)
@@ -179,7 +186,7 @@ class RunFolder(Checkpoint):
         path = self.folder / "checkpoints" / checkpoint_name(trainer.global_step)
         row = pl_module.eval_row if pl_module.eval_row.get("step") == trainer.global_step else {}
         value = next((row[k] for k in ("eval/score", "eval/success_rate", "eval/return_mean") if k in row), None)
-        if value is not None and (self.best_value is None or value > self.best_value):
+        if value is not None and is_better(value, self.best_value):
             self.best_value, self.best_path = value, path.name
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:

@@ -404,7 +404,7 @@ class OfflineModule(Module):
         self.initialize(Sizes.of(chosen), seed)
         self.fit_normalizer(chosen)
         self.configure_optimizers()
-        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())
+        self._has_dropout = any(map(has_dropout, self.modules()))
         self._bound = self.view.bind(chosen, self.normalizer, self.device)
         return self
 
@@ -443,7 +443,7 @@ class OfflineModule(Module):
         if self.run.compile:
             self._compile_losses()
         self.meter.to(self.device)
-        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())
+        self._has_dropout = any(map(has_dropout, self.modules()))
         self._cuts = self._intervals()
         self._bind()
 
@@ -560,6 +560,12 @@ class OfflineModule(Module):
                 logger.log_metrics({k: v for k, v in values.items() if k != "step"}, step=updates)
             except Exception as error:
                 log.warning("logger %s failed at update %d: %s", type(logger).__name__, updates, error)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a module draws a dropout mask of its own: torch's layers, or an attribute ``dropout`` > 0."""
+    rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
+    return isinstance(rate, float) and rate > 0.0
 
 
 def clip_per_seed(grads: list[Tensor], max_norm: float, *, seeds: bool) -> list[Tensor]:
