@@ -281,6 +281,9 @@ class OfflineModule(Module):
         """The episodes this method trains on; all by default."""
         return replay
 
+    def on_bind(self, bound: BoundView) -> None:
+        """Called when the data lie on the device, and again whenever they changed: the place for an index over them."""
+
     def make_optimizer(self, name: str, params: list[Tensor]) -> FusedAdam:
         """The optimiser of one name: Adam (0.9, 0.999, 1e-8) by default."""
         return FusedAdam(params)
@@ -467,6 +470,7 @@ class OfflineModule(Module):
         if self._bound is None or version != self._bound_version:
             self._bound = self.view.bind(self.select(replay), self.normalizer, self.device)
             self._bound_version = version
+            self.on_bind(self._bound)
 
     def restore_settings(self) -> None:
         """Put thread count, matmul choice and uncompiled losses back as they were before the fit."""
