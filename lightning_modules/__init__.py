@@ -9,4 +9,6 @@ METHODS = {
     "BC": "bc",
     "TD3BC": "td3bc",
     "IQL": "iql",
+    "A2PR": "a2pr",
+    "ODICE": "odice",
 }
