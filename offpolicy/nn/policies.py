@@ -137,6 +137,8 @@ class TanhGaussianPolicy(nn.Module):
         log_std_max: upper clamp of the log standard deviation.
         log_std_multiplier: start of a learnt factor of the network's log standard deviation; None for no factor.
         log_std_offset: start of a learnt offset of it; None for no offset.
+        log_det_eps: > 0 adds this to 1 − tanh² inside the logarithm of the density instead of the exact form, as SAC's
+            authors do with 1e-6.
         dropout: probability of zeroing a hidden unit in training mode, in [0, 1).
         hidden_init: how the hidden layers start.
         final_init: how the last layer, both heads, starts.
@@ -152,6 +154,7 @@ class TanhGaussianPolicy(nn.Module):
         log_std_max: float = 2.0,
         log_std_multiplier: float | None = None,
         log_std_offset: float | None = None,
+        log_det_eps: float = 0.0,
         dropout: float = 0.0,
         hidden_init: Init | None = None,
         final_init: Init | None = None,
@@ -160,7 +163,7 @@ class TanhGaussianPolicy(nn.Module):
         self.net = MLP(
             obs_dim, hidden_dims, 2 * action_dim, dropout=dropout, hidden_init=hidden_init, final_init=final_init
         )
-        self.log_std_min, self.log_std_max = log_std_min, log_std_max
+        self.log_std_min, self.log_std_max, self.log_det_eps = log_std_min, log_std_max, log_det_eps
         for name, start in (("log_std_multiplier", log_std_multiplier), ("log_std_offset", log_std_offset)):
             # (1, 1), not a scalar, so that a seed axis in front still broadcasts against (…, B, A)
             self.register_parameter(name, None if start is None else nn.Parameter(torch.full((1, 1), float(start))))
@@ -176,10 +179,19 @@ class TanhGaussianPolicy(nn.Module):
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Action (…, B, A) and its log-density (…, B) from standard normal noise (…, B, A); differentiable."""
-        mean, log_std = self.heads(obs)
+        return self.sample_from(*self.heads(obs), noise)
+
+    def sample_from(self, mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`sample`, from heads already at hand, which broadcast against the noise."""
         u = torch.addcmul(mean, torch.exp(log_std), noise)
-        logp = -(0.5 * noise * noise + log_std + HALF_LOG_TWO_PI).sum(-1) - tanh_log_det(u)
-        return torch.tanh(u), logp
+        action = torch.tanh(u)
+        logp = -(0.5 * noise * noise + log_std + HALF_LOG_TWO_PI).sum(-1)
+        return action, logp - self._log_det(u, action)
+
+    def _log_det(self, u: Tensor, action: Tensor) -> Tensor:
+        if self.log_det_eps:
+            return torch.log(1.0 - action.square() + self.log_det_eps).sum(-1)
+        return tanh_log_det(u)
 
     def mode(self, obs: Tensor) -> Tensor:
         """tanh of the mean, (…, B, A): the action for evaluation."""
@@ -192,7 +204,11 @@ class TanhGaussianPolicy(nn.Module):
 
         Actions at ±1 have no finite inverse and are moved inside by the resolution of their type (1e-6 in float32).
         """
-        mean, log_std = self.heads(obs)
+        return self.log_prob_from(*self.heads(obs), action)
+
+    def log_prob_from(self, mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
+        """As :meth:`log_prob`, from heads already at hand."""
         limit = 1.0 - 8.0 * torch.finfo(action.dtype).eps
-        u = torch.atanh(action.clamp(-limit, limit))
-        return normal_log_prob(u, mean, log_std) - tanh_log_det(u)
+        action = action.clamp(-limit, limit)
+        u = torch.atanh(action)
+        return normal_log_prob(u, mean, log_std) - self._log_det(u, action)
