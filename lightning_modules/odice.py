@@ -13,17 +13,17 @@ Imitation (`expert_episode`): the same update on one episode with rewards 0, no 
 the residual is γ·V(s') - V(s). The authors' settings for it: λ 0.4, both learning rates 1e-4, `tanh_mean`, no layer
 norm, `normalize_obs` (measured on that episode), weight decay 1e-5 on Hopper and 1e-3 on Walker2d.
 
-| detail            | paper                   | authors' code                         | here                             |
-|-------------------|-------------------------|---------------------------------------|----------------------------------|
-| weight for χ²     | max(0, (f')⁻¹(y))       | max(y, 0)                             | the code's; `exact_weights`      |
-| value heads       | one is said to suffice  | two, minimum of targets (most tasks)  | `num_values` 2                   |
-| linear term       | -                       | added after the projection, unscaled  | the code's                       |
-| reverse KL        | exp(y - 1)              | the same, not capped in the loss      | the code's                       |
-| other gradients   | ablations               | semi; true: y = r + γ·v(s') - v(s)    | `gradient`                       |
-| return range      | -                       | episodes cut at terminals or every    | true episodes: the scale differs |
-|                   |                         | 1000 rows of a stream with rows lost  | a little                         |
-| s' at a time limit| -                       | imitation: the next episode's start   | left out, or the true s' if the  |
-|                   |                         |                                       | data have it                     |
+| detail            | paper                  | authors' code                         | here                            |
+|-------------------|------------------------|---------------------------------------|---------------------------------|
+| weight for χ²     | max(0, (f')⁻¹(y))      | max(y, 0)                             | the code's; `exact_weights`     |
+| value heads       | one is said to suffice | two, minimum of targets (most tasks)  | `num_values` 2                  |
+| linear term       | -                      | added after the projection, unscaled  | the code's                      |
+| reverse KL        | exp(y - 1)             | the same, not capped in the loss      | the code's                      |
+| other gradients   | ablations              | semi; true: y = r + γ·v(s') - v(s)    | `gradient`                      |
+| return range      | -                      | episodes cut at terminals or every    | of the true episodes, so the    |
+|                   |                        | 1000 rows of a stream with rows lost  | scale differs a little          |
+| s' at a time limit| -                      | imitation: the next episode's start   | left out, or the true s' where  |
+|                   |                        |                                       | the data have it                |
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch import Tensor
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import Transitions
 from offpolicy.errors import UsageError, check_range
-from offpolicy.losses.dice import DIVERGENCES, Divergence, conjugate, per_seed, policy_weight, projection
+from offpolicy.losses.dice import DIVERGENCES, Divergence, conjugate, policy_weight, projection
 from offpolicy.losses.td import td_target
 from offpolicy.modules import Metrics, OfflineModule, Rate, Sizes
 from offpolicy.nn.policies import GaussianPolicy
@@ -187,15 +187,19 @@ class ODICE(OfflineModule):
         """Gradient of this process's rows with the global projection, per value parameter, and c: () or (S,)."""
         assert terms.backward is not None
         params = self.params("value")
-        linear = torch.autograd.grad(terms.linear.sum(), params, retain_graph=True)
-        forward = torch.autograd.grad(terms.forward.sum(), params)
-        backward = torch.autograd.grad(terms.backward.sum(), params)
-        # c belongs to the means over all processes; the rest is linear, so `step` may average it afterwards
-        everywhere = self.reduce_gradients([*forward, *backward])
-        c = projection(everywhere[: len(params)], everywhere[len(params) :], seeds=bool(self.seeds))
-        keep = 1.0 - c
-        grads = [g + per_seed(keep, f) * f + b for g, f, b in zip(linear, forward, backward, strict=True)]
-        return grads, c
+        seed_axes = len(self.seeds) > 0
+
+        def gradient(term: Tensor, keep_graph: bool = False) -> Tensor:
+            parts = torch.autograd.grad(term.sum(), params, retain_graph=keep_graph)
+            return torch.cat([part.flatten(int(seed_axes)) for part in parts], -1)
+
+        linear = gradient(terms.linear, keep_graph=True)  # shares v(s) with the forward term
+        forward, backward = gradient(terms.forward), gradient(terms.backward)
+        # c belongs to the means over all processes; the rest is linear in the gradients, so `step` averages it later
+        c = projection(*self.reduce_gradients([forward, backward]))
+        flat = linear + backward + (1.0 - c).unsqueeze(-1) * forward
+        sizes = [p.numel() // max(len(self.seeds), 1) for p in params]
+        return [part.view_as(p) for part, p in zip(flat.split(sizes, -1), params, strict=True)], c
 
     def actor_loss(self, batch: Transitions, residual: Tensor) -> tuple[Tensor, Metrics]:
         """``residual (…, E, B)`` is that of :meth:`value_terms`, from before the value step."""

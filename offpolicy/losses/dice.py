@@ -5,10 +5,8 @@ Conjugates are taken over non-negative ratios, f*(y) = max over w ≥ 0 of w·y 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 Divergence = Literal["pearson_chi2", "reverse_kl"]
@@ -56,25 +54,16 @@ def policy_weight(residual: Tensor, divergence: Divergence, *, exact: bool = Fal
     return weight.clamp(max=maximum)
 
 
-def projection(forward: Sequence[Tensor], backward: Sequence[Tensor], *, seeds: bool = False) -> Tensor:
-    """c = (g_F·g_B) / max(g_F·g_F, 1e-10), over all parameters jointly; g_B − c·g_F is orthogonal to g_F.
+def projection(forward: Tensor, backward: Tensor) -> Tensor:
+    """c = (g_F·g_B) / max(g_F·g_F, 1e-10), so that g_B - c·g_F is orthogonal to g_F.
 
     With several processes both gradients must be means over the processes already.
 
     Args:
-        forward: g_F, one tensor per parameter.
-        backward: g_B, of the same shapes.
-        seeds: every tensor has a seed axis in front, and each seed its own projection.
+        forward: g_F over all parameters jointly, (…, P).
+        backward: g_B, likewise.
 
     Returns:
-        c, shape () or (S,).
+        c, (…,): one number per seed.
     """
-    keep = 1 if seeds else 0
-    f = torch.cat([g.flatten(keep) for g in forward], -1)
-    b = torch.cat([g.flatten(keep) for g in backward], -1)
-    return torch.linalg.vecdot(f, b) / torch.linalg.vecdot(f, f).clamp(min=1e-10)
-
-
-def per_seed(scale: Tensor, like: Tensor) -> Tensor:
-    """A number per seed, (S,) or (), shaped to multiply a parameter with (or without) a seed axis in front."""
-    return scale.reshape(*scale.shape, *(1,) * (like.dim() - scale.dim()))
+    return (forward * backward).sum(-1) / forward.square().sum(-1).clamp(min=1e-10)
