@@ -46,7 +46,7 @@ class Sizes:
     Args:
         obs_dim: O, numbers in an observation.
         action_dim: A, numbers in an action.
-        max_steps: step limit of an episode, 0 when unknown.
+        max_steps: longest episode, of the data or by the environment's limit; 0 when unknown.
     """
 
     obs_dim: int
@@ -56,7 +56,7 @@ class Sizes:
     @classmethod
     def of(cls, replay: Replay) -> Sizes:
         obs, action = replay.steps["obs"], replay.steps["action"]
-        limit = replay.meta.get("max_episode_steps") or int(replay.length.max())
+        limit = max(replay.meta.get("max_episode_steps") or 0, int(replay.length.max()))
         return cls(int(np.prod(obs.shape[1:])), int(np.prod(action.shape[1:])), int(limit))
 
 
