@@ -163,6 +163,10 @@ class RunFolder(Checkpoint):
         self.best_value: float | None = None
         self._written: dict[str, int] = {}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # the first process chose it
+        self.metrics, self.evals = Table(self.folder / "metrics.csv"), Table(self.folder / "evals.csv")
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         pl_module.metric_row, pl_module.eval_row = {}, {}
         if trainer.is_global_zero:
@@ -236,6 +240,11 @@ class UpdateBar(ProgressBar):
 
     def enable(self) -> None:
         self._enabled = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # after the method's own callbacks, so that the line of an evaluation shows its numbers; checkpoints stay last
+        trainer.callbacks = sorted(trainer.callbacks, key=lambda c: 2 * isinstance(c, Checkpoint) + (c is self))  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first, self._began = trainer.global_step, time.perf_counter()
