@@ -27,13 +27,16 @@ _NAMES = {
     "OfflineModule": "offpolicy.modules",
     "Sizes": "offpolicy.modules",
     "RunOptions": "offpolicy.options",
+    "FitResult": "offpolicy.api",
     "load": "offpolicy.api",
+    "recipe": "offpolicy.recipes",
 }
+_COMMANDS = ("fit", "evaluate")  # modules behind `python -m`, callable as functions
 
 
 def __getattr__(name: str) -> Any:
-    if name == "fit":  # both the module behind `python -m offpolicy.fit` and, being callable, the function
-        return importlib.import_module("offpolicy.fit")
+    if name in _COMMANDS:
+        return importlib.import_module(f"offpolicy.{name}")
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
     if not name.startswith("_"):
@@ -48,4 +51,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from offpolicy.registry import method_names
 
-    return sorted([*_NAMES, "fit", *method_names()])
+    return sorted([*_NAMES, *_COMMANDS, *method_names()])

@@ -28,36 +28,57 @@ def method_names() -> list[str]:
     return sorted(method_table())
 
 
-def method_key(name: str) -> str | None:
-    """The table's spelling of a name, whatever its case, '-', '_' and '+'; None when there is none."""
-    return next((known for known in method_table() if fold(known) == fold(name)), None)
+def class_path(name: str) -> str:
+    """The import path ``package.module.Class`` of a method given by name or by import path; imports no method.
 
-
-def find_method(name: str) -> Any:
-    """The class of a method in the table, or None."""
-    key = method_key(name)
-    if key is None:
-        return None
-    module, _, attribute = method_table()[key].partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def resolve_method(name: str) -> Any:
-    """The class of a method, by name or by import path ``package.module.Class``.
+    Case, '-', '_' and '+' do not matter in a name.
 
     Raises:
-        UsageError: there is none; names the nearest one.
+        UsageError: neither; names the nearest method.
     """
-    found = find_method(name)
-    if found is not None:
-        return found
+    table = method_table()
+    key = next((known for known in table if fold(known) == fold(name)), None)
+    if key is not None:
+        return table[key].replace(":", ".")
     module, _, attribute = name.rpartition(".")
-    if module:
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UsageError(f"`model` is {name!r}: {error}. Pass the import path package.module.Class.") from None
+    if all(part.isidentifier() for part in (*module.split("."), attribute)):
+        return name
     raise UsageError(
         f"no method is called '{name}'; expected one of {', '.join(method_names())}, or an import path "
         f"package.module.Class.{nearest(name, method_names())}"
     )
+
+
+def find_method(name: str) -> Any:
+    """The class of a method in the table, or None."""
+    known = {fold(key) for key in method_table()}
+    return import_class(class_path(name)) if fold(name) in known else None
+
+
+def resolve_method(name: str) -> Any:
+    """The class of a method, by name or by import path. Raises :class:`UsageError` when there is none."""
+    return import_class(class_path(name))
+
+
+def import_class(path: str) -> Any:
+    """The class at an import path ``package.module.Class``.
+
+    Raises:
+        UsageError: no such module or no such class in it. An ImportError *inside* a module that exists is passed on.
+    """
+    module, _, attribute = path.rpartition(".")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
+            raise
+        raise UsageError(
+            f"`model` is '{path}', but there is no module '{error.name}' in this folder or on the Python path; expected "
+            "the import path package.module.Class. Run from the folder that holds it, or install it."
+        ) from None
+    if not hasattr(found, attribute):
+        classes = [name for name, value in vars(found).items() if isinstance(value, type)]
+        raise UsageError(
+            f"`model` is '{path}', but {module} has no '{attribute}'; expected a class in it.{nearest(attribute, classes)}"
+        )
+    return getattr(found, attribute)

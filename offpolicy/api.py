@@ -1,0 +1,425 @@
+"""The Python interface: ``fit``, ``load`` and ``evaluate``. The command line takes the same path."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from offpolicy import screen
+from offpolicy.callbacks import RunFolder, UpdateBar
+from offpolicy.checkpoint import newest_checkpoint, plain_hparams, read_checkpoint, resolve_checkpoint, to_plain
+from offpolicy.checkpoint_io import AtomicCheckpointIO
+from offpolicy.data.module import DataModule, Loadable, load_data
+from offpolicy.data.names import resolve
+from offpolicy.errors import UsageError, check_range, nearest
+from offpolicy.evaluation.rollout import EVAL_SEED, Evaluator
+from offpolicy.evaluation.scores import has_score, interval, normalized_score, score_kind, summarize
+from offpolicy.files import Table, atomic_write, unique_run_folder
+from offpolicy.modules import KEY, Module, Sizes
+from offpolicy.options import RunOptions
+from offpolicy.registry import import_class
+
+TRAINER_DEFAULTS: dict[str, Any] = {"devices": 1, "logger": False, "enable_model_summary": False}
+FIXED = {"use_distributed_sampler": False, "log_every_n_steps": 1}  # rows and batches are the method's own affair
+NOISE = (  # remarks of Lightning about what is intended here
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*pre-optimization state.*",
+    ".*weights_only.*",
+    ".*LightningCLI's args parameter.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+)
+
+
+@dataclass
+class FitResult:
+    """What a fit leaves behind.
+
+    Attributes:
+        method: the trained method.
+        folder: of the run.
+        scores: the last evaluation by short name (``score``, ``score_std``, ``score_best``, ``return_mean``, …; "std"
+            over episodes); empty without an environment.
+        updates: trained in all.
+        interrupted: the signal that ended the run early, 0 when none did.
+    """
+
+    method: Module
+    folder: Path
+    scores: dict[str, float]
+    updates: int
+    interrupted: int = 0
+
+
+@dataclass
+class Origin:
+    """Where a run comes from: what its folder keeps so that it can be repeated, and lines for the first screen."""
+
+    config: str | None = None
+    command: str = ""
+    lines: list[str] = field(default_factory=list)
+
+
+def fit(
+    method: Module,
+    data: Loadable,
+    *,
+    max_steps: int,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    root: str | Path = "runs",
+    ckpt_path: str | Path | None = None,
+    verbose: bool = True,
+    origin: Origin | None = None,
+    **options: Any,
+) -> FitResult:
+    """Train a method and keep a run folder with settings, curves and checkpoints.
+
+    Args:
+        method: e.g. ``offpolicy.TD3BC(alpha=2.5)``.
+        data: a known name, a file, a :class:`Replay`, a dict of arrays, or a :class:`DataModule`.
+        max_steps: updates in all, ≥ 1; counts those of the checkpoint.
+        seed: of weights, batches and noise.
+        folder: of the run; ``<root>/<data>/<method>/seed<seed>-<n>`` when None.
+        root: folder of run folders.
+        ckpt_path: continue from "last" (the newest run of this method, data and seed under ``root``), a run folder or a
+            checkpoint file. The newest checkpoint of a run continues in its own folder, an older one in a new folder.
+        verbose: print the first screen, a bar and the result.
+        origin: what the command line adds; leave it out.
+        options: fields of :class:`RunOptions` (``eval_every=1000``) and arguments of Lightning's ``Trainer``
+            (``accelerator="gpu"``, ``callbacks=[…]``).
+
+    Raises:
+        UsageError: options or settings that cannot work.  DataError: data that cannot be trained on.
+        WriteError: the folder cannot be written.
+    """
+    run = {f.name: options.pop(f.name) for f in fields(RunOptions) if f.name in options}
+    known = [f.name for f in fields(RunOptions)] + list(inspect.signature(Trainer).parameters)
+    for name in options:
+        if name not in known:
+            raise UsageError(f"fit has no option `{name}`; expected one of RunOptions or Trainer.{nearest(name, known)}")
+    check_range("max_steps", max_steps, 1)
+    check_trainer_options(method, options)
+    first, origin = is_first_process(), origin or Origin()
+    module = DataModule(str(data)) if isinstance(data, (str, Path)) else load_data(data)
+    method.run, method.seed = RunOptions(**run), seed
+
+    with quiet(), forget_if_empty() as made:
+        seed_everything(seed, workers=True, verbose=False)
+        if first:
+            module.load()  # before anything is written, as data may be faulty
+        checkpoint, target = None, None if folder is None else Path(folder)
+        if ckpt_path is not None:
+            where = {"root": root, "data": data_name(module), "method": type(method).__name__, "seed": seed}
+            checkpoint = resolve_checkpoint(ckpt_path, **where)  # type: ignore[arg-type]
+            updates, changes = check_same_method(method, checkpoint)
+            origin.lines += changes
+            target = target or own_folder(checkpoint)
+            if updates >= max_steps:
+                return already_done(method, checkpoint, updates, max_steps, verbose and first)
+        elif target is not None and newest_checkpoint(target):
+            raise UsageError(
+                f"`folder` is {target}, which holds a run; expected a new one. Pass `ckpt_path` {target} to continue it."
+            )
+        if first:
+            made.append(target or unique_run_folder(root, data_name(module), type(method).__name__, seed))
+            target = made[0]
+            if checkpoint is not None:
+                keep_earlier_rows(checkpoint, target)
+        files = RunFolder(target or root)  # other processes are told the folder by the first
+        start = Start(files, origin, module, options, verbose)
+        trainer = make_trainer(files.folder, max_steps, options, [start, files], bar=verbose)
+        began = time.perf_counter()
+        with clear_errors():
+            trainer.fit(method, datamodule=module, ckpt_path=checkpoint, weights_only=True)  # type: ignore[arg-type]
+
+    scores = {k.removeprefix("eval/"): v for k, v in method.eval_row.items() if isinstance(v, float)}  # type: ignore[attr-defined]
+    result = FitResult(method, files.folder, scores, trainer.global_step, getattr(method, "interrupted_by", 0))
+    if verbose and trainer.is_global_zero:
+        cli = f"python -m offpolicy.fit --ckpt_path {shlex.quote(str(result.folder))}"
+        resume = cli if origin.command else f'offpolicy.fit(..., ckpt_path="{result.folder}")'
+        seconds = time.perf_counter() - began
+        resume_or_none = resume if result.interrupted else None
+        print(screen.last_lines(result.folder, scores, result.updates, seconds, resume_or_none), flush=True)
+    return result
+
+
+def load(run_or_checkpoint: str | Path, *, method: type[Module] | None = None) -> Module:
+    """A trained method from a run folder (its newest checkpoint) or a checkpoint file; needs neither data nor simulator.
+
+    Args:
+        method: the class, when it cannot be found under the import path it had in training.
+
+    Returns:
+        The method on the CPU, ready for ``act``.
+
+    Raises:
+        UsageError: no checkpoint there, or its class cannot be imported.
+    """
+    path = resolve_checkpoint(run_or_checkpoint)
+    checkpoint = read_checkpoint(path)
+    state = _own_state(checkpoint, path)
+    try:
+        cls = method or import_class(state["class"])
+    except (UsageError, ImportError) as error:
+        raise UsageError(
+            f"{path} holds a method of the class {state['class']}, which cannot be imported: {error} "
+            "Or pass the class: offpolicy.load(path, method=MyClass)."
+        ) from None
+    loaded = cls(**checkpoint["hyper_parameters"])
+    loaded.on_load_checkpoint(checkpoint)
+    loaded.load_state_dict(checkpoint["state_dict"])
+    return loaded.eval()
+
+
+def evaluate(
+    method: Module | str | Path, *, episodes: int = 10, seed: int = EVAL_SEED, num_envs: int | None = None
+) -> dict[str, Any]:
+    """Play episodes in the environment of the data a method was trained on.
+
+    Args:
+        method: a trained method, a run folder or a checkpoint file.
+        episodes: how many, ≥ 1.
+        seed: episode k starts from ``seed + k``; the default repeats the start states of training's evaluations.
+
+    Returns:
+        ``return_mean return_std length_mean score score_std success_rate`` as far as they exist ("std" over episodes),
+        ``score_interval`` (half of the 95 % interval of the mean), ``score_kind``, and per episode ``returns lengths``.
+
+    Raises:
+        UsageError: no environment is known or installed, or it does not match the data.
+    """
+    method = method if isinstance(method, Module) else load(method)
+    meta = method.data_meta
+    evaluator = Evaluator(meta, method.sizes, episodes=episodes, seed=seed, num_envs=num_envs)
+    try:
+        result = evaluator.run(method.agent())  # type: ignore[operator]
+    finally:
+        evaluator.close()
+    numbers: dict[str, Any] = dict(summarize(result, meta))
+    if has_score(meta):
+        scores = normalized_score(result.returns, meta["ref_min_score"], meta["ref_max_score"])
+        numbers["score_interval"] = interval(scores)
+    return numbers | {
+        "score_kind": score_kind(meta),
+        "episodes": episodes,
+        "seed": seed,
+        "returns": result.returns.tolist(),
+        "lengths": result.lengths.tolist(),
+    }
+
+
+# -- the Trainer -------------------------------------------------------------------------------------------------------
+
+
+def make_trainer(folder: Path, max_steps: int, options: Mapping[str, Any], callbacks: list[Any], *, bar: bool) -> Trainer:
+    """A Trainer with the files, bar and checkpoints of this library; ``options`` that are None keep the default."""
+    given = TRAINER_DEFAULTS | {k: v for k, v in options.items() if v is not None}
+    own = _as_list(given.pop("callbacks", None))
+    bars = [UpdateBar()] if bar and given.get("enable_progress_bar", True) else []
+    given["enable_progress_bar"] = bool(bars)
+    given["plugins"] = [*_as_list(given.pop("plugins", None)), AtomicCheckpointIO()]
+    if given.get("accelerator", "auto") == "auto":
+        given["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"  # "mps" has no float64
+    given |= {**FIXED, "max_steps": max_steps, "default_root_dir": str(folder), "callbacks": [*own, *bars, *callbacks]}
+    with clear_errors():
+        return Trainer(**given)
+
+
+def check_trainer_options(method: Module, options: Mapping[str, Any]) -> None:
+    """Refuse settings of the Trainer that cannot work, and name what does instead."""
+    if not method.automatic_optimization:
+        if options.get("gradient_clip_val"):
+            raise UsageError(
+                "`trainer.gradient_clip_val` does nothing for a method that steps several optimisers itself; use "
+                f"`max_grad_norm`: --model.max_grad_norm {options['gradient_clip_val']}."
+            )
+        if (options.get("accumulate_grad_batches") or 1) != 1:
+            raise UsageError(
+                "`trainer.accumulate_grad_batches` has no meaning here, as one update is one batch; expected 1. Use a "
+                "larger `batch_size`: --model.batch_size."
+            )
+        if str(options.get("precision")) in ("16", "16-mixed"):
+            raise UsageError("precision '16-mixed' needs loss scaling, which methods do not do; use 'bf16-mixed'.")
+    if options.get("default_root_dir"):
+        raise UsageError("`trainer.default_root_dir` is the run folder here; use `folder`: --folder DIR.")
+
+
+class Start(Callback):
+    """When training begins: put the settings of the run into its folder and show the first screen."""
+
+    def __init__(self, files: RunFolder, origin: Origin, data: DataModule, options: Mapping[str, Any], verbose: bool):
+        self.files, self.origin, self.data, self.options, self.verbose = files, origin, data, options, verbose
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        folder = self.files.folder
+        config = self.origin.config or python_config(pl_module, self.data, trainer.max_steps, self.options)
+        atomic_write(folder / "config.yaml", config)
+        atomic_write(folder / "versions.json", json.dumps(to_plain(screen.versions(pl_module)), indent=2) + "\n")
+        command = folder / "command.txt"
+        earlier = command.read_text() if command.exists() else ""
+        called = self.origin.command or "offpolicy.fit(...) from Python"
+        atomic_write(command, f"{earlier}{called}  # from update {trainer.global_step}\n")
+        if self.verbose:
+            print(screen.first_screen(trainer, pl_module, folder, self.origin.lines), flush=True)
+
+
+def python_config(method: Module, data: DataModule, max_steps: int, options: Mapping[str, Any]) -> str:
+    """The settings of a run started from Python, in the form of the command line's ``config.yaml``."""
+    plain = {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str))}
+    path = f"{type(method).__module__}.{type(method).__qualname__}"
+    hparams = {k: list(v) if isinstance(v, tuple) else v for k, v in plain_hparams(method.hparams).items()}
+    settings = {
+        "seed_everything": method.seed,
+        "model": {"class_path": path, "init_args": hparams},
+        "data": {"name": data.name, **data.options},
+        "run": asdict(method.run),
+        "trainer": {**plain, "max_steps": max_steps},
+        "recipe": "none",
+    }
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+# -- continuing --------------------------------------------------------------------------------------------------------
+
+
+def check_same_method(method: Module, checkpoint: Path) -> tuple[int, list[str]]:
+    """Updates in a checkpoint, and a line when settings of the method have changed since.
+
+    Raises:
+        UsageError: it holds another method.
+    """
+    content = read_checkpoint(checkpoint)
+    before, now = _own_state(content, checkpoint)["class"], f"{type(method).__module__}.{type(method).__qualname__}"
+    if before.rpartition(".")[2] != now.rpartition(".")[2]:
+        raise UsageError(f"{checkpoint} holds the method {before}; expected {now}. Pass the same method to continue it.")
+    former, current = content["hyper_parameters"], plain_hparams(method.hparams)
+    fixed = [k for k in ("hidden_dims", "num_critics", "deterministic") if former.get(k) != current.get(k)]
+    if fixed:
+        text = ", ".join(f"`{k}` is {current.get(k)} but was {former.get(k)}" for k in fixed)
+        raise UsageError(f"{checkpoint} has other networks: {text}. Pass the same settings to continue it.")
+    changed = [f"{k} {former[k]} → {current[k]}" for k in current if k in former and former[k] != current[k]]
+    return content["global_step"], [screen.line("changed", ", ".join(changed))] if changed else []
+
+
+def own_folder(checkpoint: Path) -> Path | None:
+    """The run folder in which a checkpoint continues: that of the run whose newest it is, else None."""
+    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    newest = newest_checkpoint(folder)
+    return folder if newest is not None and newest.samefile(checkpoint) else None
+
+
+def keep_earlier_rows(checkpoint: Path, folder: Path) -> None:
+    """Copy the tables of the run a checkpoint belongs to into the new folder it continues in."""
+    for name in ("metrics.csv", "evals.csv"):
+        table = checkpoint.parent.parent / name
+        if table.exists() and not (folder / name).exists():
+            shutil.copyfile(table, folder / name)
+
+
+def already_done(method: Module, checkpoint: Path, updates: int, max_steps: int, verbose: bool) -> FitResult:
+    """The result of a run that has nothing left to do."""
+    folder = own_folder(checkpoint) or checkpoint.parent.parent
+    rows = Table(folder / "evals.csv").rows()
+    scores = {k.removeprefix("eval/"): float(v) for k, v in (rows[-1] if rows else {}).items() if isinstance(v, float)}
+    if verbose:
+        print(
+            f"{checkpoint} has {updates:,} updates and `max_steps` is {max_steps:,}: nothing to do. Raise "
+            f"--trainer.max_steps to go on. {screen.scores_line(scores)}"
+        )
+    return FitResult(load(checkpoint, method=type(method)), folder, scores, updates)
+
+
+def data_name(data: DataModule) -> str:
+    """The name of the data as a folder: the canonical one for known sets."""
+    try:
+        return resolve(data.name).name
+    except UsageError:
+        return data.name
+
+
+def _own_state(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    if KEY not in checkpoint:
+        raise UsageError(f"{path} was not written by this library; expected its '{KEY}' entry. Pass another file.")
+    return checkpoint[KEY]
+
+
+# -- surroundings ------------------------------------------------------------------------------------------------------
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks and writes for all, before a Trainer exists (launchers set these variables)."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(int(os.environ.get(name) or 0) == 0 for name in ranks)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's remarks on what is intended here; its errors and our own warnings stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Lightning's complaints about settings as :class:`UsageError`; its exit after a second Ctrl-C as that."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except (MisconfigurationException, ModuleNotFoundError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, handler)  # Lightning left it ignored
+            raise KeyboardInterrupt from None
+        raise
+
+
+@contextlib.contextmanager
+def forget_if_empty() -> Iterator[list[Path]]:
+    """Remove the folders put into the list if an error comes before anything was written into them."""
+    made: list[Path] = []
+    try:
+        yield made
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+__all__ = ["FitResult", "evaluate", "fit", "load", "make_trainer"]

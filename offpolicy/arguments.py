@@ -1,0 +1,246 @@
+"""The command line before parsing: names are resolved, recipe and files are merged, mistakes answered.
+
+Nothing heavy is imported here, so a misspelt name is answered in a fraction of a second. What is left is put into the
+order that the parser of ``cli.py`` needs: one configuration, then the flags.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from offpolicy.data.names import resolve
+from offpolicy.errors import UsageError, nearest
+from offpolicy.options import RunOptions
+from offpolicy.recipes import Recipe, named_recipe, recipe, recipes
+from offpolicy.registry import class_path
+
+DEFAULT_METHOD, DEFAULT_DATA = "TD3BC", "pendulum-stitch-v0"
+GROUPS = ("model", "data", "run", "trainer")
+TOP = ("config", "model", "data", "recipe", "root", "folder", "ckpt_path", "seed_everything", "print_config", "help")
+ALIASES = {"-h": "--help", "-c": "--config", "--seed": "--seed_everything", "--data": "--data.name"}
+
+HELP = """\
+usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
+
+  --model NAME          method: {methods}, or an import path package.module.Class
+  --data NAME|FILE      known data set, or .hdf5, .npz or folder    (pendulum-stitch-v0)
+  --trainer.max_steps N updates to train in all                     (recipe, else 1000000)
+  --seed_everything N   seed                                        (0)
+  --ckpt_path WHAT      continue: last, a run folder or a checkpoint
+  --config FILE|NAME    settings from a YAML file, or a recipe by method/name; may be repeated
+  --recipe NAME         auto (the one for this task), none, or by name
+  --root DIR            where run folders are made (runs); --folder DIR names one
+
+  --run.eval_every N    updates between evaluations and checkpoints (5000)
+  --run.eval_episodes N episodes per evaluation, 0 for none         (10)
+  --run.log_every N     updates between rows of metrics.csv         (500)
+  --run.threads N       torch threads
+  --model.OPTION X      settings of the method; --model.help NAME lists them
+  --data.OPTION X       reading the data: download, on_bad, clip_actions, timeout_step, sha256
+  --trainer.OPTION X    Lightning's Trainer: accelerator, devices, strategy, precision, logger, ...
+
+  --print_config        print the settings that result, and stop
+  --help=all            every option
+
+A class default gives way to the recipe, the recipe to --config, and that to the flags.
+Look at a run: python -m offpolicy.evaluate RUN        Data: python -m offpolicy.data show NAME
+"""
+
+
+@dataclass
+class Command:
+    """What was asked for.
+
+    Attributes:
+        method: import path of its class.
+        settings: dotted key → value from recipe and files, with the names resolved; flags come on top.
+        flags: the rest, ready for the parser.
+        recipe: the one applied, if any.
+        notes: sentences to show before training.
+    """
+
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    flags: list[tuple[str, str | None]] = field(default_factory=list)
+    recipe: Recipe | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parser_args(self) -> list[str]:
+        return [f"--{name}" if value is None else f"--{name}={value}" for name, value in self.flags]
+
+
+def read_command(argv: Iterable[str]) -> Command:
+    """Read the arguments of ``python -m offpolicy.fit``.
+
+    Raises:
+        UsageError: an unknown name or option, a missing value, a file that cannot be read.
+        SystemExit: after ``--help``.
+    """
+    pairs = split(argv)
+    last = {name: value for name, value in pairs}
+    if "help" in last and last["help"] != "all":
+        from offpolicy.registry import method_names
+
+        print(HELP.format(methods=", ".join(method_names())), end="")
+        raise SystemExit(0)
+    if "help" in last or "model.help" in last:
+        path = class_path(last.get("model.help") or last.get("model") or DEFAULT_METHOD)
+        return Command(path, flags=[("help", None)] if "help" in last else [("model.help", path)])
+
+    check_options((name for name, _ in pairs), {"run": [f.name for f in fields(RunOptions)]})
+    sources = [value for name, value in pairs if name == "config"]
+    if not sources and (run := _run_folder(last.get("ckpt_path"))):
+        sources = [str(run)]
+    layers = [read_settings(str(source)) for source in sources]
+    for layer in layers:
+        check_options(layer, {"run": [f.name for f in fields(RunOptions)]})
+    in_files = {key: value for layer in layers for key, value in layer.items()}
+
+    method = class_path(last.get("model") or in_files.get("model") or DEFAULT_METHOD)
+    notes = []
+    for source, layer in zip(sources, layers):
+        if class_path(layer.get("model", method)) != method and _drop(layer, "model."):
+            notes.append(f"The settings of `model` in {source} are for {layer['model']} and were left out.")
+    target = resolve(last.get("data.name") or in_files.get("data.name") or DEFAULT_DATA)
+
+    chosen = last.get("recipe") or in_files.get("recipe") or "auto"
+    short = method.rpartition(".")[2]
+    found = None if chosen == "none" else recipe(short, target.name) if chosen == "auto" else named_recipe(short, chosen)
+    settings = dict(found.settings) if found else {}
+    for layer in layers:
+        settings |= layer
+    name = str(target.path) if target.path is not None else target.name
+    settings |= {"model": method, "data.name": name, "recipe": chosen}
+    flags = [pair for pair in pairs if pair[0] not in ("config", "model", "data.name", "recipe")]
+    return Command(method, settings, flags, found, notes)
+
+
+def split(argv: Iterable[str]) -> list[tuple[str, str | None]]:
+    """``--name value`` and ``--name=value`` as pairs, in order; a number like 1e6 becomes 1000000."""
+    words, pairs = list(argv), []
+    while words:
+        word = words.pop(0)
+        head, equals, text = word.partition("=")
+        head = ALIASES.get(head, head)
+        if not head.startswith("--") or head == "--":
+            raise UsageError(f"found '{word}'; expected an option such as --model NAME or --data NAME. Put its name first.")
+        name, value = head[2:], text if equals else None
+        if value is None and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        if value is None and name not in ("help", "print_config", "model.help"):
+            raise UsageError(f"--{name} has no value; expected --{name} VALUE.")
+        pairs.append((name, whole_number(value)))
+    return pairs
+
+
+def check_options(names: Iterable[str], known: Mapping[str, Iterable[str]], where: str = "") -> None:
+    """Answer a misspelt option.
+
+    Args:
+        names: dotted, as given.
+        known: group → the names in it; groups that are not there are not checked.
+        where: what the options belong to, for the message.
+
+    Raises:
+        UsageError: one sentence with the nearest name.
+    """
+    dotted = [f"{group}.{option}" for group, options in known.items() for option in options]
+    for name in names:
+        group, _, rest = name.partition(".")
+        option = rest.split(".")[0].rstrip("+")
+        if not rest and group in TOP:
+            continue
+        if rest and group in GROUPS and (group not in known or option in known[group]):
+            continue
+        if rest and group in known:
+            guess = nearest(option, known[group]).replace("'", f"'--{group}.", 1)
+            help_ = f"--model.help {where}" if where and group == "model" else "--help"
+            raise UsageError(f"--{name} is not an option{f' of {where}' if where else ''}.{guess} See {help_}.")
+        short = {d.partition(".")[2]: d for d in reversed(dotted)}
+        guess = nearest(rest or group, [*TOP, *short])
+        match = re.search("'(.*)'", guess)
+        raise UsageError(
+            f"--{name} is not an option." + (f" Did you mean '--{short.get(match[1], match[1])}'?" if match else "") +
+            " See --help."
+        )
+
+
+def read_settings(source: str) -> dict[str, Any]:
+    """Settings of a YAML file, of the ``config.yaml`` in a run folder, or of a recipe ``method/name``, dotted."""
+    path = Path(source).expanduser()
+    path = path / "config.yaml" if path.is_dir() else path
+    if not path.exists():
+        known = {one.name: one for one in recipes()}
+        if source in known:
+            return {"model": source.partition("/")[0], **known[source].settings}
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UsageError(
+            f"`config` is '{source}'; expected a YAML file, a run folder or a recipe such as td3bc/pendulum-stitch-v0."
+            f"{nearest(path.name, siblings) or nearest(source, known)}"
+        )
+    try:
+        raw = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} cannot be read as YAML: {reason}. Correct the file.") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path} holds {type(raw).__name__}; expected settings such as `model:` and `trainer:`.")
+    return flatten(raw)
+
+
+def flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings as in ``config.yaml`` with dotted keys; ``None`` at the top level is left out."""
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key == "model" and isinstance(value, Mapping):
+            value = {k: v for k, v in {**value, **(value.get("init_args") or {})}.items() if k != "init_args"}
+            if "class_path" in value:
+                flat["model"] = value.pop("class_path")
+        elif key == "data" and isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{option}": whole_number(v) for option, v in value.items()}
+        elif value is not None:
+            flat[key] = whole_number(value)
+    return flat
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted settings in the form the parser reads."""
+    tree: dict[str, Any] = {"model": {"class_path": settings["model"], "init_args": {}}}
+    for key, value in settings.items():
+        group, dot, option = key.partition(".")
+        if dot:
+            part = tree["model"]["init_args"] if group == "model" else tree.setdefault(group, {})
+            part[option] = value
+        elif key != "model":
+            tree[key] = value
+    return tree
+
+
+def whole_number(value: Any) -> Any:
+    """The text 1e6 as 1000000, which an option for whole numbers takes; anything else as it is."""
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d+", value) and float(value).is_integer():
+        return str(int(float(value)))
+    return value
+
+
+def _run_folder(ckpt: str | None) -> Path | None:
+    """The run folder that a checkpoint path points into, when it holds the settings of the run."""
+    path = Path(ckpt or "last")
+    candidates = [path, path.parent, path.parent.parent] if path.exists() else []
+    return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
+
+
+def _drop(layer: dict[str, Any], prefix: str) -> bool:
+    keys = [key for key in layer if key.startswith(prefix)]
+    for key in keys:
+        del layer[key]
+    return bool(keys)

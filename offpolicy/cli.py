@@ -1,0 +1,156 @@
+"""From a read command to a run: Lightning's parser for types and objects, then :func:`offpolicy.api.fit`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+
+from offpolicy import api, screen
+from offpolicy.arguments import Command, check_options, nested
+from offpolicy.data.module import DataModule
+from offpolicy.errors import UsageError
+from offpolicy.modules import Module
+from offpolicy.options import RunOptions
+from offpolicy.registry import import_class
+
+MAX_STEPS = 1_000_000  # where neither a recipe nor the user says; what published numbers mostly use
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI that makes the method and the data, and leaves the Trainer to :func:`offpolicy.api.fit`."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            Module,
+            DataModule,
+            save_config_callback=None,
+            trainer_defaults={"max_steps": MAX_STEPS, **api.TRAINER_DEFAULTS},
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"prog": "python -m offpolicy.fit", "allow_abbrev": False, "exit_on_error": False},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_class_arguments(RunOptions, "run")
+        parser.add_argument("--recipe", type=str, default="auto", help="auto, none, or a recipe of the method by name")
+        parser.add_argument("--root", type=str, default="runs", help="where run folders are made")
+        parser.add_argument("--folder", type=str | None, default=None, help="the run folder, instead of one under root")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="last, a run folder or a checkpoint")
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+    def settings_file(self) -> str:
+        """What ``--config`` takes to repeat this run, all values written out."""
+        config = self.config.clone()
+        config.recipe, config.folder, config.ckpt_path = "none", None, None
+        return self.parser.dump(config, skip_none=False)
+
+
+def run_command(command: Command) -> int:
+    """Train as asked; returns the exit code: 0, or 128 + signal after an interruption."""
+    cli = parse(command)
+    options = dict(cli.config_init.trainer)
+    origin = api.Origin(
+        config=cli.settings_file(),
+        command=shlex.join(["python", "-m", "offpolicy.fit", *sys.argv[1:]]),
+        lines=lines(command, cli.config),
+    )
+    result = api.fit(
+        cli.model,
+        cli.datamodule,
+        max_steps=options.pop("max_steps"),
+        seed=int(cli.config.seed_everything),
+        folder=cli.config.folder,
+        root=cli.config.root,
+        ckpt_path=cli.config.ckpt_path,
+        origin=origin,
+        **options,
+        **asdict(cli.config_init.run),
+    )
+    return 128 + result.interrupted if result.interrupted else 0
+
+
+def parse(command: Command) -> FitCLI:
+    """Check the options against the method's signature, then types, then build method and data.
+
+    Raises:
+        UsageError: one sentence naming the option, what was found and what is expected.
+        SystemExit: after printed help or settings.
+    """
+    method = import_class(command.method)
+    if not (isinstance(method, type) and issubclass(method, Module)):
+        raise UsageError(f"`model` is {command.method}, which is no method; expected a subclass of offpolicy.OfflineModule.")
+    helping = any(name in ("help", "model.help") for name, _ in command.flags)
+    if helping:
+        args = command.parser_args
+    else:
+        known = {name: annotations(cls) for name, cls in (("model", method), ("data", DataModule), ("trainer", Trainer))}
+        known["run"] = {f.name: str(f.type) for f in fields(RunOptions)}
+        if None in known["model"].values():  # **kwargs: the parser knows more
+            del known["model"]
+        check_options([*command.settings, *(name for name, _ in command.flags)], known, method.__name__)
+        args = ["--config", json.dumps(nested(command.settings)), *command.parser_args]
+    signal_handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with api.quiet():
+            return FitCLI(args)
+    except ArgumentError as error:
+        raise UsageError(one_sentence(str(error), known)) from None
+    finally:
+        signal.signal(signal.SIGTERM, signal_handler)
+
+
+def annotations(cls: type) -> dict[str, str | None]:
+    """Option → its type as written, of a class; None for ``**kwargs``."""
+    parameters = inspect.signature(cls).parameters.values()
+    return {
+        p.name: None if p.kind is p.VAR_KEYWORD else inspect.formatannotation(p.annotation).strip("'") for p in parameters
+    }
+
+
+def one_sentence(message: str, known: Mapping[str, Mapping[str, str | None]]) -> str:
+    """The parser's nested report as one sentence: option, found, expected."""
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    found = re.findall(r"Got value: (.*)|Given value: (?!NestedArg|Namespace)(.*)", message)
+    if not keys:
+        return " ".join(message.split())
+    key = f"model.{keys[-1]}" if keys[0] == "model" and len(keys) > 1 else keys[-1]
+    group, _, option = key.partition(".")
+    expected = known.get(group, {}).get(option.split(".")[0])
+    if not (found and expected):
+        details = [text for text in message.splitlines() if re.search("Expected|required|not accepted|Problem", text)]
+        return f"--{key} cannot be used: {' '.join(' '.join(details[-2:]).split())}"
+    value = next(text for text in found[0] if text)
+    return f"--{key} is '{value}'; expected {expected}. See --{'model.help' if group == 'model' else 'help=all'}."
+
+
+def lines(command: Command, config: Any) -> list[str]:
+    """Recipe and notes for the first screen."""
+    if command.recipe is None:
+        name = command.method.rpartition(".")[2]
+        shown = [screen.line("recipe", f"none for {name} on these data: the defaults of the class and of --run")]
+        shown = shown if command.settings["recipe"] == "auto" else []
+    else:
+        used = {f"model.{k}": v for k, v in config.model.init_args.items()}
+        used |= {f"{group}.{k}": v for group in ("run", "data", "trainer") for k, v in config[group].items()}
+        shown = screen.recipe_lines(command.recipe, used)
+    return shown + [screen.line("note", note) for note in command.notes]

@@ -1,0 +1,56 @@
+"""Evaluate a trained method: ``python -m offpolicy.evaluate RUN``, or ``offpolicy.evaluate(RUN)`` in Python."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from offpolicy import entry
+from offpolicy.errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. See --help.")
+
+
+def main(argv: list[str]) -> int:
+    """Play episodes, print the scores and keep them in a file beside the run; returns the exit code."""
+    parser = Parser("python -m offpolicy.evaluate", description="Play episodes with a trained method.")
+    parser.add_argument("run", help="run folder (its newest checkpoint) or checkpoint file")
+    parser.add_argument("--episodes", type=int, default=10, help="how many, at least 1 (10)")
+    parser.add_argument("--seed", type=int, help="episode k starts from seed + k (that of training's evaluations)")
+    args = parser.parse_args(argv)
+
+    from offpolicy import api, screen
+    from offpolicy.checkpoint import read_checkpoint, resolve_checkpoint
+    from offpolicy.evaluation.rollout import EVAL_SEED
+    from offpolicy.files import atomic_write
+
+    path = resolve_checkpoint(args.run)
+    seed = EVAL_SEED if args.seed is None else args.seed
+    updates = read_checkpoint(path)["global_step"]
+    numbers = api.evaluate(path, episodes=args.episodes, seed=seed)
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    file = Path(folder) / f"evaluation-step{updates:08d}-seed{seed}-episodes{args.episodes}.json"
+    atomic_write(file, json.dumps({"checkpoint": path.name, "updates": updates, **numbers}, indent=2) + "\n")
+
+    print(f"{path}, {updates:,} updates, {args.episodes} episodes ({numbers['score_kind']})")
+    for name in ("score", "return", "length", "success_rate"):
+        value = numbers.get(name, numbers.get(f"{name}_mean"))
+        if value is not None:
+            spread = numbers.get(f"{name}_std")
+            print(screen.line(name, f"{value:.4g}" + (f" ± {spread:.4g} (standard deviation over episodes)" if spread else "")))
+    if numbers.get("score_interval", 0) > 0:
+        print(screen.line("", f"± {numbers['score_interval']:.4g} (95 % interval of the mean score)"))
+    print(screen.line("file", str(file)))
+    return 0
+
+
+sys.modules[__name__].__class__ = entry.CallableModule
+
+if __name__ == "__main__":
+    entry.run(main)

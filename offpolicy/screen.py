@@ -1,0 +1,143 @@
+"""What a run tells its user: the first screen, the last lines, and the versions it was made with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import offpolicy
+from offpolicy.evaluation.scores import score_kind, simulator_version
+
+LABEL = 10  # width of the labels
+
+
+def line(label: str, text: str) -> str:
+    return f"  {label:<{LABEL}}{text}"
+
+
+def first_screen(trainer: Any, method: Any, folder: Path, extra: list[str]) -> str:
+    """What will happen, in lines; shown once the data are open and the settings chosen.
+
+    Args:
+        trainer: the Lightning Trainer at the start of training.
+        method: the module being trained.
+        folder: of the run.
+        extra: further lines, after that of the method.
+    """
+    replay, meta, run = trainer.datamodule.replay, method.data_meta, method.run
+    sizes, now, total = method.sizes, trainer.global_step, trainer.max_steps
+    device = str(trainer.strategy.root_device)
+    if device.startswith("cuda"):
+        import torch
+
+        device = torch.cuda.get_device_name(trainer.strategy.root_device)
+    if trainer.world_size > 1:
+        device = f"{trainer.world_size} processes on {device}"
+    threads, matmul = settings_in_use(method)
+    evaluation = (
+        f"every {run.eval_every:,} updates" if run.eval_every else "after the last update"
+    ) + f", {run.eval_episodes} episodes of {meta.get('env_id')}"
+    if not (run.eval_episodes and meta.get("env_id")):
+        evaluation = "none"
+    limits = f", {sizes.max_steps} steps at most" if sizes.max_steps else ""
+    start = f"continuing at update {now:,} of {total:,}" if now else "new"
+    lines = [
+        f"{type(method).__name__} on {meta.get('name', 'data')}, seed {method.seed}",
+        line("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({_origin(meta)})"),
+        line("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {parameters(method):,} parameters"),
+        *extra,
+        line("updates", f"{total:,} of batch size {method.option('batch_size', 256)}"),
+        line("evaluate", evaluation),
+        line("device", f"{device}, precision {trainer.precision}, threads {threads}, matmul {matmul}"),
+        line("folder", f"{folder} ({start})"),
+    ]
+    notes = [str(text) for key in ("notes", "warnings") for text in meta.get(key) or []]
+    return "\n".join(lines + [line("note", text) for text in notes])
+
+
+def settings_in_use(method: Any) -> tuple[int, str]:
+    """Threads and matmul library of the running fit."""
+    import torch
+
+    return torch.get_num_threads(), method.run.matmul
+
+
+def parameters(method: Any) -> int:
+    """Numbers that are trained (targets and buffers are not)."""
+    return sum(p.numel() for p in method.parameters() if p.requires_grad)
+
+
+def recipe_lines(recipe: Any, used: Mapping[str, Any]) -> list[str]:
+    """The recipe with its values; a value that was overridden is shown with what is used instead."""
+    lines = []
+    for origin, keys in recipe.origin.items():
+        values = []
+        for key in keys:
+            value, found = recipe.settings[key], used.get(key, recipe.settings[key])
+            value = tuple(value) if isinstance(value, list) else value
+            found = tuple(found) if isinstance(found, list) else found
+            shown = f"{key.partition('.')[2] if key.startswith('model.') else key} {found}"
+            values.append(shown if found == value else f"{shown} (recipe: {value})")
+        lines += [line("recipe" if not lines else "", f"{recipe.name}, {origin}:"), line("", "  " + ", ".join(values))]
+    return lines
+
+
+def scores_line(scores: Mapping[str, float]) -> str:
+    """The last evaluation and the best, in one sentence."""
+    for key, name in (("score", "normalised score"), ("success_rate", "success rate"), ("return_mean", "return")):
+        if key in scores:
+            std = scores.get({"score": "score_std", "return_mean": "return_std"}.get(key, ""))
+            spread = f" ± {std:.1f} (standard deviation over episodes)" if std is not None else ""
+            best = scores.get(f"{key}_best")
+            return f"{name}: last {scores[key]:.4g}{spread}" + (f", best {best:.4g}" if best is not None else "")
+    return "no evaluation: returns and scores were not measured"
+
+
+def last_lines(folder: Path, scores: Mapping[str, float], updates: int, seconds: float, resume: str | None) -> str:
+    """Scores, files, and the commands to go on."""
+    files = [name for name in ("metrics.csv", "evals.csv", "curves.png", "checkpoints/") if (folder / name).exists()]
+    lines = [
+        ("Interrupted" if resume else "Done") + f" at update {updates:,} after {seconds:,.0f} s. {scores_line(scores)}",
+        line("files", f"{folder}/: {', '.join(files)}"),
+        line("resume", resume) if resume else line("look", f"python -m offpolicy.evaluate {folder}"),
+    ]
+    return "\n".join(lines)
+
+
+def versions(method: Any) -> dict[str, Any]:
+    """What decides the numbers of a run: versions, commit, data and the settings that change last bits."""
+    meta = method.data_meta
+    names = ("torch", "lightning", "gymnasium", "numpy", "jsonargparse")
+    threads, matmul = settings_in_use(method)
+    env = meta.get("env_id")
+    return {
+        "offpolicy": offpolicy.__version__,
+        "git": git_commit(Path(offpolicy.__path__[0])),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: importlib.metadata.version(name) for name in names},
+        "simulator": simulator_version(env) if env else None,
+        "score_kind": score_kind(meta),
+        "data": {"name": meta.get("name"), "sha256": meta.get("sha256"), "fingerprint": method.data_fingerprint},
+        "threads": threads,
+        "matmul": matmul,
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """Commit of the checkout that holds the package (with '+' when files differ from it), None outside of one."""
+    if not (folder.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder.parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _origin(meta: Mapping[str, Any]) -> str:
+    return str(meta.get("file") or {"made": "made here"}.get(str(meta.get("source")), meta.get("source", "arrays")))
