@@ -91,11 +91,14 @@ def resolve(text: str | os.PathLike[str]) -> Target:
         if local is not None or MINARI_ID.match(name):
             return Target("minari", local or name)
         raise UsageError(
-            f"no data set is called '{name}' and there is no such file; expected a known name, a file ({', '.join(FILES)})"
+            f"no data set is called '{name}' and there is no such file; expected a known name, a file "
+            f"({', '.join(FILES)})"
             f" or a folder.{nearest(name, known_names())} `python -m offpolicy.data show` lists the known names."
         )
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise UsageError(f"{path} does not exist; expected a data file or folder.{nearest(path.name, siblings)} Check the path.")
+    raise UsageError(
+        f"{path} does not exist; expected a data file or folder.{nearest(path.name, siblings)} Check the path."
+    )
 
 
 def known_names() -> list[str]:
@@ -204,6 +207,7 @@ def _unknown_path(path: Path) -> str:
             "data/metadata.json (Minari). Pass the folder of one data set, or a file."
         )
     return (
-        f"{path} has the type '{_suffix(path)}'; expected {', '.join((*FILES, *LANGUAGE))} or a folder. Pickled files are "
+        f"{path} has the type '{_suffix(path)}'; expected {', '.join((*FILES, *LANGUAGE))} or a folder. Pickled "
+        "files are "
         "never read, as opening one runs its code; save the arrays with numpy.savez instead."
     )

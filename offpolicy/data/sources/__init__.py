@@ -1,0 +1,123 @@
+"""Readers: one per kind of source, each giving a checked :class:`offpolicy.data.replay.Replay`.
+
+Start here: :func:`open_source` for anything on disk or known by name, :func:`from_arrays` for arrays in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from offpolicy.data.names import Target, resolve
+from offpolicy.data.replay import Replay
+from offpolicy.data.sources.arrays import environment, from_arrays
+from offpolicy.errors import UsageError
+
+__all__ = ["from_arrays", "open_source"]
+
+IN_MEMORY = 2 << 30  # bytes: folders of our format up to this size are read into memory, larger ones are mapped
+
+
+def open_source(
+    name_or_target: str | os.PathLike[str] | Target,
+    *,
+    download: bool = True,
+    on_bad: str = "error",
+    clip_actions: bool = False,
+    timeout_step: str | None = None,
+    sha256: str | None = None,
+    env_id: str | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    obs_keys: Iterable[str] | None = None,
+    max_episode_steps: int | None = None,
+) -> Replay:
+    """Open a data set by name or path and check it.
+
+    Args:
+        name_or_target: what :func:`offpolicy.data.names.resolve` understands, or its result: a file or folder, or a
+            known name. A made set that is not there is made; a D4RL task, Minari id or OGBench set is downloaded.
+        download: false forbids that.
+        on_bad: "error" stops at faulty content, "drop_episode" leaves out the episodes that have it and counts them.
+        clip_actions: clip actions outside the bounds instead of calling them faulty.
+        timeout_step: the last step of an episode that a time limit cut: "drop", "keep" or "self" (D4RL's layout only).
+            None is "drop" for D4RL tasks, as in published numbers, and elsewhere keeps it where the next observation
+            is known.
+        sha256: expected hash of the file; for Minari over its storage files in order.
+        env_id, env_kwargs: environment to evaluate in, for files without a known one; its spaces are checked.
+        obs_keys: parts of a dict observation that ``obs`` consists of, in order.
+        max_episode_steps: the environment's step limit; without end marks longer episodes are cut there.
+
+    Returns:
+        The replay; ``meta["notes"]`` and ``meta["warnings"]`` hold what a person should read once
+        (``str(offpolicy.data.validate.report(replay))`` shows them with the numbers).
+
+    Raises:
+        UsageError: an unknown name, or options that do not fit.
+        DataError: data that are absent, damaged or faulty.
+    """
+    target = name_or_target if isinstance(name_or_target, Target) else resolve(name_or_target)
+    if target.kind == "language":
+        raise UsageError(
+            f"{target.path} is language data (prompts or preference pairs), which no reader here takes yet; "
+            "expected control "
+            "data: .hdf5, .npz, or a folder."
+        )
+    own_environment = env_id is not None or max_episode_steps is not None
+    if own_environment and target.kind not in ("hdf5", "npz", "replay"):
+        raise UsageError(
+            f"`env_id` or `max_episode_steps` was given, but {target.name} has an environment of its own. Leave "
+            "them out."
+        )
+    if target.kind == "made":
+        from offpolicy.data.sources.make import open_made
+
+        return open_made(target.name)
+    path = target.location()
+    assert path is not None  # only language data have no place
+    common: dict[str, Any] = {"on_bad": on_bad, "clip_actions": clip_actions, "sha256": sha256}
+    if target.kind == "replay":
+        replay = _open_folder(path)
+        environment(replay.meta, env_id, env_kwargs, obs_keys, max_episode_steps)
+        return replay
+    if target.kind == "minari":
+        from offpolicy.data.sources import minari
+
+        keys = list(obs_keys) if obs_keys is not None else target.info.get("obs_keys", "").split() or None
+        if target.path is not None:
+            return minari.read(path, obs_keys=keys, **common)
+        return minari.open_id(target.name, download=download, obs_keys=keys, **common)
+    if target.kind == "d4rl":
+        from offpolicy.data.sources import d4rl
+
+        return d4rl.open_task(target.info, path, download=download, timeout_step=timeout_step, **common)
+    from offpolicy.data.sources import ogbench
+
+    if target.kind == "ogbench":
+        return ogbench.open_set(target.name, target.info, path, download=download, **common)
+
+    meta: dict[str, Any] = {"name": target.name, "source": "arrays"}
+    facts = environment(meta, env_id, env_kwargs, obs_keys, max_episode_steps)
+    if target.kind == "hdf5":
+        from offpolicy.data.sources import d4rl
+
+        return d4rl.read(path, meta=meta, facts=facts, timeout_step=timeout_step, **common)
+    from offpolicy.data.sources.arrays import read_npz
+    from offpolicy.data.sources.fetch import open_npz
+
+    with open_npz(path) as archive:
+        names = list(archive.files)
+    if ogbench.is_ogbench(names):
+        known, checks = ogbench.set_facts(target.name, {})
+        return ogbench.read(path, meta={**known, **meta, "source": "ogbench"}, facts={**checks, **facts}, **common)
+    return read_npz(path, meta=meta, facts=facts, timeout_step=timeout_step, **common)
+
+
+def _open_folder(path: Path) -> Replay:
+    """A folder of our format; it was checked when it was written."""
+    size = sum(file.stat().st_size for file in (path / "steps").glob("*.npy"))
+    replay = Replay.load(path, mmap=size > IN_MEMORY)
+    replay.meta = {**replay.meta, "file": str(path)}
+    replay.meta.setdefault("name", path.name)
+    return replay

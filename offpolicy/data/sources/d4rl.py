@@ -1,0 +1,244 @@
+"""D4RL's flat HDF5 layout, read and written (arXiv:2004.07219): its 155 tasks, and any file with the same keys.
+
+Episodes lie end to end. ``terminals`` stops bootstrapping, ``timeouts`` only ends an episode; the rows after the last
+mark are an unfinished episode, which is kept. Only ``infos/…`` and ``metadata/…`` are not read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from offpolicy.data.replay import Replay, _numpy
+from offpolicy.data.sources.arrays import assemble, match
+from offpolicy.data.sources.fetch import Lock, corrupt, facts, locate, open_hdf5
+from offpolicy.data.validate import check_structure
+from offpolicy.errors import UsageError
+
+if TYPE_CHECKING:
+    import h5py
+
+META = "offpolicy_meta"  # attribute of the files we write
+KEYS = {"obs": "observations", "action": "actions", "reward": "rewards", "terminated": "terminals"}
+
+
+def task_facts(row: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is known of a task: ``meta`` for the replay, and the facts its data are checked against.
+
+    Args:
+        row: of ``d4rl.csv``.
+    """
+    table, name = facts("d4rl.yaml"), row["task"]
+    known: dict[str, Any] = {}
+    for entry in table["facts"]:
+        if _matches(name, entry):
+            known |= {k: v for k, v in entry.items() if k != "match"}
+    meta: dict[str, Any] = {"name": name, "source": "d4rl", "family": row["family"], "warnings": [], "notes": []}
+    meta["max_episode_steps"] = int(row["max_episode_steps"])
+    if row["gymnasium_env_id"] and known.get("evaluate", True):
+        meta |= {"env_id": row["gymnasium_env_id"], "env_kwargs": known.get("env_kwargs", {})}
+        if "obs_keys" in known:
+            meta["obs_keys"] = known["obs_keys"]
+    if row["ref_min_score"] and row["ref_max_score"]:
+        meta |= {"ref_min_score": float(row["ref_min_score"]), "ref_max_score": float(row["ref_max_score"])}
+        meta["score_kind"] = "d4rl-normalised"
+    if "score_note" in known:
+        meta["score_note"] = " ".join(known["score_note"].split())
+    if "action_range" in known:
+        meta["action_range"] = known["action_range"]
+    for defect in table["defects"]:
+        if _matches(name, defect):
+            issues = ", ".join(str(i) for i in defect["issues"])
+            text = f"{defect['text']}" + (f" (D4RL issues {issues})" if issues else "")
+            meta["notes" if defect.get("level") == "note" else "warnings"].append(text)
+    return meta, {k: known[k] for k in ("obs_dim", "action_dim", "position", "terminates") if k in known}
+
+
+def read(
+    path: Path,
+    *,
+    meta: dict[str, Any],
+    facts: dict[str, Any],
+    timeout_step: str | None = None,
+    on_bad: str = "error",
+    clip_actions: bool = False,
+    sha256: str | None = None,
+) -> Replay:
+    """Read a file in D4RL's layout.
+
+    Args:
+        path: the file.
+        meta, facts: what is known (:func:`task_facts`, or little for a file without a task).
+        timeout_step: the last step of an episode that was cut: "drop", "keep" (needs stored next observations) or
+            "self". None drops it only where the next observation is not stored. D4RL's own loader drops it, and the
+            very last row of the file as well.
+        on_bad, clip_actions: as in :func:`offpolicy.data.validate.finish`.
+        sha256: expected hash of the file.
+
+    Raises:
+        DataError: a file that is not HDF5, truncated, damaged, incomplete, or with faulty content.
+    """
+    lock = Lock([path])
+    lock.check(sha256)
+    with open_hdf5(path) as file:
+        columns, scalars, notes = _columns(path, file, facts)
+        written = json.loads(file.attrs[META]) if META in file.attrs else {}
+    if "family" in meta:
+        written = {}  # a task of the table: the table is right
+    meta = {**meta, **written, "file": str(path)}
+    notes = [*([] if written else meta.pop("notes", [])), *notes]
+    if scalars:
+        meta["metadata"] = scalars
+    span = meta.pop("action_range", None)
+    if span is not None and "action_low" not in meta:
+        width = columns[match(columns)["action"]].shape[-1]
+        meta |= {"action_low": [span[0]] * width, "action_high": [span[1]] * width, "action_bounds": "environment"}
+    replay = assemble(
+        columns,
+        where=str(path),
+        meta=meta,
+        facts=facts,
+        timeout_step=timeout_step,
+        on_bad=on_bad,
+        clip_actions=clip_actions,
+        notes=notes,
+    )
+    replay.meta["sha256"] = lock.keep(replay.num_steps)
+    return replay
+
+
+def open_task(
+    row: Mapping[str, str], path: Path, *, download: bool = True, timeout_step: str | None = None, **options: Any
+) -> Replay:
+    """A task of the table, from a file that is fetched when it is not there; other keywords as of :func:`read`.
+
+    The last step before a time limit is dropped unless told otherwise, as in the published numbers.
+    """
+    meta, checks = task_facts(row)
+    return read(
+        locate(path, row["dataset_url"], download),
+        meta=meta,
+        facts=checks,
+        timeout_step=timeout_step or "drop",
+        **options,
+    )
+
+
+def write(replay: Replay, path: str | os.PathLike[str]) -> Path:
+    """Write a replay in D4RL's layout; the file appears under its name only when it is whole.
+
+    ``next_observations`` is written where every step that needs one has one. What the layout has no place for
+    (bounds, environment, scores) goes into an attribute that :func:`read` understands and others ignore.
+
+    Raises:
+        FileExistsError: the file exists.
+        OSError: the disk is full or not writable; nothing is left behind.
+        UsageError: the replay has no rewards, which this layout needs.
+    """
+    import h5py
+
+    target = Path(path)
+    if "reward" not in replay.steps:
+        raise UsageError(
+            "these data have no rewards, which D4RL's layout needs. Convert to a folder of our format instead."
+        )
+    if target.exists():
+        raise FileExistsError(f"{target} exists; expected a new name. Remove it or choose another.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rows, end = replay.rows, np.cumsum(replay.length) - 1
+    terminated = _numpy(replay.steps["terminated"])[rows].astype(bool)
+    timeouts = np.zeros(len(rows), dtype=bool)
+    timeouts[end] = ~terminated[end]
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    try:
+        with h5py.File(temporary, "w") as file:
+            for name, column in replay.steps.items():
+                if name not in ("terminated", "next_obs"):
+                    _write_column(file, KEYS.get(name, name), _numpy(column), rows)
+            file["terminals"], file["timeouts"] = terminated, timeouts
+            if _successors_known(replay, terminated[end]):
+                obs = replay.steps["obs"]
+                out = file.create_dataset("next_observations", (len(rows), *obs.shape[1:]), _numpy(obs).dtype)
+                for low in range(0, len(rows), 1 << 16):
+                    out[low : low + (1 << 16)] = replay.next_obs(rows[low : low + (1 << 16)]).cpu().numpy()
+            kept = {k: v for k, v in replay.meta.items() if k not in ("file", "sha256", "metadata")}
+            file.attrs[META] = json.dumps(kept)
+        with open(temporary, "rb") as done:
+            os.fsync(done.fileno())
+        os.chmod(temporary, 0o644)
+        os.rename(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _matches(name: str, entry: Mapping[str, Any]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in entry["match"])
+
+
+def _columns(
+    path: Path, file: h5py.File, facts: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
+    """The per-step columns, the scalars under ``metadata``, and notes on what was left."""
+    import h5py
+
+    found: dict[str, h5py.Dataset] = {}
+    file.visititems(lambda key, item: found.update({key: item}) if isinstance(item, h5py.Dataset) else None)
+    steps = {k: d for k, d in found.items() if not k.startswith(("infos/", "metadata/"))}
+    keys = match(steps)
+    need = [n for n in ("obs", "action", "reward", "terminated") if not (n == "terminated" and {"end"} <= keys.keys())]
+    shapes = {k: tuple(d.shape) for k, d in steps.items()}
+    if "masks" in steps and "terminated" not in keys:
+        need.remove("terminated")
+    rows = check_structure(str(path), shapes, keys, facts, need)
+    columns, scalars, skipped = {}, {}, [k for k in found if k.startswith("infos/")]
+    for key, dataset in steps.items():
+        if dataset.shape[:1] == (rows,) and dataset.dtype.kind in "fiub":
+            columns[key] = _read(path, key, dataset)
+        else:
+            skipped.append(f"{key} {tuple(dataset.shape)}")
+    for key, dataset in found.items():
+        if key.startswith("metadata/") and dataset.shape == ():
+            value = dataset[()]
+            scalars[key.removeprefix("metadata/")] = (
+                value.decode(errors="replace") if isinstance(value, bytes) else value.item()
+            )
+    return columns, scalars, [f"not read: {', '.join(skipped)}"] if skipped else []
+
+
+def _read(path: Path, key: str, dataset: h5py.Dataset) -> np.ndarray:
+    """One column straight into its final array: floats as float32, the rest as stored."""
+    dtype = np.dtype(np.float32) if dataset.dtype.kind == "f" else dataset.dtype
+    column = np.empty(dataset.shape, dtype=dtype)
+    try:
+        if column.size:
+            dataset.read_direct(column)
+    except OSError as error:
+        raise corrupt(path, key, error) from None
+    return column
+
+
+def _write_column(file: h5py.File, key: str, column: np.ndarray, rows: np.ndarray) -> None:
+    out = file.create_dataset(key, (len(rows), *column.shape[1:]), column.dtype)
+    for low in range(0, len(rows), 1 << 16):
+        out[low : low + (1 << 16)] = column[rows[low : low + (1 << 16)]]
+
+
+def _successors_known(replay: Replay, terminated: np.ndarray) -> bool:
+    if "next_obs" in replay.steps:
+        return True
+    if "obs" not in replay.tail:
+        return False
+    valid = (
+        _numpy(replay.tail["valid"]).astype(bool) if "valid" in replay.tail else np.ones(len(terminated), dtype=bool)
+    )
+    return bool((valid | terminated).all())

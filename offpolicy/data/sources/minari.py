@@ -1,0 +1,460 @@
+"""Minari data sets on disk: HDF5, Arrow and Parquet storage, read without the ``minari`` package.
+
+An episode of T steps holds T + 1 observations; the last one goes into the replay's tail. (Laying the T + 1 rows end to
+end beside T actions would shift every later episode.) Arrow and Parquet pad *every* column to T + 1 rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from offpolicy.data import validate
+from offpolicy.data.names import root
+from offpolicy.data.replay import Replay
+from offpolicy.data.sources.fetch import Lock, check_network, corrupt, open_hdf5
+from offpolicy.data.validate import Raw
+from offpolicy.errors import DataError, UsageError
+
+REMOTE = "hf://farama-minari"  # Minari's default
+
+
+def read(
+    folder: Path,
+    *,
+    name: str | None = None,
+    obs_keys: Iterable[str] | None = None,
+    on_bad: str = "error",
+    clip_actions: bool = False,
+    sha256: str | None = None,
+) -> Replay:
+    """Read a Minari data set.
+
+    Args:
+        folder: with ``data/metadata.json``.
+        name: id; the one in the metadata if None.
+        obs_keys: parts of a dict observation that become ``obs``, in this order; all numeric ones if None. Every part
+            is also a column ``obs/<part>``; text is left out.
+        on_bad, clip_actions: as in :func:`offpolicy.data.validate.finish`.
+        sha256: expected hash over the storage files in order.
+
+    Raises:
+        DataError: an incomplete or damaged set, or one whose storage is not known.
+        UsageError: ``obs_keys`` that are not there, or spaces that no method here can use.
+    """
+    record = _metadata(folder)
+    observation, action = (_space(folder, record, key) for key in ("observation_space", "action_space"))
+    storage: Storage
+    kind = record.get("data_format", "hdf5")
+    if kind == "hdf5":
+        storage = _Hdf5(folder / "data" / "main_data.hdf5")
+    elif kind in ("arrow", "parquet"):
+        storage = _Arrow(folder / "data", kind)
+    else:
+        raise DataError(f"{folder} is stored as '{kind}'; expected hdf5, arrow or parquet. Convert it with minari.")
+    lock = Lock(storage.files, folder / "data.lock.json")
+    lock.check(sha256)
+    with storage:
+        found = len(storage.lengths)
+        if record.get("total_episodes", found) != found:
+            raise DataError(
+                f"{folder} has {found} episodes, its metadata say {record['total_episodes']}; the download is "
+                "incomplete. "
+                "Delete the folder and fetch it again."
+            )
+        raw = _read_episodes(folder, record, storage, observation, action, obs_keys)
+    raw.meta = {
+        **_environment(record),
+        **raw.meta,
+        "name": name or record.get("dataset_id", folder.name),
+        "source": "minari",
+    }
+    raw.meta["file"] = str(folder)
+    if raw.meta.get("ref_min_score") is not None:
+        raw.meta["score_kind"] = "minari-normalised"
+    replay = validate.finish(raw, on_bad=on_bad, clip_actions=clip_actions)
+    replay.meta["sha256"] = lock.keep(replay.num_steps)
+    return replay
+
+
+def open_id(name: str, *, download: bool = True, **options: Any) -> Replay:
+    """A Minari id from the local folder, fetched by the ``minari`` package when it is not there."""
+    folder = root("minari") / name
+    if not (folder / "data" / "metadata.json").is_file():
+        if not download:
+            raise DataError(
+                f"{folder} does not exist and downloading is off. Put the Minari data set there, pass `--data "
+                "FOLDER`, or "
+                "leave out `--data.download=false`."
+            )
+        _download(name, folder)
+    return read(folder, name=name, **options)
+
+
+def _download(name: str, folder: Path) -> None:
+    """Fetch into a temporary folder beside the target and move it there when it is complete."""
+    remedy = f"Put the data set at {folder} by hand (minari download {name}), or pass `--data FOLDER`."
+    if os.environ.get("MINARI_REMOTE", REMOTE).startswith("hf://"):
+        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        check_network(url, f"the Minari data set {name} could not be downloaded", remedy)
+    import minari
+
+    top = root("minari")
+    top.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".download-", dir=top))
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(temporary)
+    try:
+        minari.download_dataset(name)
+        if not (temporary / name / "data" / "metadata.json").is_file():
+            raise DataError(f"the download of {name} is incomplete. {remedy}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(temporary / name, folder)
+    except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"the Minari data set {name} could not be downloaded: {error} {remedy}") from None
+    finally:
+        if before is None:
+            del os.environ["MINARI_DATASETS_PATH"]
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = before
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# -- metadata ----------------------------------------------------------------------------------------------------------
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    path = folder / "data" / "metadata.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; expected the folder of a Minari data set.") from None
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}). Delete {folder} and fetch it again.") from None
+
+
+def _space(folder: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
+    text = record.get(key)
+    if not text:
+        raise DataError(f"{folder}: the metadata have no `{key}`; expected a serialised gymnasium space.")
+    return json.loads(text) if isinstance(text, str) else text
+
+
+def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
+    meta = {k: float(record[k]) for k in ("ref_min_score", "ref_max_score") if record.get(k) is not None}
+    text = record.get("eval_env_spec") or record.get("env_spec")
+    if not text:
+        return meta
+    spec = json.loads(text) if isinstance(text, str) else text
+    return {
+        **meta,
+        "env_id": spec["id"],
+        "env_kwargs": spec.get("kwargs") or {},
+        "max_episode_steps": spec.get("max_episode_steps"),
+    }
+
+
+def _leaves(
+    space: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """The parts of a (nested) dict space in its order."""
+    if space["type"] == "Dict":
+        for key, part in space["subspaces"].items():
+            yield from _leaves(part, (*path, key))
+    else:
+        yield path, space
+
+
+def _step_shape(space: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Shape of one step of a numeric space, None for text and other kinds."""
+    if space["type"] == "Box":
+        return tuple(space["shape"])
+    if space["type"] == "Discrete":
+        return ()
+    if space["type"] == "MultiDiscrete":
+        return (len(space["nvec"]),)
+    if space["type"] == "MultiBinary":
+        return tuple(np.atleast_1d(space["n"]).tolist())
+    return None
+
+
+def _is_jpeg(record: Mapping[str, Any], space: Mapping[str, Any]) -> bool:
+    shape = space.get("shape", ())
+    small = len(shape) not in (2, 3) or min(shape[:2]) < 32
+    return bool(record.get("jpeg_encoding")) and space.get("dtype") == "uint8" and not small
+
+
+# -- episodes ----------------------------------------------------------------------------------------------------------
+
+
+class Storage(Protocol):
+    """Where the episodes lie. ``lengths`` are the steps T of each."""
+
+    files: list[Path]
+    lengths: np.ndarray
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def fill(self, episode: int, key: str, out: np.ndarray) -> None:
+        """Read a column of an episode, T + 1 rows of observations and T of the others, without padding."""
+
+
+def _read_episodes(
+    folder: Path,
+    record: Mapping[str, Any],
+    storage: Storage,
+    observation: Mapping[str, Any],
+    action: Mapping[str, Any],
+    obs_keys: Iterable[str] | None,
+) -> Raw:
+    empty = int((storage.lengths == 0).sum())
+    episodes = np.flatnonzero(storage.lengths)
+    length = storage.lengths[episodes]
+    if not len(length):
+        raise DataError(f"{folder} holds no steps; expected at least one episode with a step.")
+    start = np.cumsum(length) - length
+    total, count = int(length.sum()), len(length)
+    raw = Raw({}, start, length, str(folder), keys={"obs": "observations", "action": "actions", "reward": "rewards"})
+    if empty:
+        raw.notes.append(f"{empty} episodes without a step were skipped")
+
+    filled: list[tuple[str, np.ndarray, np.ndarray | None]] = []
+
+    def column(key: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        filled.append((key, np.empty((total, *shape), dtype=dtype), None))
+        return filled[-1][1]
+
+    raw.steps["reward"] = column("rewards", (), np.float32)
+    raw.steps["terminated"] = column("terminations", (), bool)
+    truncated = column("truncations", (), bool)
+    action_column = _allocate_actions(raw, action, column)
+    parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for path, space in _leaves(observation):
+        shape, key = _step_shape(space), "/".join(("observations", *path))
+        if shape is None:
+            raw.notes.append(f"`{key}` was left out: it is {space['type']}, not numbers")
+            continue
+        if _is_jpeg(record, space):
+            raise DataError(
+                f"{folder}: `{key}` is stored as JPEG images, which are not decoded here. Record it with "
+                "jpeg_encoding=False."
+            )
+        dtype = np.uint8 if space.get("dtype") == "uint8" and len(shape) > 1 else np.float32
+        steps, tail = np.empty((total + 1, *shape), dtype=dtype), np.empty((count, *shape), dtype=dtype)
+        filled.append((key, steps, tail))
+        parts["/".join(path)] = steps[:total], tail
+    for k, episode in enumerate(episodes.tolist()):
+        low, steps_here = int(start[k]), int(length[k])
+        for key, out, last in filled:
+            rows = steps_here + (last is not None)
+            storage.fill(episode, key, out[low : low + rows])
+            if last is not None:  # the extra row is overwritten by the next episode
+                last[k] = out[low + rows - 1]
+    raw.steps["action"] = action_column.reshape(total, -1)
+    raw.truncated = truncated[start + length - 1]
+    _join_observations(raw, parts, obs_keys, folder)
+    return raw
+
+
+def _allocate_actions(raw: Raw, space: Mapping[str, Any], column: Callable[..., np.ndarray]) -> np.ndarray:
+    if space["type"] == "Discrete":
+        raw.facts |= {"action_n": int(space["n"]), "action_start": int(space.get("start", 0))}
+        return column("actions", (), np.int64)
+    if space["type"] != "Box":
+        raise UsageError(f"{raw.where} has {space['type']} actions; expected Box or Discrete. Choose another data set.")
+    width = int(np.prod(space["shape"]))
+    low, high = (np.broadcast_to(np.asarray(space[k], dtype=np.float64).ravel(), (width,)) for k in ("low", "high"))
+    if np.isfinite([low, high]).all():
+        raw.meta |= {"action_low": low.tolist(), "action_high": high.tolist(), "action_bounds": "environment"}
+    return column("actions", tuple(space["shape"]), np.float32)
+
+
+def _join_observations(
+    raw: Raw, parts: dict[str, tuple[np.ndarray, np.ndarray]], obs_keys: Iterable[str] | None, folder: Path
+) -> None:
+    """``obs`` is the chosen parts side by side; the parts of a dict observation are also columns of their own."""
+    if not parts:
+        raise UsageError(
+            f"{folder} has no numeric observations; expected a Box, or a dict with one. Choose another set."
+        )
+    if "" in parts:
+        steps, tail = parts[""]
+        flat = steps.ndim == 1 or (steps.ndim > 2 and steps.dtype == np.float32)
+        raw.steps["obs"] = steps.reshape(len(steps), -1) if flat else steps
+        raw.tail["obs"] = tail.reshape(len(tail), -1) if flat else tail
+        return
+    chosen = list(obs_keys) if obs_keys is not None else list(parts)
+    missing = [key for key in chosen if key not in parts]
+    if missing or not chosen:
+        raise UsageError(
+            f"{folder} has no observation {missing or 'chosen'}; expected some of {list(parts)}. Correct `obs_keys`."
+        )
+    images = [key for key in chosen if parts[key][0].ndim > 2]
+    if images and len(chosen) > 1:
+        raise UsageError(
+            f"{folder}: {images} are images and cannot stand beside other observations. Choose one with `obs_keys`."
+        )
+    if len(chosen) == 1:
+        raw.steps["obs"], raw.tail["obs"] = (p if p.ndim > 1 else p[:, None] for p in parts[chosen[0]])
+    else:
+        for i, place in enumerate((raw.steps, raw.tail)):
+            place["obs"] = np.concatenate([parts[key][i].reshape(len(parts[key][i]), -1) for key in chosen], axis=1)
+    raw.meta["obs_keys"] = chosen
+    at = 0
+    for key in chosen:  # views into the joined column cost no memory
+        width = int(np.prod(parts[key][0].shape[1:]))
+        whole = images or len(chosen) == 1
+        raw.steps[f"obs/{key}"] = raw.steps["obs"] if whole else raw.steps["obs"][:, at : at + width]
+        raw.tail[f"obs/{key}"] = raw.tail["obs"] if whole else raw.tail["obs"][:, at : at + width]
+        at += width
+    for key in parts.keys() - set(chosen):
+        raw.steps[f"obs/{key}"], raw.tail[f"obs/{key}"] = parts[key]
+
+
+class _Hdf5:
+    """``main_data.hdf5`` with a group per episode; read at the lowest level, as there are thousands of small reads."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise DataError(f"{path} does not exist; the data set is incomplete. Delete its folder and fetch it again.")
+        self.files = [path]
+        self.file = open_hdf5(path)
+        names = [name for name in self.file if name.startswith("episode_")]
+        self.names = sorted(names, key=lambda name: int(name.removeprefix("episode_")))
+        self.lengths = np.array([self._open(k, "rewards").shape[0] for k in range(len(self.names))], dtype=np.int64)
+
+    def __enter__(self) -> _Hdf5:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+
+    def fill(self, episode: int, key: str, out: np.ndarray) -> None:
+        from h5py import h5s
+
+        dataset = self._open(episode, key)
+        shape = dataset.shape
+        if shape[:1] != out.shape[:1]:
+            raise DataError(
+                f"{self.files[0]}: episode {episode} has {shape[0]} rows of `{key}` for {self.lengths[episode]} "
+                "steps; expected "
+                f"{len(out)} (observations: the one after the last step included). Record or fetch the data set again."
+            )
+        try:
+            if shape == out.shape and (dataset.dtype.kind == "b") == (out.dtype.kind == "b"):
+                dataset.read(h5s.ALL, h5s.ALL, out)  # converts floats and integers on the way
+                return
+            values = np.empty(shape, dataset.dtype)
+            dataset.read(h5s.ALL, h5s.ALL, values)
+        except OSError as error:
+            raise corrupt(self.files[0], f"{self.names[episode]}/{key}", error) from None
+        if values.size != out.size:
+            raise DataError(
+                f"{self.files[0]}: `{self.names[episode]}/{key}` has shape {shape}; expected {out.shape} by the "
+                "space in the "
+                "metadata. Record or fetch the data set again."
+            )
+        out[...] = values.reshape(out.shape)
+
+    def _open(self, episode: int, key: str) -> Any:
+        from h5py import h5d
+
+        try:
+            return h5d.open(self.file.id, f"{self.names[episode]}/{key}".encode())
+        except KeyError:
+            raise DataError(
+                f"{self.files[0]}: `{self.names[episode]}` has no `{key}`; the data set is incomplete. Fetch it again."
+            ) from None
+
+
+class _Arrow:
+    """A folder per episode with Arrow or Parquet parts; every column has T + 1 rows, the last padding but for obs."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        episodes = sorted((p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
+        self.kind = kind
+        self.parts = [sorted(p.glob(f"part-*.{kind}"), key=lambda part: int(part.stem.split("-")[1])) for p in episodes]
+        for episode, parts in zip(episodes, self.parts):
+            if not parts:
+                raise DataError(f"{episode} holds no part-*.{kind}; the data set is incomplete. Fetch it again.")
+        self.files = [part for parts in self.parts for part in parts]
+        self.at: tuple[int, Any] = (-1, None)  # the episode that is open
+        self.lengths = np.array([self._count(k) - 1 for k in range(len(self.parts))], dtype=np.int64)
+        for k, episode in enumerate(episodes):
+            record = episode / "metadata.json"
+            steps = json.loads(record.read_text()).get("total_steps") if record.is_file() else None
+            if steps is not None and steps != self.lengths[k]:
+                raise DataError(
+                    f"{episode} has {self.lengths[k] + 1} rows for {steps} steps; expected {steps + 1} (the "
+                    "observation "
+                    "after the last step included). Record or fetch the data set again."
+                )
+
+    def __enter__(self) -> _Arrow:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.at = (-1, None)
+
+    def fill(self, episode: int, key: str, out: np.ndarray) -> None:
+        import pyarrow as pa
+
+        name, *nested = key.split("/")
+        if self.at[0] != episode:
+            self.at = (episode, self._guarded(episode, lambda: pa.concat_tables(map(self._table, self.parts[episode]))))
+        try:
+            column = self.at[1].column(name).combine_chunks()
+            for part in nested:
+                column = column.field(part)
+            while pa.types.is_nested(column.type):
+                column = column.flatten()
+            values = column.to_numpy(zero_copy_only=False)
+            out[...] = values.reshape(int(self.lengths[episode]) + 1, *out.shape[1:])[: len(out)]
+        except (pa.ArrowException, KeyError) as error:
+            raise corrupt(self.parts[episode][0], key, error) from None
+        except ValueError as error:
+            raise DataError(
+                f"{self.parts[episode][0]}: `{key}` does not have the shape {out.shape[1:]} of the space in the "
+                "metadata "
+                f"({error}). Record or fetch the data set again."
+            ) from None
+
+    def _count(self, episode: int) -> int:
+        import pyarrow.parquet as parquet
+
+        if self.kind == "parquet":
+            return self._guarded(episode, lambda: sum(parquet.read_metadata(p).num_rows for p in self.parts[episode]))
+        return self._guarded(episode, lambda: sum(self._table(p).num_rows for p in self.parts[episode]))
+
+    def _table(self, part: Path) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+
+        names = ["observations", "actions", "rewards", "terminations", "truncations"]
+        if self.kind == "parquet":
+            return parquet.ParquetFile(part).read(columns=names)
+        with pa.memory_map(str(part)) as source:
+            return pa.ipc.open_file(source).read_all().select(names)
+
+    def _guarded(self, episode: int, action: Callable[[], Any]) -> Any:
+        import pyarrow as pa
+
+        try:
+            return action()
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise DataError(
+                f"{self.parts[episode][0]} cannot be read ({error}); it is truncated or damaged. Delete it and "
+                "fetch the data "
+                "set again."
+            ) from None
