@@ -7,6 +7,7 @@ stored in the checkpoint, and used by training and evaluation alike.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -79,12 +80,14 @@ class Normalizer(nn.Module):
         return action / self.action_scale + self.action_center
 
     @torch.no_grad()
-    def fit(self, replay: Replay, rows: np.ndarray, *, normalize_obs: bool, reward_transform: str, eps: float) -> None:
+    def fit(
+        self, replay: Replay, rows: np.ndarray | None, *, normalize_obs: bool, reward_transform: str, eps: float
+    ) -> None:
         """Set the buffers from data.
 
         Args:
             replay: the data; its ``meta`` may hold ``action_low`` and ``action_high``.
-            rows: rows whose observations are measured (those that training draws), int64.
+            rows: rows whose observations are measured (those that training draws), int64; None for all.
             normalize_obs: standardise observations; constant columns are left alone.
             reward_transform: see :func:`parse_reward_transform`.
             eps: added to the standard deviation.
@@ -121,15 +124,17 @@ def action_bounds(replay: Replay) -> tuple[np.ndarray, np.ndarray]:
     return action.min(0).astype(np.float64), action.max(0).astype(np.float64)
 
 
-def mean_std(column: np.ndarray | Tensor, rows: np.ndarray, chunk: int = 1 << 18) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and population standard deviation over rows, two passes in float64 and in chunks."""
+def mean_std(
+    column: np.ndarray | Tensor, rows: np.ndarray | None = None, chunk: int = 1 << 18
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and population standard deviation over rows (all when None), two passes in float64 and in chunks."""
     array = _numpy(column)
-    whole = len(rows) == len(array) and bool((np.diff(rows) == 1).all())
+    count = len(array) if rows is None else len(rows)
 
-    def chunks():  # type: ignore[no-untyped-def]
-        for i in range(0, len(rows), chunk):
-            yield array[i : i + chunk] if whole else array[rows[i : i + chunk]]
+    def chunks() -> Iterator[np.ndarray]:
+        for i in range(0, count, chunk):
+            yield array[i : i + chunk] if rows is None else array[rows[i : i + chunk]]
 
-    mean = sum(c.sum(0, dtype=np.float64) for c in chunks()) / len(rows)
-    square = sum(np.square(c - mean).sum(0) for c in chunks()) / len(rows)
+    mean = sum(c.sum(0, dtype=np.float64) for c in chunks()) / count
+    square = sum(np.square(c - mean).sum(0) for c in chunks()) / count
     return mean, np.sqrt(square)

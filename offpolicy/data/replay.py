@@ -137,28 +137,41 @@ class Replay:
     def returns(self) -> np.ndarray:
         """Undiscounted, untransformed return of each episode, float64 (E,)."""
         reward = _numpy(self.steps["reward"])
-        if self._is_whole():
+        if self.is_whole:
             return np.add.reduceat(reward, self.start, dtype=np.float64)
         sums = np.concatenate([[0.0], np.cumsum(reward[self.rows], dtype=np.float64)])
         stop = np.cumsum(self.length)
         return sums[stop] - sums[stop - self.length]
 
-    def _is_whole(self) -> bool:
-        """The episodes lie end to end and cover every row."""
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether the episodes lie end to end in order and cover every row."""
         rows = len(next(iter(self.steps.values())))
         return self.start[0] == 0 and bool((self.end[:-1] + 1 == self.start[1:]).all()) and self.end[-1] + 1 == rows
 
-    def usable_rows(self) -> np.ndarray:
-        """Rows whose successor is known or not needed: what a transition may be drawn from, int64."""
-        rows = self.rows
-        keep = np.ones(len(rows), dtype=bool)
-        if "valid_td" in self.steps:
-            keep &= _numpy(self.steps["valid_td"])[rows].astype(bool)
+    @cached_property
+    def unusable(self) -> np.ndarray:
+        """Rows that no transition may be drawn from, as their successor is needed and unknown, ascending int64."""
+        rows = np.zeros(0, dtype=np.int64)
         if "next_obs" not in self.steps:
             known = _numpy(self.tail["valid"]).astype(bool) if "valid" in self.tail else "obs" in self.tail
-            last = np.cumsum(self.length) - 1
-            keep[last] &= known | _numpy(self.steps["terminated"])[self.end].astype(bool)
-        return rows if keep.all() else rows[keep]
+            rows = self.end[~(known | _numpy(self.steps["terminated"])[self.end].astype(bool))]
+        if "valid_td" in self.steps:
+            rows = np.union1d(rows, np.flatnonzero(~_numpy(self.steps["valid_td"]).astype(bool)))
+        return np.sort(rows)
+
+    @cached_property
+    def all_usable(self) -> bool:
+        """Whether every row of the columns may be drawn, so that no list of rows is needed."""
+        return self.is_whole and not len(self.unusable)
+
+    def usable_rows(self) -> np.ndarray:
+        """Rows whose successor is known or not needed: what a transition may be drawn from, int64."""
+        if not len(self.unusable):
+            return self.rows
+        keep = np.ones(len(next(iter(self.steps.values()))), dtype=bool)
+        keep[self.unusable] = False
+        return self.rows[keep[self.rows]]
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -408,8 +421,8 @@ class Ring(Replay):
             raise DataError(f"an episode has {new.length.max()} steps; expected at most {self.capacity} (the ring).")
         for episode in range(new.num_episodes):
             self._append_one(new, episode)
-        for name in ("episode_of", "t", "rows", "end", "_row_order", "_fingerprint"):
-            self.__dict__.pop(name, None)
+        for name in [n for n in vars(self) if isinstance(getattr(type(self), n, None), cached_property)]:
+            del self.__dict__[name]
         self.version += 1
 
     def _append_one(self, new: Replay, episode: int) -> None:
@@ -448,5 +461,4 @@ def _gather(column: Column, indices: Tensor | np.ndarray) -> Tensor:
     if isinstance(column, Tensor):
         index = torch.as_tensor(indices, device=column.device)
         return column.index_select(0, index.reshape(-1)).reshape(*index.shape, *column.shape[1:])
-    index = _numpy(indices)
-    return torch.from_numpy(np.ascontiguousarray(column[index]))
+    return torch.from_numpy(np.take(column, _numpy(indices), axis=0))

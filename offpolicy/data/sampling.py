@@ -29,14 +29,14 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift: torch's is arithmetic, so the copied sign bits are masked away."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def mix(x: Tensor) -> Tensor:
     """Hash int64 values to int64 values, elementwise (a bijection with good avalanche)."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    x = _shift_right(x, 30).bitwise_xor_(x).mul_(_MIX_1)
+    x = _shift_right(x, 27).bitwise_xor_(x).mul_(_MIX_2)
+    return _shift_right(x, 31).bitwise_xor_(x)
 
 
 def stream_id(name: str) -> int:
@@ -86,15 +86,15 @@ def uniforms(key: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def normals(key: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normals by Box-Muller on the two 32-bit halves; shape and type as :func:`uniforms`."""
+    """Float32 standard normals by Box-Muller on the two 32-bit halves, shape as :func:`uniforms`; at most 6.66."""
     size = math.prod(shape)
     pairs = (size + 1) // 2
     counter = rows[:, None] * pairs + torch.arange(pairs, device=rows.device)
     word = bits(key, counter)
-    radius_bits = _shift_right(word, 32).double() + 1.0  # in [1, 2^32], so that the logarithm is finite
-    radius = (radius_bits * 2.0**-32).log_().mul_(-2.0).sqrt_()
-    angle = (word & 0xFFFFFFFF).double() * (2.0 * math.pi * 2.0**-32)
-    both = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[..., :size]
+    radius_bits = _shift_right(word, 32).float() + 1.0  # in [1, 2^32], so that the logarithm is finite
+    radius = radius_bits.mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = word.bitwise_and_(0xFFFFFFFF).float().mul_(2.0 * math.pi * 2.0**-32)
+    both = torch.cat([angle.cos().mul_(radius), angle.sin().mul_(radius)], dim=-1)[..., :size]
     return both.reshape(*key.shape, len(rows), *shape)
 
 

@@ -6,7 +6,7 @@ items can be drawn and gathers any shape of item numbers at once, already normal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,9 +18,10 @@ from torch import Tensor
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sampling import unit
-from offpolicy.errors import DataError, check_range
+from offpolicy.errors import DataError, UsageError, check_range
 
 PACK_LIMIT = 8 << 30  # bytes: larger stores are gathered column by column
+CHUNK = 1 << 14  # rows packed at a time
 
 
 class Noise(SimpleNamespace):
@@ -66,12 +67,19 @@ class Windows(NamedTuple):
 
 
 class BoundView:
-    """A view bound to a replay and a device. Subclasses fill ``rows`` and ``gather``."""
+    """A view bound to a replay and a device. Subclasses define ``gather``.
 
-    def __init__(self, rows: np.ndarray, device: torch.device, weight: np.ndarray | None = None) -> None:
-        if not len(rows):
+    Args:
+        rows: row of each item that can be drawn, int64; a number n stands for the rows 0 … n - 1.
+        device: where item numbers live.
+        weight: sampling weights of the items, ≥ 0; None for uniform.
+    """
+
+    def __init__(self, rows: np.ndarray | int, device: torch.device, weight: np.ndarray | None = None) -> None:
+        self.count = rows if isinstance(rows, int) else len(rows)
+        if not self.count:
             raise DataError("no row can be drawn for training; expected at least one usable transition. See `show`.")
-        self.rows = torch.from_numpy(rows).to(device)
+        self.rows = None if isinstance(rows, int) else torch.from_numpy(rows).to(device)
         self.device = device
         self.cumulative = None
         if weight is not None:
@@ -82,14 +90,18 @@ class BoundView:
 
     def __len__(self) -> int:
         """Number of items that can be drawn."""
-        return len(self.rows)
+        return self.count
+
+    def row(self, items: Tensor) -> Tensor:
+        """The replay rows of items."""
+        return items if self.rows is None else self.rows.take(items)
 
     def pick(self, word: Tensor) -> Tensor:
         """Item numbers from 64 random bits each: uniform, or by weight."""
         u = unit(word)
         if self.cumulative is None:
-            return (u * len(self.rows)).long()
-        return torch.searchsorted(self.cumulative, u, right=True).clamp_(max=len(self.rows) - 1)
+            return (u * self.count).long()
+        return torch.searchsorted(self.cumulative, u, right=True).clamp_(max=self.count - 1)
 
     def gather(self, items: Tensor) -> Any:
         """The batch of these items, with fields of shape ``items.shape + …``."""
@@ -117,82 +129,105 @@ class TransitionView:
         check_range("n_step", self.n_step, 1)
         check_range("discount", self.discount, 0.0, 1.0)
 
-    def rows(self, replay: Replay) -> np.ndarray:
-        """The rows that can be drawn, int64."""
+    def rows(self, replay: Replay) -> np.ndarray | None:
+        """The rows that can be drawn, int64; None when that is every row."""
         _require(replay, ("obs", "action", "reward", "terminated", *([self.weight] if self.weight else [])))
-        return replay.usable_rows()
+        return None if replay.all_usable else replay.usable_rows()
 
     def bind(self, replay: Replay, normalizer: Normalizer, device: torch.device) -> BoundView:
         """Gather from one packed table on the device where it fits, column by column otherwise."""
-        floats = all(_numpy(c).dtype.kind in "fb" for k, c in replay.steps.items() if k in ("obs", "action", "reward"))
-        width = 2 * _width(replay.steps["obs"]) + 2 * _width(replay.steps["action"]) + 3
+        obs, action, reward = (replay.steps[k] for k in ("obs", "action", "reward"))
+        width = 2 * _width(obs) + 2 * _width(action) + 3
         fits = replay.num_steps * width * 4 <= PACK_LIMIT
-        if floats and fits and not replay.is_mapped and _numpy(replay.steps["obs"]).ndim == 2:
+        if fits and obs.ndim == 2 and not replay.is_mapped and all(map(_is_float, (obs, action, reward))):
             return PackedTransitions(self, replay, normalizer, device)
         return ColumnTransitions(self, replay, normalizer, device)
 
-    def _weights(self, replay: Replay, rows: np.ndarray) -> np.ndarray | None:
-        return None if self.weight is None else _numpy(replay.steps[self.weight])[rows]
+    def weights(self, replay: Replay) -> np.ndarray | None:
+        """Sampling weights of the rows that can be drawn."""
+        if self.weight is None:
+            return None
+        column, rows = _numpy(replay.steps[self.weight]), self.rows(replay)
+        return column if rows is None else column[rows]
 
-    def assemble(self, replay: Replay, rows: np.ndarray, last: np.ndarray) -> dict[str, np.ndarray]:
-        """Raw fields of the transitions from the first rows to the last rows (the same rows for one step)."""
-        steps = {k: _numpy(replay.steps[k]) for k in ("obs", "action", "reward", "terminated")}
-        fields = {"obs": steps["obs"][rows], "action": steps["action"][rows], "terminated": steps["terminated"][last]}
-        if self.n_step == 1:
-            fields["reward"] = steps["reward"][rows]
-        else:
-            offset = np.arange(self.n_step)
-            inside = rows[:, None] + offset <= last[:, None]
-            reward = steps["reward"][np.minimum(rows[:, None] + offset, last[:, None])]
-            fields["reward"] = (reward * inside * self.discount**offset).sum(1)
-            fields["discount"] = np.power(self.discount, last - rows + 1)
-        fields["next_obs"] = replay.next_obs(last).cpu().numpy()
+    def fields(self, replay: Replay, rows: np.ndarray, normalizer: Normalizer) -> dict[str, Tensor]:
+        """Normalised fields of the transitions that start at these rows (n,), on the normaliser's device."""
+        dtype, device = normalizer.obs_scale.dtype, normalizer.obs_scale.device
+        last = self.last_rows(replay, rows)
+
+        def numbers(x: Tensor) -> Tensor:
+            return x.to(device, dtype)
+
+        def observation(x: Tensor) -> Tensor:
+            return normalizer.obs(numbers(x)) if x.is_floating_point() else x.to(device)  # images stay as they are
+
+        first = replay.take(rows, ("obs", "action"))
+        fields = {
+            "obs": observation(first["obs"]),
+            "action": normalizer.action(numbers(first["action"])),
+            "next_obs": observation(replay.next_obs(last)),
+            "reward": self._reward(replay, rows, last, normalizer, numbers),
+            "terminated": replay.take(last, ("terminated",))["terminated"].to(device).bool(),
+        }
         if self.next_action:
-            fields["next_action"] = steps["action"][np.minimum(last + 1, replay.episode_end(last))]
+            after = np.minimum(last + 1, replay.episode_end(last))
+            fields["next_action"] = normalizer.action(numbers(replay.take(after, ("action",))["action"]))
+        if self.n_step > 1:
+            fields["discount"] = numbers(torch.from_numpy(np.power(self.discount, last - rows + 1)))
         return fields
 
+    def _reward(
+        self,
+        replay: Replay,
+        rows: np.ndarray,
+        last: np.ndarray,
+        normalizer: Normalizer,
+        numbers: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Σ γ^k r over the rows of each sum; the transformation of rewards applies to every r."""
+        if self.n_step == 1:
+            return normalizer.reward(numbers(replay.take(rows, ("reward",))["reward"]))
+        each = rows[:, None] + np.arange(self.n_step)
+        reward = normalizer.reward(numbers(replay.take(np.minimum(each, last[:, None]), ("reward",))["reward"]))
+        weight = np.where(each <= last[:, None], self.discount ** np.arange(self.n_step), 0.0)
+        return (reward * numbers(torch.from_numpy(weight))).sum(-1)
+
     def last_rows(self, replay: Replay, rows: np.ndarray) -> np.ndarray:
-        """Last row of each sum: n - 1 further, but inside the episode and on a row with a successor."""
+        """Last row of each sum: n - 1 further, but inside the episode and before any row without a successor."""
         if self.n_step == 1:
             return rows
+        stops = np.append(replay.unusable, np.iinfo(np.int64).max)
         last = np.minimum(rows + self.n_step - 1, replay.episode_end(rows))
-        usable = np.zeros(len(next(iter(replay.steps.values()))), dtype=bool)
-        usable[replay.usable_rows()] = True
-        nearest = np.maximum.accumulate(np.where(usable, np.arange(len(usable)), -1))
-        return np.maximum(nearest[last], rows)
+        return np.minimum(last, stops[np.searchsorted(stops, rows)] - 1)
 
 
 class PackedTransitions(BoundView):
-    """One float32 row per usable transition on the device; one ``index_select`` for any number of batches."""
+    """One normalised row per usable transition on the device; one ``index_select`` for any number of batches."""
 
     def __init__(self, view: TransitionView, replay: Replay, normalizer: Normalizer, device: torch.device) -> None:
         rows = view.rows(replay)
-        super().__init__(rows, device, view._weights(replay, rows))
-        last = view.last_rows(replay, rows)
+        super().__init__(replay.num_steps if rows is None else rows, device, view.weights(replay))
         obs, act = _width(replay.steps["obs"]), _width(replay.steps["action"])
-        self.fields = {"obs": obs, "action": act, "next_obs": obs, "reward": 1, "terminated": 1}
-        self.fields |= {"next_action": act} if view.next_action else {}
-        self.fields |= {"discount": 1} if view.n_step > 1 else {}
-        table = torch.empty(len(rows), sum(self.fields.values()))
-        for i in range(0, len(rows), 1 << 17):  # in chunks: no second copy of the data at any time
-            raw = view.assemble(replay, rows[i : i + (1 << 17)], last[i : i + (1 << 17)])
-            parts = [torch.from_numpy(np.asarray(raw[k], np.float32)).reshape(-1, w) for k, w in self.fields.items()]
-            torch.cat(parts, dim=-1, out=table[i : i + len(parts[0])])
-        self.table = table.to(device)
-        center, scale = _affine_rows(self.fields, normalizer)
-        self.center, self.scale = center.to(device), scale.to(device)
+        self.widths = {"obs": obs, "action": act, "next_obs": obs, "reward": 0, "terminated": 0}
+        self.widths |= {"next_action": act} if view.next_action else {}
+        self.widths |= {"discount": 0} if view.n_step > 1 else {}
+        dtype = normalizer.obs_scale.dtype
+        self.table = torch.empty(len(self), sum(max(w, 1) for w in self.widths.values()), dtype=dtype, device=device)
+        for i in range(0, len(self), CHUNK):  # no second copy of the data at any time
+            some = np.arange(i, min(i + CHUNK, len(self))) if rows is None else rows[i : i + CHUNK]
+            part = view.fields(replay, some, normalizer)
+            columns = [part[name].reshape(-1, max(w, 1)).to(dtype) for name, w in self.widths.items()]
+            torch.cat(columns, dim=-1, out=self.table[i : i + CHUNK])
 
     def gather(self, items: Tensor) -> Transitions:
         flat = self.table.index_select(0, items.reshape(-1))
-        flat = (flat - self.center).mul_(self.scale)
-        columns = flat.split(list(self.fields.values()), dim=-1)
-        fields: dict[str, Tensor] = {}
-        for (name, width), column in zip(self.fields.items(), columns, strict=True):
-            vector = width > 1 or name in ("obs", "next_obs", "action", "next_action")
-            shape = (*items.shape, width) if vector else items.shape
-            fields[name] = column.contiguous().reshape(shape)
+        columns = flat.split([max(w, 1) for w in self.widths.values()], dim=-1)
+        fields = {
+            name: column.contiguous().reshape((*items.shape, w) if w else items.shape)
+            for (name, w), column in zip(self.widths.items(), columns, strict=True)
+        }
         fields["terminated"] = fields["terminated"] != 0
-        return Transitions(**fields, row=self.rows[items])
+        return Transitions(**fields, row=self.row(items))
 
 
 class ColumnTransitions(BoundView):
@@ -200,24 +235,13 @@ class ColumnTransitions(BoundView):
 
     def __init__(self, view: TransitionView, replay: Replay, normalizer: Normalizer, device: torch.device) -> None:
         rows = view.rows(replay)
-        super().__init__(rows, torch.device("cpu"), view._weights(replay, rows))
+        super().__init__(replay.num_steps if rows is None else rows, torch.device("cpu"), view.weights(replay))
         self.view, self.replay, self.normalizer, self.target = view, replay, normalizer, device
-        self.last = view.last_rows(replay, rows)
 
     def gather(self, items: Tensor) -> Transitions:
-        items = items.to(self.device)
-        rows = self.rows[items]
-        raw = self.view.assemble(self.replay, rows.reshape(-1).numpy(), self.last[items.reshape(-1).numpy()])
-        fields = {}
-        for name, value in raw.items():
-            x = torch.from_numpy(np.ascontiguousarray(value)).to(self.target).reshape(*items.shape, *value.shape[1:])
-            if name in ("obs", "next_obs") and x.is_floating_point():
-                x = self.normalizer.obs(x)
-            elif name in ("action", "next_action"):
-                x = self.normalizer.action(x)
-            elif name == "reward":
-                x = self.normalizer.reward(x)
-            fields[name] = x
+        rows = self.row(items.to(self.device))
+        flat = self.view.fields(self.replay, rows.reshape(-1).numpy(), self.normalizer)
+        fields = {name: x.reshape(*items.shape, *x.shape[1:]) for name, x in flat.items()}
         return Transitions(**fields, row=rows.to(self.target))
 
 
@@ -237,13 +261,13 @@ class WindowView:
     def __post_init__(self) -> None:
         check_range("horizon", self.horizon, 1)
         if self.pad not in ("right", "left", "none"):
-            raise ValueError(f"pad is {self.pad!r}; expected 'right', 'left' or 'none'.")
+            raise UsageError(f"`pad` is {self.pad!r}; expected 'right', 'left' or 'none'.")
 
-    def rows(self, replay: Replay) -> np.ndarray:
-        """First rows of windows (last rows when padding on the left), int64, each equally likely."""
+    def rows(self, replay: Replay) -> np.ndarray | None:
+        """First rows of windows (last rows when padding on the left), int64, each equally likely; None: every row."""
         _require(replay, ("obs", "action", "reward", "terminated"))
         if self.pad != "none":
-            return replay.rows
+            return None if replay.is_whole else replay.rows
         count = np.maximum(replay.length - self.horizon + 1, 0)
         if not count.any():
             raise DataError(
@@ -259,41 +283,40 @@ class WindowView:
 
 class BoundWindows(BoundView):
     def __init__(self, view: WindowView, replay: Replay, normalizer: Normalizer, device: torch.device) -> None:
-        on_disk = replay.is_mapped
-        super().__init__(view.rows(replay), torch.device("cpu") if on_disk else device)
+        rows, on_disk = view.rows(replay), replay.is_mapped
+        super().__init__(replay.num_steps if rows is None else rows, torch.device("cpu") if on_disk else device)
         self.view, self.normalizer, self.target = view, normalizer, device
         self.replay = replay if on_disk else replay.to(device)
-        self.first, self.last = (torch.from_numpy(x).to(self.device) for x in (replay.start, replay.end))
-        episode = np.zeros(len(next(iter(replay.steps.values()))), dtype=np.int64)
-        episode[replay.rows] = replay.episode_of
-        self.episode = torch.from_numpy(episode).to(self.device)
-        to_go = np.zeros(len(episode), dtype=np.float32)
-        to_go[replay.rows] = return_to_go(_numpy(replay.steps["reward"])[replay.rows], replay.length)
+        order = np.argsort(replay.start)
+        self.first, self.last = (torch.from_numpy(x[order]).to(self.device) for x in (replay.start, replay.end))
+        reward = _numpy(replay.steps["reward"])
+        to_go = np.zeros(len(reward), dtype=np.float32)
+        covered = slice(None) if replay.is_whole else replay.rows
+        to_go[covered] = return_to_go(reward[covered], replay.length)
         self.return_to_go = torch.from_numpy(to_go).to(self.device)
 
     def gather(self, items: Tensor) -> Windows:
-        anchor = self.rows[items.to(self.device)]
+        anchor = self.row(items.to(self.device))[..., None]
         offset = torch.arange(self.view.horizon, device=self.device)
         if self.view.pad == "left":
             offset = offset - (self.view.horizon - 1)
-        episode = self.episode[anchor][..., None]
-        row = anchor[..., None] + offset
-        mask = (row >= self.first[episode]) & (row <= self.last[episode])
-        inside = row.clamp(self.first[episode], self.last[episode])
+        episode = torch.searchsorted(self.first, anchor, right=True) - 1
+        first, last = self.first[episode], self.last[episode]
+        row = anchor + offset
+        mask, t, inside = (row >= first) & (row <= last), row - first, row.clamp(first, last)
         raw = self.replay.take(inside, ("obs", "action", "reward", "terminated"))
-        t = row - self.first[episode]
-        to = self.target
-        mask, t, to_go = mask.to(to), t.to(to), self.return_to_go[inside].to(to)
-        obs, action = self.normalizer.obs(raw["obs"].to(to)), self.normalizer.action(raw["action"].to(to))
+        raw["to_go"], raw["t"], raw["mask"], raw["row"] = self.return_to_go[inside], t, mask, inside
+        raw = {name: x.to(self.target) for name, x in raw.items()}
+        mask, dtype = raw["mask"], self.normalizer.obs_scale.dtype
         return Windows(
-            obs=obs * mask[..., None],
-            action=action * mask[..., None],
-            reward=self.normalizer.reward(raw["reward"].to(to)) * mask,
-            terminated=raw["terminated"].to(to).bool() & mask,
+            obs=self.normalizer.obs(raw["obs"].to(dtype)) * mask[..., None],
+            action=self.normalizer.action(raw["action"].to(dtype)) * mask[..., None],
+            reward=self.normalizer.reward(raw["reward"].to(dtype)) * mask,
+            terminated=raw["terminated"].bool() & mask,
             mask=mask,
-            t=t.clamp(min=0),
-            return_to_go=to_go * mask,
-            row=inside.to(to),
+            t=raw["t"].clamp(min=0),
+            return_to_go=raw["to_go"].to(dtype) * mask,
+            row=raw["row"],
         )
 
 
@@ -304,18 +327,8 @@ def return_to_go(reward: np.ndarray, length: np.ndarray) -> np.ndarray:
     return total[end] - total[:-1]
 
 
-def _affine_rows(fields: dict[str, int], normalizer: Normalizer) -> tuple[Tensor, Tensor]:
-    """Centre and scale of every column of a packed row."""
-    one = torch.ones(1, dtype=normalizer.obs_center.dtype, device=normalizer.obs_center.device)
-    maps = {
-        "obs": (normalizer.obs_center, normalizer.obs_scale),
-        "action": (normalizer.action_center, normalizer.action_scale),
-        "reward": (normalizer.reward_center[None], normalizer.reward_scale[None]),
-        "plain": (one * 0, one),
-    }
-    alias = {"next_obs": "obs", "next_action": "action", "terminated": "plain", "discount": "plain"}
-    pairs = [maps[alias.get(name, name)] for name in fields]
-    return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
+def _is_float(column: np.ndarray | Tensor) -> bool:
+    return column.is_floating_point() if isinstance(column, Tensor) else column.dtype.kind == "f"
 
 
 def _width(column: np.ndarray | Tensor) -> int:
