@@ -146,7 +146,8 @@ class RunFolder(Checkpoint):
     """The files of a run: ``metrics.csv``, ``evals.csv``, ``checkpoints/step=….ckpt`` and, at the end, ``curves.png``.
 
     Checkpoints are written after every evaluation, at the last update and on interruption. The newest two are kept and
-    the one with the best evaluation. Rows beyond the checkpoint that a run continues from are cut, never others.
+    the one with the best evaluation. Rows beyond the checkpoint that a run continues from are cut, never others, and
+    checkpoints beyond it are set aside as ``….ckpt.replaced``: "last" means the last of the run as it goes on.
     Lightning runs this callback after all others, so that files hold what the others found.
 
     Args:
@@ -172,6 +173,9 @@ class RunFolder(Checkpoint):
         if trainer.is_global_zero:
             for table in (self.metrics, self.evals):
                 table.cut(trainer.global_step)
+            for path in self.folder.glob("checkpoints/step=*.ckpt"):
+                if path.name > checkpoint_name(trainer.global_step):
+                    path.rename(path.with_name(path.name + ".replaced"))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         updates = trainer.global_step

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -152,6 +152,13 @@ class Module(LightningModule):
             x = x / self.world_size
         return x
 
+    def _of_all_processes(self, value: Any) -> list[Any]:
+        """The value of every process, by rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -166,7 +173,7 @@ class Module(LightningModule):
                 "threads": torch.get_num_threads(),
                 "matmul": self.run.matmul,
                 "data": {"fingerprint": self.data_fingerprint, "meta": self.data_meta},
-                "meter": self.meter.state_dict(),
+                "meters": self._of_all_processes(self.meter.state_dict()),
                 **self.extra_state(),
             }
         )
@@ -186,7 +193,7 @@ class Module(LightningModule):
         self.initialize(Sizes(**state["sizes"]), seed=state["seed"])
         self.data_meta = self.data_meta or data["meta"]
         self.run.threads, self.run.matmul = state["threads"], state["matmul"]
-        self.meter.load_state_dict(state["meter"])
+        self.meter.load_state_dict(state["meters"], self.global_rank, self.world_size)
         self.load_extra_state(state)
 
     def extra_state(self) -> dict[str, Any]:
@@ -227,8 +234,11 @@ class Meter:
     def state_dict(self) -> dict[str, Any]:
         return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "counts": dict(self.counts)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
+        """Take this process's own state, or the mean of all when their number has changed."""
+        mine = states[rank : rank + 1] if len(states) == world_size else states
+        self.counts = dict(mine[0]["counts"])
+        self.sums = {k: torch.stack([state["sums"][k] for state in mine]).mean(0) for k in self.counts}
 
     def to(self, device: torch.device) -> None:
         self.sums = {k: v.to(device) for k, v in self.sums.items()}
@@ -388,6 +398,7 @@ class OfflineModule(Module):
         replay = self.select(data.replay)
         self.data_meta, self.data_fingerprint = dict(data.replay.meta), data.replay.fingerprint()
         self.initialize(Sizes.of(replay))
+        self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self.fit_normalizer(replay)
 
     def fit_normalizer(self, replay: Replay) -> None:

@@ -103,10 +103,9 @@ class DataModule(LightningDataModule):
 
     # -- what a checkpoint knows of data that change -------------------------------------------------------------------
 
-    @property
-    def versions_folder(self) -> Path:
+    def _version_folder(self, state: Mapping[str, Any]) -> Path:
         root = self.trainer.default_root_dir if self.trainer is not None else "."
-        return Path(root) / "replay"
+        return Path(root) / "replay" / f"v{state['version']}-{state['fingerprint'][:12]}"
 
     def state_dict(self) -> dict[str, Any]:
         """Version and fingerprint; the data of a changed replay are written beside the checkpoint first."""
@@ -116,7 +115,7 @@ class DataModule(LightningDataModule):
         state = {"version": replay.version, "fingerprint": replay.fingerprint()}
         if isinstance(replay, Ring):
             state["head"] = replay.head
-        folder = self.versions_folder / f"v{replay.version}"
+        folder = self._version_folder(state)
         if (self.trainer is None or self.trainer.is_global_zero) and not folder.exists():
             replay.save(folder)
         self._saved_version = replay.version
@@ -126,13 +125,13 @@ class DataModule(LightningDataModule):
         version = state_dict["version"]
         if version == 0:
             return
-        folder = self.versions_folder / f"v{version}"
+        folder = self._version_folder(state_dict)
         if not folder.exists():
             raise DataError(
                 f"the checkpoint was trained on version {version} of a changing replay, expected in {folder}, which "
                 "does not exist. Resume in the folder of the run, or start a fresh one."
             )
-        replay = Replay.load(folder)
+        replay = Replay.load(folder, mmap=self.load().is_mapped)
         if replay.fingerprint() != state_dict["fingerprint"]:
             raise DataError(f"{folder} is not the replay of the checkpoint (fingerprints differ). Restore that folder.")
         self.replay = Ring.reopen(replay, state_dict["head"]) if "head" in state_dict else replay

@@ -417,6 +417,9 @@ class Ring(Replay):
         ):
             if ours.keys() != theirs.keys():
                 raise DataError(f"the new episodes have {kind} {sorted(theirs)}; expected {sorted(ours)}.")
+        shapes = [{k: v.shape[1:] for k, v in steps.items()} for steps in (self.steps, new.steps)]
+        if shapes[0] != shapes[1]:
+            raise DataError(f"the new steps have shapes {shapes[1]}; expected {shapes[0]}.")
         if new.length.max() > self.capacity:
             raise DataError(f"an episode has {new.length.max()} steps; expected at most {self.capacity} (the ring).")
         for episode in range(new.num_episodes):
