@@ -11,4 +11,10 @@ METHODS = {
     "IQL": "iql",
     "A2PR": "a2pr",
     "ODICE": "odice",
+    "CQL": "cql",
+    "AWAC": "awac",
+    "ReBRAC": "rebrac",
+    "EDAC": "edac",
+    "SACN": "edac",
+    "DecisionTransformer": "decision_transformer",
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from offpolicy.data.views import Noise, Transitions
-from offpolicy.modules import OfflineModule, Sizes
+from offpolicy.modules import Draw, OfflineModule, Sizes
 from offpolicy.nn.stacked import MLP
 
 
@@ -21,17 +21,18 @@ def plain_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def plain_mlp(mlp: MLP, member: int | None = None) -> nn.Sequential:
-    """A copy of a ReLU network, or of one member of a stack, with layer norm before the activation if it has any."""
+    """A copy of a ReLU network, or of one member of a stack, with layer norm on its side of the activation, if any."""
     pick = (lambda p: p.detach()) if member is None else (lambda p: p.detach()[member])
     parts: list[nn.Module] = []
     for i, layer in enumerate(mlp.layers):
         if i:
+            hidden: list[nn.Module] = [nn.ReLU()]
             if len(mlp.norms):
-                norm = nn.LayerNorm(layer.weight.shape[-2], dtype=layer.weight.dtype)
+                norm = nn.LayerNorm(layer.weight.shape[-2], mlp.norms[i - 1].eps, dtype=layer.weight.dtype)
                 norm.weight.data.copy_(pick(mlp.norms[i - 1].weight)[0])
                 norm.bias.data.copy_(pick(mlp.norms[i - 1].bias)[0])
-                parts.append(norm)
-            parts.append(nn.ReLU())
+                hidden.insert(0 if mlp.layer_norm == "before" else 1, norm)
+            parts += hidden
         parts.append(plain_linear(pick(layer.weight), pick(layer.bias)))
     return nn.Sequential(*parts)
 
@@ -59,6 +60,10 @@ def made_batch(method: OfflineModule, size: int = 16, seed: int = 0, terminated:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
+    def noise(draw: Draw) -> Tensor:
+        shape = (size, *draw.shape)
+        return normal(*shape) if draw.law == "normal" else torch.rand(shape, generator=g, dtype=torch.float64)
+
     o, a = method.sizes.obs_dim, method.sizes.action_dim
     return Transitions(
         obs=normal(size, o),
@@ -66,15 +71,17 @@ def made_batch(method: OfflineModule, size: int = 16, seed: int = 0, terminated:
         reward=normal(size),
         next_obs=normal(size, o),
         terminated=torch.rand(size, generator=g) < terminated,
-        noise=Noise(**{name: normal(size, *draw.shape) for name, draw in method.draws().items()}),
+        noise=Noise(**{name: noise(draw) for name, draw in method.draws().items()}),
+        next_action=normal(size, a).tanh() if method.view.next_action else None,
     )
 
 
 def stack_batches(batches: Sequence[Transitions]) -> Transitions:
     """One batch per seed, with the seed axis in front."""
-    fields = {k: torch.stack([getattr(b, k) for b in batches]) for k in ("obs", "action", "reward", "next_obs")}
+    names = [k for k, v in batches[0]._asdict().items() if isinstance(v, Tensor)]
+    fields = {k: torch.stack([getattr(b, k) for b in batches]) for k in names}
     noise = {k: torch.stack([getattr(b.noise, k) for b in batches]) for k in vars(batches[0].noise)}
-    return Transitions(**fields, terminated=torch.stack([b.terminated for b in batches]), noise=Noise(**noise))
+    return Transitions(**fields, noise=Noise(**noise))
 
 
 def assert_seeds_equal(make: type, seeds: Sequence[int], updates: int = 4, **options: object) -> None:
