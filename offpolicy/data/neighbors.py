@@ -1,0 +1,444 @@
+"""Exact nearest neighbours among all stored (state, action) pairs, for queries that start at a stored state.
+
+A query is a stored row i and an action a. It asks for the stored pairs nearest to (s_i, a) in
+
+    d(j)² = β²·‖s_i − s_j‖² + ‖a − a_j‖²          (point-to-set distance of PRDC, arXiv:2306.06569).
+
+Row i itself is at distance ‖a − a_i‖, so only pairs whose *state* lies closer than that can be nearer, and which these
+are does not depend on the policy. The index therefore remembers, for each row, the rows nearest by state and the radius
+up to which that list is complete. If the best pair of the list is closer than the radius, it is provably the nearest of
+all; otherwise the whole store is searched.
+
+Every path ends in the same step: squared distances as direct differences in float64, the lowest row where several are
+equal. So all ways to search give the same rows, whatever was searched before and on however many processes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offpolicy.data.sampling import mix
+from offpolicy.errors import DataError, UsageError, check_range, nearest
+from offpolicy.matmul import matmul_setting
+
+SEARCHES = ("exact", "cached", "tree", "brute")
+SHRINK = 1.0 - 1e-6  # radii are stored as float32 and compared with float64: rounded so that they never overstate
+TIE = 1.0 + 1e-9  # two float64 distances nearer than this are looked at again
+NONE = torch.iinfo(torch.int64).max
+
+
+class Neighbors(NamedTuple):
+    """What a query found, nearest first.
+
+    ``distance (…, B, k)`` float64; ``row (…, B, k)`` int64; ``action (…, B, k, A)``: their stored actions;
+    ``certified (…, B)`` bool: answered by the remembered rows, None where none are kept.
+    """
+
+    distance: Tensor
+    row: Tensor
+    action: Tensor
+    certified: Tensor | None
+
+
+class NeighborIndex:
+    """Nearest stored pairs under ‖(β·s, a) − (β·ŝ, â)‖₂.
+
+    Args:
+        obs: states, shape (N, S), float32 or float64, in the space where distances are wanted (normalised).
+        action: their actions, shape (N, A), scaled to [-1, 1].
+        state_weight: β ≥ 0. 0 compares actions only.
+        search: "exact": remembered rows, and the whole store where they cannot be proven right. "cached": remembered
+            rows only, that is, the best among the ``candidates`` rows nearest by state; the same on every visit.
+            "tree" or "brute": the whole store, always, by KD-tree or by products. Three of the four are exact.
+        candidates: K ≥ 1, rows remembered for each row besides itself.
+        rows: row number of each pair, int64 (N,), by which queries and answers speak; 0 … N-1 when None.
+
+    The whole store is searched by a KD-tree on the CPU and by products on other devices. Lists are made when a row is
+    first asked for, no longer than that query needs, and lengthened when a later one needs more; :meth:`build` makes
+    them ahead.
+
+    Memory in bytes, at most: 4·N·(S + A) for the pairs (8 in float64), N·(4·K + 4) for the lists (touched as they are
+    made), and on the CPU 8·N·(2·S + A) plus 16·N for two KD-trees, each made when first needed.
+
+    Equal pairs count as often as they are stored, but all are named by the lowest of their rows.
+
+    Raises:
+        UsageError: an option out of range.  DataError: shapes that do not fit or values that are not finite.
+    """
+
+    def __init__(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        state_weight: float,
+        *,
+        search: str = "exact",
+        candidates: int = 64,
+        rows: Tensor | None = None,
+    ) -> None:
+        check_range("state_weight", state_weight, 0.0, upper_open=True)
+        check_range("candidates", candidates, 1)
+        if search not in SEARCHES:
+            raise UsageError(f"`search` is {search!r}; expected one of {SEARCHES}.{nearest(search, SEARCHES)}")
+        if search == "cached" and state_weight == 0.0:
+            raise UsageError("`search` 'cached' looks among nearest states, but `state_weight` is 0. Use 'exact'.")
+        if obs.dim() != 2 or action.dim() != 2 or len(obs) != len(action) or not len(obs):
+            raise DataError(f"got obs {tuple(obs.shape)} and action {tuple(action.shape)}; expected (N, S) and (N, A).")
+        self.points = torch.cat([obs, action.to(obs.dtype)], -1)
+        if not self.points.isfinite().all():
+            raise DataError("states or actions hold NaN or infinity; expected finite numbers. Clean the data.")
+        self.search, self.state_dim, self.device = search, obs.shape[1], obs.device
+        self.weight = torch.ones(self.points.shape[1], dtype=torch.float64, device=self.device)
+        self.weight[: self.state_dim] = state_weight
+        self._set_rows(rows)
+        self._merge_equal(self.points[:, self.state_dim :] if state_weight == 0.0 else self.points)
+        on_cpu = search == "tree" or (search != "brute" and self.device.type == "cpu")
+        self._backend: Any = Tree if on_cpu else Brute
+        self._sparse = self.device.type == "cpu"
+        self._whole: Any = None  # all pairs, made when first searched
+        self._states: Any = None  # their states, made when a list is first wanted
+        self._remembers = search in ("exact", "cached") and state_weight > 0.0
+        if self._remembers:
+            n, self._width = len(self.points), min(candidates, max(len(self.distinct) - 1, 1))
+            # Item numbers plus one, so that untouched memory is zero, means "none" and costs nothing.
+            self._lists = torch.zeros(n, self._width, dtype=torch.int32, device=self.device)
+            self._radius = torch.zeros(n, device=self.device)
+            self._complete = False
+
+    def _set_rows(self, rows: Tensor | None) -> None:
+        n = len(self.points)
+        self._rows = self._item_of = None
+        if rows is None or bool((rows == torch.arange(n, device=rows.device)).all()):
+            return
+        self._rows = rows.to(self.device)
+        self._item_of = torch.full((int(rows.max()) + 1,), -1, device=self.device)
+        self._item_of[self._rows] = torch.arange(n, device=self.device)
+
+    def _merge_equal(self, points: Tensor) -> None:
+        """Find pairs that are stored more than once: ``distinct`` items, and for each item its lowest equal."""
+        n = len(points)
+        everything = torch.arange(n, device=self.device)
+        self._lowest = self._count = None
+        self.distinct = everything
+        points = points + 0.0  # -0.0 equals 0.0 but has other bits
+        words = points.view(torch.int32 if points.dtype == torch.float32 else torch.int64)
+        code = torch.zeros(n, dtype=torch.int64, device=self.device)
+        for column in words.unbind(1):
+            code = mix(code + column)
+        code, order = code.sort(stable=True)
+        new = torch.ones(n, dtype=torch.bool, device=self.device)
+        new[1:] = code[1:] != code[:-1]
+        if new.all():
+            return
+        first = order[new][new.cumsum(0) - 1]  # lowest item with this code, in sorted order
+        same = torch.cat([(points[o] == points[f]).all(-1) for o, f in zip(order.split(1 << 17), first.split(1 << 17))])
+        self._lowest = everything.clone()
+        self._lowest[order] = torch.where(same, first, order)
+        self._count = torch.bincount(self._lowest, minlength=n)
+        self.distinct = self._count.nonzero()[:, 0]
+
+    @property
+    def has_equals(self) -> bool:
+        """Whether some pair is stored more than once."""
+        return self._count is not None
+
+    def columns(self, width: int) -> Tensor:
+        """The first columns of the distinct pairs, (U, width), not scaled."""
+        return self.points[self.distinct, :width] if self.has_equals else self.points[:, :width]
+
+    def __len__(self) -> int:
+        """Number of pairs, N."""
+        return len(self.points)
+
+    # -- questions -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def query(self, action: Tensor, row: Tensor | None = None, *, obs: Tensor | None = None, k: int = 1) -> Neighbors:
+        """The k stored pairs nearest to (state, action).
+
+        Args:
+            action: (…, B, A).
+            row: the stored row that each state is, int64 (…, B).
+            obs: instead of ``row``, states that need not be stored, (…, B, S); always searches the whole store.
+            k: neighbours, 1 ≤ k ≤ N.
+
+        Raises:
+            UsageError: k out of range, or not exactly one of ``row`` and ``obs``.  DataError: a row not in the index.
+        """
+        check_range("num_neighbors", k, 1, len(self))
+        if (row is None) == (obs is None):
+            raise UsageError("a query needs either `row` or `obs`; pass exactly one of them.")
+        shape = action.shape[:-1]
+        with torch.autocast(self.device.type, enabled=False):
+            flat = action.detach().reshape(-1, action.shape[-1]).to(self.device, torch.float64).nan_to_num()
+            item = None if row is None else self._items(row.reshape(-1))
+            state = obs if item is None else self.points[item, : self.state_dim]
+            assert state is not None
+            key = torch.cat([state.reshape(-1, self.state_dim).to(self.device, torch.float64), flat], -1)
+            if item is not None and self._remembers:
+                square, found, certified = self._recall(key, item, k)
+            else:
+                (square, found), certified = self._search(key, k), None
+        return Neighbors(
+            square.sqrt().reshape(*shape, k),
+            (found if self._rows is None else self._rows[found]).reshape(*shape, k),
+            self.points[found, self.state_dim :].reshape(*shape, k, -1),
+            None if certified is None else certified.reshape(shape),
+        )
+
+    def own(self, row: Tensor) -> Tensor:
+        """The row by which answers would name each of these rows: the lowest equal one."""
+        item = self._items(row)
+        return item if self._rows is None else self._rows[item]
+
+    def build(self, chunk: int = 4096) -> None:
+        """Make all full lists now. Afterwards "cached" reads nothing back from the device."""
+        for item in self.distinct.split(chunk) if self._remembers else ():
+            self._fill(item, torch.full(item.shape, math.inf, dtype=torch.float64, device=self.device))
+        self._complete = True
+
+    def _items(self, row: Tensor) -> Tensor:
+        row = row.to(self.device)
+        limit = len(self if self._item_of is None else self._item_of)
+        if self.device.type == "cpu" and len(row) and not (row.min() >= 0 and row.max() < limit):
+            raise DataError(f"asked for rows {int(row.min())} to {int(row.max())}; expected rows of the index.")
+        item = row if self._item_of is None else self._item_of[row]
+        return item if self._lowest is None else self._lowest[item]
+
+    # -- remembered rows -----------------------------------------------------------------------------------------------
+
+    def _recall(self, key: Tensor, item: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared distances and items from the lists, then from the whole store where the lists prove nothing."""
+        square, found = self._from_lists(key, item, k)
+        radius = self._radius[item]
+        certified = square[:, -1].sqrt() < radius
+        while not (self._complete or certified.all()):
+            short = (~certified).nonzero()[:, 0]
+            short = short[(self._lists[item[short]] == 0).any(-1)]
+            if not len(short):
+                break
+            # Look as far as the k-th best pair known; further and further while fewer than k are known.
+            reach = square[short, -1].sqrt()
+            further = torch.maximum(2.0 * radius[short], square[short, 0].sqrt())
+            self._fill(item[short], torch.where(reach.isfinite(), reach, further))
+            square[short], found[short] = self._from_lists(key[short], item[short], k)
+            radius[short] = self._radius[item[short]]
+            certified = square[:, -1].sqrt() < radius
+        if self.search == "exact" and not certified.all():
+            rest = (~certified).nonzero()[:, 0]
+            square[rest], found[rest] = self._search(key[rest], k)
+        return square, found, certified
+
+    def _from_lists(self, key: Tensor, item: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        listed = torch.cat([item[:, None], self._lists[item].long() - 1], 1)
+        return self.rank(self.squares(key, listed), listed, k)
+
+    def _fill(self, item: Tensor, reach: Tensor) -> None:
+        """List the rows nearest to these by state: all as near as ``reach`` (n,), or as many as a list holds."""
+        if self._states is None:
+            self._states = self._backend(self, self.state_dim)
+        key, width = self.points[item, : self.state_dim].double(), self._width + 1
+        for part, within in self._states.levels(reach):
+            near, distance = self._states.nearest(key[part], min(width, len(self.distinct)), within)
+            last = distance[:, -1]
+            everything = len(self.distinct) <= width
+            self._radius[item[part]] = torch.where(
+                last.isfinite(), math.inf if everything else last * SHRINK, within * SHRINK
+            ).float()
+            missing = (near < 0) | (near == item[part, None])
+            order = missing.sort(dim=1, stable=True).indices[:, : self._width]
+            self._lists[item[part]] = (near.masked_fill(missing, -1).gather(1, order) + 1).int()
+
+    # -- comparing -----------------------------------------------------------------------------------------------------
+
+    def _search(self, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest of all."""
+        if self._whole is None:
+            self._whole = self._backend(self, self.points.shape[1])
+        square, listed = self._whole.finalists(key, k)
+        return self.rank(square, listed, k)
+
+    def squares(self, key: Tensor, listed: Tensor) -> Tensor:
+        """d² of keys (n, D), or (n, S) for states alone, to listed items (n, C), -1 for none: float64 (n, C)."""
+        points, weight = self.points[:, : key.shape[1]], self.weight[: key.shape[1]]
+        if not self._sparse:
+            difference = points[listed.clamp(min=0)].double().sub_(key[:, None]).mul_(weight)
+            return difference.square_().sum(-1).masked_fill_(listed < 0, math.inf)
+        query, place = (listed >= 0).nonzero(as_tuple=True)  # lists are mostly empty: touch only what is there
+        difference = points.index_select(0, listed[query, place]).double().sub_(key[query]).mul_(weight)
+        result = torch.full(listed.shape, math.inf, dtype=torch.float64, device=self.device)
+        result[query, place] = difference.square_().sum(-1)
+        return result
+
+    def rank(self, square: Tensor, listed: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest of listed items, the lowest first among equal ones: d² and items, (n, k) each.
+
+        An item that is stored m times takes m places. Where fewer than k are listed, d² is infinite.
+        """
+        if k == 1:
+            best = square.amin(1, keepdim=True)
+            return best, listed.masked_fill(square != best, NONE).amin(1, keepdim=True)
+        listed, square = in_order(listed, square)
+        if self._count is None:
+            width = listed.shape[1]
+            place = torch.arange(k, device=self.device).expand(len(listed), k)
+        else:
+            stored = torch.where(square.isfinite(), self._count[listed.clamp(min=0)], 0).cumsum(1)
+            wanted = torch.arange(k, device=self.device).repeat(len(listed), 1)
+            width, place = listed.shape[1], torch.searchsorted(stored, wanted, right=True)
+        missing, place = place >= width, place.clamp(max=width - 1)
+        return square.gather(1, place).masked_fill(missing, math.inf), listed.gather(1, place)
+
+
+def in_order(listed: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Items and their d², both (n, C), by distance and, where that is equal, by number."""
+    listed, order = listed.sort(dim=1)
+    square, order = square.gather(1, order).sort(dim=1, stable=True)
+    return listed.gather(1, order), square
+
+
+class Tree:
+    """KD-tree over the first ``width`` columns of the distinct pairs (scipy's: float64, on the CPU)."""
+
+    def __init__(self, index: NeighborIndex, width: int) -> None:
+        from scipy.spatial import cKDTree
+
+        self.index, self.weight = index, index.weight[:width].cpu().numpy()
+        self.tree = cKDTree(index.columns(width).cpu().numpy().astype(np.float64) * self.weight)
+
+    def levels(self, reach: Tensor) -> list[tuple[Tensor, float]]:
+        """Queries grouped by how far they look, in steps of √2 beyond ``reach``: a short look is a cheap one."""
+        level = (2.0 * reach.clamp(min=0.125).log2()).floor() + 1.0
+        return [((level == step).nonzero()[:, 0], 2.0 ** (step / 2.0)) for step in level.unique().tolist()]
+
+    def nearest(self, key: Tensor, k: int, within: float) -> tuple[Tensor, Tensor]:
+        """Items and distances of the k nearest closer than ``within``; -1 and infinity where there are fewer."""
+        distance, found = self._query(self._scale(key), k, within)
+        return self._items(found), torch.from_numpy(distance).to(self.index.device)
+
+    def finalists(self, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """d² and items of all that are no further than the k-th nearest: (n, C) each, infinity and -1 for none."""
+        scaled, workers = self._scale(key), torch.get_num_threads()
+        distance, found = self._query(scaled, min(k, self.tree.n), math.inf)
+        radius = distance[:, -1] * TIE
+        count = self.tree.query_ball_point(scaled, radius, return_length=True, workers=workers)
+        tied = np.flatnonzero(count > found.shape[1])
+        if len(tied):
+            found = np.pad(found, ((0, 0), (0, count.max() - found.shape[1])), constant_values=self.tree.n)
+            for i in tied:
+                found[i, : count[i]] = self.tree.query_ball_point(scaled[i], radius[i])
+        items = self._items(found)
+        return self.index.squares(key, items), items
+
+    def _scale(self, key: Tensor) -> np.ndarray:
+        return key.cpu().numpy() * self.weight
+
+    def _query(self, scaled: np.ndarray, k: int, within: float) -> tuple[np.ndarray, np.ndarray]:
+        workers = torch.get_num_threads()
+        distance, found = self.tree.query(scaled, range(1, k + 1), distance_upper_bound=within, workers=workers)
+        return distance, found.astype(np.int64, copy=False)
+
+    def _items(self, found: np.ndarray) -> Tensor:
+        items = torch.from_numpy(found).to(self.index.device)
+        missing = items == self.tree.n
+        if self.index.has_equals:
+            items = self.index.distinct[items.clamp(max=self.tree.n - 1)]
+        return items.masked_fill(missing, -1)
+
+
+class Brute:
+    """All distances by products, in pieces, on any device.
+
+    A product ‖x‖² − 2·q·x loses the digits of a distance that is small against ‖x‖, so it only shortlists: groups of
+    stored pairs, by the smallest value of each. Their members are compared by direct difference. Queries where the
+    bound on the rounding error cannot rule out the other groups are answered by direct differences to everything.
+    """
+
+    GROUP = 64
+
+    def __init__(self, index: NeighborIndex, width: int) -> None:
+        self.index, self.weight = index, index.weight[:width]
+        self.points = index.columns(width).float()
+        parts = index.columns(width).split(1 << 17)
+        self.norm = torch.cat([(part.double() * self.weight).square().sum(1) for part in parts]).float()
+        self.largest = self.norm.max().double().sqrt()
+
+    def levels(self, reach: Tensor) -> list[tuple[Tensor, float]]:
+        """One level: a short look is no cheaper than a long one."""
+        return [(torch.arange(len(reach), device=reach.device), math.inf)]
+
+    def nearest(self, key: Tensor, k: int, within: float) -> tuple[Tensor, Tensor]:
+        """Items and distances of the k nearest."""
+        square, items = self.finalists(key, k)
+        items, square = in_order(items, square)
+        return items[:, :k], square[:, :k].sqrt()
+
+    def finalists(self, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """d² and items of a shortlist that holds all no further than the k-th nearest: (n, C), -1 for none."""
+        k = min(k, len(self.points))
+        groups = min(k + 3, -(-len(self.points) // self.GROUP))
+        fit = (1 << 24) // (groups * self.GROUP * key.shape[1])  # queries whose shortlists are held at once
+        parts = [self._shortlist(part, k, groups) for part in key.split(max(1, min(fit, 1024)))]
+        width = max(items.shape[1] for _, items in parts)
+        square, items = (
+            torch.cat([torch.nn.functional.pad(part[i], (0, width - part[i].shape[1]), value=fill) for part in parts])
+            for i, fill in ((0, math.inf), (1, -1))
+        )
+        return square, items
+
+    def _shortlist(self, key: Tensor, k: int, groups: int) -> tuple[Tensor, Tensor]:
+        lowest = self._lowest_of_groups(key)
+        best = lowest.topk(min(groups + 1, lowest.shape[1]), dim=1, largest=False, sorted=True)
+        place = (best.indices[:, :groups, None] * self.GROUP + torch.arange(self.GROUP, device=key.device)).flatten(1)
+        items = self._items(place)
+        square = self.index.squares(key, items)
+        if groups == lowest.shape[1]:
+            return square, items
+        kth = square.kthvalue(k, dim=1).values
+        length = (key * self.weight).norm(dim=1)
+        error = (key.shape[1] + 8) * 2.0**-24 * (length + self.largest).square()
+        open_ = (kth >= best.values[:, -1].double() + length.square() - error).nonzero()[:, 0]
+        if len(open_):
+            every = [self._everything(key[i : i + 1], k) for i in open_.tolist()]
+            width = max(items.shape[1], *(found.shape[1] for found in every))
+            items = torch.nn.functional.pad(items, (0, width - items.shape[1]), value=-1)
+            for i, found in zip(open_.tolist(), every, strict=True):
+                items[i] = torch.nn.functional.pad(found[0], (0, width - found.shape[1]), value=-1)
+            square = self.index.squares(key, items)
+        return square, items
+
+    def _lowest_of_groups(self, key: Tensor) -> Tensor:
+        """Smallest ‖x‖² − 2·q·x of each group of consecutive pairs: (n, U) products → (n, U / GROUP)."""
+        dtype = torch.float64 if key.is_cuda and tf32_allowed() else torch.float32
+        query = (key * self.weight.square()).to(dtype)
+        piece = (1 << (28 if key.is_cuda else 22)) // len(key) // self.GROUP * self.GROUP or self.GROUP
+        found = []
+        with matmul_setting("mkl"):  # plain float32 on every processor
+            for points, norm in zip(self.points.split(piece), self.norm.split(piece), strict=True):
+                value = torch.addmm(norm.to(dtype), query, points.to(dtype).T, alpha=-2.0)
+                value = torch.nn.functional.pad(value, (0, -value.shape[1] % self.GROUP), value=math.inf)
+                found.append(value.unflatten(1, (-1, self.GROUP)).amin(-1))
+        return torch.cat(found, 1)
+
+    def _everything(self, key: Tensor, k: int) -> Tensor:
+        """The items no further than the k-th nearest of one query, by direct differences to all: (1, C)."""
+        every = torch.arange(len(self.points), device=key.device)
+        square = torch.cat([self.index.squares(key, self._items(part)[None]) for part in every.split(1 << 17)], 1)
+        return self._items((square[0] <= square.kthvalue(k, dim=1).values).nonzero().T)
+
+    def _items(self, place: Tensor) -> Tensor:
+        """Items of places among the distinct pairs; -1 beyond the last."""
+        beyond = place >= len(self.points)
+        return self.index.distinct[place.clamp(max=len(self.points) - 1)].masked_fill_(beyond, -1)
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 products on a CUDA device may be rounded to 10 bits."""
+    if hasattr(torch.backends, "fp32_precision"):
+        return "tf32" in (torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    return torch.backends.cuda.matmul.allow_tf32
