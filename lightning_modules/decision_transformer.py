@@ -21,7 +21,6 @@ are carried on, as only they are read; the result is the same.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -150,8 +149,6 @@ class HistoryAgent:
 
     def reset(self, num_envs: int) -> None:
         self.t = -1
-        self.obs = self.action = self.to_go = torch.empty(0)
-        self.lost: Any = 0.0  # scaled reward since the last action
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -166,18 +163,15 @@ class HistoryAgent:
 
     def predict(self, obs: Tensor) -> Tensor:
         """Normalised observations (n, O) → actions (n, A) in [-1, 1]; both join the history."""
+        length, n = self.method.hparams.context_length, len(obs)
+        blank = obs.new_zeros(n, 1, self.method.sizes.action_dim)  # for the action to come, which nothing reads
         self.t += 1
-        blank = obs.new_zeros(len(obs), 1, self.method.sizes.action_dim)  # the action to come; nothing reads it
         if self.t == 0:
-            self.obs, self.action = obs[:, None], blank
-            self.to_go = torch.zeros_like(obs[:, :1]) + self.target
-        else:
-            keep = self.method.hparams.context_length - 1
-            last = slice(self.obs.shape[1] - min(keep, self.obs.shape[1]), None)
-            self.to_go = torch.cat((self.to_go[:, last], self.to_go[:, -1:] - self.lost), 1)
-            self.obs = torch.cat((self.obs[:, last], obs[:, None]), 1)
-            self.action = torch.cat((self.action[:, last], blank), 1)
-        self.lost = 0.0
+            self.left = obs.new_zeros(n, 1) + self.target  # of the return asked for
+            self.obs, self.action, self.to_go = obs[:, None][:, :0], blank[:, :0], self.left[:, :0]
+        self.obs = torch.cat((self.obs, obs[:, None]), 1)[:, -length:]
+        self.action = torch.cat((self.action, blank), 1)[:, -length:]
+        self.to_go = torch.cat((self.to_go, self.left), 1)[:, -length:]
         time = torch.arange(self.t + 1 - self.obs.shape[1], self.t + 1, device=obs.device)
         action = self.method.transformer(self.obs, self.action, self.to_go, time)[:, -1]
         self.action[:, -1] = action
@@ -185,8 +179,8 @@ class HistoryAgent:
 
     def observe(self, reward: np.ndarray, finished: np.ndarray) -> None:
         """Rewards (n,) of the last actions."""
-        scaled = torch.as_tensor(reward).to(self.to_go) * self.method.hparams.reward_scale
-        self.lost = self.lost + scaled[:, None]
+        scaled = torch.as_tensor(reward).to(self.left) * self.method.hparams.reward_scale
+        self.left = self.left - scaled[:, None]
 
 
 class Transformer(nn.Module):
