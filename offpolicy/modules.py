@@ -492,6 +492,16 @@ class OfflineModule(Module):
         self._bound = None
 
     def configure_callbacks(self) -> list[Callback]:
+        for name, usual, instead in (
+            ("gradient_clip_val", (None, 0), "max_grad_norm"),
+            ("accumulate_grad_batches", (None, 1), "batch_size"),
+        ):
+            value = getattr(self.trainer, name)
+            if value not in usual:
+                raise UsageError(
+                    f"the Trainer has {name}={value}; expected none, as methods step their own optimisers. Set "
+                    f"`{instead}` of the method."
+                )
         return [RestoreSettings(), Evaluation(), Interruption()]
 
     # -- Lightning: the loop -------------------------------------------------------------------------------------------

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import toy_replay
+
+from offpolicy.data.module import DataModule
+from offpolicy.data.replay import Replay
+
+torch.set_num_threads(1)  # bits depend on the number of threads, and tests share the machine
+
+
+@pytest.fixture(scope="session")
+def replay() -> Replay:
+    """30 episodes of 10 random steps with the sizes of Pendulum; see `toy.toy_replay`."""
+    return toy_replay()
+
+
+@pytest.fixture
+def data(replay: Replay) -> DataModule:
+    return DataModule.of(replay)
