@@ -247,7 +247,7 @@ def test_float16_with_loss_scaling_is_refused(replay: Replay, monkeypatch: pytes
 
 
 def test_compiled_losses_equal_eager_ones(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced and differentiated as `torch.compile` does it; its code generator is left out, which takes half a minute."""
+    """Traced and differentiated as `torch.compile` does it, without its code generator, which takes half a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     eager, compiled = method("TD3BC"), method("TD3BC")
     compiled.run.compile = True

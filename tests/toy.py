@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "TD3BC": ("TD3BC", {}),
     "IQL": ("IQL", {}),
     "IQL-dropout": ("IQL", {"actor_dropout": 0.3, "update_order": "original", "deterministic": True}),
+    "A2PR": ("A2PR", {"actor_hidden_dims": (8, 8), "critic_hidden_dims": (8, 8), "vae_hidden_dims": (8, 8)}),
+    "ODICE": ("ODICE", {"value_hidden_dims": (8, 8), "actor_hidden_dims": (8, 8)}),
 }
 COMMON = {"batch_size": 16, "hidden_dims": (8, 8)}
 
@@ -58,7 +61,9 @@ def toy_replay(lengths: Sequence[int] = (10,) * 30, *, seed: int = 0, obs_dim: i
 def method(name: str, **options: Any) -> OfflineModule:
     """A small method of the list, with seed 0, rows every 20 updates and one short evaluation every 45."""
     kind, settings = METHODS[name]
-    made = find_method(kind)(**(COMMON | settings | options))
+    cls = find_method(kind)
+    common = {key: value for key, value in COMMON.items() if key in inspect.signature(cls).parameters}
+    made = cls(**(common | settings | options))
     made.seed = 0
     made.run.log_every, made.run.eval_every, made.run.eval_episodes = 20, 45, 1
     return made
@@ -104,12 +109,12 @@ class Rows(Callback):
 
 
 class Crash(Callback):
-    """Ends the process of training at the first block that ends at or after an update, as a crash would."""
+    """Ends training by an error before the first block that starts at or after an update."""
 
     def __init__(self, update: int) -> None:
         self.update = update
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step >= self.update:
             raise ZeroDivisionError("crash")
 

@@ -1,0 +1,210 @@
+"""Interrupted runs end where uninterrupted ones do, bit by bit. Run as a script, it dies in three ways (`SCENES`)."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import METHODS, Crash, differences, fit, method, run_files, toy_replay
+
+from offpolicy import checkpoint as checkpoint_module
+from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
+from offpolicy.data.replay import Replay
+from offpolicy.files import Table, is_stray
+
+HALF, LAST = 45, 90  # updates: checkpoints at both; rows of metrics at every 20
+
+
+@pytest.fixture(scope="module")
+def whole(replay: Replay, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an uninterrupted TD3+BC run leaves."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit(method("TD3BC"), replay, LAST, folder)
+    return run_files(folder, LAST)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_crash_and_resume_equals_an_uninterrupted_run(name: str, replay: Replay, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    fit(method(name), replay, LAST, one)
+    with pytest.raises(ZeroDivisionError):
+        fit(method(name), replay, LAST, two, callbacks=[Crash(60)])
+    assert [row["step"] for row in Table(two / "metrics.csv").rows()] == [20, 40, 60]  # 60 lies beyond the checkpoint
+    path = newest_checkpoint(two)
+    assert path is not None and path.name == f"step={HALF:08d}.ckpt"
+    loaded = torch.load(path, weights_only=True)  # plain types only, and no data needed
+    assert loaded["global_step"] == loaded["offpolicy"]["updates"] == HALF
+
+    resumed = method(name)
+    resumed.seed = 1234  # whatever a new process starts with
+    torch.manual_seed(99)
+    fit(resumed, replay, LAST, two, ckpt_path=path)
+    assert not differences(run_files(one, LAST), run_files(two, LAST))
+    assert [row["step"] for row in Table(two / "metrics.csv").rows()] == [20, 40, 60, 80, 90]
+    assert [row["step"] for row in Table(two / "evals.csv").rows()] == [HALF, LAST]
+
+
+def test_going_on_after_the_end_equals_a_longer_run(replay: Replay, whole: dict[str, Any], tmp_path: Path) -> None:
+    fit(method("TD3BC"), replay, HALF, tmp_path)
+    fit(method("TD3BC"), replay, LAST, tmp_path, ckpt_path=newest_checkpoint(tmp_path))
+    # at its end the short run wrote the row of updates 41 to 45, which the long one counts into its row of 41 to 60
+    files = run_files(tmp_path, LAST)
+    assert [row["step"] for row in files.pop("metrics")] == [20, 40, HALF, 60, 80, LAST]
+    assert not differences(files, {k: v for k, v in whole.items() if k != "metrics"})
+
+
+def test_going_back_sets_later_checkpoints_aside(replay: Replay, tmp_path: Path) -> None:
+    """Continuing from an earlier checkpoint cuts the rows after it, so the later checkpoints must not be "last"."""
+    fit(method("BC"), replay, LAST, tmp_path)
+    fit(method("BC"), replay, HALF + 15, tmp_path, ckpt_path=tmp_path / "checkpoints" / f"step={HALF:08d}.ckpt")
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.name == "step=00000060.ckpt"
+    assert [row["step"] for row in Table(tmp_path / "metrics.csv").rows()] == [20, 40, 60]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.replaced")) == ["step=00000090.ckpt.replaced"]
+
+
+def test_the_newest_two_checkpoints_and_the_best_stay(replay: Replay, tmp_path: Path) -> None:
+    module = method("BC")
+    module.run.eval_every = 10
+    fit(module, replay, 60, tmp_path)
+    state = read_checkpoint(tmp_path / "checkpoints" / "step=00000060.ckpt")["callbacks"]["RunFolder"]
+    evals = Table(tmp_path / "evals.csv").rows()
+    best = max(evals, key=lambda row: row["eval/return_mean"])
+    assert state["best_path"] == f"step={best['step']:08d}.ckpt" and state["best_value"] == best["eval/return_mean"]
+    kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {state["best_path"], "step=00000050.ckpt", "step=00000060.ckpt"}
+    assert evals[-1]["eval/return_mean_best"] == best["eval/return_mean"]
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+# -- death in three ways, each in a process of its own ---------------------------------------------------------------
+
+
+def kill_in_training(module: Any) -> None:
+    """kill -9 inside the block that ends at 80, after the row of update 60."""
+    at_update(module, 77, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def kill_in_writing(module: Any) -> None:
+    """kill -9 when half of the second checkpoint is on the disk."""
+
+    def save_half(content: Any, file: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        whole = content["offpolicy"]["updates"] < LAST
+        file.write(buffer.getvalue() if whole else buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        if not whole:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint_module.torch = type("Torch", (), {**vars(torch), "save": staticmethod(save_half)})  # type: ignore[assignment]
+
+
+def interrupt_in_a_block(module: Any) -> None:
+    """Ctrl-C inside the block that ends at 80."""
+    at_update(module, 77, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+SCENES = {f.__name__: f for f in (kill_in_training, kill_in_writing, interrupt_in_a_block)}
+
+
+def at_update(module: Any, number: int, act: Any) -> None:
+    update = type(module).update
+
+    def updating(batch: Any, step: int) -> Any:
+        if step == number:
+            act()
+        return update(module, batch, step)
+
+    module.update = updating
+
+
+def main(root: Path) -> None:
+    """Play every scene in a forked process and print how each ended."""
+    torch.set_num_threads(1)
+    logging.disable()
+    ends = {}
+    for name, scene in SCENES.items():
+        child = os.fork()
+        if child == 0:
+            module = method("TD3BC")
+            scene(module)
+            fit(module, toy_replay(), LAST, root / name)
+            print(json.dumps({"interrupted_by": module.interrupted_by, "at": module.trainer.global_step}), flush=True)
+            os._exit(0)
+        ends[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps(ends))
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, int]]]:
+    root = tmp_path_factory.mktemp("scenes")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])}
+    command = [sys.executable, "-W", "ignore", __file__, str(root)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return root, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_how_the_scenes_ended(scenes: tuple[Path, list[dict[str, int]]]) -> None:
+    root, (interrupted, ends) = scenes
+    assert ends == {"kill_in_training": -9, "kill_in_writing": -9, "interrupt_in_a_block": 0}
+    assert interrupted == {"interrupted_by": signal.SIGINT, "at": 80}
+    steps = {name: [row["step"] for row in Table(root / name / "metrics.csv").rows()] for name in SCENES}
+    assert steps == {
+        "kill_in_training": [20, 40, 60],
+        "kill_in_writing": [20, 40, 60, 80, 90],
+        "interrupt_in_a_block": [20, 40, 60, 80],
+    }
+    strays = {name: sum(map(is_stray, (root / name / "checkpoints").iterdir())) for name in SCENES}
+    assert strays == {"kill_in_training": 0, "kill_in_writing": 1, "interrupt_in_a_block": 0}
+
+
+@pytest.mark.parametrize(
+    ("scene", "update"), [("kill_in_training", HALF), ("kill_in_writing", HALF), ("interrupt_in_a_block", 80)]
+)
+def test_every_death_resumes_from_a_whole_checkpoint(
+    scene: str, update: int, replay: Replay, whole: dict[str, Any], scenes: tuple[Path, list[dict[str, int]]]
+) -> None:
+    folder = scenes[0] / scene
+    path = newest_checkpoint(folder)
+    assert path is not None and path.name == f"step={update:08d}.ckpt"
+    earlier = {name: (folder / name).read_text().splitlines() for name in ("metrics.csv", "evals.csv")}
+    fit(method("TD3BC"), replay, LAST, folder, ckpt_path=path)
+    assert not differences(run_files(folder, LAST), whole)
+    assert not any(map(is_stray, (folder / "checkpoints").iterdir()))
+    for name, lines in earlier.items():
+        kept = [line for line in lines[1:] if int(line.split(",")[0]) <= update]
+        assert (folder / name).read_text().splitlines()[1 : 1 + len(kept)] == kept  # byte by byte
+
+
+def test_interruption_without_a_run_folder_saves_too(replay: Replay, tmp_path: Path) -> None:
+    module = method("BC")
+    at_update(module, 30, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    fit(module, replay, LAST, default_root_dir=str(tmp_path))
+    assert module.interrupted_by == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    path = newest_checkpoint(tmp_path)
+    assert path is not None and path.name == "step=00000040.ckpt"
+
+
+def test_a_second_interruption_ends_at_once(replay: Replay, tmp_path: Path) -> None:
+    module = method("BC")
+    at_update(module, 30, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(module, replay, LAST, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*"))
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
