@@ -420,6 +420,7 @@ class OfflineModule(Module):
         self.configure_optimizers()
         self._has_dropout = any(map(has_dropout, self.modules()))
         self._bound = self.view.bind(chosen, self.normalizer, self.device)
+        self.on_bind(self._bound)
         return self
 
     def _check_hyperparameters(self) -> None:
@@ -541,7 +542,8 @@ class OfflineModule(Module):
         for j, batch in enumerate(self.draw(t, k)):
             self._step = t + j + 1
             if self._has_dropout:  # dropout has no noise argument: make its generator a function of the update too
-                torch.manual_seed(int(sampling.keys(self.seed or 0, "dropout", torch.tensor([self._step]))[0]))
+                stream = f"dropout of process {self.global_rank if self.world_size > 1 else 0}"
+                torch.manual_seed(int(sampling.keys(self.seed or 0, stream, torch.tensor([self._step]))[0]))
             self.meter.add(self.update(batch, self._step))
 
     def training_step(self, tick: Any, _: int) -> None:
