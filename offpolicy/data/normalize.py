@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.errors import UsageError
 
-_AFFINE = re.compile(r"^(?P<scale>[+-]?\d*\.?\d*(?:e[+-]?\d+)?)\*?r(?P<shift>[+-]\d*\.?\d+(?:e[+-]?\d+)?)?$")
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+_AFFINE = re.compile(rf"^(?P<scale>[+-]?(?:{_NUMBER})?)\*?r(?P<shift>[+-]{_NUMBER})?$")
 
 
 def parse_reward_transform(text: str) -> tuple[float, float] | None:
@@ -96,7 +97,7 @@ class Normalizer(nn.Module):
             mean, std = mean_std(replay.steps["obs"], rows)
             varies = std > 0
             self.obs_center.copy_(torch.from_numpy(np.where(varies, mean, 0.0)))
-            self.obs_scale.copy_(torch.from_numpy(np.where(varies, 1.0 / (std + eps), 1.0)))
+            self.obs_scale.copy_(torch.from_numpy(1.0 / np.where(varies, std + eps, 1.0)))
         low, high = action_bounds(replay)
         self.action_center.copy_(torch.from_numpy((high + low) / 2))
         self.action_scale.copy_(torch.from_numpy(2 / np.where(high > low, high - low, 2.0)))
