@@ -97,11 +97,11 @@ def _show(options: argparse.Namespace) -> None:
     if options.data is None:
         print("\n".join(known_names()))
         return
+    target = resolve(options.data)  # before the imports, which take seconds
+    print(describe(target))
     from offpolicy.data.sources import open_source
     from offpolicy.data.validate import report
 
-    target = resolve(options.data)
-    print(describe(target))
     print(report(open_source(target, download=not options.no_download), fingerprint=True))
 
 
@@ -130,13 +130,14 @@ def _made_names() -> list[str]:
 
 
 def _write_fault(error: OSError) -> str:
-    cause = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
-        remedy = "Free some space or choose another folder"
-    elif error.filename is None:
-        return f"{cause}."
-    else:
-        remedy = "Choose a folder you may read and write"
+    """Cause, place and remedy; NumPy's short writes carry no number and mean a full disk."""
+    barred = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+    remedy = (
+        "Choose a folder you may read and write"
+        if error.errno in barred
+        else "Free some space or choose another folder"
+    )
+    cause = error.strerror or f"the data could not be written ({str(error).rstrip('.')})"
     where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
     return f"{cause}{where}. {remedy}; nothing was left half-written."
 

@@ -159,7 +159,7 @@ def _of_path(path: Path) -> Target | None:
         return None
     suffix = _suffix(path)
     if suffix in LANGUAGE:
-        return Target("language", path.name.removesuffix(suffix), path)
+        return Target("language", path.name[: -len(suffix)], path)
     if suffix not in FILES:
         return None
     if path.name == "main_data.hdf5" and (path.parent / "metadata.json").is_file():

@@ -19,7 +19,7 @@ CHUNK = 1 << 15  # rows per step of the pass: temporaries stay in the processor'
 TOLERANCE = 1e-4  # of an action's range: rounding, clipped and counted
 JUMP = 50.0  # largest step / median step inside an episode that looks like a missing end
 FIRST_ROWS = 8  # of an episode that tell duplicates
-OPTIONAL = ("next_obs",)
+WHOSE = {"environment": "of the environment", "data": "of the data", "given": "as given"}
 
 
 @dataclass
@@ -519,7 +519,7 @@ def report(replay: Replay, *, fingerprint: bool = False) -> Report:
     if "action_n" in meta:
         actions = f"{meta['action_n']} discrete actions"
     elif meta.get("action_low") is not None:
-        actions = f"{_range(meta)} (of the {meta.get('action_bounds', 'environment')})"
+        actions = f"{_range(meta)} ({WHOSE[meta.get('action_bounds', 'environment')]})"
     else:
         actions = "bounds unknown"
     return Report(

@@ -13,7 +13,7 @@ from typing import Any
 from offpolicy.data.names import Target, resolve
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.arrays import environment, from_arrays
-from offpolicy.errors import UsageError
+from offpolicy.errors import DataError, UsageError
 
 __all__ = ["from_arrays", "open_source"]
 
@@ -41,10 +41,11 @@ def open_source(
         download: false forbids that.
         on_bad: "error" stops at faulty content, "drop_episode" leaves out the episodes that have it and counts them.
         clip_actions: clip actions outside the bounds instead of calling them faulty.
-        timeout_step: the last step of an episode that a time limit cut: "drop", "keep" or "self" (D4RL's layout only).
+        timeout_step: the last step of an episode that a time limit cut: "drop", "keep" or "self" (flat files only).
             None is "drop" for D4RL tasks, as in published numbers, and elsewhere keeps it where the next observation
             is known.
-        sha256: expected hash of the file; for Minari over its storage files in order.
+        sha256: expected hash of the file; for Minari over its storage files in order; for made sets and folders of
+            our format the fingerprint.
         env_id, env_kwargs: environment to evaluate in, for files without a known one; its spaces are checked.
         obs_keys: parts of a dict observation that ``obs`` consists of, in order.
         max_episode_steps: the environment's step limit; without end marks longer episodes are cut there.
@@ -70,15 +71,21 @@ def open_source(
             f"`env_id` or `max_episode_steps` was given, but {target.name} has an environment of its own. Leave "
             "them out."
         )
+    if timeout_step in ("drop", "self") and target.kind not in ("hdf5", "npz", "d4rl"):
+        raise UsageError(
+            f"`timeout_step` is '{timeout_step}', but {target.name} knows the observation after every step, so "
+            "none need "
+            "be dropped or replaced. Leave it out."
+        )
     if target.kind == "made":
         from offpolicy.data.sources.make import open_made
 
-        return open_made(target.name)
+        return _fingerprinted(open_made(target.name), sha256)
     path = target.location()
     assert path is not None  # only language data have no place
     common: dict[str, Any] = {"on_bad": on_bad, "clip_actions": clip_actions, "sha256": sha256}
     if target.kind == "replay":
-        replay = _open_folder(path)
+        replay = _fingerprinted(_open_folder(path), sha256)
         environment(replay.meta, env_id, env_kwargs, obs_keys, max_episode_steps)
         return replay
     if target.kind == "minari":
@@ -120,4 +127,14 @@ def _open_folder(path: Path) -> Replay:
     replay = Replay.load(path, mmap=size > IN_MEMORY)
     replay.meta = {**replay.meta, "file": str(path)}
     replay.meta.setdefault("name", path.name)
+    return replay
+
+
+def _fingerprinted(replay: Replay, expected: str | None) -> Replay:
+    if expected is not None and replay.fingerprint() != expected.lower():
+        raise DataError(
+            f"{replay.meta.get('name')} has the fingerprint {replay.fingerprint()}; expected {expected}. Open the "
+            "right data "
+            "or correct `sha256`."
+        )
     return replay

@@ -195,7 +195,7 @@ def assemble(
     shapes = {key: tuple(column.shape) for key, column in columns.items()}
     rows = check_structure(where, shapes, keys, facts, ("obs", "action", "reward", "terminated"))
     raw = Raw({}, np.zeros(0), np.zeros(0), where, meta=meta, keys=keys, facts=facts, owned=owned, notes=list(notes))
-    meta["source_dtypes"] = {}
+    meta.setdefault("source_dtypes", {})
     for name, key in keys.items():
         column = columns.pop(key)
         if name in ("terminated", "end", "valid_td"):

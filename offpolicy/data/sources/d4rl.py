@@ -6,8 +6,10 @@ mark are an unfinished episode, which is kept. Only ``infos/…`` and ``metadata
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -88,14 +90,13 @@ def read(
     lock = Lock([path])
     lock.check(sha256)
     with open_hdf5(path) as file:
-        columns, scalars, notes = _columns(path, file, facts)
+        columns, extra, notes = _columns(path, file, facts)
         written = json.loads(file.attrs[META]) if META in file.attrs else {}
     if "family" in meta:
         written = {}  # a task of the table: the table is right
     meta = {**meta, **written, "file": str(path)}
     notes = [*([] if written else meta.pop("notes", [])), *notes]
-    if scalars:
-        meta["metadata"] = scalars
+    meta |= extra
     span = meta.pop("action_range", None)
     if span is not None and "action_low" not in meta:
         width = columns[match(columns)["action"]].shape[-1]
@@ -175,8 +176,12 @@ def write(replay: Replay, path: str | os.PathLike[str]) -> Path:
             os.fsync(done.fileno())
         os.chmod(temporary, 0o644)
         os.rename(temporary, target)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # HDF5 gives both, with the cause in the text
+            code = re.search(r"errno = (\d+)", str(error))
+            number = int(code[1]) if code else getattr(error, "errno", None) or errno.EIO
+            raise OSError(number, os.strerror(number), str(target)) from error
         raise
     return target
 
@@ -188,7 +193,7 @@ def _matches(name: str, entry: Mapping[str, Any]) -> bool:
 def _columns(
     path: Path, file: h5py.File, facts: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
-    """The per-step columns, the scalars under ``metadata``, and notes on what was left."""
+    """The per-step columns; scalars under ``metadata`` and stored types, for ``meta``; notes on what was left."""
     import h5py
 
     found: dict[str, h5py.Dataset] = {}
@@ -200,7 +205,12 @@ def _columns(
     if "masks" in steps and "terminated" not in keys:
         need.remove("terminated")
     rows = check_structure(str(path), shapes, keys, facts, need)
-    columns, scalars, skipped = {}, {}, [k for k in found if k.startswith("infos/")]
+    columns, extra = (
+        {},
+        {"source_dtypes": {n: str(steps[k].dtype) for n, k in keys.items() if steps[k].dtype.kind == "f"}},
+    )
+    extra["source_dtypes"] = {n: dtype for n, dtype in extra["source_dtypes"].items() if dtype != "float32"}
+    scalars, skipped = {}, [k for k in found if k.startswith("infos/")]
     for key, dataset in steps.items():
         if dataset.shape[:1] == (rows,) and dataset.dtype.kind in "fiub":
             columns[key] = _read(path, key, dataset)
@@ -212,7 +222,9 @@ def _columns(
             scalars[key.removeprefix("metadata/")] = (
                 value.decode(errors="replace") if isinstance(value, bytes) else value.item()
             )
-    return columns, scalars, [f"not read: {', '.join(skipped)}"] if skipped else []
+    if scalars:
+        extra["metadata"] = scalars
+    return columns, extra, [f"not read: {', '.join(skipped)}"] if skipped else []
 
 
 def _read(path: Path, key: str, dataset: h5py.Dataset) -> np.ndarray:

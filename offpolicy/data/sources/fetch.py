@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import threading
 import urllib.request
 from collections.abc import Sequence
+from functools import lru_cache
 from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
@@ -32,6 +34,11 @@ BLOCK = 1 << 20
 
 def facts(name: str) -> dict[str, Any]:
     """A YAML file of ``datasets_cfg``, for example ``facts("d4rl.yaml")``."""
+    return copy.deepcopy(_parsed(name))
+
+
+@lru_cache
+def _parsed(name: str) -> dict[str, Any]:
     return yaml.safe_load(files("datasets_cfg").joinpath(name).read_text())
 
 
@@ -47,7 +54,7 @@ def open_hdf5(path: Path) -> h5py.File:
     import h5py
 
     try:
-        return h5py.File(path, "r")
+        return h5py.File(path, "r", locking="best-effort")  # some network file systems cannot lock
     except OSError as error:
         raise file_fault(path, error, "HDF5") from None
 

@@ -103,7 +103,7 @@ def read(
         if regular
         else obs[last]
     )
-    meta = {**meta, "file": str(path), "notes": []}
+    meta = {**meta, "file": str(path)}
     checks, span = dict(facts), meta.pop("action_range", None)
     action = arrays["actions"]
     if action.dtype.kind in "iu":
