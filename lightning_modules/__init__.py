@@ -9,6 +9,7 @@ METHODS = {
     "BC": "bc",
     "TD3BC": "td3bc",
     "IQL": "iql",
+    "PRDC": "prdc",
     "A2PR": "a2pr",
     "ODICE": "odice",
     "CQL": "cql",

@@ -81,25 +81,21 @@ class NeighborIndex:
         candidates: int = 64,
         rows: Tensor | None = None,
     ) -> None:
-        check_range("state_weight", state_weight, 0.0, upper_open=True)
-        check_range("candidates", candidates, 1)
-        if search not in SEARCHES:
-            raise UsageError(f"`search` is {search!r}; expected one of {SEARCHES}.{nearest(search, SEARCHES)}")
-        if search == "cached" and state_weight == 0.0:
-            raise UsageError("`search` 'cached' looks among nearest states, but `state_weight` is 0. Use 'exact'.")
+        self.check(state_weight, search, candidates)
         if obs.dim() != 2 or action.dim() != 2 or len(obs) != len(action) or not len(obs):
             raise DataError(f"got obs {tuple(obs.shape)} and action {tuple(action.shape)}; expected (N, S) and (N, A).")
         self.points = torch.cat([obs, action.to(obs.dtype)], -1)
         if not self.points.isfinite().all():
             raise DataError("states or actions hold NaN or infinity; expected finite numbers. Clean the data.")
-        self.search, self.state_dim, self.device = search, obs.shape[1], obs.device
+        self.state_weight, self.search, self.candidates = state_weight, search, candidates
+        self.state_dim, self.device = obs.shape[1], obs.device
         self.weight = torch.ones(self.points.shape[1], dtype=torch.float64, device=self.device)
         self.weight[: self.state_dim] = state_weight
         self._set_rows(rows)
         self._merge_equal(self.points[:, self.state_dim :] if state_weight == 0.0 else self.points)
         on_cpu = search == "tree" or (search != "brute" and self.device.type == "cpu")
         self._backend: Any = Tree if on_cpu else Brute
-        self._sparse = self.device.type == "cpu"
+        self._sparse = self.device.type == "cpu"  # compare with listed pairs only: needs their number on the host
         self._whole: Any = None  # all pairs, made when first searched
         self._states: Any = None  # their states, made when a list is first wanted
         self._remembers = search in ("exact", "cached") and state_weight > 0.0
@@ -109,6 +105,19 @@ class NeighborIndex:
             self._lists = torch.zeros(n, self._width, dtype=torch.int32, device=self.device)
             self._radius = torch.zeros(n, device=self.device)
             self._complete = False
+
+    @staticmethod
+    def check(state_weight: float, search: str, candidates: int, k: int = 1) -> None:
+        """Raise :class:`UsageError` for options that are out of range or do not go together."""
+        check_range("state_weight", state_weight, 0.0, math.inf, upper_open=True)
+        check_range("candidates", candidates, 1)
+        check_range("num_neighbors", k, 1)
+        if search not in SEARCHES:
+            raise UsageError(f"`search` is {search!r}; expected one of {SEARCHES}.{nearest(search, SEARCHES)}")
+        if search == "cached" and state_weight == 0.0:
+            raise UsageError("`search` 'cached' looks among nearest states, but `state_weight` is 0. Use 'exact'.")
+        if search == "cached" and k > candidates:
+            raise UsageError(f"`num_neighbors` is {k} but only {candidates} `candidates` are looked at. Raise those.")
 
     def _set_rows(self, rows: Tensor | None) -> None:
         n = len(self.points)
@@ -170,6 +179,7 @@ class NeighborIndex:
         Raises:
             UsageError: k out of range, or not exactly one of ``row`` and ``obs``.  DataError: a row not in the index.
         """
+        self.check(self.state_weight, self.search, self.candidates, k)
         check_range("num_neighbors", k, 1, len(self))
         if (row is None) == (obs is None):
             raise UsageError("a query needs either `row` or `obs`; pass exactly one of them.")
@@ -177,7 +187,7 @@ class NeighborIndex:
         with torch.autocast(self.device.type, enabled=False):
             flat = action.detach().reshape(-1, action.shape[-1]).to(self.device, torch.float64).nan_to_num()
             item = None if row is None else self._items(row.reshape(-1))
-            state = obs if item is None else self.points[item, : self.state_dim]
+            state = obs if item is None else self.points.index_select(0, item)[:, : self.state_dim]
             assert state is not None
             key = torch.cat([state.reshape(-1, self.state_dim).to(self.device, torch.float64), flat], -1)
             if item is not None and self._remembers:
@@ -187,7 +197,7 @@ class NeighborIndex:
         return Neighbors(
             square.sqrt().reshape(*shape, k),
             (found if self._rows is None else self._rows[found]).reshape(*shape, k),
-            self.points[found, self.state_dim :].reshape(*shape, k, -1),
+            self.points.index_select(0, found.reshape(-1))[:, self.state_dim :].reshape(*shape, k, -1),
             None if certified is None else certified.reshape(shape),
         )
 
@@ -215,7 +225,7 @@ class NeighborIndex:
     def _recall(self, key: Tensor, item: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Squared distances and items from the lists, then from the whole store where the lists prove nothing."""
         square, found = self._from_lists(key, item, k)
-        radius = self._radius[item]
+        radius = self._radius.index_select(0, item)
         certified = square[:, -1].sqrt() < radius
         while not (self._complete or certified.all()):
             short = (~certified).nonzero()[:, 0]
@@ -235,8 +245,19 @@ class NeighborIndex:
         return square, found, certified
 
     def _from_lists(self, key: Tensor, item: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        listed = torch.cat([item[:, None], self._lists[item].long() - 1], 1)
-        return self.rank(self.squares(key, listed), listed, k)
+        """The k nearest among the items themselves and their lists: d² and items, (n, k) each."""
+        lists = self._lists.index_select(0, item)
+        if k > 1 or not self._sparse:
+            listed = torch.cat([item[:, None], lists.long() - 1], 1)
+            return self.rank(self.squares(key, listed), listed, k)
+        own = self.square(key, item)
+        query, place = lists.nonzero(as_tuple=True)
+        other = lists[query, place].long() - 1
+        square = self.square(key.index_select(0, query), other)
+        best = own.scatter_reduce(0, query, square, "amin")
+        other.masked_fill_(square != best.index_select(0, query), NONE)
+        found = item.masked_fill(own != best, NONE).scatter_reduce_(0, query, other, "amin")
+        return best[:, None], found[:, None]
 
     def _fill(self, item: Tensor, reach: Tensor) -> None:
         """List the rows nearest to these by state: all as near as ``reach`` (n,), or as many as a list holds."""
@@ -263,16 +284,19 @@ class NeighborIndex:
         square, listed = self._whole.finalists(key, k)
         return self.rank(square, listed, k)
 
+    def square(self, key: Tensor, item: Tensor) -> Tensor:
+        """d² of keys (…, D), or (…, S) for states alone, to items (…): direct differences in float64."""
+        points, weight = self.points[:, : key.shape[-1]], self.weight[: key.shape[-1]]
+        stored = points.index_select(0, item.reshape(-1)).unflatten(0, item.shape)
+        return stored.double().sub_(key).mul_(weight).square_().sum(-1)
+
     def squares(self, key: Tensor, listed: Tensor) -> Tensor:
-        """d² of keys (n, D), or (n, S) for states alone, to listed items (n, C), -1 for none: float64 (n, C)."""
-        points, weight = self.points[:, : key.shape[1]], self.weight[: key.shape[1]]
+        """d² of keys (n, D) or (n, S) to listed items (n, C), infinite where the item is -1: float64 (n, C)."""
         if not self._sparse:
-            difference = points[listed.clamp(min=0)].double().sub_(key[:, None]).mul_(weight)
-            return difference.square_().sum(-1).masked_fill_(listed < 0, math.inf)
-        query, place = (listed >= 0).nonzero(as_tuple=True)  # lists are mostly empty: touch only what is there
-        difference = points.index_select(0, listed[query, place]).double().sub_(key[query]).mul_(weight)
+            return self.square(key[:, None], listed.clamp(min=0)).masked_fill_(listed < 0, math.inf)
+        query, place = (listed >= 0).nonzero(as_tuple=True)
         result = torch.full(listed.shape, math.inf, dtype=torch.float64, device=self.device)
-        result[query, place] = difference.square_().sum(-1)
+        result[query, place] = self.square(key.index_select(0, query), listed[query, place])
         return result
 
     def rank(self, square: Tensor, listed: Tensor, k: int) -> tuple[Tensor, Tensor]:
