@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,11 +28,11 @@ from offpolicy.checkpoint import newest_checkpoint, plain_hparams, read_checkpoi
 from offpolicy.checkpoint_io import AtomicCheckpointIO
 from offpolicy.data.module import DataModule, Loadable, load_data
 from offpolicy.data.names import resolve
-from offpolicy.errors import UsageError, check_range, nearest
+from offpolicy.errors import DataError, UsageError, check_range, nearest
 from offpolicy.evaluation.rollout import EVAL_SEED, Evaluator
 from offpolicy.evaluation.scores import has_score, interval, normalized_score, score_kind, summarize
 from offpolicy.files import Table, atomic_write, unique_run_folder
-from offpolicy.modules import KEY, Module, Sizes
+from offpolicy.modules import KEY, Module
 from offpolicy.options import RunOptions
 from offpolicy.registry import import_class
 
@@ -115,8 +114,8 @@ def fit(
     known = [f.name for f in fields(RunOptions)] + list(inspect.signature(Trainer).parameters)
     for name in options:
         if name not in known:
-            raise UsageError(f"fit has no option `{name}`; expected one of RunOptions or Trainer.{nearest(name, known)}")
-    check_range("max_steps", max_steps, 1)
+            raise UsageError(f"fit has no option `{name}`; expected a RunOptions or Trainer one.{nearest(name, known)}")
+    check_range("trainer.max_steps", max_steps, 1)
     check_trainer_options(method, options)
     first, origin = is_first_process(), origin or Origin()
     module = DataModule(str(data)) if isinstance(data, (str, Path)) else load_data(data)
@@ -137,7 +136,7 @@ def fit(
                 return already_done(method, checkpoint, updates, max_steps, verbose and first)
         elif target is not None and newest_checkpoint(target):
             raise UsageError(
-                f"`folder` is {target}, which holds a run; expected a new one. Pass `ckpt_path` {target} to continue it."
+                f"`folder` is {target}, which holds a run; expected a new one. Pass it as `ckpt_path` to continue it."
             )
         if first:
             made.append(target or unique_run_folder(root, data_name(module), type(method).__name__, seed))
@@ -163,7 +162,7 @@ def fit(
 
 
 def load(run_or_checkpoint: str | Path, *, method: type[Module] | None = None) -> Module:
-    """A trained method from a run folder (its newest checkpoint) or a checkpoint file; needs neither data nor simulator.
+    """A trained method from a run folder (its newest checkpoint) or a checkpoint; needs neither data nor simulator.
 
     Args:
         method: the class, when it cannot be found under the import path it had in training.
@@ -230,7 +229,9 @@ def evaluate(
 # -- the Trainer -------------------------------------------------------------------------------------------------------
 
 
-def make_trainer(folder: Path, max_steps: int, options: Mapping[str, Any], callbacks: list[Any], *, bar: bool) -> Trainer:
+def make_trainer(
+    folder: Path, max_steps: int, options: Mapping[str, Any], callbacks: list[Any], *, bar: bool = True
+) -> Trainer:
     """A Trainer with the files, bar and checkpoints of this library; ``options`` that are None keep the default."""
     given = TRAINER_DEFAULTS | {k: v for k, v in options.items() if v is not None}
     own = _as_list(given.pop("callbacks", None))
@@ -240,7 +241,7 @@ def make_trainer(folder: Path, max_steps: int, options: Mapping[str, Any], callb
     if given.get("accelerator", "auto") == "auto":
         given["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"  # "mps" has no float64
     given |= {**FIXED, "max_steps": max_steps, "default_root_dir": str(folder), "callbacks": [*own, *bars, *callbacks]}
-    with clear_errors():
+    with clear_errors(ValueError, ModuleNotFoundError):
         return Trainer(**given)
 
 
@@ -312,7 +313,7 @@ def check_same_method(method: Module, checkpoint: Path) -> tuple[int, list[str]]
     content = read_checkpoint(checkpoint)
     before, now = _own_state(content, checkpoint)["class"], f"{type(method).__module__}.{type(method).__qualname__}"
     if before.rpartition(".")[2] != now.rpartition(".")[2]:
-        raise UsageError(f"{checkpoint} holds the method {before}; expected {now}. Pass the same method to continue it.")
+        raise UsageError(f"{checkpoint} holds the method {before}; expected {now}. Pass the same method.")
     former, current = content["hyper_parameters"], plain_hparams(method.hparams)
     fixed = [k for k in ("hidden_dims", "num_critics", "deterministic") if former.get(k) != current.get(k)]
     if fixed:
@@ -353,9 +354,9 @@ def already_done(method: Module, checkpoint: Path, updates: int, max_steps: int,
 def data_name(data: DataModule) -> str:
     """The name of the data as a folder: the canonical one for known sets."""
     try:
-        return resolve(data.name).name
+        return resolve(str(data.name)).name
     except UsageError:
-        return data.name
+        return str(data.name)
 
 
 def _own_state(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -391,13 +392,15 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
-    """Lightning's complaints about settings as :class:`UsageError`; its exit after a second Ctrl-C as that."""
+def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Lightning's complaints (and errors of these kinds) as :class:`UsageError`; its exit after a Ctrl-C as that."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except (MisconfigurationException, ModuleNotFoundError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+    except (MisconfigurationException, *kinds) as error:
+        if isinstance(error, (UsageError, DataError)):
+            raise
+        raise UsageError(f"the Trainer cannot work with these settings: {' '.join(str(error).split())}") from error
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, handler)  # Lightning left it ignored

@@ -84,7 +84,7 @@ def read_command(argv: Iterable[str]) -> Command:
         SystemExit: after ``--help``.
     """
     pairs = split(argv)
-    last = {name: value for name, value in pairs}
+    last = dict(pairs)
     if "help" in last and last["help"] != "all":
         from offpolicy.registry import method_names
 
@@ -112,7 +112,9 @@ def read_command(argv: Iterable[str]) -> Command:
 
     chosen = last.get("recipe") or in_files.get("recipe") or "auto"
     short = method.rpartition(".")[2]
-    found = None if chosen == "none" else recipe(short, target.name) if chosen == "auto" else named_recipe(short, chosen)
+    found = recipe(short, target.name) if chosen == "auto" else None
+    if chosen not in ("auto", "none"):
+        found = named_recipe(short, chosen)
     settings = dict(found.settings) if found else {}
     for layer in layers:
         settings |= layer
@@ -130,7 +132,7 @@ def split(argv: Iterable[str]) -> list[tuple[str, str | None]]:
         head, equals, text = word.partition("=")
         head = ALIASES.get(head, head)
         if not head.startswith("--") or head == "--":
-            raise UsageError(f"found '{word}'; expected an option such as --model NAME or --data NAME. Put its name first.")
+            raise UsageError(f"found '{word}'; expected an option, --name VALUE. Put its name first. See --help.")
         name, value = head[2:], text if equals else None
         if value is None and words and not words[0].startswith("--"):
             value = words.pop(0)
@@ -145,7 +147,8 @@ def check_options(names: Iterable[str], known: Mapping[str, Iterable[str]], wher
 
     Args:
         names: dotted, as given.
-        known: group → the names in it; groups that are not there are not checked.
+        known: group → the names in it; groups that are not there are not checked, and with a single group neither are
+            names that resemble nothing in it.
         where: what the options belong to, for the message.
 
     Raises:
@@ -161,14 +164,17 @@ def check_options(names: Iterable[str], known: Mapping[str, Iterable[str]], wher
             continue
         if rest and group in known:
             guess = nearest(option, known[group]).replace("'", f"'--{group}.", 1)
-            help_ = f"--model.help {where}" if where and group == "model" else "--help"
-            raise UsageError(f"--{name} is not an option{f' of {where}' if where else ''}.{guess} See {help_}.")
+            of, help_ = (f" of {where}", f"--model.help {where}") if group == "model" else ("", "--help")
+            raise UsageError(f"--{name} is not an option{of}.{guess} See {help_}.")
         short = {d.partition(".")[2]: d for d in reversed(dotted)}
         guess = nearest(rest or group, [*TOP, *short])
         match = re.search("'(.*)'", guess)
+        if match is None and len(known) == 1:
+            continue  # more will be known once the method is imported
         raise UsageError(
-            f"--{name} is not an option." + (f" Did you mean '--{short.get(match[1], match[1])}'?" if match else "") +
-            " See --help."
+            f"--{name} is not an option."
+            + (f" Did you mean '--{short.get(match[1], match[1])}'?" if match else "")
+            + " See --help."
         )
 
 

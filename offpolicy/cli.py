@@ -55,8 +55,13 @@ class FitCLI(LightningCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.config = parser.parse_args(args)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return None
+    def instantiate_classes(self) -> None:
+        """Make data, run options and the Trainer's parts; the method directly, so that its own errors arrive whole."""
+        config = self.config.clone()
+        model = config.pop("model")
+        self.config_init = self.parser.instantiate_classes(config)
+        self.model = import_class(model.class_path)(**model.get("init_args", {}))
+        self.datamodule = self.config_init.data
 
     def settings_file(self) -> str:
         """What ``--config`` takes to repeat this run, all values written out."""
@@ -98,12 +103,12 @@ def parse(command: Command) -> FitCLI:
     """
     method = import_class(command.method)
     if not (isinstance(method, type) and issubclass(method, Module)):
-        raise UsageError(f"`model` is {command.method}, which is no method; expected a subclass of offpolicy.OfflineModule.")
+        raise UsageError(f"`model` is {command.method}; expected a subclass of offpolicy.OfflineModule. Pass another.")
     helping = any(name in ("help", "model.help") for name, _ in command.flags)
     if helping:
         args = command.parser_args
     else:
-        known = {name: annotations(cls) for name, cls in (("model", method), ("data", DataModule), ("trainer", Trainer))}
+        known = {"model": option_types(method), "data": option_types(DataModule), "trainer": option_types(Trainer)}
         known["run"] = {f.name: str(f.type) for f in fields(RunOptions)}
         if None in known["model"].values():  # **kwargs: the parser knows more
             del known["model"]
@@ -119,11 +124,11 @@ def parse(command: Command) -> FitCLI:
         signal.signal(signal.SIGTERM, signal_handler)
 
 
-def annotations(cls: type) -> dict[str, str | None]:
+def option_types(cls: type) -> dict[str, str | None]:
     """Option → its type as written, of a class; None for ``**kwargs``."""
-    parameters = inspect.signature(cls).parameters.values()
     return {
-        p.name: None if p.kind is p.VAR_KEYWORD else inspect.formatannotation(p.annotation).strip("'") for p in parameters
+        name: None if p.kind is p.VAR_KEYWORD else inspect.formatannotation(p.annotation).strip("'")
+        for name, p in inspect.signature(cls).parameters.items()
     }
 
 
@@ -137,8 +142,9 @@ def one_sentence(message: str, known: Mapping[str, Mapping[str, str | None]]) ->
     group, _, option = key.partition(".")
     expected = known.get(group, {}).get(option.split(".")[0])
     if not (found and expected):
-        details = [text for text in message.splitlines() if re.search("Expected|required|not accepted|Problem", text)]
-        return f"--{key} cannot be used: {' '.join(' '.join(details[-2:]).split())}"
+        plain = re.compile(r"Expected a <class|Subtypes|Errors:|Given value|Parser key|Does not validate")
+        details = [text.strip(" -") for text in message.splitlines() if text.strip() and not plain.search(text)]
+        return f"--{key} cannot be used: {' '.join(details)}"
     value = next(text for text in found[0] if text)
     return f"--{key} is '{value}'; expected {expected}. See --{'model.help' if group == 'model' else 'help=all'}."
 

@@ -44,4 +44,5 @@ def check_range(
     if above and below:
         return
     interval = f"{'(' if lower_open else '['}{low}, {high}{')' if upper_open else ']'}"
-    raise UsageError(f"`{name}` is {value}; expected a value in {interval}. Change `--model.{name}` or leave it out.")
+    option = name if "." in name else f"model.{name}"
+    raise UsageError(f"`{name}` is {value}; expected a value in {interval}. Change `--{option}` or leave it out.")

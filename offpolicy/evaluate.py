@@ -42,8 +42,9 @@ def main(argv: list[str]) -> int:
     for name in ("score", "return", "length", "success_rate"):
         value = numbers.get(name, numbers.get(f"{name}_mean"))
         if value is not None:
-            spread = numbers.get(f"{name}_std")
-            print(screen.line(name, f"{value:.4g}" + (f" ± {spread:.4g} (standard deviation over episodes)" if spread else "")))
+            std = numbers.get(f"{name}_std")
+            spread = f" ± {std:.4g} (standard deviation over episodes)" if std is not None else ""
+            print(screen.line(name, f"{value:.4g}{spread}"))
     if numbers.get("score_interval", 0) > 0:
         print(screen.line("", f"± {numbers['score_interval']:.4g} (95 % interval of the mean score)"))
     print(screen.line("file", str(file)))

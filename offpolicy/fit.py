@@ -1,4 +1,4 @@
-"""Train a method: ``python -m offpolicy.fit`` on the command line, ``offpolicy.fit(method, data, max_steps=…)`` in Python.
+"""Train a method: ``python -m offpolicy.fit``, or ``offpolicy.fit(method, data, max_steps=…)`` in Python.
 
 Both take the same path through :func:`offpolicy.api.fit`, whose documentation lists the arguments.
 """

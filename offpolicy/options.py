@@ -33,8 +33,8 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         for name, low in (("block", 1), ("eval_every", 0), ("eval_episodes", 0), ("log_every", 1)):
-            check_range(name, getattr(self, name), low)
+            check_range(f"run.{name}", getattr(self, name), low)
         if self.threads is not None:
-            check_range("threads", self.threads, 1)
+            check_range("run.threads", self.threads, 1)
         if self.matmul not in ("auto", "mkl", "onednn"):
-            raise UsageError(f"`matmul` is {self.matmul!r}; expected 'auto', 'mkl' or 'onednn'.")
+            raise UsageError(f"`run.matmul` is {self.matmul!r}; expected 'auto', 'mkl' or 'onednn'.")

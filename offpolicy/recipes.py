@@ -48,7 +48,7 @@ class Recipe:
 
     def specificity(self, task: str) -> int:
         """Letters of the longest pattern that matches the task (an exact name has most); −1 when none does."""
-        return max((len(p.replace("*", "")) for p in self.tasks if fnmatchcase(task.lower(), p.lower())), default=-1)
+        return max((len(p.replace("*", "").replace("?", "")) for p in self.tasks if fnmatchcase(task.lower(), p.lower())), default=-1)
 
 
 def recipe(method: str, task: str) -> Recipe | None:
@@ -95,7 +95,7 @@ def parse_recipe(name: str, text: str) -> Recipe:
         if part is None:
             continue
         if set(part) != {note, "settings"} or set(part["settings"]) & set(settings):
-            raise UsageError(f"recipe {name}: `{section}` needs `{note}` and `settings`, and no key may be given twice.")
+            raise UsageError(f"recipe {name}: `{section}` needs `{note}` and `settings`, and no key twice.")
         settings |= part["settings"]
         origin[f"{section} ({part[note]})"] = tuple(part["settings"])
     if set(raw) - {"tasks", "published", "ours"} or not settings:

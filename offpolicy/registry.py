@@ -73,12 +73,10 @@ def import_class(path: str) -> Any:
         if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
             raise
         raise UsageError(
-            f"`model` is '{path}', but there is no module '{error.name}' in this folder or on the Python path; expected "
-            "the import path package.module.Class. Run from the folder that holds it, or install it."
+            f"`model` is '{path}', but there is no module '{error.name}' in this folder or on the Python path; "
+            "expected package.module.Class. Run from the folder that holds it, or install it."
         ) from None
     if not hasattr(found, attribute):
         classes = [name for name, value in vars(found).items() if isinstance(value, type)]
-        raise UsageError(
-            f"`model` is '{path}', but {module} has no '{attribute}'; expected a class in it.{nearest(attribute, classes)}"
-        )
+        raise UsageError(f"`model` is '{path}', but {module} has no '{attribute}'.{nearest(attribute, classes)}")
     return getattr(found, attribute)

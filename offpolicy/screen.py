@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def parameters(method: Any) -> int:
 
 def recipe_lines(recipe: Any, used: Mapping[str, Any]) -> list[str]:
     """The recipe with its values; a value that was overridden is shown with what is used instead."""
-    lines = []
+    lines: list[str] = []
     for origin, keys in recipe.origin.items():
         values = []
         for key in keys:
@@ -82,7 +83,8 @@ def recipe_lines(recipe: Any, used: Mapping[str, Any]) -> list[str]:
             found = tuple(found) if isinstance(found, list) else found
             shown = f"{key.partition('.')[2] if key.startswith('model.') else key} {found}"
             values.append(shown if found == value else f"{shown} (recipe: {value})")
-        lines += [line("recipe" if not lines else "", f"{recipe.name}, {origin}:"), line("", "  " + ", ".join(values))]
+        lines += [line("recipe" if not lines else "", f"{recipe.name}, {origin}:")]
+        lines += [line("", "  " + part) for part in textwrap.wrap(", ".join(values), 96, break_on_hyphens=False)]
     return lines
 
 
