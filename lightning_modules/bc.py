@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from offpolicy.data.replay import Replay
-from offpolicy.data.views import Transitions
+from offpolicy.data.views import Transitions, TransitionView
 from offpolicy.errors import check_range
 from offpolicy.losses.td import mean_squared_action
 from offpolicy.modules import Metrics, OfflineModule, Rate, Sizes
@@ -30,6 +30,8 @@ class BC(OfflineModule):
         reward_transform: see the README; changes nothing here.
         max_grad_norm: limit on the gradient norm, > 0; None for no limit.
     """
+
+    view = TransitionView(reward=False)
 
     def __init__(
         self,

@@ -136,6 +136,8 @@ class Replay:
 
     def returns(self) -> np.ndarray:
         """Undiscounted, untransformed return of each episode, float64 (E,)."""
+        if "reward" not in self.steps:
+            raise DataError("the data have no `reward`, so episodes have no returns; expected one reward per step.")
         reward = _numpy(self.steps["reward"])
         if self.is_whole:
             return np.add.reduceat(reward, self.start, dtype=np.float64)
@@ -299,6 +301,7 @@ class Replay:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
+            os.chmod(temporary, 0o777 & ~_umask())  # as any folder; temporary ones are private
             (temporary / "steps").mkdir()
             names = {}
             for i, (name, column) in enumerate(self.steps.items()):
@@ -444,6 +447,12 @@ class Ring(Replay):
                 row = _numpy(theirs[name])[episode : episode + 1]
                 ours[name] = np.concatenate([_numpy(ours[name])[alive], row])
         self.head = first + length
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _is_mapped(column: Column) -> bool:

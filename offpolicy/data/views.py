@@ -118,12 +118,14 @@ class TransitionView:
         next_action: also gather the action at the next step. Where the episode ends (and the value is multiplied by
             nothing or was cut) it is the row's own action.
         weight: name of a steps column with sampling weights ≥ 0; None for uniform.
+        reward: whether the method needs rewards; without, they are 0 where the data have none.
     """
 
     n_step: int = 1
     discount: float = 0.99
     next_action: bool = False
     weight: str | None = None
+    reward: bool = True
 
     def __post_init__(self) -> None:
         check_range("n_step", self.n_step, 1)
@@ -131,15 +133,17 @@ class TransitionView:
 
     def rows(self, replay: Replay) -> np.ndarray | None:
         """The rows that can be drawn, int64; None when that is every row."""
-        _require(replay, ("obs", "action", "reward", "terminated", *([self.weight] if self.weight else [])))
+        needed = {"obs", "action", "terminated", *(["reward"] * self.reward), self.weight} - {None}
+        _require(replay, sorted(map(str, needed)))
         return None if replay.all_usable else replay.usable_rows()
 
     def bind(self, replay: Replay, normalizer: Normalizer, device: torch.device) -> BoundView:
         """Gather from one packed table on the device where it fits, column by column otherwise."""
-        obs, action, reward = (replay.steps[k] for k in ("obs", "action", "reward"))
+        obs, action = replay.steps["obs"], replay.steps["action"]
         width = 2 * _width(obs) + 2 * _width(action) + 3
         fits = replay.num_steps * width * 4 <= PACK_LIMIT
-        if fits and obs.ndim == 2 and not replay.is_mapped and all(map(_is_float, (obs, action, reward))):
+        floats = all(_is_float(replay.steps[k]) for k in ("obs", "action", "reward") if k in replay.steps)
+        if fits and obs.ndim == 2 and not replay.is_mapped and floats:
             return PackedTransitions(self, replay, normalizer, device)
         return ColumnTransitions(self, replay, normalizer, device)
 
@@ -185,6 +189,8 @@ class TransitionView:
         numbers: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Σ γ^k r over the rows of each sum; the transformation of rewards applies to every r."""
+        if "reward" not in replay.steps:
+            return numbers(torch.zeros(len(rows)))
         if self.n_step == 1:
             return normalizer.reward(numbers(replay.take(rows, ("reward",))["reward"]))
         each = rows[:, None] + np.arange(self.n_step)
