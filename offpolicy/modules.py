@@ -260,6 +260,7 @@ class OfflineModule(Module):
         self.metric_row: dict[str, Any] = {}  # the newest row of metrics, and of an evaluation
         self.eval_row: dict[str, Any] = {}
         self.interrupted_by = 0  # signal that ended the last fit, 0 when none did
+        self._step = 1  # number of the update being made, which learning rates are functions of
         self._params: dict[str, list[Tensor]] = {}
         self._optimizers: dict[str, FusedAdam] = {}
         self._rates: dict[str, Rate] = {}
