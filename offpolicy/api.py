@@ -36,8 +36,13 @@ from offpolicy.modules import KEY, Module
 from offpolicy.options import RunOptions
 from offpolicy.registry import import_class
 
-TRAINER_DEFAULTS: dict[str, Any] = {"devices": 1, "logger": False, "enable_model_summary": False}
-FIXED = {"use_distributed_sampler": False, "log_every_n_steps": 1}  # rows and batches are the method's own affair
+TRAINER_DEFAULTS: dict[str, Any] = {  # one device unless asked; rows and batches are the method's own affair
+    "devices": 1,
+    "logger": False,
+    "log_every_n_steps": 1,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
 NOISE = (  # remarks of Lightning about what is intended here
     ".*does not have many workers.*",
     ".*Checkpoint directory .* exists and is not empty.*",
@@ -125,12 +130,12 @@ def fit(
         seed_everything(seed, workers=True, verbose=False)
         if first:
             module.load()  # before anything is written, as data may be faulty
-        checkpoint, target = None, None if folder is None else Path(folder)
+        checkpoint, changed, target = None, "", None if folder is None else Path(folder)
         if ckpt_path is not None:
             where = {"root": root, "data": data_name(module), "method": type(method).__name__, "seed": seed}
             checkpoint = resolve_checkpoint(ckpt_path, **where)  # type: ignore[arg-type]
-            updates, changes = check_same_method(method, checkpoint)
-            origin.lines += changes
+            updates, changed = check_same_method(method, checkpoint)
+            origin.lines += [screen.line("changed", changed)] if changed else []
             target = target or own_folder(checkpoint)
             if updates >= max_steps:
                 return already_done(method, checkpoint, updates, max_steps, verbose and first)
@@ -139,18 +144,27 @@ def fit(
                 f"`folder` is {target}, which holds a run; expected a new one. Pass it as `ckpt_path` to continue it."
             )
         if first:
-            made.append(target or unique_run_folder(root, data_name(module), type(method).__name__, seed))
-            target = made[0]
+            if target is None:
+                target = unique_run_folder(root, data_name(module), type(method).__name__, seed)
+                made += [target, *target.parents[:2]]
             if checkpoint is not None:
                 keep_earlier_rows(checkpoint, target)
         files = RunFolder(target or root)  # other processes are told the folder by the first
         start = Start(files, origin, module, options, verbose)
         trainer = make_trainer(files.folder, max_steps, options, [start, files], bar=verbose)
         began = time.perf_counter()
-        with clear_errors():
-            trainer.fit(method, datamodule=module, ckpt_path=checkpoint, weights_only=True)  # type: ignore[arg-type]
+        try:
+            with clear_errors():
+                trainer.fit(method, datamodule=module, ckpt_path=checkpoint, weights_only=True)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise UsageError(
+                f"{checkpoint} has other networks than the method now ({changed or 'its code changed'}); expected the "
+                "same. Pass the settings of the run it comes from."
+            ) from None
 
-    scores = {k.removeprefix("eval/"): v for k, v in method.eval_row.items() if isinstance(v, float)}  # type: ignore[attr-defined]
+    scores = {k.removeprefix("eval/"): v for k, v in getattr(method, "eval_row", {}).items() if isinstance(v, float)}
     result = FitResult(method, files.folder, scores, trainer.global_step, getattr(method, "interrupted_by", 0))
     if verbose and trainer.is_global_zero:
         cli = f"python -m offpolicy.fit --ckpt_path {shlex.quote(str(result.folder))}"
@@ -240,7 +254,7 @@ def make_trainer(
     given["plugins"] = [*_as_list(given.pop("plugins", None)), AtomicCheckpointIO()]
     if given.get("accelerator", "auto") == "auto":
         given["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"  # "mps" has no float64
-    given |= {**FIXED, "max_steps": max_steps, "default_root_dir": str(folder), "callbacks": [*own, *bars, *callbacks]}
+    given |= {"max_steps": max_steps, "default_root_dir": str(folder), "callbacks": [*own, *bars, *callbacks]}
     with clear_errors(ValueError, ModuleNotFoundError):
         return Trainer(**given)
 
@@ -304,8 +318,8 @@ def python_config(method: Module, data: DataModule, max_steps: int, options: Map
 # -- continuing --------------------------------------------------------------------------------------------------------
 
 
-def check_same_method(method: Module, checkpoint: Path) -> tuple[int, list[str]]:
-    """Updates in a checkpoint, and a line when settings of the method have changed since.
+def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
+    """Updates in a checkpoint, and which settings of the method have changed since.
 
     Raises:
         UsageError: it holds another method.
@@ -315,12 +329,8 @@ def check_same_method(method: Module, checkpoint: Path) -> tuple[int, list[str]]
     if before.rpartition(".")[2] != now.rpartition(".")[2]:
         raise UsageError(f"{checkpoint} holds the method {before}; expected {now}. Pass the same method.")
     former, current = content["hyper_parameters"], plain_hparams(method.hparams)
-    fixed = [k for k in ("hidden_dims", "num_critics", "deterministic") if former.get(k) != current.get(k)]
-    if fixed:
-        text = ", ".join(f"`{k}` is {current.get(k)} but was {former.get(k)}" for k in fixed)
-        raise UsageError(f"{checkpoint} has other networks: {text}. Pass the same settings to continue it.")
     changed = [f"{k} {former[k]} → {current[k]}" for k in current if k in former and former[k] != current[k]]
-    return content["global_step"], [screen.line("changed", ", ".join(changed))] if changed else []
+    return content["global_step"], ", ".join(changed)
 
 
 def own_folder(checkpoint: Path) -> Path | None:
@@ -395,9 +405,10 @@ def quiet() -> Iterator[None]:
 def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Lightning's complaints (and errors of these kinds) as :class:`UsageError`; its exit after a Ctrl-C as that."""
     handler = signal.getsignal(signal.SIGINT)
+    complaints: tuple[type[Exception], ...] = (MisconfigurationException, *kinds)
     try:
         yield
-    except (MisconfigurationException, *kinds) as error:
+    except complaints as error:
         if isinstance(error, (UsageError, DataError)):
             raise
         raise UsageError(f"the Trainer cannot work with these settings: {' '.join(str(error).split())}") from error

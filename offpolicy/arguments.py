@@ -97,14 +97,14 @@ def read_command(argv: Iterable[str]) -> Command:
     check_options((name for name, _ in pairs), {"run": [f.name for f in fields(RunOptions)]})
     sources = [value for name, value in pairs if name == "config"]
     if not sources and (run := _run_folder(last.get("ckpt_path"))):
-        sources = [str(run)]
+        sources = [str(run / "config.yaml")]
     layers = [read_settings(str(source)) for source in sources]
     for layer in layers:
         check_options(layer, {"run": [f.name for f in fields(RunOptions)]})
     in_files = {key: value for layer in layers for key, value in layer.items()}
 
     method = class_path(last.get("model") or in_files.get("model") or DEFAULT_METHOD)
-    notes = []
+    notes = [f"Settings of {' and '.join(map(str, sources))} were taken."] if sources else []
     for source, layer in zip(sources, layers):
         if class_path(layer.get("model", method)) != method and _drop(layer, "model."):
             notes.append(f"The settings of `model` in {source} are for {layer['model']} and were left out.")

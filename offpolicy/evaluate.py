@@ -45,8 +45,8 @@ def main(argv: list[str]) -> int:
             std = numbers.get(f"{name}_std")
             spread = f" ± {std:.4g} (standard deviation over episodes)" if std is not None else ""
             print(screen.line(name, f"{value:.4g}{spread}"))
-    if numbers.get("score_interval", 0) > 0:
-        print(screen.line("", f"± {numbers['score_interval']:.4g} (95 % interval of the mean score)"))
+        if name == "score" and numbers.get("score_interval", 0) > 0:
+            print(screen.line("", f"± {numbers['score_interval']:.4g} (95 % interval of the mean)"))
     print(screen.line("file", str(file)))
     return 0
 

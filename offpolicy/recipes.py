@@ -14,6 +14,7 @@ was taken from, or ``ours`` with the reason. Keys are written as on the command 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -48,7 +49,8 @@ class Recipe:
 
     def specificity(self, task: str) -> int:
         """Letters of the longest pattern that matches the task (an exact name has most); −1 when none does."""
-        return max((len(p.replace("*", "").replace("?", "")) for p in self.tasks if fnmatchcase(task.lower(), p.lower())), default=-1)
+        matching = [pattern for pattern in self.tasks if fnmatchcase(task.lower(), pattern.lower())]
+        return max((len(re.sub("[*?]", "", pattern)) for pattern in matching), default=-1)
 
 
 def recipe(method: str, task: str) -> Recipe | None:
