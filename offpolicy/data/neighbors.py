@@ -241,7 +241,7 @@ class NeighborIndex:
             certified = square[:, -1].sqrt() < radius
         if self.search == "exact" and not certified.all():
             rest = (~certified).nonzero()[:, 0]
-            square[rest], found[rest] = self._search(key[rest], k)
+            square[rest], found[rest] = self._search(key[rest], k, crowded=True)
         return square, found, certified
 
     def _from_lists(self, key: Tensor, item: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -277,11 +277,11 @@ class NeighborIndex:
 
     # -- comparing -----------------------------------------------------------------------------------------------------
 
-    def _search(self, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search(self, key: Tensor, k: int, crowded: bool = False) -> tuple[Tensor, Tensor]:
         """The k nearest of all."""
         if self._whole is None:
             self._whole = self._backend(self, self.points.shape[1])
-        square, listed = self._whole.finalists(key, k)
+        square, listed = self._whole.finalists(key, k, crowded)
         return self.rank(square, listed, k)
 
     def square(self, key: Tensor, item: Tensor) -> Tensor:
@@ -345,17 +345,26 @@ class Tree:
         distance, found = self._query(self._scale(key), k, within)
         return self._items(found), torch.from_numpy(distance).to(self.index.device)
 
-    def finalists(self, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """d² and items of all that are no further than the k-th nearest: (n, C) each, infinity and -1 for none."""
-        scaled, workers = self._scale(key), torch.get_num_threads()
-        distance, found = self._query(scaled, min(k, self.tree.n), math.inf)
-        radius = distance[:, -1] * TIE
-        count = self.tree.query_ball_point(scaled, radius, return_length=True, workers=workers)
-        tied = np.flatnonzero(count > found.shape[1])
-        if len(tied):
-            found = np.pad(found, ((0, 0), (0, count.max() - found.shape[1])), constant_values=self.tree.n)
-            for i in tied:
-                found[i, : count[i]] = self.tree.query_ball_point(scaled[i], radius[i])
+    def finalists(self, key: Tensor, k: int, crowded: bool) -> tuple[Tensor, Tensor]:
+        """d² and items of all that are no further than the k-th nearest: (n, C) each, infinity and -1 for none.
+
+        Whether others are as far as the k-th is seen from the next one, which is cheap to find where many pairs are
+        about as far (``crowded``), or from a count of all within that distance, where the next one is far away.
+        """
+        scaled, k = self._scale(key), min(k, self.tree.n)
+        distance, found = self._query(scaled, min(k + crowded, self.tree.n), math.inf)
+        radius = distance[:, k - 1] * TIE
+        if crowded:
+            tied = np.flatnonzero(distance[:, -1] <= radius) if k < self.tree.n else np.empty(0, dtype=np.int64)
+        else:
+            workers = torch.get_num_threads()
+            count = self.tree.query_ball_point(scaled, radius, return_length=True, workers=workers)
+            tied = np.flatnonzero(count > k)
+        lists = [self.tree.query_ball_point(scaled[i], radius[i]) for i in tied]
+        width = max([found.shape[1], *map(len, lists)])
+        found = np.pad(found, ((0, 0), (0, width - found.shape[1])), constant_values=self.tree.n)
+        for i, equal in zip(tied, lists, strict=True):
+            found[i] = equal + [self.tree.n] * (width - len(equal))
         items = self._items(found)
         return self.index.squares(key, items), items
 
@@ -402,7 +411,7 @@ class Brute:
         items, square = in_order(items, square)
         return items[:, :k], square[:, :k].sqrt()
 
-    def finalists(self, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def finalists(self, key: Tensor, k: int, crowded: bool = False) -> tuple[Tensor, Tensor]:
         """d² and items of a shortlist that holds all no further than the k-th nearest: (n, C), -1 for none."""
         k = min(k, len(self.points))
         groups = min(k + 3, -(-len(self.points) // self.GROUP))
