@@ -1,0 +1,132 @@
+"""Two processes against one with the same global batch. Run as a script, it is what the two processes do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from toy import METHODS, differences, fit, method, run_files, toy_replay, weights
+
+from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
+from offpolicy.data.replay import Replay
+from offpolicy.errors import UsageError
+from offpolicy.evaluation.rollout import Evaluator
+from offpolicy.files import Table
+
+HALF, LAST = 45, 90
+
+
+class Stop(Callback):
+    """Ends training as an interruption does."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= HALF
+
+
+def train(name: str, folder: Path, module: Any = None, **options: Any) -> Any:
+    return fit(module or method(name), toy_replay(), LAST, folder, precision="64-true", **options)
+
+
+def main(root: Path) -> None:
+    torch.set_num_threads(1)
+    logging.disable()
+    calls = 0
+    run = Evaluator.run
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return run(*args)
+
+    Evaluator.run = counted  # type: ignore[method-assign]
+    found = {}
+    two = {"devices": 2, "strategy": "ddp"}
+    for name in METHODS:
+        module = train(name, root / name / "whole", **two)
+        own = {k: v.tolist() for k, v in weights(module).items()}
+        found[name] = {"weights": own, "evaluations": calls}
+        calls = 0
+        train(name, root / name / "resumed", callbacks=[Stop()], **two)
+        train(name, root / name / "resumed", ckpt_path=newest_checkpoint(root / name / "resumed"), **two)
+        calls = 0
+    rank = module.global_rank
+
+    interrupted = method("TD3BC")  # Ctrl-C in one process only: both stop together
+    update = interrupted.update
+
+    def updating(batch: Any, step: int) -> Any:
+        if step == 30 and rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(batch, step)
+
+    interrupted.update = updating
+    train("TD3BC", root / "interrupted", interrupted, **two)
+    found["interrupted"] = {"by": interrupted.interrupted_by, "at": interrupted.trainer.global_step}
+    (root / f"rank{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder in which both processes trained, and what each of them found."""
+    root = tmp_path_factory.mktemp("pair")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])}
+    command = [sys.executable, "-W", "ignore", __file__, str(root)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return root, [json.loads((root / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes(name: str, pair: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    root, (first, second) = pair
+    assert first[name]["weights"] == second[name]["weights"]  # bit by bit: text keeps every digit
+    assert (first[name]["evaluations"], second[name]["evaluations"]) == (2, 0)
+    files = run_files(root / name / "whole", LAST)
+    assert not differences(files, run_files(root / name / "resumed", LAST))
+    assert {p.name for p in (root / name / "whole").iterdir()} == {"checkpoints", "evals.csv", "metrics.csv"}
+    if "dropout" in name:
+        return  # masks are drawn by each process for its rows, so one process draws others
+    module = train(name, tmp_path)
+    alone = run_files(tmp_path, LAST)
+    for key, value in weights(module).items():
+        torch.testing.assert_close(files["state_dict"][key], value, rtol=1e-11, atol=1e-12)
+    for ours, theirs in zip(files["metrics"], alone["metrics"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    for ours, theirs in zip(files["evals"], alone["evals"], strict=True):
+        assert ours["eval/return_mean"] == pytest.approx(theirs["eval/return_mean"], rel=1e-5)
+
+
+def test_an_interruption_of_one_process_stops_both_together(pair: tuple[Path, list[dict[str, Any]]]) -> None:
+    root, found = pair
+    assert [f["interrupted"] for f in found] == [{"by": signal.SIGINT, "at": 40}] * 2
+    path = newest_checkpoint(root / "interrupted")
+    assert path is not None and read_checkpoint(path)["global_step"] == 40
+    assert [row["step"] for row in Table(root / "interrupted" / "metrics.csv").rows()] == [20, 40]
+
+
+def test_a_run_of_two_processes_goes_on_in_one(pair: tuple[Path, list[dict[str, Any]]]) -> None:
+    root, _ = pair
+    path = newest_checkpoint(root / "interrupted")
+    module = train("TD3BC", root / "interrupted", ckpt_path=path)
+    whole = read_checkpoint(root / "TD3BC" / "whole" / "checkpoints" / f"step={LAST:08d}.ckpt")["state_dict"]
+    for key, value in weights(module).items():
+        torch.testing.assert_close(value, whole[key], rtol=1e-11, atol=1e-12)
+
+
+def test_the_global_batch_must_split_evenly(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offpolicy.modules.Module.world_size", 3)
+    with pytest.raises(UsageError, match="`batch_size` is 16; expected a multiple of the 3 processes"):
+        fit(method("BC"), replay, 10)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
