@@ -214,10 +214,14 @@ class NeighborIndex:
 
     def _items(self, row: Tensor) -> Tensor:
         row = row.to(self.device)
+        on_cpu = self.device.type == "cpu"  # elsewhere looking would wait for the device
         limit = len(self if self._item_of is None else self._item_of)
-        if self.device.type == "cpu" and len(row) and not (row.min() >= 0 and row.max() < limit):
+        unknown = bool(on_cpu and ((row < 0) | (row >= limit)).any())
+        if not unknown:
+            item = row if self._item_of is None else self._item_of[row]
+            unknown = bool(on_cpu and (item < 0).any())
+        if unknown:
             raise DataError(f"asked for rows {int(row.min())} to {int(row.max())}; expected rows of the index.")
-        item = row if self._item_of is None else self._item_of[row]
         return item if self._lowest is None else self._lowest[item]
 
     # -- remembered rows -----------------------------------------------------------------------------------------------
