@@ -129,7 +129,7 @@ def actions(method: Any, batch: Windows) -> Tensor:
 
 
 def test_an_action_depends_on_its_past_only() -> None:
-    """Other returns and states after step i, and other actions from step i on, leave â_i as it is; earlier ones do not."""
+    """Other returns and states after step i, and actions from step i on, leave â_i as it is; earlier ones do not."""
     method, batch, other = small(), made_windows(), made_windows(seed=1)
     for p in method.parameters():
         p.data.normal_(std=0.3)
