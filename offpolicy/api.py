@@ -121,7 +121,6 @@ def fit(
         if name not in known:
             raise UsageError(f"fit has no option `{name}`; expected a RunOptions or Trainer one.{nearest(name, known)}")
     check_range("trainer.max_steps", max_steps, 1)
-    check_trainer_options(method, options)
     first, origin = is_first_process(), origin or Origin()
     module = DataModule(str(data)) if isinstance(data, (str, Path)) else load_data(data)
     method.run, method.seed = RunOptions(**run), seed
@@ -248,6 +247,10 @@ def make_trainer(
 ) -> Trainer:
     """A Trainer with the files, bar and checkpoints of this library; ``options`` that are None keep the default."""
     given = TRAINER_DEFAULTS | {k: v for k, v in options.items() if v is not None}
+    if "default_root_dir" in given:
+        raise UsageError("`trainer.default_root_dir` is the run folder here; use `folder`: --folder DIR.")
+    if str(given.get("precision")) in ("16", "16-mixed"):  # on a CPU Lightning would silently take another
+        raise UsageError("precision '16-mixed' needs loss scaling, which methods do not do; use 'bf16-mixed'.")
     own = _as_list(given.pop("callbacks", None))
     bars = [UpdateBar()] if bar and given.get("enable_progress_bar", True) else []
     given["enable_progress_bar"] = bool(bars)
@@ -257,25 +260,6 @@ def make_trainer(
     given |= {"max_steps": max_steps, "default_root_dir": str(folder), "callbacks": [*own, *bars, *callbacks]}
     with clear_errors(ValueError, ModuleNotFoundError):
         return Trainer(**given)
-
-
-def check_trainer_options(method: Module, options: Mapping[str, Any]) -> None:
-    """Refuse settings of the Trainer that cannot work, and name what does instead."""
-    if not method.automatic_optimization:
-        if options.get("gradient_clip_val"):
-            raise UsageError(
-                "`trainer.gradient_clip_val` does nothing for a method that steps several optimisers itself; use "
-                f"`max_grad_norm`: --model.max_grad_norm {options['gradient_clip_val']}."
-            )
-        if (options.get("accumulate_grad_batches") or 1) != 1:
-            raise UsageError(
-                "`trainer.accumulate_grad_batches` has no meaning here, as one update is one batch; expected 1. Use a "
-                "larger `batch_size`: --model.batch_size."
-            )
-        if str(options.get("precision")) in ("16", "16-mixed"):
-            raise UsageError("precision '16-mixed' needs loss scaling, which methods do not do; use 'bf16-mixed'.")
-    if options.get("default_root_dir"):
-        raise UsageError("`trainer.default_root_dir` is the run folder here; use `folder`: --folder DIR.")
 
 
 class Start(Callback):

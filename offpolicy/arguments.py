@@ -112,7 +112,8 @@ def read_command(argv: Iterable[str]) -> Command:
 
     chosen = last.get("recipe") or in_files.get("recipe") or "auto"
     short = method.rpartition(".")[2]
-    found = recipe(short, target.name) if chosen == "auto" else None
+    ours = method.startswith("lightning_modules.")  # a user's class of the same name has other options
+    found = recipe(short, target.name) if chosen == "auto" and ours else None
     if chosen not in ("auto", "none"):
         found = named_recipe(short, chosen)
     settings = dict(found.settings) if found else {}
