@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_modules.a2pr import A2PR
 from lightning_modules.td3bc import TD3BC
 from offpolicy.errors import UsageError
+from offpolicy.recipes import recipe
 
 SMALL: dict[str, Any] = {"actor_hidden_dims": (8, 8, 8), "critic_hidden_dims": (8,) * 4, "vae_hidden_dims": (10, 10)}
 
@@ -273,3 +274,35 @@ def test_gradient_of_the_target_reaches_the_policy_unless_detached() -> None:
 def test_bad_hyperparameters_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         A2PR(**options)
+
+
+@pytest.mark.parametrize(
+    ("task", "alpha", "vae_weight", "bc_weight", "discount"),
+    [
+        ("halfcheetah-medium-v2", 40.0, 1.0, 1.0, 0.99),
+        ("halfcheetah-medium-replay-v2", 40.0, 1.5, 0.8, 0.995),
+        ("halfcheetah-medium-expert-v2", 40.0, 1.0, 15.0, 0.99),
+        ("hopper-random-v2", 2.5, 1.5, 1.5, 0.995),
+        ("hopper-medium-v2", 2.5, 1.0, 0.4, 0.995),
+        ("hopper-medium-replay-v2", 2.5, 1.5, 0.5, 0.99),
+        ("hopper-medium-expert-v2", 2.5, 1.0, 4.0, 0.99),
+        ("walker2d-medium-v2", 2.5, 1.5, 1.0, 0.99),
+        ("walker2d-medium-replay-v2", 2.5, 1.5, 1.2, 0.995),
+        ("walker2d-medium-expert-v2", 2.5, 1.0, 0.8, 0.99),
+    ],
+)
+def test_recipes_have_the_authors_values(
+    task: str, alpha: float, vae_weight: float, bc_weight: float, discount: float
+) -> None:
+    found = recipe("A2PR", task)
+    assert found is not None and not any(origin.startswith("ours") for origin in found.origin)
+    expected = {"alpha": alpha, "vae_weight": vae_weight, "bc_weight": bc_weight, "discount": discount}
+    assert found.group("model") == expected
+
+
+@pytest.mark.parametrize("task", ["halfcheetah-random-v2", "walker2d-random-v2", "antmaze-large-play-v2"])
+def test_values_that_the_authors_did_not_publish_are_marked_ours(task: str) -> None:
+    found = recipe("A2PR", task)
+    assert found is not None
+    ours = next(keys for origin, keys in found.origin.items() if origin.startswith("ours (a guess"))
+    assert {"model.alpha", "model.vae_weight", "model.bc_weight"} <= set(ours)

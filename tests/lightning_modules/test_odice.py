@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_modules.odice import ODICE
 from offpolicy.data.replay import Replay
 from offpolicy.errors import UsageError
+from offpolicy.recipes import named_recipe, recipe
 
 SMALL: dict[str, Any] = {"value_hidden_dims": (8, 8), "actor_hidden_dims": (12, 12)}
 
@@ -305,3 +306,31 @@ def test_an_episode_that_does_not_exist_is_refused() -> None:
 def test_bad_hyperparameters_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         ODICE(**options)
+
+
+@pytest.mark.parametrize(
+    ("task", "num_values", "layer_norm", "reward_transform", "eval_episodes"),
+    [
+        ("hopper-medium-v2", 2, True, "return_range", 10),
+        ("antmaze-umaze-v2", 2, False, "3r-3", 50),
+        ("antmaze-medium-diverse-v2", 2, False, "3r-3", 50),
+        ("antmaze-umaze-diverse-v2", 1, False, "3r-3", 50),
+        ("antmaze-large-play-v2", 1, False, "3r-3", 50),
+    ],
+)
+def test_recipes_have_the_authors_values(
+    task: str, num_values: int, layer_norm: bool, reward_transform: str, eval_episodes: int
+) -> None:
+    found = recipe("ODICE", task)
+    assert found is not None
+    model = found.group("model")
+    assert (model["num_values"], model["layer_norm"]) == (num_values, layer_norm)
+    assert (model["reward_transform"], found.group("run")["eval_episodes"]) == (reward_transform, eval_episodes)
+
+
+@pytest.mark.parametrize(("env", "weight_decay"), [("hopper", 1e-5), ("walker2d", 1e-3)])
+def test_imitation_is_a_recipe_to_ask_for(env: str, weight_decay: float) -> None:
+    found = named_recipe("ODICE", f"imitation-{env}")
+    assert found.group("model")["weight_decay"] == weight_decay
+    assert ODICE(**found.group("model")).hparams.lambda_ == 0.4
+    assert recipe("ODICE", f"{env}-expert-v2").name == "odice/mujoco"  # type: ignore[union-attr]
