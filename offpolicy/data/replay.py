@@ -190,18 +190,26 @@ class Replay:
         if "next_obs" in self.steps:
             return _gather(self.steps["next_obs"], indices)
         index = _numpy(indices)
-        episode = self.episode_at(index)
-        last = index == self.end[episode]
-        result = _gather(self.steps["obs"], np.where(last, index, index + 1))
+        last = np.take(self._is_last, index)
+        result = _gather(self.steps["obs"], index + ~last)
         if "obs" in self.tail and last.any():
-            known = last & _numpy(self.tail["valid"])[episode].astype(bool) if "valid" in self.tail else last
-            result[torch.from_numpy(known)] = _gather(self.tail["obs"], episode[known]).to(result.dtype)
+            episode = self.episode_at(index[last])
+            if "valid" in self.tail:
+                known = _numpy(self.tail["valid"])[episode].astype(bool)
+                last[last], episode = known, episode[known]
+            result[torch.from_numpy(last)] = _gather(self.tail["obs"], episode).to(result.dtype)
         return result
+
+    @cached_property
+    def _is_last(self) -> np.ndarray:
+        """Whether a row is the last of its episode, bool, for all rows of the columns."""
+        last = np.zeros(len(next(iter(self.steps.values()))), dtype=bool)
+        last[self.end] = True
+        return last
 
     def episode_at(self, rows: np.ndarray) -> np.ndarray:
         """The episode that each of these covered rows belongs to."""
-        order = self._row_order
-        return order[np.searchsorted(self.start[order], rows, side="right") - 1]
+        return self._row_order[np.searchsorted(self._ordered_start, rows, side="right") - 1]
 
     def episode_end(self, rows: np.ndarray) -> np.ndarray:
         """The last row of the episode of each of these rows."""
@@ -210,6 +218,10 @@ class Replay:
     @cached_property
     def _row_order(self) -> np.ndarray:
         return np.argsort(self.start, kind="stable")
+
+    @cached_property
+    def _ordered_start(self) -> np.ndarray:
+        return self.start[self._row_order]
 
     def to(self, device: torch.device | str) -> Replay:
         """The same replay with its columns as tensors on a device."""
