@@ -211,6 +211,7 @@ class Meter:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
+    @torch.no_grad()  # a metric that was not detached must not keep the graphs of all updates
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         new = [name for name in metrics if name not in self.sums]
         for name in new:

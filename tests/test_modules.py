@@ -20,7 +20,7 @@ from offpolicy.checkpoint import read_checkpoint
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError, UsageError
-from offpolicy.modules import OfflineModule, Sizes, clip_per_seed
+from offpolicy.modules import Meter, OfflineModule, Sizes, clip_per_seed
 from offpolicy.nn.stacked import Linear
 from offpolicy.options import RunOptions
 
@@ -131,6 +131,27 @@ def test_learning_curves_reach_the_trainer(replay: Replay) -> None:
     module = fit(method("TD3BC"), replay, 45)
     assert {"train/critic_loss", "train/q_mean", "eval/return_mean"} <= module.trainer.callback_metrics.keys()
     assert module.metric_row["step"] == module.eval_row["step"] == 45 and module.metric_row["perf/updates_per_s"] > 0
+
+
+def test_metrics_are_means_over_their_own_updates_and_keep_no_graph() -> None:
+    """`actor_loss` comes every second time: (1 + 2 + 3)/3 = 2 and (5 + 7)/2 = 6."""
+    meter, x = Meter(), torch.ones((), requires_grad=True)
+    for critic, actor in ((1.0, 5.0), (2.0, None), (3.0, 7.0)):
+        meter.add({"critic_loss": x * critic} | ({} if actor is None else {"actor_loss": x * actor}))
+    assert not any(total.requires_grad for total in meter.sums.values())
+    assert meter.read(lambda means: means) == {"critic_loss": 2.0, "actor_loss": 6.0}
+    assert meter.read(lambda means: means) == {}
+
+
+def test_metrics_of_several_processes_are_resumed_by_rank() -> None:
+    """Each of two processes takes its own sums; one process takes their mean, (1 + 3)/2."""
+    states = [{"sums": {"loss": torch.tensor(v)}, "counts": {"loss": 2}} for v in (1.0, 3.0)]
+    found = []
+    for rank, world_size in ((0, 2), (1, 2), (0, 1)):
+        meter = Meter()
+        meter.load_state_dict(states, rank, world_size)
+        found.append(meter.read(lambda means: means)["loss"])
+    assert found == [0.5, 1.5, 1.0]
 
 
 # -- steps of an update ----------------------------------------------------------------------------------------------

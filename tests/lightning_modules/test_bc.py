@@ -9,7 +9,7 @@ from plain import assert_same, made_batch, plain_mlp, ready
 from toy import fit, toy_replay
 
 from lightning_modules.bc import BC
-from offpolicy.errors import UsageError
+from offpolicy.errors import DataError, UsageError
 
 
 def test_loss_is_zero_on_its_own_actions() -> None:
@@ -56,6 +56,20 @@ def test_best_tenth_of_ten_episodes_is_the_best_one() -> None:
     assert set(torch.cat(drawn).tolist()) == set(range(10 * best, 10 * best + 10))
     kept = replay.steps["obs"][10 * best : 10 * best + 10]
     np.testing.assert_allclose(method.normalizer.obs_center.numpy(), kept.mean(0), rtol=1e-5)
+
+
+def test_data_without_rewards() -> None:
+    """Cloning needs none; the best share of the episodes does."""
+    results = []
+    for keep in (True, False):
+        replay = toy_replay()
+        replay.steps = {k: v for k, v in replay.steps.items() if keep or k != "reward"}
+        method = BC(hidden_dims=(8,), batch_size=16)
+        method.seed, method.run.eval_episodes = 0, 0
+        results.append(fit(method, replay, 20).actor.state_dict())
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+    with pytest.raises(DataError, match="no `reward`, so episodes have no returns"):
+        fit(BC(top=0.5), replay, 20)
 
 
 @pytest.mark.parametrize("options", [{"top": 0.0}, {"top": 1.1}, {"top_discount": 1.1}])
