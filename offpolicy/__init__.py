@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"offpolicy.{name}")
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
-    if not name.startswith("_"):
+    if name[0].isupper():  # methods; anything else is a submodule that the import system finds
         from offpolicy.registry import find_method
 
         method = find_method(name)

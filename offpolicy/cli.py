@@ -140,7 +140,7 @@ def one_sentence(message: str, known: Mapping[str, Mapping[str, str | None]]) ->
         return " ".join(message.split())
     key = f"model.{keys[-1]}" if keys[0] == "model" and len(keys) > 1 else keys[-1]
     group, _, option = key.partition(".")
-    expected = known.get(group, {}).get(option.split(".")[0])
+    expected = known.get(group, {}).get(option.split(".")[0]) if option else {"seed_everything": "int"}.get(key, "str")
     if not (found and expected):
         plain = re.compile(r"Expected a <class|Subtypes|Errors:|Given value|Parser key|Does not validate")
         details = [text.strip(" -") for text in message.splitlines() if text.strip() and not plain.search(text)]

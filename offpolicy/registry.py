@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
 from offpolicy.errors import UsageError, fold, nearest
 
 
+@cache
 def method_table() -> dict[str, str]:
     """Every known method: name → ``module:Class``, ours and those of other packages."""
     package = importlib.import_module("lightning_modules")
