@@ -29,6 +29,30 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "IQL-dropout": ("IQL", {"actor_dropout": 0.3, "update_order": "original", "deterministic": True}),
     "A2PR": ("A2PR", {"actor_hidden_dims": (8, 8), "critic_hidden_dims": (8, 8), "vae_hidden_dims": (8, 8)}),
     "ODICE": ("ODICE", {"value_hidden_dims": (8, 8), "actor_hidden_dims": (8, 8)}),
+    "CQL": (
+        "CQL",
+        {
+            "actor_hidden_dims": (8, 8),
+            "critic_hidden_dims": (8, 8),
+            "second_critic_hidden_dims": (8,),
+            "num_actions": 2,
+            "lagrange_gap": 0.8,
+            "penalty_min": 1.0,
+            "max_backup": True,
+            "backup_entropy": True,
+        },
+    ),
+    "AWAC": ("AWAC", {}),
+    "ReBRAC": ("ReBRAC", {}),
+    "EDAC": ("EDAC", {"num_critics": 3, "eta": 0.01}),  # with one action axis a larger eta only adds rounding
+    "DecisionTransformer": (
+        "DecisionTransformer",
+        {"context_length": 4, "embed_dim": 8, "num_layers": 2, "dropout": 0.0, "warmup_steps": 30},
+    ),
+    "DecisionTransformer-dropout": (
+        "DecisionTransformer",
+        {"context_length": 4, "embed_dim": 8, "num_layers": 2, "dropout": 0.2},
+    ),
 }
 COMMON = {"batch_size": 16, "hidden_dims": (8, 8)}
 
