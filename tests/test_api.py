@@ -104,6 +104,9 @@ def test_data_of_every_kind(tmp_path: Path) -> None:
         result = op.fit(op.BC(**SMALL), data, **{**SHORT, "max_steps": 4})
         assert result.updates == 4 and result.scores == {}
     assert len(list(Path("runs").glob("steps/BC/seed0-*"))) == 4  # the arrays are called otherwise
+    data = DataModule("steps.npz", env_id="Pendulum-v1", max_episode_steps=5)
+    result = op.fit(op.BC(**SMALL), data, **{**SHORT, "max_steps": 4})
+    assert result.scores["length_mean"] == 5.0 and "score" not in result.scores
 
 
 def test_a_plain_trainer_works_too(tmp_path: Path) -> None:

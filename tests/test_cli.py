@@ -159,7 +159,7 @@ def test_a_mistake_is_one_sentence(argv: list[str], parts: list[str]) -> None:
         (["--trainer.accelerator", "gpuu"], UsageError, "gpuu"),
         (["--trainer.default_root_dir", "x"], UsageError, "--folder"),
         (["--trainer.max_steps", "0"], UsageError, "`trainer.max_steps` is 0"),
-        (["--data.env_id", "no"], UsageError, "--data.env_id"),
+        (["--data", "bad.npz", "--data.env_id", "Pendulum-v9"], UsageError, "Pendulum-v9"),
         (["--ckpt_path", "last", "--seed", "77"], UsageError, "seed77-*"),
         (["--data", "bad.npz"], DataError, "NaN"),
     ],

@@ -38,6 +38,10 @@ class DataModule(LightningDataModule):
         timeout_step: what to do with the last step before a time limit when its successor is unknown: "drop", "keep"
             or "self"; None takes what published numbers of the source use ("drop" for D4RL).
         sha256: expected hash of the file; None accepts what the first load recorded.
+        env_id: gymnasium environment to evaluate in, for files that do not name one ("Pendulum-v1").
+        env_kwargs: its arguments.
+        obs_keys: parts of a dict observation that ``obs`` consists of, in order.
+        max_episode_steps: its step limit; in files without end marks, longer episodes are cut there.
 
     For data that change during training set ``change_every`` (updates) and override :meth:`on_block_start`.
     """
@@ -53,15 +57,23 @@ class DataModule(LightningDataModule):
         clip_actions: bool = False,
         timeout_step: str | None = None,
         sha256: str | None = None,
+        env_id: str | None = None,
+        env_kwargs: dict[str, Any] | None = None,
+        obs_keys: list[str] | None = None,
+        max_episode_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.name = name
-        self.options = {
+        self.options: dict[str, Any] = {
             "download": download,
             "on_bad": on_bad,
             "clip_actions": clip_actions,
             "timeout_step": timeout_step,
             "sha256": sha256,
+            "env_id": env_id,
+            "env_kwargs": env_kwargs,
+            "obs_keys": obs_keys,
+            "max_episode_steps": max_episode_steps,
         }
         self.replay: Replay | None = None
         self._saved_version = 0
@@ -78,7 +90,7 @@ class DataModule(LightningDataModule):
         if self.replay is None:
             from offpolicy.data.sources import open_source
 
-            self.replay = open_source(self.name, **self.options)  # type: ignore[arg-type]
+            self.replay = open_source(str(self.name), **self.options)
         return self.replay
 
     def prepare_data(self) -> None:
