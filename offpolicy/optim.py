@@ -140,8 +140,8 @@ class FusedAdam(torch.optim.Optimizer):
                     state["step"] = torch.zeros((), dtype=torch.float32, device=on)
                     state["exp_avg"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
                     state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
-            lists = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
-            found = self._moments[key] = (group, *lists)  # type: ignore[assignment]
+            first, second, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
+            found = self._moments[key] = (group, first, second, steps)
         return found
 
 

@@ -67,9 +67,7 @@ def run_trainer(method: str, updates: int, rows: int) -> float:
     learner = getattr(offpolicy, method)()
     total = updates + updates // 10
     with tempfile.TemporaryDirectory() as folder:
-        offpolicy.fit(
-            learner, random_replay(rows), max_steps=total, folder=folder, eval_every=0, callbacks=[Timer()]
-        )
+        offpolicy.fit(learner, random_replay(rows), max_steps=total, folder=folder, eval_every=0, callbacks=[Timer()])
     (first, began), (last, ended) = marks[0], marks[-1]
     return (last - first) / (ended - began)
 
