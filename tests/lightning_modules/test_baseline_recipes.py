@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from offpolicy.recipes import recipe
+from offpolicy.recipes import recipe, recipes
 
 ANTMAZE_CQL = {
     "alpha": 5.0,
@@ -94,7 +94,5 @@ def test_rebrac_has_every_task_of_its_table() -> None:
     tasks += [f"antmaze-{size}-{k}-v2" for size in ("medium", "large") for k in ("play", "diverse")]
     tasks += [f"maze2d-{k}-v1" for k in ("umaze", "medium", "large")]
     tasks += [f"{e}-{k}-v1" for e in ("pen", "door", "hammer", "relocate") for k in ("human", "cloned", "expert")]
-    assert len(tasks) == 39
-    for task in tasks:
-        found = recipe("ReBRAC", task)
-        assert found is not None and found.tasks == (task,)
+    found = [task for one in recipes("ReBRAC") if "ours" not in " ".join(one.origin) for task in one.tasks]
+    assert len(tasks) == 39 and sorted(tasks) == sorted(found)
