@@ -63,7 +63,8 @@ class NeighborIndex:
     them ahead.
 
     Memory in bytes, at most: 4·N·(S + A) for the pairs (8 in float64), N·(4·K + 4) for the lists (touched as they are
-    made), and on the CPU 8·N·(2·S + A) plus 16·N for two KD-trees, each made when first needed.
+    made), on the CPU 8·N·(2·S + A) plus about 44·N for two KD-trees, each made when first needed, and 40·N where pairs
+    repeat or rows have numbers of their own. Every process keeps its own.
 
     Equal pairs count as often as they are stored, but all are named by the lowest of their rows.
 
@@ -100,7 +101,7 @@ class NeighborIndex:
         self._states: Any = None  # their states, made when a list is first wanted
         self._remembers = search in ("exact", "cached") and state_weight > 0.0
         if self._remembers:
-            n, self._width = len(self.points), min(candidates, max(len(self.distinct) - 1, 1))
+            n, self._width = len(self.points), min(candidates, max(self.num_distinct - 1, 1))
             # Item numbers plus one, so that untouched memory is zero, means "none" and costs nothing.
             self._lists = torch.zeros(n, self._width, dtype=torch.int32, device=self.device)
             self._radius = torch.zeros(n, device=self.device)
@@ -129,11 +130,9 @@ class NeighborIndex:
         self._item_of[self._rows] = torch.arange(n, device=self.device)
 
     def _merge_equal(self, points: Tensor) -> None:
-        """Find pairs that are stored more than once: ``distinct`` items, and for each item its lowest equal."""
+        """Find pairs that are stored more than once: how often, the lowest of each, and the distinct ones."""
         n = len(points)
-        everything = torch.arange(n, device=self.device)
-        self._lowest = self._count = None
-        self.distinct = everything
+        self._lowest = self._count = self._distinct = None
         points = points + 0.0  # -0.0 equals 0.0 but has other bits
         words = points.view(torch.int32 if points.dtype == torch.float32 else torch.int64)
         code = torch.zeros(n, dtype=torch.int64, device=self.device)
@@ -146,19 +145,26 @@ class NeighborIndex:
             return
         first = order[new][new.cumsum(0) - 1]  # lowest item with this code, in sorted order
         same = torch.cat([(points[o] == points[f]).all(-1) for o, f in zip(order.split(1 << 17), first.split(1 << 17))])
-        self._lowest = everything.clone()
+        self._lowest = torch.arange(n, device=self.device)
         self._lowest[order] = torch.where(same, first, order)
         self._count = torch.bincount(self._lowest, minlength=n)
-        self.distinct = self._count.nonzero()[:, 0]
-
-    @property
-    def has_equals(self) -> bool:
-        """Whether some pair is stored more than once."""
-        return self._count is not None
+        self._distinct = self._count.nonzero()[:, 0]
 
     def columns(self, width: int) -> Tensor:
         """The first columns of the distinct pairs, (U, width), not scaled."""
-        return self.points[self.distinct, :width] if self.has_equals else self.points[:, :width]
+        return self.points[:, :width] if self._distinct is None else self.points[self._distinct, :width]
+
+    def numbered(self, place: Tensor) -> Tensor:
+        """Items of places among the distinct pairs; -1 for places beyond the last."""
+        beyond = place >= self.num_distinct
+        if self._distinct is not None:
+            place = self._distinct[place.clamp(max=self.num_distinct - 1)]
+        return place.masked_fill(beyond, -1)
+
+    @property
+    def num_distinct(self) -> int:
+        """U, pairs that differ."""
+        return len(self.points if self._distinct is None else self._distinct)
 
     def __len__(self) -> int:
         """Number of pairs, N."""
@@ -185,15 +191,20 @@ class NeighborIndex:
             raise UsageError("a query needs either `row` or `obs`; pass exactly one of them.")
         shape = action.shape[:-1]
         with torch.autocast(self.device.type, enabled=False):
-            flat = action.detach().reshape(-1, action.shape[-1]).to(self.device, torch.float64).nan_to_num()
-            item = None if row is None else self._items(row.reshape(-1))
-            state = obs if item is None else self.points.index_select(0, item)[:, : self.state_dim]
-            assert state is not None
-            key = torch.cat([state.reshape(-1, self.state_dim).to(self.device, torch.float64), flat], -1)
-            if item is not None and self._remembers:
-                square, found, certified = self._recall(key, item, k)
+            action = action.detach().reshape(-1, action.shape[-1]).to(self.device, torch.float64).nan_to_num()
+            certified = None
+            if row is None:
+                assert obs is not None
+                state = obs.reshape(-1, self.state_dim).to(self.device, torch.float64)
+                square, found = self._search(torch.cat([state, action], 1), k)
             else:
-                (square, found), certified = self._search(key, k), None
+                item, key = self._start(row.reshape(-1))
+                own = (key[:, self.state_dim :] - action).square_().sum(1)
+                key[:, self.state_dim :] = action
+                if self._remembers:
+                    square, found, certified = self._recall(key, item, own, k)
+                else:
+                    square, found = self._search(key, k)
         return Neighbors(
             square.sqrt().reshape(*shape, k),
             (found if self._rows is None else self._rows[found]).reshape(*shape, k),
@@ -203,32 +214,39 @@ class NeighborIndex:
 
     def own(self, row: Tensor) -> Tensor:
         """The row by which answers would name each of these rows: the lowest equal one."""
-        item = self._items(row)
+        if self._lowest is None:
+            return row.to(self.device)
+        item = self._start(row.reshape(-1))[0].reshape(row.shape)
         return item if self._rows is None else self._rows[item]
 
     def build(self, chunk: int = 4096) -> None:
         """Make all full lists now. Afterwards "cached" reads nothing back from the device."""
-        for item in self.distinct.split(chunk) if self._remembers else ():
-            self._fill(item, torch.full(item.shape, math.inf, dtype=torch.float64, device=self.device))
-        self._complete = True
+        if self._remembers:
+            for place in torch.arange(self.num_distinct, device=self.device).split(chunk):
+                self._fill(self.numbered(place), torch.full(place.shape, math.inf, device=self.device).double())
+            self._complete = True
 
-    def _items(self, row: Tensor) -> Tensor:
-        row = row.to(self.device)
-        on_cpu = self.device.type == "cpu"  # elsewhere looking would wait for the device
-        limit = len(self if self._item_of is None else self._item_of)
-        unknown = bool(on_cpu and ((row < 0) | (row >= limit)).any())
-        if not unknown:
-            item = row if self._item_of is None else self._item_of[row]
-            unknown = bool(on_cpu and (item < 0).any())
-        if unknown:
-            raise DataError(f"asked for rows {int(row.min())} to {int(row.max())}; expected rows of the index.")
-        return item if self._lowest is None else self._lowest[item]
+    def _start(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest items of these rows and the pairs stored there, in float64."""
+        try:
+            item = row.to(self.device)
+            if self._item_of is not None:
+                item = self._item_of.index_select(0, item)
+            if self._lowest is not None:
+                item = self._lowest.index_select(0, item)
+            return item, self.points.index_select(0, item).double()
+        except IndexError:
+            found = f"{int(row.min())} to {int(row.max())}"
+            raise DataError(f"asked for rows {found}; expected rows that the index was made of.") from None
 
     # -- remembered rows -----------------------------------------------------------------------------------------------
 
-    def _recall(self, key: Tensor, item: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Squared distances and items from the lists, then from the whole store where the lists prove nothing."""
-        square, found = self._from_lists(key, item, k)
+    def _recall(self, key: Tensor, item: Tensor, own: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared distances and items from the lists, then from the whole store where the lists prove nothing.
+
+        ``own (n,)`` is d² of each item itself.
+        """
+        square, found = self._from_lists(key, item, own, k)
         radius = self._radius.index_select(0, item)
         certified = square[:, -1].sqrt() < radius
         while not (self._complete or certified.all()):
@@ -240,7 +258,7 @@ class NeighborIndex:
             reach = square[short, -1].sqrt()
             further = torch.maximum(2.0 * radius[short], square[short, 0].sqrt())
             self._fill(item[short], torch.where(reach.isfinite(), reach, further))
-            square[short], found[short] = self._from_lists(key[short], item[short], k)
+            square[short], found[short] = self._from_lists(key[short], item[short], own[short], k)
             radius[short] = self._radius[item[short]]
             certified = square[:, -1].sqrt() < radius
         if self.search == "exact" and not certified.all():
@@ -248,14 +266,15 @@ class NeighborIndex:
             square[rest], found[rest] = self._search(key[rest], k, crowded=True)
         return square, found, certified
 
-    def _from_lists(self, key: Tensor, item: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _from_lists(self, key: Tensor, item: Tensor, own: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest among the items themselves and their lists: d² and items, (n, k) each."""
         lists = self._lists.index_select(0, item)
         if k > 1 or not self._sparse:
             listed = torch.cat([item[:, None], lists.long() - 1], 1)
             return self.rank(self.squares(key, listed), listed, k)
-        own = self.square(key, item)
         query, place = lists.nonzero(as_tuple=True)
+        if not len(query):
+            return own[:, None].clone(), item[:, None].clone()  # the caller writes into them
         other = lists[query, place].long() - 1
         square = self.square(key.index_select(0, query), other)
         best = own.scatter_reduce(0, query, square, "amin")
@@ -269,9 +288,9 @@ class NeighborIndex:
             self._states = self._backend(self, self.state_dim)
         key, width = self.points[item, : self.state_dim].double(), self._width + 1
         for part, within in self._states.levels(reach):
-            near, distance = self._states.nearest(key[part], min(width, len(self.distinct)), within)
+            near, distance = self._states.nearest(key[part], min(width, self.num_distinct), within)
             last = distance[:, -1]
-            everything = len(self.distinct) <= width
+            everything = self.num_distinct <= width
             self._radius[item[part]] = torch.where(
                 last.isfinite(), math.inf if everything else last * SHRINK, within * SHRINK
             ).float()
@@ -381,11 +400,7 @@ class Tree:
         return distance, found.astype(np.int64, copy=False)
 
     def _items(self, found: np.ndarray) -> Tensor:
-        items = torch.from_numpy(found).to(self.index.device)
-        missing = items == self.tree.n
-        if self.index.has_equals:
-            items = self.index.distinct[items.clamp(max=self.tree.n - 1)]
-        return items.masked_fill(missing, -1)
+        return self.index.numbered(torch.from_numpy(found).to(self.index.device))
 
 
 class Brute:
@@ -432,7 +447,7 @@ class Brute:
         lowest = self._lowest_of_groups(key)
         best = lowest.topk(min(groups + 1, lowest.shape[1]), dim=1, largest=False, sorted=True)
         place = (best.indices[:, :groups, None] * self.GROUP + torch.arange(self.GROUP, device=key.device)).flatten(1)
-        items = self._items(place)
+        items = self.index.numbered(place)
         square = self.index.squares(key, items)
         if groups == lowest.shape[1]:
             return square, items
@@ -464,14 +479,9 @@ class Brute:
 
     def _everything(self, key: Tensor, k: int) -> Tensor:
         """The items no further than the k-th nearest of one query, by direct differences to all: (1, C)."""
-        every = torch.arange(len(self.points), device=key.device)
-        square = torch.cat([self.index.squares(key, self._items(part)[None]) for part in every.split(1 << 17)], 1)
-        return self._items((square[0] <= square.kthvalue(k, dim=1).values).nonzero().T)
-
-    def _items(self, place: Tensor) -> Tensor:
-        """Items of places among the distinct pairs; -1 beyond the last."""
-        beyond = place >= len(self.points)
-        return self.index.distinct[place.clamp(max=len(self.points) - 1)].masked_fill_(beyond, -1)
+        every = self.index.numbered(torch.arange(len(self.points), device=key.device))
+        square = torch.cat([self.index.squares(key, part[None]) for part in every.split(1 << 17)], 1)
+        return every[square[0] <= square.kthvalue(k, dim=1).values][None]
 
 
 def tf32_allowed() -> bool:

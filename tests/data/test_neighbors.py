@@ -254,9 +254,9 @@ def test_errors_name_what_is_wrong() -> None:
         NeighborIndex(obs, action, 1.0).query(action[:4], row, k=21)
     with pytest.raises(UsageError, match="exactly one"):
         NeighborIndex(obs, action, 1.0).query(action[:4])
-    with pytest.raises(DataError, match="expected rows of the index"):
+    with pytest.raises(DataError, match="expected rows that the index"):
         NeighborIndex(obs, action, 1.0).query(action[:4], row + 17)
-    with pytest.raises(DataError, match="expected rows of the index"):
+    with pytest.raises(DataError, match="expected rows that the index"):
         NeighborIndex(obs, action, 1.0, rows=torch.arange(20) * 2).query(action[:4], row + 1)
     with pytest.raises(DataError, match=r"expected \(N, S\)"):
         NeighborIndex(obs, action[:5], 1.0)
@@ -268,7 +268,7 @@ def test_backends_hold_distinct_pairs_only() -> None:
     obs, action = made("duplicates", 90)
     distinct = len(torch.unique(torch.cat([obs, action], 1), dim=0))
     search = index(obs, action, 1.0)
-    assert Tree(search, 5).tree.n == len(Brute(search, 5).points) == len(search.distinct) == distinct < 90
+    assert Tree(search, 5).tree.n == len(Brute(search, 5).points) == search.num_distinct == distinct < 90
 
 
 @pytest.mark.gpu
