@@ -55,14 +55,14 @@ class NeighborIndex:
         search: "exact": remembered rows, and the whole store where they cannot be proven right. "cached": remembered
             rows only, that is, the best among the ``candidates`` rows nearest by state; the same on every visit.
             "tree" or "brute": the whole store, always, by KD-tree or by products. Three of the four are exact.
-        candidates: K ≥ 1, rows remembered for each row besides itself.
+        candidates: K in 1 … 32767, rows remembered for each row besides itself.
         rows: row number of each pair, int64 (N,), by which queries and answers speak; 0 … N-1 when None.
 
     The whole store is searched by a KD-tree on the CPU and by products on other devices. Lists are made when a row is
     first asked for, no longer than that query needs, and lengthened when a later one needs more; :meth:`build` makes
     them ahead.
 
-    Memory in bytes, at most: 4·N·(S + A) for the pairs (8 in float64), N·(4·K + 4) for the lists (touched as they are
+    Memory in bytes, at most: 4·N·(S + A) for the pairs (8 in float64), N·(4·K + 6) for the lists (touched as they are
     made), on the CPU 8·N·(2·S + A) plus about 44·N for two KD-trees, each made when first needed, and 40·N where pairs
     repeat or rows have numbers of their own. Every process keeps its own.
 
@@ -104,6 +104,7 @@ class NeighborIndex:
             n, self._width = len(self.points), min(candidates, max(self.num_distinct - 1, 1))
             # Item numbers plus one, so that untouched memory is zero, means "none" and costs nothing.
             self._lists = torch.zeros(n, self._width, dtype=torch.int32, device=self.device)
+            self._length = torch.zeros(n, dtype=torch.int16, device=self.device)
             self._radius = torch.zeros(n, device=self.device)
             self._complete = False
 
@@ -111,7 +112,7 @@ class NeighborIndex:
     def check(state_weight: float, search: str, candidates: int, k: int = 1) -> None:
         """Raise :class:`UsageError` for options that are out of range or do not go together."""
         check_range("state_weight", state_weight, 0.0, math.inf, upper_open=True)
-        check_range("candidates", candidates, 1)
+        check_range("candidates", candidates, 1, torch.iinfo(torch.int16).max)
         check_range("num_neighbors", k, 1)
         if search not in SEARCHES:
             raise UsageError(f"`search` is {search!r}; expected one of {SEARCHES}.{nearest(search, SEARCHES)}")
@@ -251,7 +252,7 @@ class NeighborIndex:
         certified = square[:, -1].sqrt() < radius
         while not (self._complete or certified.all()):
             short = (~certified).nonzero()[:, 0]
-            short = short[(self._lists[item[short]] == 0).any(-1)]
+            short = short[self._length[item[short]] < self._width]
             if not len(short):
                 break
             # Look as far as the k-th best pair known; further and further while fewer than k are known.
@@ -268,14 +269,15 @@ class NeighborIndex:
 
     def _from_lists(self, key: Tensor, item: Tensor, own: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest among the items themselves and their lists: d² and items, (n, k) each."""
-        lists = self._lists.index_select(0, item)
         if k > 1 or not self._sparse:
-            listed = torch.cat([item[:, None], lists.long() - 1], 1)
+            listed = torch.cat([item[:, None], self._lists.index_select(0, item).long() - 1], 1)
             return self.rank(self.squares(key, listed), listed, k)
-        query, place = lists.nonzero(as_tuple=True)
-        if not len(query):
+        some = self._length.index_select(0, item).nonzero()[:, 0]
+        if not len(some):
             return own[:, None].clone(), item[:, None].clone()  # the caller writes into them
-        other = lists[query, place].long() - 1
+        lists = self._lists.index_select(0, item.index_select(0, some))
+        query, place = lists.nonzero(as_tuple=True)
+        other, query = lists[query, place].long() - 1, some.index_select(0, query)
         square = self.square(key.index_select(0, query), other)
         best = own.scatter_reduce(0, query, square, "amin")
         other.masked_fill_(square != best.index_select(0, query), NONE)
@@ -297,6 +299,7 @@ class NeighborIndex:
             missing = (near < 0) | (near == item[part, None])
             order = missing.sort(dim=1, stable=True).indices[:, : self._width]
             self._lists[item[part]] = (near.masked_fill(missing, -1).gather(1, order) + 1).int()
+            self._length[item[part]] = (~missing).sum(1).clamp(max=self._width).short()
 
     # -- comparing -----------------------------------------------------------------------------------------------------
 

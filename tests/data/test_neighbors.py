@@ -197,8 +197,8 @@ def test_memory_bound() -> None:
     search = NeighborIndex(obs, action, 2.0, candidates=16)
     search.build()
     search.query(action, torch.arange(200), k=20)
-    held = [search.points, search._lists, search._radius]
-    assert sum(x.numel() * x.element_size() for x in held) == 4 * 200 * 5 + 200 * (4 * 16 + 4)
+    held = [search.points, search._lists, search._length, search._radius]
+    assert sum(x.numel() * x.element_size() for x in held) == 4 * 200 * 5 + 200 * (4 * 16 + 6)
     trees = [search._whole.tree, search._states.tree]
     assert sum(tree.data.nbytes for tree in trees) == 8 * 200 * (2 * 3 + 2)
 
