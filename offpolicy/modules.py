@@ -429,6 +429,10 @@ class OfflineModule(Module):
         check_range("batch_size", self.option("batch_size", 256), 1)
         check_range("obs_eps", self.option("obs_eps", 1e-3), 0.0)
         parse_reward_transform(self.option("reward_transform", "r"))
+        for name, value in self.hparams.items():
+            if name.endswith("hidden_dims") and value is not None:
+                for width in value:
+                    check_range(name, width, 1)
         if self.option("max_grad_norm", None) is not None:
             check_range("max_grad_norm", self.hparams["max_grad_norm"], 0.0, lower_open=True)
 
