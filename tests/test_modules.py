@@ -111,7 +111,8 @@ def test_no_value_is_read_inside_a_block(replay: Replay) -> None:
     for name in METHODS:
         module = method(name).prepare(replay)
         module.run_block(0, 2)
-        if not module._has_dropout:  # which reads its seed from a tensor on the CPU
+        # dropout reads its seed from a tensor on the CPU; on the CPU the lists of PRDC are compared by their length
+        if not module._has_dropout and not name.startswith("PRDC"):
             with NoReading():
                 module.run_block(2, 4)
 

@@ -27,6 +27,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "TD3BC": ("TD3BC", {}),
     "IQL": ("IQL", {}),
     "IQL-dropout": ("IQL", {"actor_dropout": 0.3, "update_order": "original", "deterministic": True}),
+    "PRDC": ("PRDC", {"state_weight": 0.5, "candidates": 4}),
+    "PRDC-cached": ("PRDC", {"state_weight": 0.5, "candidates": 4, "search": "cached", "num_neighbors": 2}),
     "A2PR": ("A2PR", {"actor_hidden_dims": (8, 8), "critic_hidden_dims": (8, 8), "vae_hidden_dims": (8, 8)}),
     "ODICE": ("ODICE", {"value_hidden_dims": (8, 8), "actor_hidden_dims": (8, 8)}),
     "CQL": (

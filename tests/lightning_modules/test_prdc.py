@@ -9,6 +9,7 @@ import pytest
 import torch
 from plain import assert_same, assert_seeds_equal, made_batch, plain_mlp, ready
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import Rows, differences, fit, toy_replay, weights
 
 from lightning_modules.prdc import PRDC
@@ -275,6 +276,24 @@ def test_seeds_in_one_module_equal_single_ones() -> None:
 
     for k in (1, 2):
         assert_seeds_equal(OnPairs, (0, 3), num_neighbors=k, **SMALL)
+
+
+def test_with_full_lists_a_cached_search_reads_nothing_back() -> None:
+    """Reading a number would make a GPU wait; every such read goes through one of two operators."""
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+            return func(*args, **(kwargs or {}))
+
+    method = small(search="cached", candidates=5, num_neighbors=2)
+    assert method.index is not None
+    method.index._sparse = False  # as on a GPU
+    method.index.build()
+    batches = [batch_of(method, seed) for seed in (1, 2)]
+    with NoReading():
+        for step, batch in enumerate(batches, 1):
+            method.update(batch, step)
 
 
 # -- from outside ----------------------------------------------------------------------------------------------------
