@@ -81,7 +81,7 @@ def queries(args: argparse.Namespace, obs: Tensor, action: Tensor) -> dict[str, 
         cached.query(action[:1], torch.zeros(1, dtype=torch.int64))  # builds the tree of the states
         times: dict[str, list[float]] = {}
         seen: dict[str, list[float]] = {"own_distance": [], "distance": [], "certified": [], "agreement": []}
-        for _ in range(args.batches if policy != "uniform" else min(args.batches, 4)):
+        for _ in range(args.batches if policy != "uniform" else min(args.batches, 3)):
             row = torch.randint(0, len(obs), (BATCH,), generator=g)
             query = move(action[row])
             key = torch.cat([BETA * obs[row], query], 1).double().numpy()
