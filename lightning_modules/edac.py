@@ -148,6 +148,7 @@ class EDAC(OfflineModule):
         q_std = {"q_std": q.detach().std(-2, correction=0).mean(-1)}
         return loss, {"critic_loss": loss.detach(), "q_mean": q.detach().mean((-2, -1)), **q_std, **metrics}
 
+    @torch.compiler.disable  # compiled graphs have no second derivative
     def q_and_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """q (…, E, B) and each critic's gradient in the action (…, E, B, A), differentiable, from one pass."""
         each = action.unsqueeze(-3).repeat_interleave(self.hparams.num_critics, -3).requires_grad_()

@@ -149,6 +149,15 @@ def test_sac_n_is_edac_without_diversity() -> None:
         assert method.update(batch, step) == twin.update(batch, step)
 
 
+def test_compiled_loss_keeps_the_gradient_of_the_diversity() -> None:
+    """The second derivative must not be taken through a compiled graph, which has none."""
+    method = small()
+    batch, params = made_batch(method), list(method.critic.parameters())
+    expected = torch.autograd.grad(method.critic_loss(batch)[0], params)
+    compiled = torch.compile(method.critic_loss, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(batch)[0], params), expected)
+
+
 def test_many_critics() -> None:
     """500 critics of SAC-N, and 50 of EDAC, in one call each."""
     for method in (SACN(num_critics=500, hidden_dims=(8, 8)), EDAC(num_critics=50, hidden_dims=(8, 8))):
