@@ -158,6 +158,7 @@ class PRDC(OfflineModule):
         loss = dc_loss - lambda_ * q.mean(-1)
         return loss, {"actor_loss": loss.detach(), "dc_loss": dc_loss.detach()} | metrics
 
+    @torch.compiler.disable  # lists of any length, and the KD-tree
     def targets(self, batch: Transitions, action: Tensor) -> tuple[Tensor, Metrics]:
         """The stored actions nearest to (β·s, action), (…, k, B, A), and how they were found."""
         if self.index is None or batch.row is None:
