@@ -5,7 +5,8 @@ usage: python examples/benchmarks/neighbors.py [--rows 1000000] [--obs-dim 17] [
 
 Data like those of a simulated robot: long smooth episodes near a six-dimensional surface. A batch is 256 stored states
 with an action each, 0.2 around the stored one (near), as noisy as a normal of deviation 0.5 (off), or uniform, as
-that of an untrained policy. Per batch, in milliseconds of processor time on one thread, all ways in turn:
+that of an untrained policy. Milliseconds of processor time per batch on one thread, one way after the other over the
+same batches:
 
   kd_tree   scipy's cKDTree over all pairs, one query, as the authors do it; ties are not looked for
   tree      our search="tree": the same and every tie
@@ -79,25 +80,26 @@ def queries(args: argparse.Namespace, obs: Tensor, action: Tensor) -> dict[str, 
         exact._lists, exact._length, exact._radius = cached._lists, cached._length, cached._radius  # one memory
         exact._whole = tree._whole
         cached.query(action[:1], torch.zeros(1, dtype=torch.int64))  # builds the tree of the states
-        times: dict[str, list[float]] = {}
-        seen: dict[str, list[float]] = {"own_distance": [], "distance": [], "certified": [], "agreement": []}
+        batches = []
         for _ in range(args.batches if policy != "uniform" else min(args.batches, 3)):
             row = torch.randint(0, len(obs), (BATCH,), generator=g)
             query = move(action[row])
-            key = torch.cat([BETA * obs[row], query], 1).double().numpy()
-            took: dict[str, float] = {}
-            took["first"], _ = spent(cached.query, query, row)
-            took["kd_tree"], (_, expected) = spent(plain.query, key)
-            took["tree"], every = spent(tree.query, query, row)
-            took["exact"], right = spent(exact.query, query, row)
-            took["cached"], found = spent(cached.query, query, row)
-            assert torch.equal(right.row, every.row) and torch.equal(right.row[:, 0], torch.from_numpy(expected))
-            for name, value in took.items():
-                times.setdefault(name, []).append(1000 * value)
+            batches.append((query, row, torch.cat([BETA * obs[row], query], 1).double().numpy()))
+        times: dict[str, list[float]] = {}
+        answers: dict[str, list[Any]] = {}
+        ways = {"first": cached, "kd_tree": plain, "tree": tree, "exact": exact, "cached": cached}
+        for name, way in ways.items():
+            runs = [spent(way.query, key) if way is plain else spent(way.query, q, row) for q, row, key in batches]
+            times[name], answers[name] = [1000 * took for took, _ in runs], [answer for _, answer in runs]
+        seen: dict[str, list[float]] = {"own_distance": [], "distance": [], "certified": [], "agreement": []}
+        for i, (query, row, _) in enumerate(batches):
+            right = answers["exact"][i]
+            assert torch.equal(right.row, answers["tree"][i].row)
+            assert torch.equal(right.row[:, 0], torch.from_numpy(answers["kd_tree"][i][1]))
             seen["own_distance"].append(float((query - action[row]).norm(dim=1).mean()))
             seen["distance"].append(float(right.distance.mean()))
             seen["certified"].append(float(right.certified.float().mean()))
-            seen["agreement"].append(float((found.row == right.row).float().mean()))
+            seen["agreement"].append(float((answers["cached"][i].row == right.row).float().mean()))
         ms = {name: round(statistics.median(values), 3) for name, values in times.items()}
         results[policy] = {
             "ms": ms,

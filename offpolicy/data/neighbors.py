@@ -191,21 +191,20 @@ class NeighborIndex:
         if (row is None) == (obs is None):
             raise UsageError("a query needs either `row` or `obs`; pass exactly one of them.")
         shape = action.shape[:-1]
-        with torch.autocast(self.device.type, enabled=False):
-            action = action.detach().reshape(-1, action.shape[-1]).to(self.device, torch.float64).nan_to_num()
-            certified = None
-            if row is None:
-                assert obs is not None
-                state = obs.reshape(-1, self.state_dim).to(self.device, torch.float64)
-                square, found = self._search(torch.cat([state, action], 1), k)
+        action = action.detach().reshape(-1, action.shape[-1]).to(self.device, torch.float64).nan_to_num()
+        certified = None
+        if row is None:
+            assert obs is not None
+            state = obs.reshape(-1, self.state_dim).to(self.device, torch.float64)
+            square, found = self._search(torch.cat([state, action], 1), k)
+        else:
+            item, key = self._start(row.reshape(-1))
+            own = (key[:, self.state_dim :] - action).square_().sum(1)
+            key[:, self.state_dim :] = action
+            if self._remembers:
+                square, found, certified = self._recall(key, item, own, k)
             else:
-                item, key = self._start(row.reshape(-1))
-                own = (key[:, self.state_dim :] - action).square_().sum(1)
-                key[:, self.state_dim :] = action
-                if self._remembers:
-                    square, found, certified = self._recall(key, item, own, k)
-                else:
-                    square, found = self._search(key, k)
+                square, found = self._search(key, k)
         return Neighbors(
             square.sqrt().reshape(*shape, k),
             (found if self._rows is None else self._rows[found]).reshape(*shape, k),
@@ -250,9 +249,11 @@ class NeighborIndex:
         square, found = self._from_lists(key, item, own, k)
         radius = self._radius.index_select(0, item)
         certified = square[:, -1].sqrt() < radius
-        while not (self._complete or certified.all()):
-            short = (~certified).nonzero()[:, 0]
-            short = short[self._length[item[short]] < self._width]
+        if self.search == "cached" and self._complete:
+            return square, found, certified
+        rest = _false(certified)
+        while len(rest) and not self._complete:
+            short = rest[self._length[item[rest]] < self._width]
             if not len(short):
                 break
             # Look as far as the k-th best pair known; further and further while fewer than k are known.
@@ -262,8 +263,8 @@ class NeighborIndex:
             square[short], found[short] = self._from_lists(key[short], item[short], own[short], k)
             radius[short] = self._radius[item[short]]
             certified = square[:, -1].sqrt() < radius
-        if self.search == "exact" and not certified.all():
-            rest = (~certified).nonzero()[:, 0]
+            rest = _false(certified)
+        if self.search == "exact" and len(rest):
             square[rest], found[rest] = self._search(key[rest], k, crowded=True)
         return square, found, certified
 
@@ -343,6 +344,11 @@ class NeighborIndex:
             width, place = listed.shape[1], torch.searchsorted(stored, wanted, right=True)
         missing, place = place >= width, place.clamp(max=width - 1)
         return square.gather(1, place).masked_fill(missing, math.inf), listed.gather(1, place)
+
+
+def _false(mask: Tensor) -> Tensor:
+    """Where a mask (n,) is false."""
+    return mask.logical_not().nonzero()[:, 0]
 
 
 def in_order(listed: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
@@ -473,7 +479,7 @@ class Brute:
         query = (key * self.weight.square()).to(dtype)
         piece = (1 << (28 if key.is_cuda else 22)) // len(key) // self.GROUP * self.GROUP or self.GROUP
         found = []
-        with matmul_setting("mkl"):  # plain float32 on every processor
+        with torch.autocast(key.device.type, enabled=False), matmul_setting("mkl"):  # plain float32 everywhere
             for points, norm in zip(self.points.split(piece), self.norm.split(piece), strict=True):
                 value = torch.addmm(norm.to(dtype), query, points.to(dtype).T, alpha=-2.0)
                 value = torch.nn.functional.pad(value, (0, -value.shape[1] % self.GROUP), value=math.inf)
