@@ -60,7 +60,8 @@ class NeighborIndex:
 
     The whole store is searched by a KD-tree on the CPU and by products on other devices. Lists are made when a row is
     first asked for, no longer than that query needs, and lengthened when a later one needs more; :meth:`build` makes
-    them ahead.
+    them ahead. A list costs about one KD-tree query at the same distance, which is little near the data, and in many
+    dimensions and far from the data tens of milliseconds (``examples/benchmarks/neighbors.py``).
 
     Memory in bytes, at most: 4·N·(S + A) for the pairs (8 in float64), N·(4·K + 6) for the lists (touched as they are
     made), on the CPU 8·N·(2·S + A) plus about 44·N for two KD-trees, each made when first needed, and 40·N where pairs
@@ -191,7 +192,8 @@ class NeighborIndex:
         if (row is None) == (obs is None):
             raise UsageError("a query needs either `row` or `obs`; pass exactly one of them.")
         shape = action.shape[:-1]
-        action = action.detach().reshape(-1, action.shape[-1]).to(self.device, torch.float64).nan_to_num()
+        action = action.detach().reshape(-1, action.shape[-1]).to(self.device, torch.float64)
+        action = action.nan_to_num(0.0, posinf=1e9, neginf=-1e9)  # a diverged policy: any finite answer will do
         certified = None
         if row is None:
             assert obs is not None

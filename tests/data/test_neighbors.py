@@ -233,8 +233,9 @@ def test_queries_that_are_not_finite_still_answer() -> None:
     """A policy that diverged gives NaN losses; the search must not end the run in the middle of a block."""
     obs, action = made("plain", 50)
     for way in WAYS:
-        found = index(obs, action, 2.0, way).query(torch.full((2, 2), torch.nan), torch.tensor([0, 1]))
-        assert ((found.row >= 0) & (found.row < 50)).all()
+        for value in (torch.nan, torch.inf):
+            found = index(obs, action, 2.0, way).query(torch.full((2, 2), value), torch.tensor([0, 1]))
+            assert ((found.row >= 0) & (found.row < 50)).all()
 
 
 def test_errors_name_what_is_wrong() -> None:
