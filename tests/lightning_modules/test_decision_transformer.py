@@ -292,7 +292,8 @@ def test_one_seed_per_process() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"context_length": 0}, {"embed_dim": 9, "num_heads": 2}, {"dropout": 1.0}, {"reward_scale": 0.0}]
+    "bad",
+    [{"context_length": 0}, {"embed_dim": 9, "num_heads": 2}, {"dropout": 1.0}, {"reward_scale": 0.0}, {"lr": -1.0}],
 )
 def test_bad_settings_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(bad))):
