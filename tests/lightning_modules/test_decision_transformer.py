@@ -205,7 +205,9 @@ def test_warm_up() -> None:
 
 
 def test_start_of_the_network() -> None:
-    network = Transformer(17, 6, 1020)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Transformer(17, 6, 1020)
     xavier = math.sqrt(6 / (3 * 128 + 128))
     for name, p in network.named_parameters():
         if "query.weight" in name or "key_value.weight" in name:
@@ -213,7 +215,7 @@ def test_start_of_the_network() -> None:
         elif "norm" in name:
             assert (p == float(name.endswith("weight"))).all()
         elif name.endswith("weight"):
-            assert p.std().item() == pytest.approx(0.02, rel=0.1)
+            assert p.std().item() == pytest.approx(0.02, rel=0.2)
         else:
             assert (p == 0).all()
 
