@@ -8,7 +8,7 @@ a plain network by stacked ones (``torch.stack`` over seeds) turns it into many 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,31 +43,38 @@ class Init(NamedTuple):
     bias: float | None = None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``x @ weight + bias`` with the bias inside the product.
+def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x @ weight + bias`` of matrices (B, in) @ (in, out), or of equally long stacks of them."""
+    if weight.shape[-1] == 1 and x.is_cpu:
+        # CPU libraries are built for wide products: a single column is 2 to 6 times faster as a weighted sum
+        return (x * weight.mT).sum(-1, keepdim=True) + bias
+    return torch.addmm(bias, x, weight) if x.dim() == 2 else torch.baddbmm(bias, x, weight)
 
-    Args:
-        x: (…, B, in).
-        weight: (*stack, in, out); the leading axes of `x` broadcast against ``stack``.
-        bias: (*stack, 1, out).
 
-    Returns:
-        (…, B, out).
-    """
-    if weight.dim() == 2:
-        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        y = torch.addmm(bias, flat, weight)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-    stack = weight.shape[:-2]
-    if x.shape[:-2] != stack:
-        lead = torch.broadcast_shapes(x.shape[:-2], stack)
-        if lead != stack:  # more inputs than members: each member sees several batches
-            return torch.matmul(x, weight) + bias
-        x = x.expand(*stack, *x.shape[-2:])
-    if weight.dim() == 3:
-        return torch.baddbmm(bias, x, weight)
-    y = torch.baddbmm(bias.flatten(0, -3), x.reshape(-1, *x.shape[-2:]), weight.flatten(0, -3))
-    return y.view(*stack, *y.shape[-2:])
+def per_member(p: Tensor, member: int | None = None) -> Tensor:
+    """A parameter as (rows, columns) or (members, rows, columns); of one member of the last stack axis if given."""
+    if member is not None:
+        p = p.select(-3, member)
+    return p.flatten(0, -3) if p.dim() > 3 else p
+
+
+def fold(x: Tensor, stack: torch.Size) -> tuple[Tensor, torch.Size]:
+    """One matrix per member, (B', in) or (members, B', in), and the axes in front of the stack, now part of B'."""
+    extra = x.shape[: max(0, x.dim() - 2 - len(stack))]
+    if extra:
+        x = x.flatten(0, len(extra) - 1).movedim(0, -3).flatten(-3, -2)
+    if stack:
+        x = x.expand(*stack, *x.shape[-2:]).flatten(0, -3)
+    return x, extra
+
+
+def unfold(y: Tensor, stack: torch.Size, extra: torch.Size) -> Tensor:
+    """Undo `fold`: (B', out) or (members, B', out) -> (*extra, *stack, B, out)."""
+    if len(stack) > 1:
+        y = y.unflatten(0, stack)
+    if extra:
+        y = y.unflatten(-2, (extra.numel(), -1)).movedim(-3, 0).unflatten(0, extra)
+    return y
 
 
 class Linear(nn.Module):
@@ -115,7 +122,9 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, B, in) -> (…, B, out)."""
-        return linear(x, self.weight, self.bias)
+        stack = self.weight.shape[:-2]
+        x, extra = fold(x, stack)
+        return unfold(product(x, per_member(self.weight), per_member(self.bias)), stack, extra)
 
     def extra_repr(self) -> str:
         *stack, fan_in, fan_out = self.weight.shape
@@ -139,7 +148,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, member: int | None = None) -> Tensor:
         """(…, B, F) -> (…, B, F), with the parameters of one member of the last stack axis if it is given."""
-        weight, bias = (p if member is None else p.select(-3, member) for p in (self.weight, self.bias))
+        weight, bias = per_member(self.weight, member), per_member(self.bias, member)
         if weight.dim() == 2:
             return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], self.eps)
         return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), weight)
@@ -199,17 +208,22 @@ class MLP(nn.Module):
             x: the input.
             member: compute only this member of the last stack axis, which the output then lacks.
         """
-        activate = ACTIVATIONS[self.activation]
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            x = linear(x, *(p if member is None else p.select(-3, member) for p in (layer.weight, layer.bias)))
-            if i == last:
-                return x
+        params: list[Tensor] = [
+            p for layer in self.layers for p in layer.parameters()
+        ]  # weight and bias of each in turn
+        stack = params[0].shape[:-2]
+        if member is not None or len(stack) > 1:
+            params = [per_member(p, member) for p in params]
+            stack = stack if member is None else stack[:-1]
+        x, extra = fold(x, stack)
+        norms: list[Any] = list(self.norms)
+        for i, (weight, bias) in enumerate(zip(params[:-2:2], params[1::2])):
+            x = product(x, weight, bias)
             if self.layer_norm == "before":
-                x = self.norms[i](x, member)
-            x = activate(x)
+                x = norms[i](x, member)
+            x = x.relu_() if self.activation == "relu" else ACTIVATIONS[self.activation](x)
             if self.layer_norm == "after":
-                x = self.norms[i](x, member)
+                x = norms[i](x, member)
             if self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
-        return x
+        return unfold(product(x, *params[-2:]), stack, extra)

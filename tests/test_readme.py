@@ -1,0 +1,53 @@
+"""Every command and every Python block of the README runs, in order, in an empty folder (with fewer updates)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(?P<skip><!-- not run:[^\n]*-->\n)?```(?P<kind>bash|python)\n(?P<text>.*?)```", re.DOTALL)
+SHORT = ["--trainer.max_steps", "40", "--run.eval_every", "20", "--run.eval_episodes", "1"]
+
+
+def blocks() -> list[tuple[str, str]]:
+    found = BLOCK.finditer((ROOT / "README.md").read_text())
+    return [(m["kind"], m["text"]) for m in found if not m["skip"]]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `python` commands of a shell block; installing and pytest are what runs this test."""
+    words = [shlex.split(part, comments=True) for line in text.splitlines() for part in line.split("&&")]
+    return [w for w in words if w and w[0] == "python"]
+
+
+def test_the_two_set_up_commands_are_what_ci_relies_on() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert "pip install -e . && python -m offpolicy.fit\n" in text
+    assert "pip install -e '.[test]' && pytest\n" in text
+    assert "pip install --quiet --disable-pip-version-check -e '.[test]'" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.timeout(200)
+def test_commands_and_code_run(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    ran = 0
+    for kind, text in blocks():
+        todo = (
+            [[sys.executable, "-c", text]] if kind == "python" else [[sys.executable, *c[1:]] for c in commands(text)]
+        )
+        for command in todo:
+            if command[1:3] == ["-m", "offpolicy.fit"]:
+                command = [*command, *SHORT]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+            ran += 1
+    assert ran >= 8
