@@ -12,6 +12,7 @@ from torch.optim.adam import adam
 from offpolicy.errors import check_range
 
 FUSED_DEVICES = ("cpu", "cuda")
+ONE = torch.ones(())  # on the CPU a Python number would be made a tensor once per parameter
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -65,7 +66,7 @@ class FusedAdam(torch.optim.Optimizer):
         grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
         fused = params[0].device.type in FUSED_DEVICES and params[0].dtype in FUSED_DTYPES
         if fused:
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, ONE if steps[0].is_cpu else 1)
             kernel = torch._fused_adamw_ if group["decoupled"] else torch._fused_adam_
             kernel(
                 list(params),

@@ -13,7 +13,9 @@ from offpolicy.nn.stacked import MLP, Init
 
 def joined(obs: Tensor, action: Tensor) -> Tensor:
     """(…, B, O + A): the observation repeated over the leading axes that only the action has."""
-    return torch.cat((obs.expand(*action.shape[:-1], obs.shape[-1]), action), -1)
+    if obs.dim() < action.dim():
+        obs = obs.expand(*action.shape[:-1], obs.shape[-1])
+    return torch.cat((obs, action), -1)
 
 
 class EnsembleCritic(nn.Module):

@@ -8,7 +8,7 @@ a plain network by stacked ones (``torch.stack`` over seeds) turns it into many 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -208,22 +208,19 @@ class MLP(nn.Module):
             x: the input.
             member: compute only this member of the last stack axis, which the output then lacks.
         """
-        params: list[Tensor] = [
-            p for layer in self.layers for p in layer.parameters()
-        ]  # weight and bias of each in turn
+        params: list[Tensor] = [p for layer in self.layers for p in layer._parameters.values() if p is not None]
         stack = params[0].shape[:-2]
         if member is not None or len(stack) > 1:
             params = [per_member(p, member) for p in params]
             stack = stack if member is None else stack[:-1]
         x, extra = fold(x, stack)
-        norms: list[Any] = list(self.norms)
         for i, (weight, bias) in enumerate(zip(params[:-2:2], params[1::2])):
             x = product(x, weight, bias)
             if self.layer_norm == "before":
-                x = norms[i](x, member)
+                x = self.norms[i](x, member)
             x = x.relu_() if self.activation == "relu" else ACTIVATIONS[self.activation](x)
             if self.layer_norm == "after":
-                x = norms[i](x, member)
+                x = self.norms[i](x, member)
             if self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
         return unfold(product(x, *params[-2:]), stack, extra)

@@ -101,6 +101,41 @@ def test_plain_network_becomes_many_by_stacking_its_parameters() -> None:
     torch.testing.assert_close(many(x), torch.stack([n(x[i]) for i, n in enumerate(nets)]))
 
 
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_gradients_of_first_and_second_order(stack) -> None:
+    """Of the input and of every parameter; O-DICE and EDAC differentiate gradients."""
+    net = MLP(3, (4, 4), 1, stack=stack).double()
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, *params: Tensor) -> Tensor:
+        return torch.func.functional_call(net, dict(zip(dict(net.named_parameters()), params)), (x,))
+
+    inputs = (x, *(p.detach().clone().requires_grad_() for p in net.parameters()))
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_gradient_of_the_input_only() -> None:
+    net = MLP(5, (7, 7), 1, stack=(2,))
+    x = torch.randn(4, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(net(x).sum(), x)
+    assert gradient.shape == x.shape and all(p.grad is None for p in net.parameters())
+
+
+def test_autocast_gives_bfloat16_near_float32() -> None:
+    net, x = MLP(5, (32, 32), 3, stack=(2,)), torch.randn(4, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = net(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), net(x), rtol=0.05, atol=0.02)
+
+
+def test_tracing_by_the_compiler_finds_one_graph() -> None:
+    net, x = MLP(5, (8, 8), 1, stack=(2,)), torch.randn(4, 5)
+    traced = torch.compile(lambda x: net(x).square().mean(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(x), net(x).square().mean())
+
+
 def test_default_initialisation_is_that_of_torch() -> None:
     layer, torch_layer = Linear(400, 300), nn.Linear(400, 300)
     for ours, theirs in ((layer.weight, torch_layer.weight), (layer.bias, torch_layer.bias)):
