@@ -13,7 +13,7 @@ from offpolicy.nn.stacked import MLP, Init
 
 def joined(obs: Tensor, action: Tensor) -> Tensor:
     """(…, B, O + A): the observation repeated over the leading axes that only the action has."""
-    if obs.dim() < action.dim():
+    if obs.shape[:-1] != action.shape[:-1]:
         obs = obs.expand(*action.shape[:-1], obs.shape[-1])
     return torch.cat((obs, action), -1)
 

@@ -52,6 +52,7 @@ def test_several_actions_per_state() -> None:
     assert q.shape == (10, 2, B)
     torch.testing.assert_close(q[3], critic(obs, actions[3]))
     torch.testing.assert_close(critic.member(obs, actions, 1), q[:, 1])
+    torch.testing.assert_close(critic(obs[None], actions), q)  # an axis of length 1 is repeated too
 
 
 def test_value_network() -> None:
