@@ -66,7 +66,7 @@ class FusedAdam(torch.optim.Optimizer):
         grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
         fused = params[0].device.type in FUSED_DEVICES and params[0].dtype in FUSED_DTYPES
         if fused:
-            torch._foreach_add_(steps, ONE if steps[0].is_cpu else 1)
+            torch._foreach_add_(steps, [ONE] * len(steps) if steps[0].is_cpu else 1)
             kernel = torch._fused_adamw_ if group["decoupled"] else torch._fused_adam_
             kernel(
                 list(params),
