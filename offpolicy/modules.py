@@ -30,6 +30,7 @@ from offpolicy.data.normalize import Normalizer, parse_reward_transform
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import BoundView, Noise, TransitionView, WindowView
 from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.memory import keep_freed_memory
 from offpolicy.optim import FusedAdam, polyak_
 from offpolicy.options import RunOptions
 
@@ -456,6 +457,8 @@ class OfflineModule(Module):
                 f"`batch_size` is {self.option('batch_size', 256)}; expected a multiple of the {self.world_size} "
                 "processes, as it is the size of the global batch."
             )
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self.run.threads is not None:
             self._undo.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.run.threads)
