@@ -35,6 +35,11 @@ def is_better(value: float, best: float | None) -> bool:
     return value == value and (best is None or value > best)
 
 
+def headline(numbers: Mapping[str, Any]) -> str | None:
+    """The number by which an evaluation is judged, the first of these that exists; None when nothing was evaluated."""
+    return next((name for name in ("eval/score", "eval/success_rate", "eval/return_mean") if name in numbers), None)
+
+
 class RestoreSettings(Callback):
     """Undo what a fit changed in the process (threads, matmul) when it ends by an exception or by itself."""
 
@@ -79,7 +84,8 @@ class Evaluation(Callback):
         if self.evaluator is not None:
             result = self.evaluator.run(pl_module.agent())
             numbers = {f"eval/{name}": value for name, value in summarize(result, pl_module.data_meta).items()}
-            key = next(k for k in ("eval/score", "eval/success_rate", "eval/return_mean") if k in numbers)
+            key = headline(numbers)
+            assert key is not None  # every evaluation has returns
             if is_better(numbers[key], self.best):
                 self.best = numbers[key]
             if self.best is not None:
@@ -162,7 +168,6 @@ class RunFolder(Checkpoint):
         self.evals = Table(self.folder / "evals.csv")
         self.best_path = ""
         self.best_value: float | None = None
-        self._written: dict[str, int] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # the first process chose it
@@ -180,22 +185,18 @@ class RunFolder(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         updates = trainer.global_step
         if trainer.is_global_zero:
-            for name, table, row in (
-                ("metrics", self.metrics, pl_module.metric_row),
-                ("evals", self.evals, pl_module.eval_row),
-            ):
-                if row.get("step") == updates and self._written.get(name) != updates:
+            for table, row in ((self.metrics, pl_module.metric_row), (self.evals, pl_module.eval_row)):
+                if row.get("step") == updates:
                     table.append(row)
-                    self._written[name] = updates
         if due(updates, pl_module.run.eval_every, trainer.max_steps) or trainer.should_stop:
             self._save(trainer, pl_module)
 
     def _save(self, trainer: Trainer, pl_module: Any) -> None:
         path = self.folder / "checkpoints" / checkpoint_name(trainer.global_step)
         row = pl_module.eval_row if pl_module.eval_row.get("step") == trainer.global_step else {}
-        value = next((row[k] for k in ("eval/score", "eval/success_rate", "eval/return_mean") if k in row), None)
-        if value is not None and is_better(value, self.best_value):
-            self.best_value, self.best_path = value, path.name
+        key = headline(row)
+        if key is not None and is_better(row[key], self.best_value):
+            self.best_value, self.best_path = row[key], path.name
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             kept = sorted(path.parent.glob("step=*.ckpt"))

@@ -3,7 +3,6 @@ device by the method."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from offpolicy.data.replay import Replay, Ring
 from offpolicy.errors import DataError
-
-log = logging.getLogger(__name__)
 
 
 class Ticks(IterableDataset[int]):
