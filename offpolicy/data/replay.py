@@ -38,6 +38,8 @@ class Replay:
         tail: ``{"obs": (E, O)}``, the observation after the last step of each episode, and optionally
             ``{"valid": (E,)}`` bool when only some episodes have one.
         episodes: name → array of shape (E, …).
+        tables: name → array of any shape: tables of episode numbers and facts about their rows, as the pairs of
+            preference data (:mod:`offpolicy.data.sequences`). :meth:`filter` does not carry them over.
         meta: JSON-able facts about the data (name, environment, action bounds, reference scores, recipe).
 
     The index need not cover all rows: :meth:`filter` gives another index over the same columns. ``terminated`` means
@@ -59,11 +61,13 @@ class Replay:
         episode_end: np.ndarray | None = None,
         tail: Mapping[str, Column] | None = None,
         episodes: Mapping[str, np.ndarray] | None = None,
+        tables: Mapping[str, np.ndarray] | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
         self.steps: dict[str, Column] = dict(steps)
         self.tail: dict[str, Column] = dict(tail or {})
         self.episodes: dict[str, np.ndarray] = dict(episodes or {})
+        self.tables: dict[str, np.ndarray] = dict(tables or {})
         self.meta: dict[str, Any] = dict(meta or {})
         sizes = {name: len(column) for name, column in self.steps.items()}
         if not sizes or len(set(sizes.values())) != 1:
@@ -290,6 +294,7 @@ class Replay:
         digest = hashlib.sha256()
         parts = {"start": self.start, "length": self.length, **self.steps}
         parts |= {f"tail/{k}": v for k, v in self.tail.items()} | {f"episodes/{k}": v for k, v in self.episodes.items()}
+        parts |= {f"tables/{k}": v for k, v in self.tables.items()}
         for name, column in sorted(parts.items()):
             array = _numpy(column)
             digest.update(f"{name}{array.dtype.str}{array.shape}".encode())
@@ -321,6 +326,7 @@ class Replay:
                 np.save(temporary / "steps" / names[name], _numpy(column), allow_pickle=False)
             small = {f"tail/{k}": _numpy(v) for k, v in self.tail.items()}
             small |= {f"episodes/{k}": v for k, v in self.episodes.items()}
+            small |= {f"tables/{k}": v for k, v in self.tables.items()}
             np.savez(temporary / "index.npz", **{"start": self.start, "length": self.length, **small})  # type: ignore[arg-type]
             record = {"format": FORMAT, "columns": names, "fingerprint": self.fingerprint(), "meta": self.meta}
             (temporary / "meta.json").write_text(json.dumps(record, indent=1))
@@ -360,6 +366,7 @@ class Replay:
             length=small["length"],
             tail={k[5:]: v for k, v in small.items() if k.startswith("tail/")},
             episodes={k[9:]: v for k, v in small.items() if k.startswith("episodes/")},
+            tables={k[7:]: v for k, v in small.items() if k.startswith("tables/")},
             meta=record["meta"],
         )
         replay.__dict__["_fingerprint"] = record["fingerprint"]

@@ -1,0 +1,132 @@
+"""Views of language data: an episode is a text, its steps are tokens, and index tables say which texts belong together.
+
+A replay of language data has the step column ``token`` (the smallest integer type that fits) and one episode per
+distinct text; prompts are episodes too, so a prompt that many answers share is stored once. Tables over the episodes:
+
+======================  ============  ==================================================================================
+``pairs``               (P, 4) int64  prompt of chosen, chosen, prompt of rejected, rejected; the prompts usually equal
+``pairs/<column>``      (P, …)        facts of a pair: ``weight``, ``score_chosen``, ``score_rejected``, ``row`` (where
+                                      it stood in the source), ``ref_chosen_logps``, …
+``singles``             (S, 2) int64  prompt, answer
+``singles/<column>``    (S, …)        facts of a single: ``label`` bool, ``score``, ``group`` int64 (singles with equal
+                                      numbers answer one prompt together), ``row``, ``ref_logps``, …
+======================  ============  ==================================================================================
+
+A replay has pairs, singles or both. Singles are derived from pairs where a method wants them and there are none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offpolicy.data.replay import Replay, _numpy
+from offpolicy.errors import DataError
+
+
+class Ragged(NamedTuple):
+    """B token sequences of different lengths, laid end to end: ``token (Σ length,)`` int64, ``length (B,)`` int64."""
+
+    token: Tensor
+    length: Tensor
+
+
+class Pairs(NamedTuple):
+    """A batch of preference pairs.
+
+    ``facts``: the columns ``pairs/<name>`` of these pairs by name, each (B, …). ``row (B,)``: number of the pair.
+    """
+
+    prompt_chosen: Ragged
+    chosen: Ragged
+    prompt_rejected: Ragged
+    rejected: Ragged
+    facts: dict[str, Tensor]
+    row: Tensor
+
+
+class Singles(NamedTuple):
+    """A batch of prompts with one answer each; ``facts`` and ``row`` as in :class:`Pairs`."""
+
+    prompt: Ragged
+    answer: Ragged
+    facts: dict[str, Tensor]
+    row: Tensor
+
+
+class BoundTexts:
+    """A view of texts bound to a replay: gathers any rows of its index table at once.
+
+    Attributes:
+        index: (n, k) int64, episode numbers; k is 4 for pairs and 2 for singles.
+        lengths: (n, k) int64, tokens of each.
+        facts: columns by name, (n, …).
+    """
+
+    def __init__(self, replay: Replay, index: np.ndarray, facts: dict[str, np.ndarray], kind: Any) -> None:
+        if not len(index):
+            raise DataError("the data have no row to train on; expected at least one pair or prompt with an answer.")
+        self.replay, self.kind = replay, kind
+        self.index, self.facts = np.asarray(index, dtype=np.int64), facts
+        self.lengths = replay.length[self.index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def texts(self, episodes: np.ndarray) -> Ragged:
+        """The token sequences of these episodes (B,)."""
+        start, length = self.replay.start[episodes], self.replay.length[episodes]
+        offset = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        token = _numpy(self.replay.steps["token"])[np.repeat(start, length) + offset]
+        return Ragged(torch.from_numpy(token.astype(np.int64)), torch.from_numpy(length))
+
+    def gather(self, rows: np.ndarray | Tensor) -> Any:
+        """The batch of these rows (B,) of the table, on the CPU."""
+        rows = np.asarray(rows, dtype=np.int64)
+        parts = [self.texts(column) for column in self.index[rows].T]
+        facts = {name: torch.from_numpy(np.asarray(column[rows])) for name, column in self.facts.items()}
+        return self.kind(*parts, facts=facts, row=torch.from_numpy(rows))
+
+
+@dataclass(frozen=True)
+class PairView:
+    """Preference pairs: batches of :class:`Pairs`."""
+
+    def bind(self, replay: Replay) -> BoundTexts:
+        if "pairs" not in replay.tables:
+            raise DataError(
+                "the data have single answers and no pairs; expected a chosen and a rejected answer per row. Pass "
+                "preference pairs, or choose a method for singles (KTO, SFT)."
+            )
+        return BoundTexts(replay, replay.tables["pairs"], facts_of(replay, "pairs"), Pairs)
+
+
+@dataclass(frozen=True)
+class SingleView:
+    """Single answers: batches of :class:`Singles`.
+
+    Args:
+        rejected: where the data are pairs, also take the rejected answers, with ``label`` false; else only the chosen.
+    """
+
+    rejected: bool = False
+
+    def bind(self, replay: Replay) -> BoundTexts:
+        if "singles" in replay.tables:
+            return BoundTexts(replay, replay.tables["singles"], facts_of(replay, "singles"), Singles)
+        pairs = replay.tables["pairs"]
+        if not self.rejected:
+            return BoundTexts(replay, pairs[:, :2], {"label": np.ones(len(pairs), dtype=bool)}, Singles)
+        label = np.tile([True, False], len(pairs))
+        return BoundTexts(replay, pairs.reshape(-1, 2), {"label": label}, Singles)
+
+
+def facts_of(replay: Replay, table: str) -> dict[str, np.ndarray]:
+    """The columns of an index table that can be made tensors, by name."""
+    prefix = table + "/"
+    columns = {k.removeprefix(prefix): v for k, v in replay.tables.items() if k.startswith(prefix)}
+    return {k: v for k, v in columns.items() if v.dtype.kind in "biuf"}
