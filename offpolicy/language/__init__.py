@@ -1,0 +1,1 @@
+"""Language models as policies: tokens, log-probabilities, reference, generation."""
