@@ -1,0 +1,154 @@
+"""Language data for a Lightning fit: pairs, scored lists or single answers from any file, tokenised for a policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offpolicy.data.module import DataModule
+from offpolicy.data.replay import Replay
+from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.language.preview import report, samples
+
+__all__ = ["TextData", "report", "samples"]
+
+
+class TextData(DataModule):
+    """Texts for the Trainer; ``.replay`` is the training part, ``.eval_replay`` the held-out part or None.
+
+    Args:
+        name: a file (.jsonl[.gz], .json[.gz], .parquet, .arrow), a folder written by ``datasets`` or by ``convert``,
+            or a data set of the Hugging Face hub ("org/name", "org/name:configuration").
+        download: fetch a set of the hub that is not on disk.
+        on_bad: "error" stops at rows that carry no signal or a wrong one; "drop" leaves them out and counts them.
+        columns: our name → the source's name, where they differ ({"prompt": "question"}); None as a name leaves a
+            column out ({"prompt": None}). Ours: prompt, chosen, rejected, completion, label, messages, completions,
+            scores, score_chosen, score_rejected, weight, system, tools, chat_template_kwargs, prompt_chosen,
+            prompt_rejected.
+        split: part of a set that has several ("train_prefs"); None takes "train" or the only one.
+        tokenizer: folder or hub name; None is the policy's.
+        max_length: longest prompt with answer, in tokens, ≥ 2.
+        max_prompt_length: what ``truncation="prompt_first"`` shortens prompts to.
+        truncation: what gives way in texts longer than ``max_length``. "prompt_first": the beginning of the prompt,
+            then the end of the answers; "keep_start": the end of the answers; "keep_end": the beginning of the prompt.
+            Decided from the longer answer of a pair, so that both sides keep the same prompt.
+        chat_template_kwargs: passed to the chat template of the tokenizer ({"enable_thinking": False}).
+        pair_strategy: how a list of scored answers becomes pairs: "best_vs_worst", "best_vs_random", "all_pairs",
+            "adjacent" (neighbours in the order of scores), or "none" (single answers with ``score`` and ``group``).
+        min_score_gap: leave out pairs whose scores differ by less; equal scores in a list never make a pair.
+        max_bad: largest share of rows that ``on_bad="drop"`` may drop, in [0, 1].
+        eval_data: held-out data, named as ``name``; read with the same options.
+        eval_fraction: without ``eval_data``, share of the prompts that is held out, in [0, 1); chosen by a hash of the
+            prompt, so that no prompt is on both sides.
+        show: texts printed before training, with the boundary between prompt and answer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        download: bool = True,
+        on_bad: str = "error",
+        columns: dict[str, str | None] | None = None,
+        split: str | None = None,
+        tokenizer: str | None = None,
+        max_length: int = 1024,
+        max_prompt_length: int = 512,
+        truncation: str = "prompt_first",
+        chat_template_kwargs: dict[str, Any] | None = None,
+        pair_strategy: str = "best_vs_worst",
+        min_score_gap: float = 0.0,
+        max_bad: float = 0.1,
+        eval_data: str | None = None,
+        eval_fraction: float = 0.05,
+        show: int = 2,
+    ) -> None:
+        super().__init__(name)
+        check_range("data.max_bad", max_bad, 0.0, 1.0)
+        check_range("data.eval_fraction", eval_fraction, 0.0, 1.0, upper_open=True)
+        check_range("data.show", show, 0)
+        self.options = {
+            "download": download,
+            "on_bad": on_bad,
+            "columns": columns,
+            "split": split,
+            "tokenizer": tokenizer,
+            "max_length": max_length,
+            "max_prompt_length": max_prompt_length,
+            "truncation": truncation,
+            "chat_template_kwargs": chat_template_kwargs,
+            "pair_strategy": pair_strategy,
+            "min_score_gap": min_score_gap,
+            "max_bad": max_bad,
+            "eval_data": eval_data,
+            "eval_fraction": eval_fraction,
+            "show": show,
+        }
+        self.eval_replay: Replay | None = None
+        self._tokenizer: Any = None
+
+    @classmethod
+    def of(cls, replay: Replay, eval_replay: Replay | None = None) -> TextData:
+        """A data module around replays of language data at hand."""
+        module = cls(str(replay.meta.get("name", "texts")))
+        module.replay, module.eval_replay = replay, eval_replay
+        return module
+
+    def bind_tokenizer(self, tokenizer: Any) -> None:
+        """Say how texts become tokens, before :meth:`load`; without effect where ``tokenizer`` was given by name.
+
+        Args:
+            tokenizer: a tokenizer of ``transformers``, or its folder or name.
+
+        Raises:
+            DataError: the data are open already and were made with another tokenizer.
+        """
+        if self.options["tokenizer"] is None:
+            self._tokenizer = tokenizer
+        if self.replay is not None:
+            self._check_tokenizer(self.replay)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of these data, a ``PreTrainedTokenizerBase``.
+
+        Raises:
+            UsageError: neither ``tokenizer`` nor a policy names one.
+        """
+        from offpolicy.language.tokens import load_tokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = self.options["tokenizer"]
+        if self._tokenizer is None:
+            raise UsageError(
+                "no tokenizer is known for the texts; expected the policy's or one by name. Pass `--data.tokenizer DIR`."
+            )
+        self._tokenizer = load_tokenizer(self._tokenizer)
+        return self._tokenizer
+
+    def load(self) -> Replay:
+        """Open, check and tokenise the texts if that has not happened yet, and hold some out."""
+        if self.replay is None:
+            from offpolicy.data.sources.hf import open_texts, split_by_prompt
+
+            options = {k: v for k, v in self.options.items() if k not in ("eval_data", "eval_fraction", "show")}
+            options["tokenizer"] = self.tokenizer
+            replay = open_texts(self.name, **options)
+            self._check_tokenizer(replay)
+            if self.options["eval_data"] is not None:
+                self.eval_replay = open_texts(self.options["eval_data"], **options)
+                self._check_tokenizer(self.eval_replay)
+            elif self.options["eval_fraction"] > 0:
+                replay, self.eval_replay = split_by_prompt(replay, self.options["eval_fraction"])
+            self.replay = replay
+        return self.replay
+
+    def _check_tokenizer(self, replay: Replay) -> None:
+        from offpolicy.language.tokens import fingerprint
+
+        made = replay.meta.get("tokenizer", {}).get("fingerprint")
+        if made is not None and made != fingerprint(self.tokenizer):
+            raise DataError(
+                f"{replay.meta.get('name')} was tokenised with {replay.meta['tokenizer'].get('name')}, which differs "
+                f"from {getattr(self.tokenizer, 'name_or_path', 'the tokenizer')} of the policy. Convert the texts "
+                "again with the tokenizer of the policy."
+            )
