@@ -1,17 +1,20 @@
 """Updates per second of the control methods, through the Trainer as a user runs them, beside two yardsticks.
 
-usage: python examples/benchmarks/control.py [--methods TD3BC IQL] [--threads 1 2] [--rounds 3] [--updates 2000]
+usage: python examples/benchmarks/control.py [--methods TD3BC IQL | all] [--threads 1 2] [--rounds 3] [--updates 2000]
                                              [--d3rlpy PATH/TO/python]
 
 Random data: observation 17, action 6, one million rows; batch 256, networks 2x256. Each figure is a process of its own,
 and the figures of a round are taken in turn, so that a drift of the machine hits all alike. Per method and threads:
 
-  trainer   Trainer.fit with metrics, files and progress bar on
-  bare      the same updates in a bare loop: what the Trainer, logging and bar cost is trainer against bare
+  trainer   Trainer.fit with metrics, files and progress bar on; also the share of its time outside the update loop
+  bare      the same updates in a bare loop; also the share of the float32 limit (the arithmetic of the products at
+            the rate of a large product) and the share of time outside tensor operations (by torch's profiler)
   plain     an ordinary single-file PyTorch loop (plain_loop.py); TD3BC and IQL only
   d3rlpy    d3rlpy's fit, when the interpreter of an environment that has it is named; TD3BC and IQL only
 
-Prints one JSON object: versions, processor, settings, medians and ratios.
+PRDC is measured as in neighbors.py instead: trajectory-like data, a policy near them, rows seen before.
+DecisionTransformer takes batches of 64 windows of 20 steps. Prints one JSON object: versions, processor, settings,
+medians and ratios.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 WITH_PEERS = ("TD3BC", "IQL")
+ALL = ["BC", "TD3BC", "IQL", "PRDC", "A2PR", "ODICE", "CQL", "AWAC", "ReBRAC", "EDAC", "DecisionTransformer"]
 
 
 def random_replay(rows: int) -> Any:
@@ -51,32 +56,49 @@ def random_replay(rows: int) -> Any:
     return Replay(steps, episode_end=end, meta=meta)
 
 
-def run_trainer(method: str, updates: int, rows: int) -> float:
+def run_trainer(method: str, updates: int, rows: int) -> dict[str, float]:
     """The whole path: offpolicy.fit with its metrics, checkpoints, files and bar."""
     from lightning.pytorch import Callback
 
     import offpolicy
 
-    marks: list[tuple[int, float]] = []
+    marks: list[tuple[int, float, float]] = []
+    in_blocks = 0.0
 
     class Timer(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step >= updates // 10:
-                marks.append((trainer.global_step, time.perf_counter()))
+                marks.append((trainer.global_step, time.perf_counter(), in_blocks))
 
     learner = getattr(offpolicy, method)()
+    run_block = learner.run_block
+
+    def timed(t: int, k: int) -> None:
+        nonlocal in_blocks
+        began = time.perf_counter()
+        run_block(t, k)
+        in_blocks += time.perf_counter() - began
+
+    learner.run_block = timed
     total = updates + updates // 10
     with tempfile.TemporaryDirectory() as folder:
         offpolicy.fit(learner, random_replay(rows), max_steps=total, folder=folder, eval_every=0, callbacks=[Timer()])
-    (first, began), (last, ended) = marks[0], marks[-1]
-    return (last - first) / (ended - began)
+    (first, began, before), (last, ended, after) = marks[0], marks[-1]
+    took = ended - began
+    return {"updates_per_s": (last - first) / took, "outside_share": 1 - (after - before) / took}
 
 
-def run_bare(method: str, updates: int, rows: int) -> float:
+def run_bare(method: str, updates: int, rows: int) -> dict[str, float]:
     """The same blocks of updates without Trainer, logging, files and bar."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from torch.utils.flop_counter import FlopCounterMode
+
     import offpolicy
     from offpolicy import matmul
+    from offpolicy.memory import keep_freed_memory
 
+    keep_freed_memory()
     learner = getattr(offpolicy, method)().prepare(random_replay(rows))
     with matmul.matmul_setting(matmul.choose_matmul("auto")):
         t, first, began = 0, 0, 0.0
@@ -85,10 +107,41 @@ def run_bare(method: str, updates: int, rows: int) -> float:
                 first, began = t, time.perf_counter()
             learner.run_block(t, 64)
             t += 64
-    return (t - first) / (time.perf_counter() - began)
+        rate = (t - first) / (time.perf_counter() - began)
+        with FlopCounterMode(display=False) as counter:
+            learner.run_block(t, 64)
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            began = time.perf_counter()
+            learner.run_block(t, 64)
+            took = time.perf_counter() - began
+        large = torch.randn(1024, 1024)
+        limit = max(2 * 1024**3 / seconds(lambda: large @ large) for _ in range(20))
+    in_operations = sum(e.time_range.elapsed_us() for e in recorded.events() if e.cpu_parent is None) / 1e6
+    return {
+        "updates_per_s": rate,
+        "gflop_per_update": counter.get_total_flops() / 64 / 1e9,
+        "limit_gflop_per_s": limit / 1e9,
+        "float32_share": counter.get_total_flops() / 64 * rate / limit,
+        "outside_tensor_share": max(0.0, 1 - in_operations / took),
+    }
 
 
-def run_plain(method: str, updates: int, rows: int) -> float:
+def run_prdc(rows: int) -> dict[str, float]:
+    """PRDC near the data on rows seen before, per second of processor time."""
+    import neighbors
+
+    settings = argparse.Namespace(candidates=64, clone=1000, turns=5)
+    found = neighbors.methods(settings, *neighbors.trajectories(rows, 17, 6))
+    return {"updates_per_s": found["updates_per_cpu_s"]["PRDC"], "over_td3bc": found["prdc_over_td3bc"]}
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def run_plain(method: str, updates: int, rows: int) -> dict[str, float]:
     import plain_loop
     import torch
 
@@ -100,16 +153,16 @@ def run_plain(method: str, updates: int, rows: int) -> float:
         "next_obs": torch.randn(rows, 17, generator=generator),
         "terminated": torch.zeros(rows, 1),
     }
-    return plain_loop.rate(method, columns, updates)
+    return {"updates_per_s": plain_loop.rate(method, columns, updates)}
 
 
 def worker(kind: str, method: str, threads: int, updates: int, rows: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(threads)
-    run = {"trainer": run_trainer, "bare": run_bare, "plain": run_plain}[kind]
-    rate = run(method, updates, rows)
-    return {"updates_per_s": rate, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    run = {"trainer": run_trainer, "bare": run_bare, "plain": run_plain}
+    found = run_prdc(rows) if kind == "seen" else run[kind](method, updates, rows)
+    return {**found, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
 def measure(kind: str, method: str, threads: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -145,11 +198,13 @@ def main() -> None:
 
     from offpolicy.matmul import choose_matmul
 
+    args.methods = ALL if args.methods == ["all"] else args.methods
     samples: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
         for threads in args.threads:
             for method in args.methods:
-                kinds = ["trainer", "bare", *(["plain"] if method in WITH_PEERS else [])]
+                kinds = ["trainer", "bare"] if method != "PRDC" else ["seen"]
+                kinds += ["plain"] if method in WITH_PEERS else []
                 kinds += ["d3rlpy"] if method in WITH_PEERS and args.d3rlpy else []
                 for kind in kinds:
                     figure = measure(kind, method, threads, args)
@@ -158,15 +213,20 @@ def main() -> None:
     results = []
     for threads in args.threads:
         for method in args.methods:
-            kinds = [k for k in ("trainer", "bare", "plain", "d3rlpy") if f"{method}/{threads}/{k}" in samples]
+            kinds = [k for k in ("trainer", "bare", "plain", "d3rlpy", "seen") if f"{method}/{threads}/{k}" in samples]
             rates = {k: [s["updates_per_s"] for s in samples[f"{method}/{threads}/{k}"]] for k in kinds}
             row: dict[str, Any] = {"method": method, "threads": threads}
             row["updates_per_s"] = {k: round(statistics.median(r), 1) for k, r in rates.items()}
             row["trainer_over"] = {
                 k: round(statistics.median(a / b for a, b in zip(rates["trainer"], r, strict=True)), 3)
                 for k, r in rates.items()
-                if k != "trainer"
+                if k not in ("trainer", "seen")
             }
+            for k in kinds:
+                names = [name for name in samples[f"{method}/{threads}/{k}"][0] if name.endswith(("share", "td3bc"))]
+                for name in names:
+                    values = [s[name] for s in samples[f"{method}/{threads}/{k}"]]
+                    row[name] = round(statistics.median(values), 4)
             row["peak_mib"] = {k: round(max(s["peak_mib"] for s in samples[f"{method}/{threads}/{k}"])) for k in kinds}
             results.append(row)
     about = {
