@@ -1,0 +1,347 @@
+"""How prompts and answers lie in the rows of one forward pass, and the score of each answer.
+
+Plain: a row per answer, ``prompt answer pad``. Shared prompt: a row per pair, ``prompt chosen rejected pad``; the
+rejected answer does not see the chosen one, and its positions go on from the prompt. Both give the same numbers; the
+second computes the prompt once. Padding stands on the right, where causal attention never looks from an answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from offpolicy.data.sequences import Pairs, Ragged, Singles
+from offpolicy.errors import UsageError
+from offpolicy.language.logprobs import token_logps
+
+# kinds of attention layers (``config.layer_types``) that see the whole past, and no more
+WHOLE_PAST = ("full_attention", "attention")
+# configuration entries of recurrent layers and of windows or chunks of attention
+LIMITED_PAST = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size")
+RECURRENT = ("ssm_state_size", "state_size", "mamba_d_state", "linear_num_key_heads", "conv_L_cache")
+# positions enter these models through the attention mask or as a bias on the distance in the row
+OWN_POSITIONS = ("bloom", "mpt", "opt", "xlnet", "ctrl", "xglm")
+
+
+class Layout(NamedTuple):
+    """The input of one forward pass of R rows of T tokens, and which of its positions are scored.
+
+    Scored tokens (n of them) are ordered by answer, then by place. Answers of a batch of B pairs: 0…B−1 chosen,
+    B…2B−1 rejected, then the prompts of the chosen where they are scored too; of B singles: 0…B−1, then the prompts.
+
+    Attributes:
+        input_ids: (R, T) int64.
+        position_ids: (R, T) int64.
+        attention_mask: (R, T) int64, 1 = no padding; or (R, 1, T, T) bool, True = may look, where a prompt is shared.
+        predict: (n,) int64, position in R·T whose hidden state predicts the token.
+        target: (n,) int64, the token.
+        answer: (n,) int64, the answer it belongs to.
+        length: (A,) int64, scored tokens of each answer.
+        num_answers: A.
+        real_tokens: tokens in the rows that are no padding.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    predict: Tensor
+    target: Tensor
+    answer: Tensor
+    length: Tensor
+    num_answers: int
+    real_tokens: int
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same on a device."""
+        tensors: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if isinstance(v, Tensor)
+        }
+        return self._replace(**tensors)
+
+    @property
+    def shared(self) -> bool:
+        """Whether any row has two answers."""
+        return self.attention_mask.ndim == 4
+
+
+class Answers(NamedTuple):
+    """Scores of A answers: ``sum_logps (A,)`` nats, ``length (A,)`` scored tokens, both float32; ``stats``: sums over
+    the tokens of each answer by name, each (A,), without gradient."""
+
+    sum_logps: Tensor
+    length: Tensor
+    stats: dict[str, Tensor]
+
+
+def pair_layout(
+    pairs: Pairs, pad_id: int, *, shared_prompt: bool, prompt_too: bool = False, pad_to_multiple_of: int = 1
+) -> Layout:
+    """Rows for a batch of B pairs: chosen and rejected in one forward pass.
+
+    Args:
+        pairs: the batch.
+        pad_id: any token id; what stands in the padding has no influence.
+        shared_prompt: put both answers of a pair behind one prompt, for models where `shares_prompt` holds. Pairs whose
+            two prompts differ keep two rows.
+        prompt_too: score the prompts of the chosen as well, as answers 2B…3B−1.
+        pad_to_multiple_of: round T up to a multiple of this.
+
+    Returns:
+        The layout. The first token of a row is never scored, as nothing predicts it.
+    """
+    size = len(pairs.row)
+    same = _equal(pairs.prompt_chosen, pairs.prompt_rejected) if shared_prompt else torch.zeros(size, dtype=torch.bool)
+    first = torch.arange(size)
+    # a rejected answer with a prompt of its own has a row of its own, behind the rows of the chosen
+    second = torch.where(same, first, size + torch.cumsum(~same, 0) - 1)
+    own = ~same
+    rows = size + int(own.sum())
+    prompt, other, chosen = (x.length for x in (pairs.prompt_chosen, pairs.prompt_rejected, pairs.chosen))
+    builder = _Rows(rows, pad_id, pad_to_multiple_of)
+    builder.put(pairs.prompt_chosen, first, torch.zeros_like(prompt), torch.zeros_like(prompt), segment=0)
+    builder.put(pairs.prompt_rejected, second, torch.zeros_like(other), torch.zeros_like(other), segment=0, keep=own)
+    builder.answer(pairs.chosen, first, prompt, prompt, segment=1)
+    builder.answer(pairs.rejected, second, other + torch.where(same, chosen, 0), other, segment=2)
+    if prompt_too:
+        builder.score_prompt(pairs.prompt_chosen, first)
+    return builder.layout(shared=bool(same.any()))
+
+
+def single_layout(singles: Singles, pad_id: int, *, prompt_too: bool = False, pad_to_multiple_of: int = 1) -> Layout:
+    """Rows for a batch of B prompts with one answer each; arguments and result as in `pair_layout`."""
+    size = len(singles.row)
+    first, length = torch.arange(size), singles.prompt.length
+    builder = _Rows(size, pad_id, pad_to_multiple_of)
+    builder.put(singles.prompt, first, torch.zeros_like(length), torch.zeros_like(length), segment=0)
+    builder.answer(singles.answer, first, length, length, segment=1)
+    if prompt_too:
+        builder.score_prompt(singles.prompt, first)
+    return builder.layout(shared=False)
+
+
+def shares_prompt(config: Any) -> bool:
+    """Whether a model of this `transformers` configuration gives the same numbers with a shared prompt.
+
+    It does where attention sees the whole past and nothing but it, positions are given by ``position_ids``, and the
+    attention takes a mask (R, 1, T, T): implementations "sdpa" and "eager".
+    """
+    config = config.get_text_config()
+    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+        return False
+    if config.model_type in OWN_POSITIONS or getattr(config, "alibi", False):
+        return False
+    if any(getattr(config, name, None) for name in RECURRENT):
+        return False
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return all(kind in WHOLE_PAST for kind in kinds)
+    return not any(getattr(config, name, None) for name in LIMITED_PAST)
+
+
+def score(model: nn.Module, layout: Layout, *, chunk: int = 256, stats: bool = False) -> Answers:
+    """Log-probability of every answer under a causal language model, differentiable in its parameters.
+
+    The head is applied to scored positions only, in tiles (`token_logps`).
+
+    Args:
+        model: a causal language model of `transformers`, or one wrapped by `peft`, or sharded by FSDP2.
+        layout: the rows, on the model's device.
+        chunk: at most ``chunk * V`` logits exist at a time.
+        stats: also sum ``logits``, ``entropy`` and ``hits`` (see `token_logps`) over each answer.
+
+    Raises:
+        UsageError: the model's head is none that `token_logps` can compute.
+    """
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2: parameters are whole only inside its forward hooks
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        if not hasattr(model, "_score_answers"):
+            model._score_answers = lambda *args: _score(model, *args)  # type: ignore[assignment]
+            register_fsdp_forward_method(model, "_score_answers")
+        return model._score_answers(layout, chunk, stats)  # type: ignore[operator]
+    check_head(model)
+    return _score(model, layout, chunk, stats)
+
+
+def _score(model: nn.Module, layout: Layout, chunk: int, stats: bool) -> Answers:
+    head = Head(model)
+    mask: Tensor | None = layout.attention_mask
+    if layout.shared and head.config._attn_implementation == "eager":
+        blocked = torch.finfo(head.weight.dtype).min
+        mask = torch.zeros(layout.attention_mask.shape, dtype=head.weight.dtype, device=layout.input_ids.device)
+        mask.masked_fill_(~layout.attention_mask, blocked)
+    elif not layout.shared and shares_prompt(head.config):
+        mask = None  # padding on the right is behind every answer; without a mask attention takes its fast path
+    output = head.decoder(
+        input_ids=layout.input_ids, attention_mask=mask, position_ids=layout.position_ids, use_cache=False
+    )
+    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, layout.predict)
+    found = head.logps(hidden, layout.target, chunk, stats)
+    logps, facts = found if stats else (found, {})
+    return Answers(
+        _per_answer(logps, layout), layout.length.float(), {k: _per_answer(v, layout) for k, v in facts.items()}
+    )
+
+
+class Head:
+    """The last part of a causal language model: decoder, output weight, and what its logits are multiplied with.
+
+    Raises:
+        UsageError: the output layer is no plain linear one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        head = whole.get_output_embeddings()
+        if hasattr(head, "modules_to_save"):  # peft trains a copy; with adapters off the original counts
+            off = head.disable_adapters or not head.active_adapters
+            head = head.original_module if off else head.modules_to_save[head.active_adapters[0]]
+        if hasattr(head, "base_layer"):
+            raise UsageError(
+                "the output layer (lm_head) carries a LoRA adapter; expected a plain layer, since log-probabilities "
+                "are computed from its weight. Leave it out of `--model.lora_targets`."
+            )
+        if not isinstance(head, nn.Linear):
+            raise UsageError(
+                f"the output layer of {type(whole).__name__} is {type(head).__name__}; expected torch.nn.Linear. Use a "
+                "causal language model with a linear head."
+            )
+        self.decoder: nn.Module = whole.get_decoder()
+        self.weight, self.bias = head.weight, head.bias
+        self.config = config = whole.config.get_text_config()
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        self.scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
+        if scaling := getattr(config, "logits_scaling", None):  # Granite and others divide
+            self.scale *= scaling if config.model_type == "hyperclovax" else 1 / scaling
+
+    def logps(self, hidden: Tensor, target: Tensor, chunk: int = 256, stats: bool = False) -> Any:
+        """`token_logps` under this head."""
+        return token_logps(
+            hidden,
+            self.weight,
+            target,
+            bias=self.bias,
+            softcap=self.softcap,
+            scale=self.scale,
+            chunk=chunk,
+            stats=stats,
+        )
+
+
+_checked: WeakSet[nn.Module] = WeakSet()
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compare `Head` with the model's own logits on three tokens, once per model.
+
+    Raises:
+        UsageError: they differ: the model does something to its logits that `Head` does not know.
+    """
+    if model in _checked:
+        return
+    head = Head(model)
+    seen: list[Tensor] = []
+    hook = head.decoder.register_forward_hook(lambda _module, _args, output: seen.append(output.last_hidden_state))
+    try:
+        ids = torch.arange(1, 4, device=head.weight.device)[None] % len(head.weight)
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    expected = logits.float().log_softmax(-1)[:, :3].diagonal()
+    found = head.logps(seen[0][0], torch.arange(3, device=ids.device))
+    # bfloat16 logits are rounded at different places
+    tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.25
+    if not torch.allclose(found.float(), expected, atol=tolerance, rtol=tolerance):
+        raise UsageError(
+            f"{type(model).__name__} changes its logits in a way that is not known here: log-probabilities from its "
+            f"output layer are {found.tolist()}, its own are {expected.tolist()}. Use another model, or report it."
+        )
+    _checked.add(model)
+
+
+class _Rows:
+    """Fills the rows of a layout, piece by piece; works on flat positions row · T + column once T is known."""
+
+    def __init__(self, rows: int, pad_id: int, multiple: int) -> None:
+        self.rows, self.pad_id, self.multiple = rows, pad_id, max(1, multiple)
+        self.pieces: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []  # row, column, position, token, segment
+        self.scored: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # row, column that predicts, token, answer
+        self.answers = 0
+
+    def put(
+        self, text: Ragged, row: Tensor, column: Tensor, position: Tensor, segment: int, keep: Tensor | None = None
+    ) -> None:
+        """Lay text i into its row from a column on, its positions counting from ``position``."""
+        owner, place = _spread(text.length)
+        piece = (row[owner], column[owner] + place, position[owner] + place, text.token)
+        if keep is not None:
+            piece = tuple(x[keep[owner]] for x in piece)  # type: ignore[assignment]
+        self.pieces.append((*piece, segment))
+
+    def answer(self, text: Ragged, row: Tensor, column: Tensor, prompt: Tensor, segment: int) -> None:
+        """Lay an answer and score it; its first token is predicted by the last of the prompt's ``prompt`` tokens."""
+        self.put(text, row, column, prompt, segment)
+        owner, place = _spread(text.length)
+        before = torch.where(place == 0, prompt[owner], column[owner] + place) - 1
+        self._score(row[owner], before, text.token, owner, len(text.length))
+
+    def score_prompt(self, prompt: Ragged, row: Tensor) -> None:
+        """Score a prompt that was laid at the start of its row."""
+        owner, place = _spread(prompt.length)
+        self._score(row[owner], place - 1, prompt.token, owner, len(prompt.length))
+
+    def _score(self, row: Tensor, before: Tensor, token: Tensor, owner: Tensor, answers: int) -> None:
+        known = before >= 0
+        self.scored.append((row[known], before[known], token[known], self.answers + owner[known]))
+        self.answers += answers
+
+    def layout(self, *, shared: bool) -> Layout:
+        row, column, position, token = (torch.cat([p[i] for p in self.pieces]) for i in range(4))  # type: ignore[misc]
+        longest = int(column.max()) + 1 if len(column) else 1
+        width = -(-longest // self.multiple) * self.multiple
+        flat = row * width + column
+        input_ids = torch.full((self.rows, width), self.pad_id, dtype=torch.int64)
+        input_ids.view(-1)[flat] = token
+        position_ids = torch.arange(width).repeat(self.rows, 1)
+        position_ids.view(-1)[flat] = position
+        segment = torch.full((self.rows, width), -1)
+        segment.view(-1)[flat] = torch.cat([torch.full_like(p[0], p[4]) for p in self.pieces])
+        if shared:
+            position_ids[segment < 0] = 0  # a position inside the model's range, whatever the sum of both answers
+            visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+            mask = (visible & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
+        else:
+            mask = (segment >= 0).long()
+        scored_row, before, target, answer = (torch.cat([s[i] for s in self.scored]) for i in range(4))
+        length = torch.bincount(answer, minlength=self.answers)
+        predict = scored_row * width + before
+        return Layout(
+            input_ids, position_ids, mask, predict, target, answer, length, self.answers, int((segment >= 0).sum())
+        )
+
+
+def _spread(length: Tensor) -> tuple[Tensor, Tensor]:
+    """For texts laid end to end: which text each token belongs to, and its place in it."""
+    owner = torch.repeat_interleave(torch.arange(len(length)), length)
+    return owner, torch.arange(len(owner)) - (torch.cumsum(length, 0) - length)[owner]
+
+
+def _equal(a: Ragged, b: Ragged) -> Tensor:
+    """(B,) bool: which texts are the same in both."""
+    same = a.length == b.length
+    owner_a, place = _spread(a.length)
+    start_b = torch.cumsum(b.length, 0) - b.length
+    comparable = same[owner_a]
+    differs = torch.zeros(len(a.token), dtype=torch.bool)
+    differs[comparable] = a.token[comparable] != b.token[(start_b[owner_a] + place)[comparable]]
+    return same & (torch.bincount(owner_a[differs], minlength=len(same)) == 0)
+
+
+def _per_answer(values: Tensor, layout: Layout) -> Tensor:
+    """Sum over the tokens of each answer, (A,) float32; float64 stays. In a fixed order, on any device."""
+    return torch.segment_reduce(values.double(), "sum", lengths=layout.length, initial=0.0).to(values.dtype)

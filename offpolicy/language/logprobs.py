@@ -1,0 +1,206 @@
+"""Log-probabilities of chosen tokens under a language model, without the logits of all positions in memory.
+
+With hidden state h and head W, z = scale · (W h + b), soft-capped to c · tanh(z / c) where the model does so, and
+log p(t) = z_t − logsumexp(z). Logits exist only as tiles of some tokens by some part of the vocabulary: the forward
+pass keeps one number per token (the logsumexp), the backward pass makes each tile again (the idea of Cut
+Cross-Entropy, arXiv:2411.09009, in plain tensor operations). The vocabulary is the outer loop, so each part of the
+weight's gradient is finished while it lies in the cache and is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# logits of one tile on a CPU: 8 MB in float32, which the processor's cache still holds
+CPU_TILE = 2**21
+# tokens of one tile; more only make the tile narrower
+TILE_TOKENS = 1024
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk: int = 256,
+    stats: bool = False,
+) -> Any:
+    """Log-probability of each target token.
+
+    Differentiable in `hidden`, `weight` and `bias`. Under bfloat16 or float16 the products run in that type and
+    everything after them in float32, float64 stays float64. Under autocast the products run in autocast's type.
+
+    Args:
+        hidden: the states that predict the targets, (n, D); n may be 0.
+        weight: the head, (V, D).
+        target: token ids in [0, V), (n,) int64.
+        bias: added to the logits, (V,).
+        softcap: c of the final soft-cap, > 0; None for none.
+        scale: factor on the logits before the cap.
+        chunk: at most ``chunk * V`` logits exist at a time, ≥ 1.
+        stats: also return facts per token, without gradient; they cost about as much as the log-probabilities.
+
+    Returns:
+        log p(target), nats, (n,) float32 (float64 for float64 input). With `stats` a pair of that and a dict of (n,)
+        tensors: ``logits`` (mean logit over the vocabulary), ``entropy`` (nats) and ``hits`` (1 where the target is
+        the most probable token).
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    hidden = hidden.to(dtype)
+    if scale != 1.0:
+        hidden = hidden * scale
+        bias = None if bias is None else bias * scale
+    with torch.autocast(device, enabled=False):
+        logps, *facts = _TokenLogps.apply(hidden, weight, bias, target, softcap, chunk, stats)
+    return (logps, dict(zip(("logits", "entropy", "hits"), facts))) if stats else logps
+
+
+class _TokenLogps(torch.autograd.Function):
+    """The forward and backward pass over tiles. Sums are kept in float32, or float64 where the input has it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        softcap: float | None,
+        chunk: int,
+        stats: bool,
+    ) -> tuple[Tensor, ...]:
+        n, vocabulary = len(hidden), len(weight)
+        exact = _accumulator(hidden.dtype)
+        # running maximum and Σ exp(z - maximum), and the target's logit
+        top = hidden.new_full((n,), -torch.inf, dtype=exact)
+        total, chosen = torch.zeros_like(top), torch.zeros_like(top)
+        sums = torch.zeros_like(top) if stats else None
+        spread = torch.zeros_like(top) if stats else None  # Σ z exp(z - maximum)
+        tiles = _Tiles(hidden, weight, bias, softcap, chunk)
+        for part in tiles.parts():
+            for rows in tiles.blocks():
+                z = tiles.logits(rows, part)
+                index = target[rows] - part.start
+                inside = (index >= 0) & (index < z.shape[1])
+                here = z.gather(1, index.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+                chosen[rows] = torch.where(inside, here, chosen[rows])
+                new = torch.maximum(top[rows], z.amax(1))
+                shrink = torch.exp(top[rows] - new)
+                if sums is not None and spread is not None:
+                    sums[rows] += z.sum(1)
+                    spread[rows] = spread[rows] * shrink + (torch.exp(z - new[:, None]) * z).sum(1)
+                total[rows] = total[rows] * shrink + z.sub_(new[:, None]).exp_().sum(1)
+                top[rows] = new
+        log_total = total.log()
+        ctx.save_for_backward(hidden, weight, bias, target, top + log_total)
+        ctx.softcap, ctx.chunk = softcap, chunk
+        logps = (chosen - top) - log_total
+        if sums is None or spread is None:
+            return (logps,)
+        facts = (sums / vocabulary, top + log_total - spread / total, (chosen >= top).to(exact))
+        ctx.mark_non_differentiable(*facts)
+        return (logps, *facts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target, logsumexp = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        exact = logsumexp.dtype
+        grad = grads[0].to(exact)
+        tiles = _Tiles(hidden, weight, bias, ctx.softcap, ctx.chunk)
+        # d log p / d z = onehot - softmax; the factor `grad` per token goes to the narrow side of each product
+        weighted = (hidden * -grad[:, None]).to(hidden.dtype)
+        d_hidden = torch.zeros_like(hidden, dtype=exact) if need_hidden else None
+        d_weight = torch.empty_like(weight) if need_weight else None
+        d_bias = torch.zeros_like(weight[:, 0], dtype=exact) if need_bias and bias is not None else None
+        for part in tiles.parts():
+            d_part = None
+            for rows in tiles.blocks():
+                z = tiles.logits(rows, part)
+                slope = None if ctx.softcap is None else 1 - (z / ctx.softcap).square_()
+                p = z.sub_(logsumexp[rows, None]).exp_()
+                index = target[rows] - part.start
+                inside = (index >= 0) & (index < p.shape[1])
+                p.scatter_add_(1, index.clamp(0, p.shape[1] - 1)[:, None], -inside[:, None].to(p.dtype))
+                if slope is not None:
+                    p.mul_(slope)
+                if d_bias is not None:
+                    d_bias[part] -= grad[rows] @ p
+                p = p.to(hidden.dtype)
+                if d_hidden is not None:
+                    _add_product(d_hidden[rows], p, tiles.weight(part))
+                if d_weight is not None:
+                    if len(tiles.blocks()) == 1 and d_weight.dtype == p.dtype:
+                        torch.mm(p.T, weighted[rows], out=d_weight[part])
+                        continue
+                    if d_part is None:
+                        d_part = torch.zeros_like(weight[part], dtype=exact)
+                    _add_product(d_part, p.T, weighted[rows])
+            if d_weight is not None and d_part is not None:
+                d_weight[part] = d_part
+        if d_hidden is not None:
+            d_hidden = d_hidden.mul_(-grad[:, None]).to(hidden.dtype)
+        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None, None, None
+
+
+class _Tiles:
+    """Which tokens and which part of the vocabulary a tile has, and its logits."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, chunk: int) -> None:
+        self.hidden, self.whole, self.bias, self.softcap = hidden, weight, bias, softcap
+        self.exact = _accumulator(hidden.dtype)
+        n, vocabulary = len(hidden), len(weight)
+        budget = max(1, chunk) * vocabulary
+        if hidden.device.type == "cpu":
+            budget = min(budget, CPU_TILE)
+        # blocks of nearly equal size, so that none is a thin rest
+        count = -(-n // min(TILE_TOKENS, budget)) or 1
+        self.tokens = -(-n // count)
+        self.width = min(vocabulary, max(1, budget // max(1, self.tokens)))
+        self._blocks = [slice(i, min(i + self.tokens, n)) for i in range(0, n, self.tokens)] if n else [slice(0, 0)]
+        self._part: tuple[int, Tensor] | None = None
+
+    def parts(self) -> Iterator[slice]:
+        """Slices of the vocabulary."""
+        for start in range(0, len(self.whole), self.width):
+            yield slice(start, min(start + self.width, len(self.whole)))
+
+    def blocks(self) -> list[slice]:
+        """Slices of the tokens."""
+        return self._blocks
+
+    def weight(self, part: slice) -> Tensor:
+        """Rows of the head in the type of the products."""
+        if self._part is None or self._part[0] != part.start:
+            self._part = (part.start, self.whole[part].to(self.hidden.dtype))
+        return self._part[1]
+
+    def logits(self, rows: slice, part: slice) -> Tensor:
+        """One tile (tokens, width), own memory."""
+        z = (self.hidden[rows] @ self.weight(part).T).to(self.exact)
+        if self.bias is not None:
+            z += self.bias[part]
+        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, where `out` may be wider than the factors."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    else:
+        out += a @ b

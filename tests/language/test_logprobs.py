@@ -1,0 +1,162 @@
+"""Log-probabilities in tiles against the full table of logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from offpolicy.language import logprobs
+from offpolicy.language.logprobs import token_logps
+
+N, D, V = 13, 6, 29
+
+
+@pytest.fixture(params=[4, 10**9])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tiles of a few logits, so that many are needed in both directions, and one tile for all."""
+    monkeypatch.setattr(logprobs, "CPU_TILE", 7 * request.param)
+    monkeypatch.setattr(logprobs, "TILE_TOKENS", request.param)
+    return request.param
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((N, D), (V, D), (V,)))
+    target = torch.randint(V, (N,), generator=generator)
+    return (*(x.to(dtype).requires_grad_() for x in (hidden, 2 * weight, bias)), target)
+
+
+def slow(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """All logits at once."""
+    z = hidden @ weight.T + (0 if bias is None else bias)
+    z = z * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    logp = z.log_softmax(-1)
+    facts = {"logits": z.mean(-1), "entropy": -(logp.exp() * logp).sum(-1), "hits": (z.argmax(-1) == target).to(z)}
+    return logp.gather(1, target[:, None])[:, 0], facts
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_equals_full_logits(tile: int, softcap: float | None, scale: float, with_bias: bool) -> None:
+    """C16 in float64: values, gradients and facts to 1e-10."""
+    hidden, weight, bias, target = inputs()
+    used = bias if with_bias else None
+    upstream = torch.linspace(-1, 2, N, dtype=torch.float64)
+    logps, facts = token_logps(hidden, weight, target, bias=used, softcap=softcap, scale=scale, stats=True)
+    expected, expected_facts = slow(hidden, weight, target, used, softcap, scale)
+    torch.testing.assert_close(logps, expected, atol=1e-10, rtol=0)
+    for name, value in expected_facts.items():
+        torch.testing.assert_close(facts[name], value, atol=1e-10, rtol=0)
+        assert not facts[name].requires_grad
+    wanted = [hidden, weight, bias] if with_bias else [hidden, weight]
+    for found, right in zip(
+        torch.autograd.grad(logps @ upstream, wanted), torch.autograd.grad(expected @ upstream, wanted), strict=True
+    ):
+        torch.testing.assert_close(found, right, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+def test_chunk_has_no_influence(chunk: int) -> None:
+    hidden, weight, _, target = inputs()
+    logps = token_logps(hidden, weight, target, chunk=chunk)
+    torch.testing.assert_close(logps, slow(hidden, weight, target, None, None, 1.0)[0], atol=1e-10, rtol=0)
+
+
+def test_gradcheck(tile: int) -> None:
+    hidden, weight, bias, target = inputs()
+    torch.autograd.gradcheck(lambda h, w, b: token_logps(h, w, target, bias=b, softcap=4.0), (hidden, weight, bias))
+
+
+def test_float32_sums() -> None:
+    """C16 in float32: the sum of 200 log-probabilities over a vocabulary of 5000 to 1e-4 relative to one nat each."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(200, 16, generator=generator), torch.randn(5000, 16, generator=generator)
+    target = torch.randint(5000, (200,), generator=generator)
+    expected = slow(hidden.double(), weight.double(), target, None, None, 1.0)[0]
+    found = token_logps(hidden, weight, target)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-6)
+
+
+def test_large_logits_stay_finite(tile: int) -> None:
+    """Logits of ±1000: the certain token has log-probability 0, another −2000, and no gradient is NaN."""
+    hidden = torch.tensor([[1000.0], [1000.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.0]])
+    logps = token_logps(hidden, weight, torch.tensor([0, 1]))
+    assert logps.tolist() == [0.0, -2000.0]
+    logps.sum().backward()
+    assert hidden.grad is not None and hidden.grad.flatten().tolist() == [0.0, -2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(tile: int, dtype: torch.dtype) -> None:
+    """Result in float32, near the float64 one of the same rounded inputs; never above 0."""
+    hidden, weight, _, target = inputs(dtype)
+    logps = token_logps(hidden, weight, target)
+    expected = slow(hidden.double(), weight.double(), target, None, None, 1.0)[0]
+    assert logps.dtype == torch.float32 and logps.max() <= 0
+    torch.testing.assert_close(logps.double(), expected, atol=0.1, rtol=0.02)
+    found = torch.autograd.grad(logps.sum(), [hidden, weight])
+    for a, b in zip(found, torch.autograd.grad(expected.sum(), [hidden, weight]), strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b, atol=0.1, rtol=0.05)
+
+
+def test_autocast() -> None:
+    hidden, weight, _, target = inputs(torch.float32)
+    plain = token_logps(hidden, weight, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = token_logps(hidden, weight, target)
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps, plain, atol=0.15, rtol=0.02)
+    a, b = (torch.autograd.grad(x.sum(), [hidden, weight]) for x in (logps, plain))
+    for found, right in zip(a, b, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, right, atol=0.15, rtol=0.05)
+
+
+def test_no_tokens() -> None:
+    hidden, weight, _, target = inputs()
+    logps = token_logps(hidden[:0], weight, target[:0])
+    assert logps.shape == (0,)
+    found = torch.autograd.grad(logps.sum(), [hidden, weight])
+    assert all(float(g.abs().max()) == 0 for g in found)
+
+
+def test_frozen_parts() -> None:
+    hidden, weight, _, target = inputs()
+    frozen = weight.detach()
+    upstream = torch.ones(N, dtype=torch.float64)
+    expected = torch.autograd.grad(token_logps(hidden, weight, target), [hidden, weight], upstream)
+    alone = torch.autograd.grad(token_logps(hidden, frozen, target), hidden, upstream)[0]
+    torch.testing.assert_close(alone, expected[0], atol=0, rtol=0)
+    alone = torch.autograd.grad(token_logps(hidden.detach(), weight, target), weight, upstream)[0]
+    torch.testing.assert_close(alone, expected[1], atol=0, rtol=0)
+    with torch.no_grad():
+        assert token_logps(hidden, weight, target).grad_fn is None
+
+
+def test_memory_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor made, watched through every operation, has at most chunk · V numbers."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, Tensor):
+                    self.numbers = max(self.numbers, x.numel())
+            return out
+
+    hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
+    with Largest() as largest:
+        token_logps(hidden, weight, torch.randint(1000, (64,)), chunk=8).sum().backward()
+    assert largest.numbers <= 8 * 1000
