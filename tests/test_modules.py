@@ -254,18 +254,20 @@ def test_two_seeds_in_one_run_equal_two_runs(clip: float | None, replay: Replay)
 # -- precision, compilation, settings of the process -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["BC", "TD3BC", "IQL"])
+@pytest.mark.parametrize("name", METHODS)
 def test_bf16_mixed(name: str, replay: Replay) -> None:
     """Weights stay float32, products are rounded, and the length of a block does not matter here either."""
     modules = []
     for precision, block in (("bf16-mixed", 64), ("bf16-mixed", 7), ("32-true", 64)):
         module = method(name)
-        module.run.block = block
-        modules.append(fit(module, replay, 60, precision=precision))
+        module.run.block, module.run.eval_episodes = block, 0
+        modules.append(fit(module, replay, 20, precision=precision))
     half, pieces, full = modules
     assert all(p.dtype == torch.float32 for p in half.parameters())
     assert not differences(weights(half), weights(pieces)) and differences(weights(half), weights(full))
-    assert half.metric_row["train/actor_loss"] == pytest.approx(full.metric_row["train/actor_loss"], rel=0.1)
+    for key, value in full.metric_row.items():
+        if key.endswith("_loss"):
+            assert half.metric_row[key] == pytest.approx(value, rel=0.1, abs=0.05), key
 
 
 def test_float16_with_loss_scaling_is_refused(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,13 +276,15 @@ def test_float16_with_loss_scaling_is_refused(replay: Replay, monkeypatch: pytes
         fit(method("BC"), replay, 10)
 
 
-def test_compiled_losses_equal_eager_ones(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [name for name in METHODS if "-" not in name])
+def test_compiled_losses_equal_eager_ones(name: str, replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated as `torch.compile` does it, without its code generator, which takes half a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    eager, compiled = method("TD3BC"), method("TD3BC")
+    eager, compiled = method(name), method(name)
     compiled.run.compile = True
-    fit(eager, replay, 20)
-    fit(compiled, replay, 20)
+    for module in (eager, compiled):
+        module.run.eval_episodes = 0
+        fit(module, replay, 5)
     assert "actor_loss" not in vars(compiled)  # put back
     for name, value in weights(eager).items():
         torch.testing.assert_close(weights(compiled)[name], value, rtol=1e-4, atol=1e-5)
