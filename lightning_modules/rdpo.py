@@ -1,0 +1,41 @@
+"""rDPO — Ray Chowdhury, Kini, Natarajan 2024, Provably Robust DPO (arXiv:2403.00409).
+
+L = [(1 − ε)·ℓ(u) − ε·ℓ(−u)] / (1 − 2ε) = ℓ(u) − ε/(1 − 2ε)·u, with ℓ(u) = −log σ(u) and u the margin of DPO: over
+labels flipped with probability ε its mean is the DPO loss of the true labels. It is not bounded below, so a negative
+loss is right, and its gradient grows as 1/(1 − 2ε): at ε = 0.4 use a fifth of the rate, or clip.
+
+Not to be mixed up with R-DPO (arXiv:2403.19159), which regularises lengths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from offpolicy.errors import check_range
+from offpolicy.language.module import LanguageModule
+from offpolicy.language.scores import PairScores
+from offpolicy.losses.preference import preference_metrics, rdpo_loss
+from offpolicy.modules import Metrics
+
+
+class RDPO(LanguageModule):
+    """Provably robust DPO: an unbiased estimate of the DPO loss under flipped labels.
+
+    Args:
+        beta: inverse temperature β, > 0; larger stays closer to the reference.
+        label_smoothing: ε, the rate at which labels are flipped, in [0, 0.5); 0 is DPO.
+        lr: peak learning rate of AdamW.
+    """
+
+    def __init__(self, *, beta: float = 0.1, label_smoothing: float = 0.1, lr: float = 1e-6, **language: Any) -> None:
+        super().__init__(lr=lr, **language)
+        check_range("beta", beta, 0.0, lower_open=True)
+        check_range("label_smoothing", label_smoothing, 0.0, 0.5, upper_open=True)
+        self.save_hyperparameters()
+
+    def loss(self, scores: PairScores) -> tuple[Tensor, Metrics]:
+        h, chosen, rejected = self.hparams, scores.chosen.log_ratio, scores.rejected.log_ratio
+        loss = rdpo_loss(chosen, rejected, beta=h.beta, label_smoothing=h.label_smoothing)
+        return loss, preference_metrics(scores, h.beta * chosen, h.beta * rejected)

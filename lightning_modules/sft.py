@@ -1,0 +1,47 @@
+"""SFT — supervised fine-tuning: maximum likelihood of answers, L = −log π(y|x).
+
+Preference methods start from such a policy, and take it for their reference. Of pairs, the chosen answers are used.
+Prompts are not counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from offpolicy.data.sequences import SingleView
+from offpolicy.errors import UsageError
+from offpolicy.language.module import LanguageModule
+from offpolicy.language.scores import SingleScores
+from offpolicy.losses.preference import NLL_FORMS, NllForm, nll
+from offpolicy.modules import Metrics
+
+STATS = {"logits/answer": "logits", "entropy": "entropy", "mean_token_accuracy": "hits"}
+
+
+class SFT(LanguageModule):
+    """Supervised fine-tuning on answers.
+
+    Args:
+        reduction: "token_mean", one mean over the tokens of the whole optimiser step; "sequence_mean", every answer
+            alike; "sum", the mean over answers of the sum over their tokens (the DPO authors' code).
+        lr: peak learning rate of AdamW.
+    """
+
+    view = SingleView()
+    uses_reference = False
+
+    def __init__(self, *, reduction: NllForm = "token_mean", lr: float = 2e-5, **language: Any) -> None:
+        super().__init__(lr=lr, **language)
+        if reduction not in NLL_FORMS:
+            raise UsageError(f"`reduction` is '{reduction}'; expected one of {', '.join(NLL_FORMS)}.")
+        self.save_hyperparameters()
+
+    def loss(self, scores: SingleScores) -> tuple[Tensor, Metrics]:
+        answer = scores.answer
+        loss = nll(answer.sum_logps, answer.length, scores.mean_length, self.hparams.reduction)
+        metrics = {"logps/answer": answer.sum_logps, "lengths/answer": answer.length}
+        if answer.stats:
+            metrics |= {name: answer.stats[key] / answer.length for name, key in STATS.items()}
+        return loss, {name: value.detach() for name, value in metrics.items()}
