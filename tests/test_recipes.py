@@ -10,7 +10,9 @@ import pytest
 from lightning.pytorch import Trainer
 
 from offpolicy.data.names import known_names
+from offpolicy.data.text import TextData
 from offpolicy.errors import UsageError
+from offpolicy.language.module import LanguageModule
 from offpolicy.options import RunOptions
 from offpolicy.recipes import Recipe, named_recipe, parse_recipe, recipe, recipes
 from offpolicy.registry import resolve_method
@@ -27,8 +29,15 @@ def test_every_recipe_fits_its_method(one: Recipe) -> None:
         assert tuple(found) == tuple(value) if isinstance(value, list) else found == value
     RunOptions(**one.group("run"))
     assert set(one.group("trainer")) <= set(inspect.signature(Trainer).parameters)
-    assert {key.partition(".")[0] for key in one.settings} <= {"model", "trainer", "run"}
-    assert one.settings["trainer.max_steps"] > 0
+    language = issubclass(cls, LanguageModule)
+    assert {key.partition(".")[0] for key in one.settings} <= {
+        "model",
+        "trainer",
+        "run",
+        *(["data"] if language else []),
+    }
+    assert set(one.group("data")) <= set(inspect.signature(TextData).parameters)
+    assert one.settings["model.epochs" if language else "trainer.max_steps"] > 0
     assert all(
         isinstance(v, (bool, int, float, str, list)) for v in one.settings.values()
     )  # 1e-3 is a text in YAML 1.1
@@ -99,3 +108,13 @@ def test_a_malformed_recipe_is_named(text: str) -> None:
 def test_run_options_cover_what_recipes_use() -> None:
     names = {field.name for field in fields(RunOptions)}
     assert {key for one in ALL for key in one.group("run")} <= names
+
+
+def test_preference_recipes_have_the_published_values() -> None:
+    """SimPO's γ/β and rate, the DPO it was compared with, and RPO's η; none is taken by itself."""
+    simpo, dpo = named_recipe("SimPO", "llama3-instruct").settings, named_recipe("DPO", "llama3-instruct").settings
+    assert (simpo["model.beta"], simpo["model.gamma_beta_ratio"], simpo["model.lr"]) == (2.5, 0.55, 1e-6)
+    assert (dpo["model.beta"], dpo["model.lr"], dpo["data.max_prompt_length"]) == (0.01, 7e-7, 1800)
+    rpo = named_recipe("RPO", "zephyr-gemma").settings
+    assert (rpo["model.beta"], rpo["model.eta"], rpo["model.epochs"]) == (0.05, 0.005, 2.0)
+    assert not any(one.tasks for method in ("SimPO", "DPO", "RPO") for one in recipes(method))
