@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from offpolicy.data.names import describe, known_names, resolve
+from offpolicy.data.names import Target, describe, known_names, resolve
 from offpolicy.errors import DataError, UsageError, nearest
 
 COMMANDS = ("make", "show", "convert")
@@ -59,17 +60,28 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print the data report of a set; without a name, list the known names")
     show.add_argument("data", nargs="?", help="a known name, a file or a folder")
     show.add_argument("--no-download", action="store_true", help="do not fetch a set that is not on disk")
+    _add_text_options(show)
     show.set_defaults(run=_show)
     convert = commands.add_parser("convert", help="write a set in another format")
     convert.add_argument("data", help="a known name, a file or a folder")
     convert.add_argument("out", help="a new folder (our format), or a new .hdf5 file (D4RL's layout)")
     convert.add_argument(
-        "--on-bad", default="error", metavar="error|drop_episode", help="what to do with faulty content"
+        "--on-bad", default="error", metavar="error|drop_episode|drop", help="what to do with faulty content"
     )
     convert.add_argument("--clip-actions", action="store_true", help="clip actions outside the bounds")
     convert.add_argument("--timeout-step", metavar="drop|keep|self", help="the last step before a time limit")
+    _add_text_options(convert)
     convert.set_defaults(run=_convert)
     return parser
+
+
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
+    texts = parser.add_argument_group("texts")
+    texts.add_argument("--tokenizer", metavar="DIR", help="folder or hub name of the tokenizer")
+    texts.add_argument("--columns", metavar="JSON", help='our names → the source\'s, as \'{"prompt": "question"}\'')
+    texts.add_argument("--split", metavar="NAME", help="part of a set that has several")
+    texts.add_argument("--separator", default="", metavar="TEXT", help="text between plain prompts and answers")
+    texts.add_argument("--max-length", type=int, default=1024, metavar="N", help="tokens of prompt and answer together")
 
 
 def _make(options: argparse.Namespace) -> None:
@@ -97,21 +109,78 @@ def _show(options: argparse.Namespace) -> None:
     if options.data is None:
         print("\n".join(known_names()))
         return
-    target = resolve(options.data)  # before the imports, which take seconds
+    target = resolve(options.data, language=bool(options.tokenizer))  # before the imports, which take seconds
     print(describe(target))
+    if _is_text(target):
+        _show_texts(target, options)
+        return
     from offpolicy.data.sources import open_source
     from offpolicy.data.validate import report
 
     print(report(open_source(target, download=not options.no_download), fingerprint=True))
 
 
+def _is_text(target: Target) -> bool:
+    """Whether a target holds texts; a folder of our format says so in its index of columns."""
+    if target.kind == "replay" and target.path is not None:
+        return "token" in json.loads((target.path / "meta.json").read_text()).get("columns", {})
+    return target.kind == "language"
+
+
+def _text_options(options: argparse.Namespace) -> dict[str, Any]:
+    try:
+        columns = json.loads(options.columns or "null")
+    except ValueError:
+        columns = options.columns
+    if columns is not None and not isinstance(columns, dict):
+        raise UsageError(f'--columns is {options.columns!r}; expected JSON such as \'{{"prompt": "question"}}\'.')
+    return {"columns": columns, "split": options.split}
+
+
+def _show_texts(target: Target, options: argparse.Namespace) -> None:
+    from offpolicy.data.sources.hf import open_texts, sketch
+    from offpolicy.language.preview import report, samples
+    from offpolicy.language.tokens import load_tokenizer
+
+    given = _text_options(options) | {"download": not options.no_download}
+    if options.tokenizer is None and target.kind != "replay":
+        print(sketch(target, **given))
+        return
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    replay = open_texts(
+        target, tokenizer=tokenizer, separator=options.separator, max_length=options.max_length,
+        max_prompt_length=options.max_length // 2, **given,
+    )  # fmt: skip
+    print(report(replay))
+    if tokenizer is not None:
+        print(samples(replay, tokenizer))
+
+
+def _convert_texts(target: Target, out: Path, options: argparse.Namespace) -> None:
+    from offpolicy.data.sources.hf import open_texts
+
+    if options.tokenizer is None:
+        raise UsageError("texts are stored as tokens; expected a tokenizer. Pass --tokenizer DIR, the policy's.")
+    if out.suffix:
+        raise UsageError(f"{out} has the type '{out.suffix}'; expected a folder (our format) for texts.")
+    replay = open_texts(
+        target, tokenizer=options.tokenizer, on_bad=options.on_bad, separator=options.separator,
+        max_length=options.max_length, max_prompt_length=options.max_length // 2, **_text_options(options),
+    )  # fmt: skip
+    replay.save(out)
+    print(f"wrote {replay.num_steps:,} tokens in {replay.num_episodes:,} texts to {out}")
+
+
 def _convert(options: argparse.Namespace) -> None:
-    target, out = resolve(options.data), Path(options.out)
+    target, out = resolve(options.data, language=bool(options.tokenizer)), Path(options.out)
     if out.exists():
         raise UsageError(f"{out} exists; expected a new name. Remove it or choose another.")
     if out.suffix and out.suffix.lower() not in (".hdf5", ".h5"):
         raise UsageError(f"{out} has the type '{out.suffix}'; expected a folder (our format) or .hdf5 (D4RL's layout).")
     print(describe(target))
+    if target.kind == "language":
+        _convert_texts(target, out, options)
+        return
     from offpolicy.data.sources import open_source
     from offpolicy.data.sources.d4rl import write
 

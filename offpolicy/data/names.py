@@ -20,13 +20,14 @@ from offpolicy.errors import UsageError, fold, nearest
 Kind = Literal["hdf5", "npz", "replay", "made", "d4rl", "minari", "ogbench", "language"]
 
 FILES: dict[str, Kind] = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz"}
-LANGUAGE = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+LANGUAGE = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".arrow")
 ROOTS = {
     "d4rl": ("D4RL_DATASET_DIR", "~/.d4rl/datasets"),
     "minari": ("MINARI_DATASETS_PATH", "~/.minari/datasets"),
     "ogbench": ("OGBENCH_DATASET_DIR", "~/.ogbench/data"),
     "made": ("OFFPOLICY_DATA_DIR", "~/.cache/offpolicy/datasets"),
 }
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(:[\w.-]+)?$")  # owner/name, or owner/name:configuration
 MINARI_ID = re.compile(r"^([-\w]{2,}/)+[-\w]+-v\d+$")
 
 
@@ -49,7 +50,7 @@ class Target:
 
     def location(self) -> Path | None:
         """Where the data are or would be put; None for language data given by name."""
-        if self.path is not None:
+        if self.path is not None or self.kind == "language":
             return self.path
         if self.kind == "d4rl":
             return root("d4rl") / self.info["dataset_url"].rsplit("/", 1)[-1]
@@ -64,8 +65,8 @@ def root(kind: str) -> Path:
     return Path(os.environ.get(variable) or default).expanduser()
 
 
-def resolve(text: str | os.PathLike[str]) -> Target:
-    """Find out what is meant by a name or path.
+def resolve(text: str | os.PathLike[str], *, language: bool = False) -> Target:
+    """Find out what is meant by a name or path; with ``language`` also by a name on the Hugging Face hub.
 
     An existing file or folder comes first, then the made sets, D4RL tasks, Minari ids and OGBench names, then a folder
     of our format under :func:`root` ("made") and local Minari sets. Case, '-', '_' and '+' do not matter in names.
@@ -87,6 +88,8 @@ def resolve(text: str | os.PathLike[str]) -> Target:
     if not looks_like_a_path:
         if (root("made") / name / "meta.json").is_file():
             return Target("replay", name, root("made") / name)
+        if language and HUB_ID.match(name):
+            return Target("language", name)
         local = {fold(i): i for i in _local_minari()}.get(fold(name))
         if local is not None or MINARI_ID.match(name):
             return Target("minari", local or name)
@@ -125,6 +128,8 @@ def describe(target: Target) -> str:
         where = f"kept under {root('made')}"
     elif place is not None and place.exists():
         where = f"found at {place}"
+    elif target.kind == "language":
+        where = "looked up on the Hugging Face hub"
     else:
         where = f"not on disk, to be downloaded to {place}"
     return f"{target.name} was taken for {what}, {where}."
@@ -156,6 +161,8 @@ def _of_path(path: Path) -> Target | None:
         for folder in (path, path.parent):
             if (folder / "data" / "metadata.json").is_file():
                 return Target("minari", _minari_name(folder), folder, _minari_info(_minari_name(folder)))
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # of datasets.save_to_disk
+            return Target("language", path.name, path)
         return None
     suffix = _suffix(path)
     if suffix in LANGUAGE:
@@ -203,8 +210,9 @@ def _suffix(path: Path) -> str:
 def _unknown_path(path: Path) -> str:
     if path.is_dir():
         return (
-            f"the folder {path} holds no data set: there is neither meta.json with index.npz (our format) nor "
-            "data/metadata.json (Minari). Pass the folder of one data set, or a file."
+            f"the folder {path} holds no data set: there is neither meta.json with index.npz (our format), nor "
+            "data/metadata.json (Minari), nor state.json (texts written by `datasets`). Pass the folder of one data "
+            "set, or a file."
         )
     return (
         f"{path} has the type '{_suffix(path)}'; expected {', '.join((*FILES, *LANGUAGE))} or a folder. Pickled "

@@ -36,9 +36,11 @@ class TextData(DataModule):
             "adjacent" (neighbours in the order of scores), or "none" (single answers with ``score`` and ``group``).
         min_score_gap: leave out pairs whose scores differ by less; equal scores in a list never make a pair.
         max_bad: largest share of rows that ``on_bad="drop"`` may drop, in [0, 1].
-        eval_data: held-out data, named as ``name``; read with the same options.
+        eval_data: held-out data, named as ``name`` and read with the same options; "NAME@SPLIT" takes another split.
         eval_fraction: without ``eval_data``, share of the prompts that is held out, in [0, 1); chosen by a hash of the
             prompt, so that no prompt is on both sides.
+        separator: text put between every prompt and answer of plain text, as sources without white space at that place
+            need it (a line break).
         show: texts printed before training, with the boundary between prompt and answer.
     """
 
@@ -60,6 +62,7 @@ class TextData(DataModule):
         max_bad: float = 0.1,
         eval_data: str | None = None,
         eval_fraction: float = 0.05,
+        separator: str = "",
         show: int = 2,
     ) -> None:
         super().__init__(name)
@@ -81,6 +84,7 @@ class TextData(DataModule):
             "max_bad": max_bad,
             "eval_data": eval_data,
             "eval_fraction": eval_fraction,
+            "separator": separator,
             "show": show,
         }
         self.eval_replay: Replay | None = None
@@ -120,7 +124,8 @@ class TextData(DataModule):
             self._tokenizer = self.options["tokenizer"]
         if self._tokenizer is None:
             raise UsageError(
-                "no tokenizer is known for the texts; expected the policy's or one by name. Pass `--data.tokenizer DIR`."
+                "no tokenizer is known for the texts; expected the policy's or one by name. Pass `--data.tokenizer "
+                "DIR`."
             )
         self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
@@ -130,12 +135,15 @@ class TextData(DataModule):
         if self.replay is None:
             from offpolicy.data.sources.hf import open_texts, split_by_prompt
 
-            options = {k: v for k, v in self.options.items() if k not in ("eval_data", "eval_fraction", "show")}
+            options: dict[str, Any] = {
+                k: v for k, v in self.options.items() if k not in ("eval_data", "eval_fraction", "show")
+            }
             options["tokenizer"] = self.tokenizer
-            replay = open_texts(self.name, **options)
+            replay = open_texts(str(self.name), **options)
             self._check_tokenizer(replay)
             if self.options["eval_data"] is not None:
-                self.eval_replay = open_texts(self.options["eval_data"], **options)
+                name, _, part = str(self.options["eval_data"]).partition("@")
+                self.eval_replay = open_texts(name, **options | ({"split": part} if part else {}))
                 self._check_tokenizer(self.eval_replay)
             elif self.options["eval_fraction"] > 0:
                 replay, self.eval_replay = split_by_prompt(replay, self.options["eval_fraction"])

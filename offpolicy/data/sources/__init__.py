@@ -61,9 +61,8 @@ def open_source(
     target = name_or_target if isinstance(name_or_target, Target) else resolve(name_or_target)
     if target.kind == "language":
         raise UsageError(
-            f"{target.path} is language data (prompts or preference pairs), which no reader here takes yet; "
-            "expected control "
-            "data: .hdf5, .npz, or a folder."
+            f"{target.path} is language data (prompts or preference pairs); expected control data: .hdf5, .npz, or a "
+            "folder. Choose a method for language models (DPO, SimPO, SFT), or other data."
         )
     own_environment = env_id is not None or max_episode_steps is not None
     if own_environment and target.kind not in ("hdf5", "npz", "replay"):

@@ -1,0 +1,571 @@
+"""Texts from files and from the Hugging Face hub: rows → records → tokens → :class:`Replay`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import urllib.error
+import urllib.request
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offpolicy.data.names import HUB_ID, Target, resolve
+from offpolicy.data.replay import Replay
+from offpolicy.data.sources.formats import Faults, Record, Source, detect, records
+from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.language.tokens import Encoded, Limits, Row, Text, encode, fingerprint
+
+PATIENCE = 5.0  # seconds for a first answer of the hub
+
+
+def open_texts(
+    name_or_target: str | os.PathLike[str] | Target,
+    *,
+    tokenizer: Any,
+    download: bool = True,
+    on_bad: str = "error",
+    columns: Mapping[str, str | None] | None = None,
+    split: str | None = None,
+    max_length: int = 1024,
+    max_prompt_length: int = 512,
+    truncation: str = "prompt_first",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    pair_strategy: str = "best_vs_worst",
+    min_score_gap: float = 0.0,
+    max_bad: float = 0.1,
+    separator: str = "",
+) -> Replay:
+    """Open, check and tokenise texts.
+
+    Args:
+        name_or_target: a file, a folder or a hub name, or what :func:`offpolicy.data.names.resolve` made of it.
+        tokenizer: of ``transformers``, or its folder or name.
+        others: as of :class:`offpolicy.data.text.TextData`.
+
+    Returns:
+        The replay with the table ``pairs`` or ``singles`` (:mod:`offpolicy.data.sequences`); ``meta`` says what was
+        found: ``format``, ``columns``, ``lengths``, ``dropped``, ``notes``, ``warnings``, ``tokenizer``.
+
+    Raises:
+        UsageError: an unknown name or an impossible option.
+        DataError: texts that are absent, damaged or cannot be trained on.
+    """
+    from offpolicy.language.tokens import load_tokenizer
+
+    target = name_or_target if isinstance(name_or_target, Target) else resolve(name_or_target, language=True)
+    limits = Limits(max_length, max_prompt_length, truncation)
+    if target.kind == "replay":
+        replay = Replay.load(target.path, mmap=True)  # type: ignore[arg-type]
+        if not {"pairs", "singles"} & replay.tables.keys():
+            raise DataError(_not_texts(target))
+        replay.meta = {**replay.meta, "file": str(target.path)}
+        return replay
+    if target.kind != "language":
+        raise DataError(_not_texts(target))
+    source = read(target, split, download=download)
+    form = detect(source, columns)
+    faults, counts = Faults(source.where, source.rows, on_bad, max_bad), Counter[str]()
+    made = list(
+        records(
+            source,
+            form,
+            faults,
+            counts,
+            pair_strategy=pair_strategy,
+            min_score_gap=min_score_gap,
+            separator=separator,
+        )
+    )
+    faults.check()
+    if not made:
+        raise DataError(f"{source.where} gives nothing to train on: {'; '.join(_notes(counts)) or 'no row'}. Check it.")
+    build = _Builder(load_tokenizer(tokenizer), limits, dict(chat_template_kwargs or {}), faults, counts)
+    replay = build(made, "singles" if len(made[0].answers) == 1 else "pairs")
+    faults.check()
+    if not replay.tables:
+        raise DataError(f"{source.where}: no row is left; {faults.table()}; {'; '.join(_notes(counts))}. Check it.")
+    kind = "pairs" if "pairs" in replay.tables else "singles"
+    replay.meta |= {
+        "name": target.name,
+        "source": "text",
+        **source.meta,
+        "rows": source.rows,
+        kind: len(replay.tables[kind]),
+        "format": str(form),
+        "columns": form.columns,
+        "dropped": faults.counts(),
+        "notes": _notes(counts),
+    }
+    replay.meta["warnings"] = [*replay.meta.pop("doubts")]
+    if faults.bad:
+        replay.meta["warnings"].insert(0, f"{faults.bad} of {source.rows} rows were dropped: {faults.table()}")
+    return replay
+
+
+def sketch(
+    target: Target,
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    split: str | None = None,
+    download: bool = True,
+    on_bad: str = "error",
+    n: int = 2,
+) -> str:
+    """What can be said about texts without a tokenizer: format, counts, faults and the first ``n`` rows."""
+    source = read(target, split, download=download)
+    form = detect(source, columns)
+    faults, counts = Faults(source.where, source.rows, on_bad, max_bad=1.0), Counter[str]()
+    made = list(records(source, form, faults, counts))
+    faults.check()
+    lines = [f"{target.name}: {source.rows:,} rows, {len(made):,} rows of {form}"]
+    lines += [f"  note      {text}" for text in _notes(counts)]
+    lines += [f"  warning   {faults.bad} rows would be dropped: {faults.table()}"] if faults.bad else []
+    for record in made[:n]:
+        lines += [f"row {record.row}", *(f"  {record.prompt!r} ▶ {answer!r}" for answer in record.answers)]
+    return "\n".join(lines)
+
+
+def split_by_prompt(replay: Replay, fraction: float) -> tuple[Replay, Replay | None]:
+    """Hold out the rows of some prompts.
+
+    The prompts with the lowest hashes of their text go, so that a row stays on its side when others are added, and a
+    prompt is never on both. Prompts that pairs tie together (two-prompt pairs) stay together.
+
+    Args:
+        replay: language data with ``<table>/prompt_hash``.
+        fraction: share of the prompts, in (0, 1); at least one goes where there are two.
+
+    Returns:
+        The training part, and the held-out part or None when there is but one prompt. Tokens are shared.
+    """
+    table = "pairs" if "pairs" in replay.tables else "singles"
+    key = replay.tables[f"{table}/prompt_hash"]
+    if table == "pairs":
+        key = _joined(replay.tables["pairs"][:, [0, 2]], key)
+    distinct = np.unique(key)  # ascending
+    if len(distinct) < 2:
+        return replay, None
+    count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
+    held = key <= distinct[count - 1]
+    return select(replay, ~held), select(replay, held)
+
+
+def select(replay: Replay, keep: np.ndarray) -> Replay:
+    """The rows of the index table that a mask (P,) keeps, with the texts they need; tokens are shared."""
+    table = "pairs" if "pairs" in replay.tables else "singles"
+    index = replay.tables[table][keep]
+    used, renumbered = np.unique(index, return_inverse=True)
+    tables = {k: v[keep] for k, v in replay.tables.items() if k.startswith(f"{table}/")}
+    return Replay(
+        replay.steps,
+        start=replay.start[used],
+        length=replay.length[used],
+        episodes={k: v[used] for k, v in replay.episodes.items()},
+        tables={table: renumbered.reshape(index.shape).astype(np.int64), **tables},
+        meta={**replay.meta, table: len(index), "lengths": lengths(index, replay.length)},
+    )
+
+
+def lengths(index: np.ndarray, length: np.ndarray) -> dict[str, list[int]]:
+    """Median, 95 % quantile and largest number of tokens by role, from an index table and the lengths of the texts."""
+    roles = {"prompt": 0, "chosen": 1, "rejected": 3} if index.shape[1] == 4 else {"prompt": 0, "answer": 1}
+    levels = [0.5, 0.95, 1.0]
+    return {
+        role: [int(q) for q in np.quantile(length[index[:, column]], levels, method="higher")]
+        for role, column in roles.items()
+    }
+
+
+def _joined(index: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The smallest key among rows that are tied together by prompts in common."""
+    if (index[:, 0] == index[:, 1]).all():
+        return key
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    size = int(index.max()) + 1
+    edges = coo_matrix((np.ones(len(index)), (index[:, 0], index[:, 1])), shape=(size, size))
+    group = connected_components(edges, directed=False)[1][index[:, 0]]
+    smallest = np.full(group.max() + 1, np.iinfo(np.int64).max)
+    np.minimum.at(smallest, group, key)
+    return smallest[group]
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+class _Builder:
+    """Puts encoded rows into the columns and tables of a replay; equal texts are stored once."""
+
+    def __init__(self, tokenizer: Any, limits: Limits, template: dict, faults: Faults, counts: Counter[str]) -> None:
+        self.tokenizer, self.limits, self.template = tokenizer, limits, template
+        self.faults, self.counts = faults, counts
+        self.texts: dict[bytes, int] = {}
+        self.parts: list[np.ndarray] = []
+        self.moved_tail = ""
+        self.dtype = _smallest(len(tokenizer))
+
+    def __call__(self, made: list[Record], table: str) -> Replay:
+        index: list[list[int]] = []
+        kept: list[Record] = []
+        for record, encoded in zip(made, self._encode(made)):
+            fault = next((one for one in encoded if one.fault), None)
+            if fault is not None:
+                self.faults.add(record.row, "answers", fault.fault, fault.found)
+                continue
+            if len(encoded) == 2:  # a prompt for each side
+                sides = [(encoded[0].prompt, encoded[0].answers[0]), (encoded[1].prompt, encoded[1].answers[0])]
+            else:
+                sides = [(encoded[0].prompt, answer) for answer in encoded[0].answers]
+            index.append([self._store(ids) for side in sides for ids in side])
+            kept.append(record)
+            self._count(encoded, isinstance(record.prompt, list))
+        if not kept:
+            return Replay({"token": np.zeros(1, self.dtype)}, meta={"doubts": []})  # the faults will speak
+        pairs = np.asarray(index, dtype=np.int64)
+        length = np.asarray([len(part) for part in self.parts], dtype=np.int64)
+        meta = {
+            "tokenizer": _facts(self.tokenizer),
+            "lengths": lengths(pairs, length),
+            "limits": vars(self.limits) | {},
+            "doubts": self._doubts(kept, pairs),
+        }
+        return Replay(
+            {"token": np.concatenate(self.parts)},
+            start=np.cumsum(length) - length,
+            length=length,
+            tables={table: pairs, **_columns(kept, table)},
+            meta=meta,
+        )
+
+    def _encode(self, made: list[Record]) -> Iterator[list[Encoded]]:
+        """The encoded rows of each record: one, or two where its sides have different prompts."""
+
+        def rows() -> Iterable[Row]:
+            for record in made:
+                template = self.template | record.template
+                if record.rejected_prompt is None:
+                    yield Row(record.prompt, record.answers, template)
+                else:
+                    yield Row(record.prompt, record.answers[:1], template)
+                    yield Row(record.rejected_prompt, record.answers[1:], template)
+
+        encoded = encode(rows(), self.tokenizer, self.limits)
+        for record in made:
+            yield [next(encoded) for _ in range(1 if record.rejected_prompt is None else 2)]
+
+    def _store(self, ids: np.ndarray) -> int:
+        small: np.ndarray = ids.astype(self.dtype)
+        number = self.texts.setdefault(small.tobytes(), len(self.texts))
+        if number == len(self.parts):
+            self.parts.append(small)
+        return number
+
+    def _count(self, encoded: list[Encoded], chat: bool) -> None:
+        self.counts["prompts were cut"] += any(one.cut_prompt for one in encoded)
+        self.counts["answers were cut, so they have no end"] += any(one.cut_answer for one in encoded)
+        moved = [one for one in encoded if one.moved]
+        if moved and chat:
+            self.counts["rows were rendered differently as prompt alone and with the answer"] += 1
+            self.moved_tail = self.moved_tail or moved[0].tail
+        elif moved:
+            self.counts["rows have a token that spans prompt and answer; it counts to the answer"] += 1
+
+    def _doubts(self, kept: list[Record], index: np.ndarray) -> list[str]:
+        """What deserves a warning once the tokens are known."""
+        doubts = []
+        if self.moved_tail:
+            doubts.append(
+                f"the chat template ends prompts with {self.moved_tail!r}, which is missing where an answer follows; "
+                "it was left out of the prompts. Templates of reasoning models do so; "
+                "--data.chat_template_kwargs may help"
+            )
+        if len(np.unique(index, axis=0)) < len(index):
+            doubts.append(f"{len(index) - len(np.unique(index, axis=0))} rows repeat another row")
+        if index.shape[1] == 4:
+            both = {tuple(row) for row in index.tolist()}
+            turned = sum((c, d, a, b) in both for a, b, c, d in both)
+            if turned:
+                doubts.append(f"{turned} pairs are there in both orders, so their labels contradict each other")
+        doubts += self._special(kept, index)
+        return doubts
+
+    def _special(self, kept: list[Record], index: np.ndarray) -> list[str]:
+        """Special tokens written in the texts, and answers that nothing ends."""
+        marks = [t for t in self.tokenizer.all_special_tokens if t]
+        prompts = sum(any(m in _flat(record.prompt) for m in marks) for record in kept)
+        answers = sum(
+            any(m in _body(text, self.tokenizer) for text in record.answers for m in marks) for record in kept
+        )
+        doubts = []
+        if prompts:
+            doubts.append(f"{prompts} prompts hold the text of a special token, which becomes that token")
+        if answers:
+            doubts.append(f"{answers} rows have answers that hold the text of a special token, such as an early end")
+        if isinstance(kept[0].prompt, str):
+            if self.tokenizer.chat_template:
+                self.counts["rows are plain text, for which the tokenizer's chat template is not used"] += len(kept)
+            if self.tokenizer.eos_token_id is None:
+                doubts.append("the tokenizer has no EOS token, so the model does not learn where answers end")
+        elif not any(self._ends(self.parts[number]) for number in index[:64, 1]):
+            doubts.append("the chat template writes no special token after answers, so the model does not learn to end")
+        return doubts
+
+    def _ends(self, ids: np.ndarray) -> bool:
+        special = {*self.tokenizer.all_special_ids, *getattr(self.tokenizer, "added_tokens_decoder", {})}
+        return bool(special & {int(i) for i in ids[-3:]})
+
+
+def _flat(text: Text) -> str:
+    return text if isinstance(text, str) else "\n".join(m["content"] for m in text)
+
+
+def _body(text: Text, tokenizer: Any) -> str:
+    """An answer without the end that may be written at its end."""
+    return _flat(text).removesuffix(tokenizer.eos_token or "")
+
+
+def _columns(kept: list[Record], table: str) -> dict[str, np.ndarray]:
+    """Facts of the rows as columns of the table."""
+    columns: dict[str, np.ndarray] = {f"{table}/row": np.asarray([r.row for r in kept], dtype=np.int64)}
+    columns[f"{table}/prompt_hash"] = np.asarray([_hash(r.prompt) for r in kept], dtype=np.int64)
+    types = {"label": bool, "group": np.int64}
+    for name in kept[0].facts:
+        values = [r.facts[name] for r in kept]
+        columns[f"{table}/{name}"] = np.asarray(values, dtype=types.get(name, np.float32))
+    return columns
+
+
+def _hash(prompt: Text) -> int:
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return int.from_bytes(sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
+
+
+def _smallest(vocabulary: int) -> type:
+    for kind in (np.uint8, np.uint16):
+        if vocabulary - 1 <= np.iinfo(kind).max:
+            return kind
+    return np.int32
+
+
+def _facts(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "name": str(tokenizer.name_or_path),
+        "fingerprint": fingerprint(tokenizer),
+        "vocabulary": len(tokenizer),
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+    }
+
+
+def _notes(counts: Counter[str]) -> list[str]:
+    return [f"{count:,} {what}" for what, count in counts.items() if count]
+
+
+def _not_texts(target: Target) -> str:
+    return (
+        f"{target.name} holds {'steps' if target.kind == 'replay' else 'control data'} without pairs or answers; "
+        "expected texts: .jsonl, .json, .parquet, .arrow, a folder written by `datasets`, or a name on the hub."
+    )
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def read(target: Target, split: str | None = None, *, download: bool = True) -> Source:
+    """The rows of a file, a folder written by ``datasets.save_to_disk``, or a set of the hub.
+
+    Raises:
+        DataError: a damaged file, an unknown split, or a hub that cannot be reached.
+    """
+    path = target.path
+    if path is None:
+        return _from_hub(target.name, split, download)
+    if path.is_dir():
+        import datasets
+
+        with _quiet():
+            found = _reading(path, lambda: datasets.load_from_disk(str(path)))
+        return _of_dataset(found, str(path), split)
+    if split is not None:
+        raise UsageError(f"`split` is '{split}', but {path} is a single file without parts. Leave it out.")
+    suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    if suffix in ("parquet", "arrow"):
+        table = _reading(path, lambda: _arrow(path, suffix))
+        source = Source(path.name, table.num_rows, table.column_names, lambda name: table.column(name).to_pylist())
+    else:
+        rows = _json_rows(path)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        source = Source(path.name, len(rows), names, lambda name: [row.get(name) for row in rows])
+    source.meta = {"file": str(path), "sha256": _sha256(path)}
+    if not source.rows:
+        raise DataError(f"{path} holds no rows; expected at least one. Check how the file was made.")
+    return source
+
+
+def _reading(path: Path, do: Callable[[], Any]) -> Any:
+    """What a library reads, with its errors as ours."""
+    try:
+        return do()
+    except Exception as error:  # each library has its own kinds
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} cannot be read: {reason}. Make or download it again.") from None
+
+
+def _arrow(path: Path, suffix: str) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    if suffix == "parquet":
+        return pyarrow.parquet.read_table(path)
+    with pyarrow.memory_map(str(path)) as file:
+        magic = file.read(6)
+        file.seek(0)
+        reader = pyarrow.ipc.open_file if magic == b"ARROW1" else pyarrow.ipc.open_stream
+        return reader(file).read_all()
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    """Records of a file of one JSON list, or of one JSON object per line."""
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.name.lower().endswith(".gz") else raw).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}. Make or download it again.") from None
+    if text.lstrip()[:1] == "[":
+        rows, places = _parse(text, f"{path}"), "item"
+    else:
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows, places = [_parse(line, f"{path}, line {n}") for n, line in lines], "row"
+    for row, value in enumerate(rows):
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{path}: {places} {row} is {json.dumps(value)[:60]}; expected an object such as "
+                '{"prompt": …, "chosen": …, "rejected": …}. Write one object per row.'
+            )
+    return rows
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where} is no JSON ({error}); found {text.strip()[:40]!r}. Correct the file.") from None
+
+
+def _sha256(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _of_dataset(found: Any, where: str, split: str | None) -> Source:
+    """A ``datasets.Dataset``, or the split of a dictionary of them."""
+    if hasattr(found, "keys"):
+        names = list(found.keys())
+        chosen = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
+        if chosen not in names:
+            asked = f"has no split '{split}'" if split else "has several splits and none is called 'train'"
+            close = nearest(split, names) if split else ""
+            raise DataError(f"{where} {asked}; it has {', '.join(names)}.{close} Pass `--data.split NAME`.")
+        found, where = found[chosen], f"{where} ({chosen})"
+    elif split is not None:
+        raise DataError(f"{where} is one table without splits; found `split` '{split}'. Leave it out.")
+    if not found.num_rows:
+        raise DataError(f"{where} holds no rows; expected at least one. Check how it was made.")
+
+    def column(name: str) -> list[Any]:
+        return list(found[name])
+
+    return Source(where, found.num_rows, list(found.column_names), column, {"file": where})
+
+
+# -- the hub -----------------------------------------------------------------------------------------------------------
+
+
+def _from_hub(name: str, split: str | None, download: bool) -> Source:
+    """A set of the hub, from the cache of ``datasets`` when downloading is off or nothing answers."""
+    import datasets
+
+    if not HUB_ID.match(name):
+        raise UsageError(f"'{name}' is neither a file nor a name on the hub (org/name). Check the spelling.")
+    reachable = download and _hub_answers()
+    repository, _, configuration = name.partition(":")
+    with _quiet(), _hub_mode(offline=not reachable):
+        try:
+            found = datasets.load_dataset(repository, configuration or None)
+        except Exception as error:  # the library raises almost anything here
+            reason = " ".join(str(error).split())[:300]
+            why = (
+                f"downloading is off (`download` is false) and it is not in {datasets.config.HF_DATASETS_CACHE}"
+                if not download
+                else reason
+                if reachable
+                else f"the hub does not answer and it is not in {datasets.config.HF_DATASETS_CACHE}"
+            )
+            raise DataError(
+                f"'{name}' is no file or folder here, so it was taken for a data set of the Hugging Face hub, and "
+                f"could not be opened: {why}. Check the name and the network, or pass a local file."
+            ) from None
+    return _of_dataset(found, f"hub:{name}", split)
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached at all, known within seconds."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    from huggingface_hub import constants
+
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=PATIENCE).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if an unfriendly one
+    except (OSError, ValueError) as error:
+        return "CERTIFICATE" in str(error).upper()  # the client may know certificates that Python does not
+    return True
+
+
+class _hub_mode:
+    """Within it, the client libraries do not use the network if ``offline``."""
+
+    def __init__(self, offline: bool) -> None:
+        self.offline = offline
+
+    def __enter__(self) -> None:
+        import datasets.config
+        import huggingface_hub.constants
+
+        self.holders: list[Any] = [datasets.config, huggingface_hub.constants]
+        self.before = [holder.HF_HUB_OFFLINE for holder in self.holders]
+        if self.offline:
+            for holder in self.holders:
+                holder.HF_HUB_OFFLINE = True
+
+    def __exit__(self, *_: object) -> None:
+        for holder, value in zip(self.holders, self.before):
+            holder.HF_HUB_OFFLINE = value
+
+
+class _quiet:
+    """Within it, ``datasets`` draws no bars."""
+
+    def __enter__(self) -> None:
+        import datasets
+
+        self.shown = datasets.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+
+    def __exit__(self, *_: object) -> None:
+        import datasets
+
+        if self.shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,279 @@
+"""From texts to tokens: the one place where prompts and answers are rendered, tokenised, ended and cut.
+
+A prompt and its answers are tokenised together, as one text each, and an answer begins where the tokens of the text
+with the answer first differ from those of the prompt alone. So the tokens are those the model would see, whatever a
+tokenizer merges across the boundary, and all answers of a row keep the same prompt tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from offpolicy.errors import DataError, UsageError, check_range
+
+Message = dict[str, Any]
+Text = str | list[Message]  # plain text, or a conversation
+CHUNK = 1024  # rows tokenised per call: enough for the tokenizer's threads, little to hold
+TRUNCATIONS = ("prompt_first", "keep_start", "keep_end")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long texts may be and what gives way.
+
+    Args:
+        max_length: longest prompt with answer in tokens, ≥ 2.
+        max_prompt_length: what "prompt_first" shortens the prompts of longer texts to, in [1, max_length).
+        truncation: "prompt_first" cuts the beginning of the prompt, then the end of the answers; "keep_start" the end
+            of the answers; "keep_end" the beginning of the prompt.
+    """
+
+    max_length: int = 1024
+    max_prompt_length: int = 512
+    truncation: str = "prompt_first"
+
+    def __post_init__(self) -> None:
+        check_range("data.max_length", self.max_length, 2)
+        if self.truncation not in TRUNCATIONS:
+            raise UsageError(f"`truncation` is '{self.truncation}'; expected one of {', '.join(TRUNCATIONS)}.")
+        if self.truncation == "prompt_first" and not 1 <= self.max_prompt_length < self.max_length:
+            raise UsageError(
+                f"`max_prompt_length` is {self.max_prompt_length} with a `max_length` of {self.max_length}; expected a "
+                "value in [1, max_length). Change `--data.max_prompt_length` or `--data.max_length`."
+            )
+
+
+@dataclass
+class Row:
+    """A prompt with the answers to it, all plain text or all messages; ``template`` goes to the chat template."""
+
+    prompt: Text
+    answers: Sequence[Text]
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Encoded:
+    """Tokens of a row.
+
+    Attributes:
+        prompt, answers: int64 ids; the prompt with BOS if there is one, the answers with EOS unless cut.
+        fault: "" or why the row cannot be trained on: "template", "no_prompt_token", "empty", "identical",
+            "truncated", "identical_cut".
+        found: what was found, for the message about a fault.
+        moved: prompt tokens that went to the answers because the tokenizer merges across the boundary.
+        tail: the text of those tokens.
+        cut_prompt, cut_answer: whether the prompt or an answer was shortened.
+    """
+
+    prompt: np.ndarray
+    answers: list[np.ndarray]
+    fault: str = ""
+    found: str = ""
+    moved: int = 0
+    tail: str = ""
+    cut_prompt: bool = False
+    cut_answer: bool = False
+
+
+# -- tokenizers --------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name_or_tokenizer: Any) -> Any:
+    """A tokenizer of ``transformers`` from a folder or hub name; one at hand is returned as it is.
+
+    Raises:
+        DataError: there is none under this name.
+    """
+    if not isinstance(name_or_tokenizer, str | os.PathLike):
+        return name_or_tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name_or_tokenizer)
+    except Exception as error:  # the library raises almost anything here
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"no tokenizer could be loaded from '{name_or_tokenizer}' ({type(error).__name__}: {reason}); expected a "
+            "folder with tokenizer.json, or a name on the Hugging Face hub. Pass `--data.tokenizer DIR`."
+        ) from None
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over everything that decides which tokens a text becomes: vocabulary, rules, special ids, template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules = {k: v for k, v in rules.items() if k not in ("truncation", "padding")}  # state of the last call
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
+    parts = [rules, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+# -- rendering and tokenisation ----------------------------------------------------------------------------------------
+
+
+def encode(rows: Iterable[Row], tokenizer: Any, limits: Limits | None = None) -> Iterator[Encoded]:
+    """Tokenise rows in order.
+
+    Plain text: BOS is put in front if the tokenizer has one and the text does not begin with it, EOS at the end of
+    answers that do not end with it. Messages: the chat template says it all, and nothing is added; the prompt is
+    rendered up to the answer, the answer with the turns before it.
+
+    Args:
+        rows: prompts with answers; answers of one row are cut to keep the same prompt.
+        tokenizer: of ``transformers``.
+        limits: lengths; the defaults of :class:`Limits` when None.
+
+    Raises:
+        DataError: messages for a tokenizer without a chat template.
+    """
+    limits, rows = limits or Limits(), iter(rows)
+    while chunk := list(islice(rows, CHUNK)):
+        texts = [_render(row, tokenizer) for row in chunk]
+        ids = _tokenise([text for row in texts if isinstance(row, list) for text in row], tokenizer)
+        for row, rendered in zip(chunk, texts):
+            if isinstance(rendered, str):
+                yield Encoded(np.zeros(0, dtype=np.int64), [], "template", rendered)
+                continue
+            prompt, *full = [ids[text] for text in rendered]
+            yield _cut(_split(prompt, full, tokenizer, plain=isinstance(row.prompt, str)), limits, tokenizer)
+
+
+def prompt_ids(prompt: Text, tokenizer: Any, template: Mapping[str, Any] | None = None) -> np.ndarray:
+    """The tokens after which the model writes its answer to a prompt, int64 (T,); not cut."""
+    rendered = _render(Row(prompt, (), template or {}), tokenizer)
+    if isinstance(rendered, str):
+        raise DataError(f"the chat template refuses the prompt: {rendered}. Correct the roles of its messages.")
+    ids = _tokenise(rendered, tokenizer)[rendered[0]]
+    return _with_bos(ids, tokenizer) if isinstance(prompt, str) else ids
+
+
+def _render(row: Row, tokenizer: Any) -> list[str] | str:
+    """The prompt and the prompt with each answer as text, or what the template says against them."""
+    if isinstance(row.prompt, str):
+        return [row.prompt, *(row.prompt + answer for answer in row.answers)]  # type: ignore[operator]
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"the data are messages and the tokenizer {tokenizer.name_or_path} has no chat template; expected one that "
+            "says how turns are written. Use the tokenizer of a chat model, or pass plain text."
+        )
+    eos = tokenizer.eos_token or ""
+
+    def whole(answer: list[Message]) -> list[Message]:
+        last = answer[-1]
+        if eos and last["content"].endswith(eos):  # the template writes the end of the turn
+            last = {**last, "content": last["content"].removesuffix(eos)}
+        return [*row.prompt, *answer[:-1], last]
+
+    def text(messages: list[Message], **options: Any) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **row.template, **options)
+
+    try:
+        return [
+            text(row.prompt, add_generation_prompt=True),
+            *(text(whole(answer)) for answer in row.answers),  # type: ignore[arg-type]
+        ]
+    except Exception as error:  # templates raise their own errors, and any of Python
+        return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _tokenise(texts: Sequence[str], tokenizer: Any) -> dict[str, np.ndarray]:
+    """Ids of each distinct text, int64, without special tokens beyond those written in it."""
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return {}
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    ids = tokenizer(distinct, **options)["input_ids"]
+    return {text: np.asarray(one, dtype=np.int64) for text, one in zip(distinct, ids)}
+
+
+def _with_bos(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
+    """Exactly one BOS in front, where the tokenizer has one."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return ids
+    return np.append(bos, ids[_count_leading(ids, bos) :])
+
+
+def _split(prompt: np.ndarray, full: list[np.ndarray], tokenizer: Any, *, plain: bool) -> Encoded:
+    """The tokens of a row, before they are cut."""
+    if plain:
+        prompt, full = _with_bos(prompt, tokenizer), [_with_eos(_with_bos(f, tokenizer), tokenizer) for f in full]
+    boundary = min([len(prompt), *(_common(prompt, f) for f in full)])
+    moved = prompt[boundary:]
+    tail = tokenizer.decode(moved) if len(moved) else ""
+    return Encoded(prompt[:boundary], [f[boundary:] for f in full], moved=len(moved), tail=tail)
+
+
+def _with_eos(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
+    """Exactly one EOS at the end, where the tokenizer has one."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        return ids
+    return np.append(ids[: len(ids) - _count_leading(ids[::-1], eos)], eos)
+
+
+def _count_leading(ids: np.ndarray, value: int) -> int:
+    other = np.flatnonzero(ids != value)
+    return int(other[0]) if len(other) else len(ids)
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common beginning."""
+    n = min(len(a), len(b))
+    other = np.flatnonzero(a[:n] != b[:n])
+    return int(other[0]) if len(other) else n
+
+
+def _cut(row: Encoded, limits: Limits, tokenizer: Any) -> Encoded:
+    """Shorten a row to the limits, deciding from its longest answer, and find the faults that only tokens show."""
+    if not len(row.prompt):
+        row.fault = "no_prompt_token"
+        return row
+    if any((answer == tokenizer.eos_token_id).all() for answer in row.answers):  # true of no tokens at all
+        row.fault, row.found = "empty", "no token but the end of the text"
+        return row
+    if _identical(row.answers):
+        row.fault = "identical"
+        return row
+    longest = max((len(answer) for answer in row.answers), default=0)
+    if len(row.prompt) + longest <= limits.max_length:
+        return row
+    before = len(row.prompt)
+    if limits.truncation == "prompt_first":
+        row.prompt = _tail(row.prompt, limits.max_prompt_length, tokenizer)
+    elif limits.truncation == "keep_end":
+        row.prompt = _tail(row.prompt, max(0, limits.max_length - longest), tokenizer)
+    room = limits.max_length - len(row.prompt)
+    row.cut_prompt = len(row.prompt) < before
+    row.cut_answer = longest > room
+    if not len(row.prompt) or room <= 0 or (limits.truncation == "keep_end" and row.cut_answer):
+        row.fault, row.found = "truncated", f"{before} tokens of prompt and {longest} of answer"
+        return row
+    row.answers = [answer[:room] for answer in row.answers]
+    if _identical(row.answers):
+        row.fault, row.found = "identical_cut", f"the same first {room} tokens"
+    return row
+
+
+def _tail(prompt: np.ndarray, keep: int, tokenizer: Any) -> np.ndarray:
+    """The last ``keep`` tokens of a prompt, the first of them BOS where it begins with BOS."""
+    if len(prompt) <= keep:
+        return prompt
+    if prompt[0] == tokenizer.bos_token_id and keep > 1:
+        return np.append(prompt[:1], prompt[len(prompt) - keep + 1 :])
+    return prompt[len(prompt) - keep :]
+
+
+def _identical(answers: Sequence[np.ndarray]) -> bool:
+    return len(answers) > 1 and all(np.array_equal(answers[0], other) for other in answers[1:])
