@@ -1,0 +1,232 @@
+"""Answers drawn from a causal language model, and what is reported of them.
+
+The random number behind a token is a pure function of (seed, prompt, sample, position), so answers do not depend on
+how they are batched, up to rounding, and the generators of torch are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from offpolicy.data import sampling
+from offpolicy.data.replay import Replay
+from offpolicy.errors import UsageError, check_range
+
+
+class Answer(NamedTuple):
+    """One drawn answer: its ``token`` ids, int64 (n,), with the stop token if it ``ended`` with one."""
+
+    token: np.ndarray
+    ended: bool
+
+
+class Prompt(NamedTuple):
+    """A prompt of a replay: its ``token`` ids, and the ids of an answer that is known to be good, or None."""
+
+    token: np.ndarray
+    reference: np.ndarray | None
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    prompts: Sequence[np.ndarray],
+    *,
+    stop: Iterable[int],
+    num_samples: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[list[Answer]]:
+    """Draw answers, with left padding and a cache of keys and values.
+
+    Args:
+        model: causal language model of ``transformers``, or one wrapped by ``peft``.
+        prompts: token ids, (n,) each, n ≥ 1.
+        stop: ids that end an answer; see :func:`stop_ids`.
+        num_samples: answers per prompt, ≥ 1.
+        max_new_tokens: longest answer, ≥ 1; shorter where the model has no more positions.
+        temperature: divides the logits, ≥ 0; 0 takes the most likely token.
+        top_k: draw from the k most likely tokens; 0 for all.
+        top_p: draw from the smallest set of likely tokens that has this probability, in (0, 1].
+        seed: of the draws.
+        batch_size: answers drawn at once; prompts of similar length go together.
+        on_batch: called with the number of answers done so far.
+
+    Returns:
+        For every prompt its ``num_samples`` answers, in the order of the prompts.
+
+    Raises:
+        UsageError: an option is out of range, or a prompt leaves the model no position for an answer.
+    """
+    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        check_range(name, value, 1)
+    check_range("temperature", temperature, 0.0)
+    check_range("top_k", top_k, 0)
+    check_range("top_p", top_p, 0.0, 1.0, lower_open=True)
+    limit = positions(model) - max((len(prompt) for prompt in prompts), default=0)
+    if limit < 1:
+        raise UsageError(
+            f"the longest prompt leaves no position for an answer; expected prompts shorter than {positions(model)} "
+            "tokens. Pass a smaller `--data.max_prompt_length`."
+        )
+    max_new_tokens = min(max_new_tokens, limit)
+    device = next(model.parameters()).device
+    stops = torch.tensor(sorted(set(stop)), dtype=torch.int64, device=device)
+    rows = [(i, k) for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) for k in range(num_samples)]
+    answers: list[list[Answer]] = [[Answer(np.empty(0, np.int64), False)] * num_samples for _ in prompts]
+    key = sampling.keys(seed, "generation", torch.tensor([0]))[0]
+    training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(rows), batch_size):
+            batch = rows[first : first + batch_size]
+            number = torch.tensor([i * num_samples + k for i, k in batch])
+            uniform = sampling.uniforms(key, number, (max_new_tokens,)).to(device)
+
+            def choose(logits: Tensor, position: int, uniform: Tensor = uniform) -> Tensor:
+                return draw(logits, uniform[:, position], temperature=temperature, top_k=top_k, top_p=top_p)
+
+            drawn = _continue(model, [prompts[i] for i, _ in batch], stops, max_new_tokens, choose)
+            for (i, k), answer in zip(batch, drawn):
+                answers[i][k] = answer
+            if on_batch is not None:
+                on_batch(first + len(batch))
+    finally:
+        model.train(training)
+    return answers
+
+
+def _continue(
+    model: nn.Module,
+    prompts: list[np.ndarray],
+    stops: Tensor,
+    max_new_tokens: int,
+    choose: Callable[[Tensor, int], Tensor],
+) -> list[Answer]:
+    """One answer per prompt; ``choose(logits (B, V), position)`` gives the next tokens (B,)."""
+    width, device = max(map(len, prompts)), stops.device
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # on the left, so that the last column is the last token of each
+        ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
+        mask[row, width - len(prompt) :] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    length = torch.full((len(prompts),), max_new_tokens, device=device)
+    tokens, cache = [], None
+    for t in range(max_new_tokens):
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, token = out.past_key_values, choose(out.logits[:, -1], t)
+        tokens.append(token)
+        stopped = torch.isin(token, stops) & ~ended
+        length = torch.where(stopped, t + 1, length)
+        ended |= stopped
+        if ended.all():
+            break
+        ids, position = token[:, None], position[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
+    table, lengths = torch.stack(tokens, 1).cpu().numpy(), length.tolist()
+    return [Answer(row[:n].copy(), end) for row, n, end in zip(table, lengths, ended.tolist())]
+
+
+def draw(logits: Tensor, uniform: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """One token per row by inverting the distribution function.
+
+    Args:
+        logits: (B, V).
+        uniform: (B,), in [0, 1).
+        temperature: as in :func:`sample`; so are the next two.
+        top_k: likewise.
+        top_p: likewise.
+
+    Returns:
+        int64 (B,).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.double() / temperature).softmax(-1)
+    if top_k or top_p < 1.0:
+        p, order = p.sort(-1, descending=True)
+        keep = p.cumsum(-1) - p < top_p
+        if top_k:
+            keep[:, top_k:] = False
+        p = p * keep
+    cumulative = p.cumsum(-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=p.shape[-1] - 1)
+    return (order.gather(-1, index) if top_k or top_p < 1.0 else index).squeeze(-1)
+
+
+def positions(model: nn.Module) -> int:
+    """How many tokens the model can look at; a very large number when it does not say."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+
+
+def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: those of the tokenizer and of the model's settings for generation."""
+    found = [tokenizer.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
+    listed = [item for one in found for item in (one if isinstance(one, (list, tuple)) else [one])]
+    return sorted({int(item) for item in listed if item is not None})
+
+
+def prompts_of(replay: Replay, limit: int = 0) -> list[Prompt]:
+    """The distinct prompts of a replay of texts in their order, each with a good answer where the data have one.
+
+    Args:
+        replay: with pairs or singles; the chosen answer, or the first desirable one, is the reference.
+        limit: how many at most; 0 for all.
+    """
+    if "pairs" in replay.tables:
+        table, good = replay.tables["pairs"][:, :2], np.ones(len(replay.tables["pairs"]), dtype=bool)
+    else:
+        table = replay.tables["singles"]
+        good = replay.tables.get("singles/label", np.ones(len(table), dtype=bool))
+    references: dict[int, int | None] = {}
+    for (prompt, answer), fine in zip(table.tolist(), good.tolist()):
+        if references.get(prompt) is None:
+            references[prompt] = answer if fine else None
+    token = replay.steps["token"]
+
+    def ids(episode: int) -> np.ndarray:
+        start = replay.start[episode]
+        return np.asarray(token[start : start + replay.length[episode]]).astype(np.int64)
+
+    chosen = list(references.items())[: limit or None]
+    return [Prompt(ids(prompt), None if answer is None else ids(answer)) for prompt, answer in chosen]
+
+
+def statistics(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
+    """Numbers about drawn answers.
+
+    Returns:
+        ``length_mean`` (tokens, the stop token included), ``ended`` (share that stopped by itself), ``distinct_1``,
+        ``distinct_2`` (share of one- and two-token sequences that are different ones, over all answers; small when
+        a model repeats itself).
+    """
+    flat = [answer for some in answers for answer in some]
+    numbers = {
+        "length_mean": float(np.mean([len(answer.token) for answer in flat])),
+        "ended": float(np.mean([answer.ended for answer in flat])),
+    }
+    for n in (1, 2):
+        grams = [tuple(a.token[i : i + n].tolist()) for a in flat for i in range(len(a.token) - n + 1)]
+        numbers[f"distinct_{n}"] = len(set(grams)) / len(grams) if grams else 0.0
+    return numbers
