@@ -58,7 +58,8 @@ class KTO(LanguageModule):
                 "the data do not say which answers are desirable; expected a column `label` of true and false, or "
                 "pairs. Name it with `--data.columns`."
             )
-        label, kl = scores.facts["label"].bool(), scores.divergence
+        label, kl = scores.facts["label"].bool(), scores.mismatched_ratio
+        assert kl is not None  # `uses_mismatched`
         weights = {"desirable_weight": h.desirable_weight, "undesirable_weight": h.undesirable_weight}
         loss = kto_loss(ratio, label, kl, beta=h.beta, **weights)
         values = {"rewards": h.beta * ratio.detach(), "logps": scores.answer.sum_logps.detach()}

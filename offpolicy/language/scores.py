@@ -72,23 +72,11 @@ class SingleScores(NamedTuple):
         answer: scores of the answers.
         facts: columns of the singles by name, (B, …) each: ``label`` bool (desirable or not), ``score``, …
         mean_length: mean number of scored tokens of an answer over the whole optimiser step.
-        mismatched: scores, without gradient, of answer i−1 (cyclic) under prompt i; None unless the method asks for
-            it with ``uses_mismatched``.
-        mismatched_ratio: mean log-ratio of such pairings over the whole optimiser step, 0-d; None for a batch that is
-            looked at on its own.
+        mismatched_ratio: mean log-ratio of answer i−1 (cyclic) under prompt i over the whole optimiser step, 0-d, no
+            gradient; None unless the method asks for it with ``uses_mismatched``.
     """
 
     answer: Scores
     facts: dict[str, Tensor] = {}
     mean_length: Tensor | float = 1.0
-    mismatched: Scores | None = None
     mismatched_ratio: Tensor | None = None
-
-    @property
-    def divergence(self) -> Tensor:
-        """``mismatched_ratio``, or the mean over the mismatched answers at hand; 0-d, no gradient."""
-        if self.mismatched_ratio is not None:
-            return self.mismatched_ratio.detach()
-        if self.mismatched is None:
-            raise ValueError("these scores have no `mismatched`; expected them. Set `uses_mismatched = True`.")
-        return self.mismatched.log_ratio.detach().mean()

@@ -39,9 +39,9 @@ def pair_scores(size: int = 6, seed: int = 0) -> PairScores:
 
 def single_scores(size: int = 6, seed: int = 0) -> SingleScores:
     g = torch.Generator().manual_seed(seed)
-    answer, mismatched = rows(g, size), rows(g, size)
+    answer, divergence = rows(g, size), torch.rand((), generator=g).double()
     label = torch.rand(size, generator=g) < 0.5
-    return SingleScores(answer, {"label": label}, answer.length.mean(), mismatched)
+    return SingleScores(answer, {"label": label}, answer.length.mean(), divergence)
 
 
 def scores_of(name: str, seed: int = 0) -> Any:
@@ -119,14 +119,14 @@ def test_sft_and_kto_against_the_formulas() -> None:
     a, label = s.answer, s.facts["label"]
     for reduction, divisor in (("sum", 1.0), ("sequence_mean", a.length), ("token_mean", a.length.mean())):
         torch.testing.assert_close(make("SFT", reduction=reduction).loss(s)[0], -a.sum_logps / divisor)
-    assert s.mismatched is not None
-    z0 = s.mismatched.log_ratio.mean().clamp(min=0)
+    z0 = s.mismatched_ratio
+    assert z0 is not None and z0 > 0
     good, bad = 2 * (1 - torch.sigmoid(0.3 * (a.log_ratio - z0))), 1 - torch.sigmoid(0.3 * (z0 - a.log_ratio))
     kto = make("KTO", beta=0.3, desirable_weight=2.0)
     torch.testing.assert_close(kto.loss(s)[0], torch.where(label, good, bad))
-    whole = s._replace(mismatched_ratio=torch.tensor(0.7, dtype=torch.float64))
-    good = 2 * (1 - torch.sigmoid(0.3 * (a.log_ratio - 0.7)))
-    torch.testing.assert_close(kto.loss(whole)[0][label], good[label])
+    below = s._replace(mismatched_ratio=-z0)  # clamped at 0
+    good = 2 * (1 - torch.sigmoid(0.3 * a.log_ratio))
+    torch.testing.assert_close(kto.loss(below)[0][label], good[label])
 
 
 def test_cpo_without_cloning_is_dpo_without_reference() -> None:
@@ -168,8 +168,6 @@ def test_rpo_adds_to_the_chosen_answer_only() -> None:
 def test_the_mean_of_a_step_does_not_depend_on_its_micro_batches(name: str) -> None:
     """Rows 0 to 1 and 2 to 5 apart, with the lengths and the divergence of the whole step."""
     method, whole = make(name), scores_of(name)
-    if isinstance(whole, SingleScores):
-        whole = whole._replace(mismatched_ratio=whole.divergence)
     total, metrics = method.loss(whole)
     for keep in (slice(0, 2), slice(2, 6)):
         if isinstance(whole, PairScores):
@@ -224,7 +222,7 @@ def test_kto_reports_by_label() -> None:
     _, metrics = make("KTO", beta=0.5).loss(s)
     torch.testing.assert_close(metrics["rewards/chosen"][label], 0.5 * s.answer.log_ratio.detach()[label])
     assert metrics["rewards/chosen"][~label].isnan().all() and metrics["rewards/rejected"][label].isnan().all()
-    assert torch.equal(metrics["kl"], s.divergence.expand(6))
+    assert s.mismatched_ratio is not None and torch.equal(metrics["kl"], s.mismatched_ratio.expand(6))
 
 
 def test_kto_with_one_label_stays_finite() -> None:
