@@ -28,11 +28,12 @@ from offpolicy.checkpoint import newest_checkpoint, plain_hparams, read_checkpoi
 from offpolicy.checkpoint_io import AtomicCheckpointIO
 from offpolicy.data.module import DataModule, Loadable, load_data
 from offpolicy.data.names import resolve
+from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError, UsageError, check_range, nearest
 from offpolicy.evaluation.rollout import EVAL_SEED, Evaluator
 from offpolicy.evaluation.scores import has_score, interval, normalized_score, score_kind, summarize
 from offpolicy.files import Table, atomic_write, unique_run_folder
-from offpolicy.modules import KEY, Module
+from offpolicy.modules import KEY, Module, OfflineModule
 from offpolicy.options import RunOptions
 from offpolicy.registry import import_class
 
@@ -86,7 +87,7 @@ def fit(
     method: Module,
     data: Loadable,
     *,
-    max_steps: int,
+    max_steps: int | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
     root: str | Path = "runs",
@@ -100,7 +101,7 @@ def fit(
     Args:
         method: e.g. ``offpolicy.TD3BC(alpha=2.5)``.
         data: a known name, a file, a :class:`Replay`, a dict of arrays, or a :class:`DataModule`.
-        max_steps: updates in all, ≥ 1; counts those of the checkpoint.
+        max_steps: updates in all, ≥ 1; counts those of the checkpoint. None only for language models: ``epochs`` says.
         seed: of weights, batches and noise.
         folder: of the run; ``<root>/<data>/<method>/seed<seed>-<n>`` when None.
         root: folder of run folders.
@@ -120,15 +121,25 @@ def fit(
     for name in options:
         if name not in known:
             raise UsageError(f"fit has no option `{name}`; expected a RunOptions or Trainer one.{nearest(name, known)}")
-    check_range("trainer.max_steps", max_steps, 1)
+    if max_steps is not None:
+        check_range("trainer.max_steps", max_steps, 1)
     first, origin = is_first_process(), origin or Origin()
-    module = DataModule(str(data)) if isinstance(data, (str, Path)) else load_data(data)
-    method.run, method.seed = RunOptions(**run), seed
+    kind = method.data_class()
+    if isinstance(data, (str, Path)):
+        module = kind(str(data))
+    else:
+        module = kind.of(data) if isinstance(data, Replay) else load_data(data)
+    method.run, method.seed = RunOptions(**method.run_defaults | run), seed
+    method.bind_data(module)
 
     with quiet(), forget_if_empty() as made:
         seed_everything(seed, workers=True, verbose=False)
         if first:
             module.load()  # before anything is written, as data may be faulty
+        if max_steps is None:
+            max_steps = method.planned_steps(module)
+            if max_steps is None:
+                raise TypeError("fit has no `max_steps`; expected the number of updates, e.g. max_steps=10000.")
         checkpoint, changed, target = None, "", None if folder is None else Path(folder)
         if ckpt_path is not None:
             where = {"root": root, "data": data_name(module), "method": type(method).__name__, "seed": seed}
@@ -170,7 +181,8 @@ def fit(
         resume = cli if origin.command else f'offpolicy.fit(..., ckpt_path="{result.folder}")'
         seconds = time.perf_counter() - began
         resume_or_none = resume if result.interrupted else None
-        print(screen.last_lines(result.folder, scores, result.updates, seconds, resume_or_none), flush=True)
+        look = method.look_command.format(folder=shlex.quote(str(result.folder)))
+        print(screen.last_lines(result.folder, scores, result.updates, seconds, resume_or_none, look), flush=True)
     return result
 
 
@@ -181,7 +193,7 @@ def load(run_or_checkpoint: str | Path, *, method: type[Module] | None = None) -
         method: the class, when it cannot be found under the import path it had in training.
 
     Returns:
-        The method on the CPU, ready for ``act``.
+        The method on the CPU, ready for ``act``; a language model with its ``tokenizer``.
 
     Raises:
         UsageError: no checkpoint there, or its class cannot be imported.
@@ -198,7 +210,8 @@ def load(run_or_checkpoint: str | Path, *, method: type[Module] | None = None) -
         ) from None
     loaded = cls(**checkpoint["hyper_parameters"])
     loaded.on_load_checkpoint(checkpoint)
-    loaded.load_state_dict(checkpoint["state_dict"])
+    loaded.load_state_dict(checkpoint["state_dict"], strict=loaded.strict_loading)
+    loaded.take_files(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
     return loaded.eval()
 
 
@@ -220,10 +233,15 @@ def evaluate(
         UsageError: no environment is known or installed, or it does not match the data.
     """
     method = method if isinstance(method, Module) else load(method)
+    if not isinstance(method, OfflineModule):
+        raise UsageError(
+            f"{type(method).__name__} tunes a language model, which plays no episodes; expected a control method. Its "
+            "held-out numbers are in evals.csv of the run."
+        )
     meta = method.data_meta
     evaluator = Evaluator(meta, method.sizes, episodes=episodes, seed=seed, num_envs=num_envs)
     try:
-        result = evaluator.run(method.agent())  # type: ignore[operator]
+        result = evaluator.run(method.agent())
     finally:
         evaluator.close()
     numbers: dict[str, Any] = dict(summarize(result, meta))
@@ -279,8 +297,11 @@ class Start(Callback):
         earlier = command.read_text() if command.exists() else ""
         called = self.origin.command or "offpolicy.fit(...) from Python"
         atomic_write(command, f"{earlier}{called}  # from update {trainer.global_step}\n")
+        pl_module.keep_files(folder)
         if self.verbose:
             print(screen.first_screen(trainer, pl_module, folder, self.origin.lines), flush=True)
+            samples = pl_module.samples()
+            print(f"\n{samples}\n" if samples else "", end="", flush=True)
 
 
 def python_config(method: Module, data: DataModule, max_steps: int, options: Mapping[str, Any]) -> str:
@@ -303,7 +324,7 @@ def python_config(method: Module, data: DataModule, max_steps: int, options: Map
 
 
 def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
-    """Updates in a checkpoint, and which settings of the method have changed since.
+    """Updates in a checkpoint, whose seed the method takes, and which settings of the method have changed since.
 
     Raises:
         UsageError: it holds another method.
@@ -314,6 +335,7 @@ def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
         raise UsageError(f"{checkpoint} holds the method {before}; expected {now}. Pass the same method.")
     former, current = content["hyper_parameters"], plain_hparams(method.hparams)
     changed = [f"{k} {former[k]} → {current[k]}" for k in current if k in former and former[k] != current[k]]
+    method.seed = content[KEY]["seed"]  # the order of the data goes on
     return content["global_step"], ", ".join(changed)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from offpolicy.data.names import resolve
+from offpolicy.data.names import Target, resolve
 from offpolicy.errors import UsageError, nearest
 from offpolicy.options import RunOptions
 from offpolicy.recipes import Recipe, named_recipe, recipe, recipes
@@ -30,6 +30,8 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
 
   --model NAME          method: {methods}, or an import path package.module.Class
   --data NAME|FILE      known data set, or .hdf5, .npz or folder    (pendulum-stitch-v0)
+                        for language models: .jsonl, .json, .parquet, .arrow, folder or hub id
+  --model.policy DIR    the language model to tune: folder or hub id, for DPO and its kin
   --trainer.max_steps N updates to train in all                     (recipe, else 1000000)
   --seed_everything N   seed                                        (0)
   --ckpt_path WHAT      continue: last, a run folder or a checkpoint
@@ -64,6 +66,8 @@ class Command:
         flags: the rest, ready for the parser.
         recipe: the one applied, if any.
         notes: sentences to show before training.
+        texts: whether the data hold texts; None where nobody has looked.
+        data_given: whether the user named data.
     """
 
     method: str
@@ -71,6 +75,8 @@ class Command:
     flags: list[tuple[str, str | None]] = field(default_factory=list)
     recipe: Recipe | None = None
     notes: list[str] = field(default_factory=list)
+    texts: bool | None = None
+    data_given: bool = True
 
     @property
     def parser_args(self) -> list[str]:
@@ -109,7 +115,8 @@ def read_command(argv: Iterable[str]) -> Command:
     for source, layer in zip(sources, layers):
         if class_path(layer.get("model", method)) != method and _drop(layer, "model."):
             notes.append(f"The settings of `model` in {source} are for {layer['model']} and were left out.")
-    target = resolve(last.get("data.name") or in_files.get("data.name") or DEFAULT_DATA)
+    given = last.get("data.name") or in_files.get("data.name")
+    target = find_data(given or DEFAULT_DATA, method)
 
     chosen = last.get("recipe") or in_files.get("recipe") or "auto"
     short = method.rpartition(".")[2]
@@ -123,7 +130,25 @@ def read_command(argv: Iterable[str]) -> Command:
     name = str(target.path) if target.path is not None else target.name
     settings |= {"model": method, "data.name": name, "recipe": chosen}
     flags = [pair for pair in pairs if pair[0] not in ("config", "model", "data.name", "recipe")]
-    return Command(method, settings, flags, found, notes)
+    return Command(method, settings, flags, found, notes, target.kind == "language", given is not None)
+
+
+def find_data(text: str, method: str) -> Target:
+    """What data are meant; an id of the Hugging Face hub (org/name) only where the method trains on texts.
+
+    Raises:
+        UsageError: no such file or name.
+    """
+    try:
+        return resolve(text)
+    except UsageError:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", text):
+            raise
+        from offpolicy.registry import import_class  # only now, as importing a method takes seconds
+
+        if getattr(import_class(method), "trains_on_texts", False):
+            return Target("language", text)
+        raise
 
 
 def split(argv: Iterable[str]) -> list[tuple[str, str | None]]:

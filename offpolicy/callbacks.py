@@ -37,7 +37,19 @@ def is_better(value: float, best: float | None) -> bool:
 
 def headline(numbers: Mapping[str, Any]) -> str | None:
     """The number by which an evaluation is judged, the first of these that exists; None when nothing was evaluated."""
-    return next((name for name in ("eval/score", "eval/success_rate", "eval/return_mean") if name in numbers), None)
+    names = ("eval/score", "eval/success_rate", "eval/return_mean", "eval/rewards/accuracies", "eval/accuracy")
+    return next((name for name in names if name in numbers), None)
+
+
+def keep_best(numbers: dict[str, float], best: float | None) -> float | None:
+    """Add the best headline so far to the numbers of an evaluation; returns it."""
+    key = headline(numbers)
+    if key is not None:
+        if is_better(numbers[key], best):
+            best = numbers[key]
+        if best is not None:
+            numbers[f"{key}_best"] = best
+    return best
 
 
 class RestoreSettings(Callback):
@@ -84,12 +96,7 @@ class Evaluation(Callback):
         if self.evaluator is not None:
             result = self.evaluator.run(pl_module.agent())
             numbers = {f"eval/{name}": value for name, value in summarize(result, pl_module.data_meta).items()}
-            key = headline(numbers)
-            assert key is not None  # every evaluation has returns
-            if is_better(numbers[key], self.best):
-                self.best = numbers[key]
-            if self.best is not None:
-                numbers[f"{key}_best"] = self.best
+            self.best = keep_best(numbers, self.best)
         numbers = trainer.strategy.broadcast(numbers)
         if numbers:
             pl_module.log_dict(numbers, logger=False)
@@ -128,7 +135,7 @@ class Interruption(Callback):
         self.received = number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
+        if pl_module.step_ended and trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
             pl_module.interrupted_by = self.received or signal.SIGINT
             trainer.should_stop = True
             if not any(isinstance(callback, RunFolder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -183,6 +190,8 @@ class RunFolder(Checkpoint):
                     path.rename(path.with_name(path.name + ".replaced"))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if not pl_module.step_ended:
+            return
         updates = trainer.global_step
         if trainer.is_global_zero:
             for table, row in ((self.metrics, pl_module.metric_row), (self.evals, pl_module.eval_row)):
@@ -231,6 +240,11 @@ class UpdateBar(ProgressBar):
         "train/critic_loss",
         "train/actor_loss",
         "train/q_mean",
+        "eval/rewards/accuracies",
+        "eval/loss",
+        "train/loss",
+        "train/rewards/accuracies",
+        "train/rewards/margins",
     )
 
     def __init__(self, names: tuple[str, ...] = NAMES, every: float = 0.5) -> None:
@@ -272,7 +286,7 @@ class UpdateBar(ProgressBar):
             self._bar.start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:  # type: ignore[override]
-        if not (self._enabled and trainer.is_global_zero):
+        if not (self._enabled and trainer.is_global_zero and pl_module.step_ended):
             return
         now, updates = time.perf_counter(), trainer.global_step
         if self._bar is not None:
@@ -290,7 +304,7 @@ class UpdateBar(ProgressBar):
 
     def numbers(self, trainer: Trainer) -> str:
         found = trainer.callback_metrics
-        shown = [(n.split("/")[1], float(found[n])) for n in self.names if n in found][:5]
+        shown = [(short(n), float(found[n])) for n in self.names if n in found][:5]
         return "  ".join(f"{name} {value:.4g}" for name, value in shown)
 
     def _stop(self) -> None:
@@ -303,6 +317,12 @@ class UpdateBar(ProgressBar):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
+
+
+def short(name: str) -> str:
+    """A metric's name for the bar: "eval/score" as score, "eval/rewards/accuracies" as eval accuracies."""
+    parts = name.split("/")
+    return parts[-1] if len(parts) == 2 and parts[-1] != "loss" else f"{parts[0]} {parts[-1]}"
 
 
 def checkpoint_name(updates: int) -> str:

@@ -20,7 +20,7 @@ from offpolicy import api, screen
 from offpolicy.arguments import Command, check_options, nested
 from offpolicy.data.module import DataModule
 from offpolicy.errors import UsageError
-from offpolicy.modules import Module
+from offpolicy.modules import Module, OfflineModule
 from offpolicy.options import RunOptions
 from offpolicy.registry import import_class
 
@@ -30,12 +30,14 @@ MAX_STEPS = 1_000_000  # where neither a recipe nor the user says; what publishe
 class FitCLI(LightningCLI):
     """LightningCLI that makes the method and the data, and leaves the Trainer to :func:`offpolicy.api.fit`."""
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str], method: type[Module] = OfflineModule) -> None:
+        self.method = method
+        max_steps = MAX_STEPS if issubclass(method, OfflineModule) else -1  # -1: as the method plans
         super().__init__(
             Module,
-            DataModule,
+            method.data_class(),
             save_config_callback=None,
-            trainer_defaults={"max_steps": MAX_STEPS, **api.TRAINER_DEFAULTS},
+            trainer_defaults={"max_steps": max_steps, **api.TRAINER_DEFAULTS},
             seed_everything_default=0,
             subclass_mode_model=True,
             run=False,
@@ -47,6 +49,7 @@ class FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_class_arguments(RunOptions, "run")
+        parser.set_defaults({f"run.{name}": value for name, value in self.method.run_defaults.items()})
         parser.add_argument("--recipe", type=str, default="auto", help="auto, none, or a recipe of the method by name")
         parser.add_argument("--root", type=str, default="runs", help="where run folders are made")
         parser.add_argument("--folder", type=str | None, default=None, help="the run folder, instead of one under root")
@@ -79,10 +82,11 @@ def run_command(command: Command) -> int:
         command=shlex.join(["python", "-m", "offpolicy.fit", *sys.argv[1:]]),
         lines=lines(command, cli.config),
     )
+    max_steps = options.pop("max_steps")
     result = api.fit(
         cli.model,
         cli.datamodule,
-        max_steps=options.pop("max_steps"),
+        max_steps=None if max_steps == -1 else max_steps,
         seed=int(cli.config.seed_everything),
         folder=cli.config.folder,
         root=cli.config.root,
@@ -104,11 +108,14 @@ def parse(command: Command) -> FitCLI:
     method = import_class(command.method)
     if not (isinstance(method, type) and issubclass(method, Module)):
         raise UsageError(f"`model` is {command.method}; expected a subclass of offpolicy.OfflineModule. Pass another.")
+    data_class = method.data_class()
+    if command.texts is not None:
+        check_kind(command, method)
     helping = any(name in ("help", "model.help") for name, _ in command.flags)
     if helping:
         args = command.parser_args
     else:
-        known = {"model": option_types(method), "data": option_types(DataModule), "trainer": option_types(Trainer)}
+        known = {"model": method_options(method), "data": option_types(data_class), "trainer": option_types(Trainer)}
         known["run"] = {f.name: str(f.type) for f in fields(RunOptions)}
         if None in known["model"].values():  # **kwargs: the parser knows more
             del known["model"]
@@ -117,11 +124,36 @@ def parse(command: Command) -> FitCLI:
     signal_handler = signal.getsignal(signal.SIGTERM)
     try:
         with api.quiet():
-            return FitCLI(args)
+            return FitCLI(args, method)
     except ArgumentError as error:
         raise UsageError(one_sentence(str(error), known)) from None
     finally:
         signal.signal(signal.SIGTERM, signal_handler)
+
+
+def check_kind(command: Command, method: type[Module]) -> None:
+    """Answer data of the other world: texts for a control method, or steps for a language model."""
+    if (method.data_class() is DataModule) == (not command.texts):
+        return
+    name, data = method.__name__, command.settings["data.name"]
+    if command.texts:
+        raise UsageError(f"{name} is a control method and {data} holds texts; expected steps. Choose DPO or the like.")
+    raise UsageError(
+        f"{name} tunes a language model on texts"
+        + (f", which {data} does not hold" if command.data_given else " and needs --data")
+        + "; expected a .jsonl, .json, .parquet or .arrow file, a folder written by `datasets`, or a hub id org/name."
+    )
+
+
+def method_options(method: type) -> dict[str, str | None]:
+    """The options of a method by name, with those of the base class that ``**kwargs`` stand for."""
+    found: dict[str, str | None] = {}
+    for cls in method.__mro__:
+        if "__init__" in vars(cls):
+            found = option_types(cls) | {k: v for k, v in found.items() if v is not None}
+            if None not in found.values():
+                break
+    return found
 
 
 def option_types(cls: type) -> dict[str, str | None]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from offpolicy import matmul
 from offpolicy.callbacks import Evaluation, Interruption, RestoreSettings
 from offpolicy.checkpoint import plain_hparams, to_plain
 from offpolicy.data import sampling
+from offpolicy.data.module import DataModule
 from offpolicy.data.normalize import Normalizer, parse_reward_transform
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import BoundView, Noise, TransitionView, WindowView
@@ -69,10 +71,12 @@ class Draw(NamedTuple):
 
 
 class Module(LightningModule):
-    """Sizes, normalisers, seed, metrics and checkpoint contents: what every method has."""
+    """Options, seed, metrics and checkpoint contents: what every method has."""
 
-    sizes: Sizes = None  # type: ignore[assignment]  # set by `initialize`
-    normalizer: Normalizer
+    run_defaults: ClassVar[dict[str, Any]] = {}  # of `--run.*`, where they differ from those of RunOptions
+    trains_on_texts: ClassVar[bool] = False
+    look_command: ClassVar[str] = "python -m offpolicy.evaluate {folder}"  # shown at the end of a run
+    step_ended: bool = True  # false between the micro-batches of one optimiser step
     if TYPE_CHECKING:
         hparams: Any  # the arguments of the method's __init__, by name
 
@@ -80,53 +84,55 @@ class Module(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.run = RunOptions()
-        self.seeds: tuple[int, ...] = ()  # several seeds trained at once: one more axis in front of every weight
+        self.run = RunOptions(**self.run_defaults)
         self.seed: int | None = None
         self.data_meta: dict[str, Any] = {}
         self.data_fingerprint = ""
-        self.meter = Meter()
-
-    # -- to be written by a method -------------------------------------------------------------------------------------
-
-    def build(self, sizes: Sizes) -> None:
-        """Make the networks. Called once, before training or when a checkpoint is opened without data."""
-        raise NotImplementedError(f"{type(self).__name__} must define build(sizes) and make its networks there.")
+        self.meter: Any = Meter()
+        self.metric_row: dict[str, Any] = {}  # the newest row of metrics, and of an evaluation
+        self.eval_row: dict[str, Any] = {}
+        self.interrupted_by = 0  # signal that ended the last fit, 0 when none did
+        self._undo = ExitStack()
 
     # -- construction --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def data_class(cls) -> type[DataModule]:
+        """What reads this kind of method's data; its arguments are the command line's ``--data.*``."""
+        return DataModule
+
+    def bind_data(self, data: DataModule) -> None:
+        """Give the data, before they are opened, what they need of the method."""
+
+    def planned_steps(self, data: DataModule) -> int | None:
+        """Updates to make when the user gave no ``max_steps``; None when they have to be given."""
+        return None
 
     def option(self, name: str, default: Any) -> Any:
         """A hyperparameter that a method may leave out."""
         return getattr(self.hparams, name, default)
 
-    def initialize(self, sizes: Sizes, seed: int | None = None) -> Module:
-        """Build the networks for these sizes, reproducibly from the seed, without data or trainer. Returns self."""
-        if self.sizes is not None:
-            if self.sizes != sizes:
-                raise UsageError(f"the method was built for {self.sizes} but the data have {sizes}; expected the same.")
-            return self
-        self.sizes = sizes
-        self.seed = seed if seed is not None else (self.seed if self.seed is not None else torch.initial_seed())
-        self.seed %= 1 << 63
-        self.normalizer = Normalizer((sizes.obs_dim,), sizes.action_dim)
-        with torch.random.fork_rng(devices=[]):
-            if not self.seeds:
-                torch.manual_seed(self.seed)
-                self.build(sizes)
-            else:
-                self._build_stacked(sizes)
-        return self
+    def facts(self) -> list[tuple[str, str]]:
+        """Lines of the first screen about data and networks: (label, text)."""
+        return []
 
-    def _build_stacked(self, sizes: Sizes) -> None:
-        """Build once per seed and put the parameters of all seeds into one tensor with an axis in front."""
-        states = []
-        for seed in self.seeds:
-            torch.manual_seed(seed)
-            self.build(sizes)
-            own = [(n, p) for n, p in self.named_parameters()]
-            states.append({name: p.detach().clone() for name, p in own})
-        for name, p in self.named_parameters():
-            p.data = torch.stack([state[name] for state in states])
+    def samples(self) -> str:
+        """A few rows of the data for a person to read before training; empty for none."""
+        return ""
+
+    def evaluates(self) -> str:
+        """What an evaluation measures, in a few words; empty when there is none."""
+        return ""
+
+    def batch_words(self) -> str:
+        """What one update takes, in a few words."""
+        return f"batch size {self.option('batch_size', 256)}"
+
+    def keep_files(self, folder: Path) -> None:
+        """Write into the folder of a run, when it starts, what its checkpoints need beside them."""
+
+    def take_files(self, folder: Path) -> None:
+        """Take back what :meth:`keep_files` wrote, when a checkpoint is opened."""
 
     @property
     def dtype_of_weights(self) -> torch.dtype:
@@ -167,9 +173,8 @@ class Module(LightningModule):
         checkpoint[KEY] = to_plain(
             {
                 "class": f"{type(self).__module__}.{type(self).__qualname__}",
-                "sizes": asdict(self.sizes),
+                **self.network_state(),
                 "seed": self.seed,
-                "seeds": self.seeds,
                 "updates": self.global_step,
                 "threads": torch.get_num_threads(),
                 "matmul": self.run.matmul,
@@ -190,12 +195,19 @@ class Module(LightningModule):
                 f"{data['fingerprint'][:12]}) than those given ({self.data_fingerprint[:12]}). Pass the same data, or "
                 "--run.allow_other_data=true to go on with these."
             )
-        self.seed, self.seeds = state["seed"], tuple(state["seeds"])
-        self.initialize(Sizes(**state["sizes"]), seed=state["seed"])
+        self.seed = state["seed"]
+        self.restore_networks(state)
         self.data_meta = self.data_meta or data["meta"]
         self.run.threads, self.run.matmul = state["threads"], state["matmul"]
         self.meter.load_state_dict(state["meters"], self.global_rank, self.world_size)
         self.load_extra_state(state)
+
+    def network_state(self) -> dict[str, Any]:
+        """What the networks are built from, as plain values for a checkpoint."""
+        return {}
+
+    def restore_networks(self, state: Mapping[str, Any]) -> None:
+        """Build the networks from :meth:`network_state`, unless they exist."""
 
     def extra_state(self) -> dict[str, Any]:
         """Further plain values or tensors to keep in a checkpoint."""
@@ -203,6 +215,37 @@ class Module(LightningModule):
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`extra_state` gave."""
+
+    # -- settings of the process during a fit --------------------------------------------------------------------------
+
+    def apply_settings(self) -> None:
+        """Take the thread count and the library of products that the run asks for."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        if self.run.threads is not None:
+            self._undo.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.run.threads)
+        self.run.matmul = matmul.choose_matmul(self.run.matmul)
+        self._undo.enter_context(matmul.matmul_setting(self.run.matmul))
+
+    def restore_settings(self) -> None:
+        """Put thread count, matmul choice and uncompiled losses back as they were before the fit."""
+        self._undo.close()
+
+    def log_row(self, row: dict[str, Any], updates: int) -> None:
+        """Make a row of metrics known: to the files of the run, the bar and the loggers."""
+        self.metric_row = row
+        scalars = {k: float(v) for k, v in row.items() if not isinstance(v, list)}
+        self.log_dict({k: v for k, v in scalars.items() if k != "step"}, logger=False)
+        self.log_to_loggers(scalars, updates)
+
+    def log_to_loggers(self, values: dict[str, float], updates: int) -> None:
+        """Hand a row to the Trainer's loggers; one that fails is a warning, not the end of the run."""
+        for logger in self.loggers:
+            try:
+                logger.log_metrics({k: v for k, v in values.items() if k != "step"}, step=updates)
+            except Exception as error:
+                log.warning("logger %s failed at update %d: %s", type(logger).__name__, updates, error)
 
 
 class Meter:
@@ -255,24 +298,27 @@ class OfflineModule(Module):
     """
 
     view: ClassVar[Any] = TransitionView()
+    sizes: Sizes = None  # type: ignore[assignment]  # set by `initialize`
+    normalizer: Normalizer
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.metric_row: dict[str, Any] = {}  # the newest row of metrics, and of an evaluation
-        self.eval_row: dict[str, Any] = {}
-        self.interrupted_by = 0  # signal that ended the last fit, 0 when none did
+        self.seeds: tuple[int, ...] = ()  # several seeds trained at once: one more axis in front of every weight
         self._step = 1  # number of the update being made, which learning rates are functions of
         self._params: dict[str, list[Tensor]] = {}
         self._optimizers: dict[str, FusedAdam] = {}
         self._rates: dict[str, Rate] = {}
         self._bound: BoundView | None = None
         self._bound_version: tuple[int, int] = (0, 0)
-        self._undo = ExitStack()
         self._update_time = 0.0
         self._updates_timed = 0
 
     # -- to be written by a method -------------------------------------------------------------------------------------
+
+    def build(self, sizes: Sizes) -> None:
+        """Make the networks. Called once, before training or when a checkpoint is opened without data."""
+        raise NotImplementedError(f"{type(self).__name__} must define build(sizes) and make its networks there.")
 
     def learning_rates(self) -> dict[str, Rate]:
         """What is trained: name of a network or parameter of this module → its rate, or a function of the update."""
@@ -300,6 +346,52 @@ class OfflineModule(Module):
     def make_optimizer(self, name: str, params: list[Tensor]) -> FusedAdam:
         """The optimiser of one name: Adam (0.9, 0.999, 1e-8) by default."""
         return FusedAdam(params)
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    def initialize(self, sizes: Sizes, seed: int | None = None) -> OfflineModule:
+        """Build the networks for these sizes, reproducibly from the seed, without data or trainer. Returns self."""
+        if self.sizes is not None:
+            if self.sizes != sizes:
+                raise UsageError(f"the method was built for {self.sizes} but the data have {sizes}; expected the same.")
+            return self
+        self.sizes = sizes
+        self.seed = seed if seed is not None else (self.seed if self.seed is not None else torch.initial_seed())
+        self.seed %= 1 << 63
+        self.normalizer = Normalizer((sizes.obs_dim,), sizes.action_dim)
+        with torch.random.fork_rng(devices=[]):
+            if not self.seeds:
+                torch.manual_seed(self.seed)
+                self.build(sizes)
+            else:
+                self._build_stacked(sizes)
+        return self
+
+    def _build_stacked(self, sizes: Sizes) -> None:
+        """Build once per seed and put the parameters of all seeds into one tensor with an axis in front."""
+        states = []
+        for seed in self.seeds:
+            torch.manual_seed(seed)
+            self.build(sizes)
+            own = [(n, p) for n, p in self.named_parameters()]
+            states.append({name: p.detach().clone() for name, p in own})
+        for name, p in self.named_parameters():
+            p.data = torch.stack([state[name] for state in states])
+
+    def network_state(self) -> dict[str, Any]:
+        return {"sizes": asdict(self.sizes), "seeds": self.seeds}
+
+    def restore_networks(self, state: Mapping[str, Any]) -> None:
+        self.seeds = tuple(state["seeds"])
+        self.initialize(Sizes(**state["sizes"]), seed=state["seed"])
+
+    def facts(self) -> list[tuple[str, str]]:
+        replay, meta, sizes = self.trainer.datamodule.replay, self.data_meta, self.sizes  # type: ignore[attr-defined]
+        limits = f", {sizes.max_steps} steps at most" if sizes.max_steps else ""
+        return [
+            ("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({origin(meta)})"),
+            ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
+        ]
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
@@ -404,6 +496,10 @@ class OfflineModule(Module):
         self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self.fit_normalizer(replay)
 
+    def evaluates(self) -> str:
+        episodes, env = self.run.eval_episodes, self.data_meta.get("env_id")
+        return f"{episodes} episodes of {env}" if episodes and env else ""
+
     def fit_normalizer(self, replay: Replay) -> None:
         """Statistics of the rows that training draws."""
         self.normalizer.fit(
@@ -457,13 +553,7 @@ class OfflineModule(Module):
                 f"`batch_size` is {self.option('batch_size', 256)}; expected a multiple of the {self.world_size} "
                 "processes, as it is the size of the global batch."
             )
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        if self.run.threads is not None:
-            self._undo.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(self.run.threads)
-        self.run.matmul = matmul.choose_matmul(self.run.matmul)
-        self._undo.enter_context(matmul.matmul_setting(self.run.matmul))
+        self.apply_settings()
         if self.run.compile:
             self._compile_losses()
         self.meter.to(self.device)
@@ -492,10 +582,6 @@ class OfflineModule(Module):
             self._bound = self.view.bind(self.select(replay), self.normalizer, self.device)
             self._bound_version = version
             self.on_bind(self._bound)
-
-    def restore_settings(self) -> None:
-        """Put thread count, matmul choice and uncompiled losses back as they were before the fit."""
-        self._undo.close()
 
     def teardown(self, stage: str) -> None:
         self.restore_settings()
@@ -583,19 +669,17 @@ class OfflineModule(Module):
         row: dict[str, Any] = {f"train/{k}": v for k, v in self.meter.read(self._mean_over_processes).items()}
         speed = self._updates_timed / max(self._update_time, 1e-9)
         self._update_time, self._updates_timed = 0.0, 0
-        row = {"step": updates, **row, "perf/updates_per_s": speed}
-        self.metric_row = row
-        scalars = {k: float(v) for k, v in row.items() if not isinstance(v, list)}
-        self.log_dict({k: v for k, v in scalars.items() if k != "step"}, logger=False)
-        self.log_to_loggers(scalars, updates)
+        self.log_row({"step": updates, **row, "perf/updates_per_s": speed}, updates)
 
-    def log_to_loggers(self, values: dict[str, float], updates: int) -> None:
-        """Hand a row to the Trainer's loggers; one that fails is a warning, not the end of the run."""
-        for logger in self.loggers:
-            try:
-                logger.log_metrics({k: v for k, v in values.items() if k != "step"}, step=updates)
-            except Exception as error:
-                log.warning("logger %s failed at update %d: %s", type(logger).__name__, updates, error)
+
+def num_trained(module: nn.Module) -> int:
+    """Numbers that are trained (targets and buffers are not)."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def origin(meta: Mapping[str, Any]) -> str:
+    """Where data come from, in a few words."""
+    return str(meta.get("file") or {"made": "made here"}.get(str(meta.get("source")), meta.get("source", "arrays")))
 
 
 def has_dropout(module: nn.Module) -> bool:

@@ -29,8 +29,7 @@ def first_screen(trainer: Any, method: Any, folder: Path, extra: list[str]) -> s
         folder: of the run.
         extra: further lines, after that of the method.
     """
-    replay, meta, run = trainer.datamodule.replay, method.data_meta, method.run
-    sizes, now, total = method.sizes, trainer.global_step, trainer.max_steps
+    meta, now, total = method.data_meta, trainer.global_step, trainer.max_steps
     device = str(trainer.strategy.root_device)
     if device.startswith("cuda"):
         import torch
@@ -39,20 +38,15 @@ def first_screen(trainer: Any, method: Any, folder: Path, extra: list[str]) -> s
     if trainer.world_size > 1:
         device = f"{trainer.world_size} processes on {device}"
     threads, matmul = settings_in_use(method)
-    evaluation = (
-        f"every {run.eval_every:,} updates" if run.eval_every else "after the last update"
-    ) + f", {run.eval_episodes} episodes of {meta.get('env_id')}"
-    if not (run.eval_episodes and meta.get("env_id")):
-        evaluation = "none"
-    limits = f", {sizes.max_steps} steps at most" if sizes.max_steps else ""
+    what = method.evaluates()
+    when = f"every {method.run.eval_every:,} updates" if method.run.eval_every else "after the last update"
     start = f"continuing at update {now:,} of {total:,}" if now else "new"
     lines = [
         f"{type(method).__name__} on {meta.get('name', 'data')}, seed {method.seed}",
-        line("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({_origin(meta)})"),
-        line("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {parameters(method):,} parameters"),
+        *(line(label, text) for label, text in method.facts()),
         *extra,
-        line("updates", f"{total:,} of batch size {method.option('batch_size', 256)}"),
-        line("evaluate", evaluation),
+        line("updates", f"{total:,} of {method.batch_words()}"),
+        line("evaluate", f"{when}, {what}" if what else "none"),
         line("device", f"{device}, precision {trainer.precision}, threads {threads}, matmul {matmul}"),
         line("folder", f"{folder} ({start})"),
     ]
@@ -65,11 +59,6 @@ def settings_in_use(method: Any) -> tuple[int, str]:
     import torch
 
     return torch.get_num_threads(), method.run.matmul
-
-
-def parameters(method: Any) -> int:
-    """Numbers that are trained (targets and buffers are not)."""
-    return sum(p.numel() for p in method.parameters() if p.requires_grad)
 
 
 def recipe_lines(recipe: Any, used: Mapping[str, Any]) -> list[str]:
@@ -90,22 +79,32 @@ def recipe_lines(recipe: Any, used: Mapping[str, Any]) -> list[str]:
 
 def scores_line(scores: Mapping[str, float]) -> str:
     """The last evaluation and the best, in one sentence."""
-    for key, name in (("score", "normalised score"), ("success_rate", "success rate"), ("return_mean", "return")):
+    for key, name in (
+        ("score", "normalised score"),
+        ("success_rate", "success rate"),
+        ("return_mean", "return"),
+        ("rewards/accuracies", "held-out pairs ranked right"),
+        ("accuracy", "held-out accuracy"),
+    ):
         if key in scores:
             std = scores.get({"score": "score_std", "return_mean": "return_std"}.get(key, ""))
             spread = f" ± {std:.1f} (standard deviation over episodes)" if std is not None else ""
             best = scores.get(f"{key}_best")
             return f"{name}: last {scores[key]:.4g}{spread}" + (f", best {best:.4g}" if best is not None else "")
+    if "loss" in scores:
+        return f"held-out loss: {scores['loss']:.4g}"
     return "no evaluation: returns and scores were not measured"
 
 
-def last_lines(folder: Path, scores: Mapping[str, float], updates: int, seconds: float, resume: str | None) -> str:
-    """Scores, files, and the commands to go on."""
+def last_lines(
+    folder: Path, scores: Mapping[str, float], updates: int, seconds: float, resume: str | None, look: str
+) -> str:
+    """Scores, files, and the commands to go on: ``resume`` after an interruption, else ``look``."""
     files = [name for name in ("metrics.csv", "evals.csv", "curves.png", "checkpoints/") if (folder / name).exists()]
     lines = [
         ("Interrupted" if resume else "Done") + f" at update {updates:,} after {seconds:,.0f} s. {scores_line(scores)}",
         line("files", f"{folder}/: {', '.join(files)}"),
-        line("resume", resume) if resume else line("look", f"python -m offpolicy.evaluate {folder}"),
+        line("resume", resume) if resume else line("look", look),
     ]
     return "\n".join(lines)
 
@@ -113,7 +112,7 @@ def last_lines(folder: Path, scores: Mapping[str, float], updates: int, seconds:
 def versions(method: Any) -> dict[str, Any]:
     """What decides the numbers of a run: versions, commit, data and the settings that change last bits."""
     meta = method.data_meta
-    names = ("torch", "lightning", "gymnasium", "numpy", "jsonargparse")
+    names = ("torch", "lightning", "gymnasium", "numpy", "jsonargparse", "transformers")
     threads, matmul = settings_in_use(method)
     env = meta.get("env_id")
     return {
@@ -139,7 +138,3 @@ def git_commit(folder: Path) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _origin(meta: Mapping[str, Any]) -> str:
-    return str(meta.get("file") or {"made": "made here"}.get(str(meta.get("source")), meta.get("source", "arrays")))

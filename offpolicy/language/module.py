@@ -7,16 +7,54 @@ a reference, and writes one loss per row.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from offpolicy.data.sequences import PairView
-from offpolicy.errors import UsageError, check_range
-from offpolicy.modules import Metrics, Module
+from offpolicy.callbacks import Interruption, RestoreSettings
+from offpolicy.data import sampling
+from offpolicy.data.module import DataModule
+from offpolicy.data.sequences import BoundTexts, PairView
+from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.language import policy as policies
+from offpolicy.language.evaluation import HeldOut, RowMeter, eval_sample
+from offpolicy.language.layout import Answers, Layout, pair_layout, score, shares_prompt, single_layout
+from offpolicy.language.plan import Plan
+from offpolicy.language.reference import Cache, Columns, cache_folder, column_names, columns_of, texts_digest
+from offpolicy.language.scores import PairScores, Scores, SingleScores
+from offpolicy.modules import Metrics, Module, num_trained
 
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16", "auto")
+REFERENCES = ("auto", "precomputed", "live", "adapter_off")
+
+
+class StepMeans(NamedTuple):
+    """Facts about all rows of one optimiser step, over its micro-batches and processes.
+
+    Attributes:
+        weight: sum of the weights of its rows.
+        length: mean number of scored tokens of the chosen answers (of the answers, for singles).
+        sequence_length: the same with the prompt's scored tokens.
+        mismatched_ratio: mean log-ratio of answers under other prompts; None unless ``uses_mismatched``.
+    """
+
+    weight: float
+    length: float
+    sequence_length: float
+    mismatched_ratio: Tensor | None = None
 
 
 class LanguageModule(Module):
@@ -53,8 +91,13 @@ class LanguageModule(Module):
         chunk: tokens whose logits exist at once.
         dtype: of the weights: "float32", "bfloat16" or "auto" (as stored).
         attn_implementation: of transformers, such as "sdpa" or "eager"; None for its default.
-        group_by_length: put rows of similar length into one micro-batch.
+        group_by_length: put rows of similar length into one micro-batch. Does not change the result.
+        eval_rows: held-out rows looked at per evaluation, a fixed sample, ≥ 0; 0 for all.
     """
+
+    trains_on_texts = True
+    run_defaults: ClassVar[dict[str, Any]] = {"eval_every": 100, "log_every": 10}
+    look_command = "python -m offpolicy.export {folder} OUT"
 
     view: ClassVar[Any] = PairView()
     uses_reference: bool = True
@@ -86,6 +129,7 @@ class LanguageModule(Module):
         dtype: str = "float32",
         attn_implementation: str | None = None,
         group_by_length: bool = True,
+        eval_rows: int = 512,
     ) -> None:
         super().__init__()
         check_range("lr", lr, 0.0)
@@ -98,10 +142,39 @@ class LanguageModule(Module):
         check_range("lora_rank", lora_rank, 0)
         check_range("lora_dropout", lora_dropout, 0.0, 1.0, upper_open=True)
         check_range("chunk", chunk, 1)
+        check_range("eval_rows", eval_rows, 0)
         for name, value, known in (("lr_schedule", lr_schedule, SCHEDULES), ("dtype", dtype, DTYPES)):
             if value not in known:
                 raise UsageError(f"`{name}` is '{value}'; expected one of {', '.join(known)}.")
+        if adapter and lora_rank:
+            raise UsageError(
+                "`adapter` and `lora_rank` were both given; expected one: go on with an adapter, or begin."
+            )
+        if reference == "adapter_off" and (adapter or not lora_rank):
+            raise UsageError(
+                "`reference` is 'adapter_off', the untouched base model; expected a new adapter (`lora_rank`). Use "
+                "'auto', which takes the policy as it is at the start."
+            )
+        self.meter = RowMeter()
+        self.model: Any = None  # the causal language model, wrapped by peft where there are adapters
+        self.tokenizer: Any = None
+        self.strict_loading = not (lora_rank or adapter)  # checkpoints of adapters hold nothing else
         self.save_hyperparameters()
+        self.eval_bound: BoundTexts | None = None
+        self.eval_refs: Columns = {}
+        self._bound: BoundTexts | None = None
+        self._refs: Columns = {}
+        self._mismatched: dict[int, tuple[BoundTexts, Columns]] = {}  # epoch → answers under other prompts
+        self._live: list[Any] = []  # a reference model; in a list, so that it is no part of this module
+        self._plan: Plan | None = None
+        self._horizon = 0  # steps over which the rate falls
+        self._micro = 0  # micro-batches of the current step that are done
+        self._micro_batches = 1  # of one step on one process
+        self._means: tuple[int, StepMeans] | None = None
+        self._reference_words = "none"
+        self._start_digest = ""  # of the weights that training started from
+        self._check_start = False
+        self._seconds, self._tokens, self._steps_timed, self._began = 0.0, 0, 0, 0.0
 
     # -- to be written by a method -------------------------------------------------------------------------------------
 
@@ -112,3 +185,619 @@ class LanguageModule(Module):
             scores: :class:`PairScores` or :class:`SingleScores` of :mod:`offpolicy.language.scores`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss(scores).")
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def data_class(cls) -> type[DataModule]:
+        from offpolicy.data.text import TextData
+
+        return TextData
+
+    def bind_data(self, data: DataModule) -> None:
+        if not self.hparams.policy:
+            raise UsageError(
+                f"{type(self).__name__} was given no policy; expected a model to tune. Pass --model.policy with a "
+                "folder or a hub id."
+            )
+        if not hasattr(data, "bind_tokenizer"):
+            raise UsageError(
+                f"{type(self).__name__} trains on texts and was given a {type(data).__name__} ({data.name}); expected "
+                "TextData, such as --data pairs.jsonl."
+            )
+        data.bind_tokenizer(self.hparams.policy)
+
+    def planned_steps(self, data: DataModule) -> int | None:
+        rows = len(self.view.bind(data.load()))
+        return max(1, math.ceil(self.hparams.epochs * rows / self.hparams.batch_size))
+
+    def initialize(self, seed: int | None = None) -> LanguageModule:
+        """Open the policy and add its adapters, reproducibly from the seed, without data or trainer. Returns self."""
+        if self.model is not None:
+            return self
+        h = self.hparams
+        self.seed = (seed if seed is not None else self.seed if self.seed is not None else torch.initial_seed()) % (
+            1 << 63
+        )
+        model = policies.open_model(h.policy, dtype=h.dtype, attn_implementation=h.attn_implementation)
+        if h.adapter:
+            model = policies.open_adapter(model, h.adapter)
+        elif h.lora_rank:
+            model = self._adapted(
+                model,
+                {
+                    "r": h.lora_rank,
+                    "lora_alpha": 2 * h.lora_rank if h.lora_alpha is None else h.lora_alpha,
+                    "lora_dropout": h.lora_dropout,
+                    "target_modules": list(h.lora_targets) if h.lora_targets else "all-linear",
+                },
+            )
+        self._take_model(model)
+        return self
+
+    def _adapted(self, model: Any, settings: Mapping[str, Any]) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed or 0)
+            return policies.add_adapter(model, settings)
+
+    def _take_model(self, model: Any) -> None:
+        self.model = model
+        policies.base_of(model).config.use_cache = False
+        if self.hparams.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            if not self.strict_loading:
+                model.enable_input_require_grads()
+
+    @property
+    def pad_id(self) -> int:
+        return policies.pad_id(self.model, self.tokenizer)
+
+    @property
+    def shared_prompt(self) -> bool:
+        """Whether prompts that two answers share are computed once."""
+        wanted, exact = self.hparams.shared_prompt, shares_prompt(policies.base_of(self.model).config)
+        if wanted and not exact:
+            raise UsageError(
+                "`shared_prompt` is true, but with this model or attention it would change the numbers; expected null, "
+                "or attn_implementation 'sdpa' or 'eager' and a model that attends to its whole past."
+            )
+        return exact if wanted is None else wanted
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def network_state(self) -> dict[str, Any]:
+        base = policies.base_of(self.model)
+        return {
+            "policy_config": policies.describe_model(self.model),
+            "dtype": str(next(base.get_decoder().parameters()).dtype).removeprefix("torch."),
+            "adapter": policies.adapter_settings(self.model),
+            "start_digest": self._start_digest,
+        }
+
+    def restore_networks(self, state: Mapping[str, Any]) -> None:
+        if self.model is not None:
+            self._check_same_start(state)
+            return
+        h = self.hparams
+        if state["adapter"] is None:
+            dtype = getattr(torch, state["dtype"])
+            model = policies.build_model(state["policy_config"], dtype=dtype, attn_implementation=h.attn_implementation)
+        else:
+            model = policies.open_model(h.policy, dtype=state["dtype"], attn_implementation=h.attn_implementation)
+            model = self._adapted(model, state["adapter"])
+        self._take_model(model)
+
+    def _check_same_start(self, state: Mapping[str, Any]) -> None:
+        if self._start_digest and state["start_digest"] and self._start_digest != state["start_digest"]:
+            raise UsageError(
+                f"`policy` is {self.hparams.policy}, whose weights are not those that the run started from; expected "
+                "the same, as they are its reference. Pass the model the run was started with."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if not self.strict_loading:
+            trained = self._trained_names()
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if (
+            not self.strict_loading
+            and checkpoint.get("state_dict")
+            and self._trained_names() != set(checkpoint["state_dict"])
+        ):
+            raise UsageError("the checkpoint has other adapters than the method now. Pass the settings of its run.")
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, p in self.named_parameters() if p.requires_grad}
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"horizon": self._horizon}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self._horizon = state["horizon"]
+        if self._plan is not None and self._plan.seed != self.seed:
+            if self._mismatched:
+                raise UsageError(f"the run has the seed {self.seed}; expected the same. Pass --seed_everything {self.seed}.")
+            self._plan = self._make_plan()
+
+    def keep_files(self, folder: Path) -> None:
+        if self.tokenizer is not None:
+            policies.save_tokenizer(self.tokenizer, folder / "tokenizer")
+
+    def take_files(self, folder: Path) -> None:
+        from offpolicy.language.tokens import load_tokenizer
+
+        if (folder / "tokenizer").is_dir():
+            self.tokenizer = load_tokenizer(str(folder / "tokenizer"))
+
+    # -- what the first screen says ------------------------------------------------------------------------------------
+
+    def facts(self) -> list[tuple[str, str]]:
+        from offpolicy.language.preview import report
+
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        rows = (
+            []
+            if "format" not in data.replay.meta
+            else [(line[2:12].strip(), line[12:]) for line in report(data.replay).splitlines()[1:]]
+        )
+        rows = [row for row in rows if row[0] not in ("note", "warning")] or [("rows", f"{len(self._bound or ()):,}")]
+        numbers = sum(p.numel() for p in self.model.parameters())
+        kind = policies.base_of(self.model).config.model_type
+        return [
+            *rows,
+            ("policy", f"{self.hparams.policy} ({kind}), {numbers:,} parameters, {num_trained(self):,} trained"),
+            ("reference", self._reference_words),
+        ]
+
+    def batch_words(self) -> str:
+        split = f", {self._micro_batches} micro-batches each" if self._micro_batches > 1 else ""
+        assert self._plan is not None
+        epochs = self.trainer.max_steps / self._plan.steps_per_epoch
+        return f"{self.hparams.batch_size} rows{split}, {epochs:.3g} epochs"
+
+    def evaluates(self) -> str:
+        if self.eval_bound is None:
+            return ""
+        return f"{len(eval_sample(len(self.eval_bound), self.hparams.eval_rows)):,} held-out rows"
+
+    def samples(self) -> str:
+        from offpolicy.language.preview import samples
+
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        shown = data.options.get("show", 0)
+        return samples(data.replay, self.tokenizer, shown) if shown and self.tokenizer is not None else ""
+
+    # -- Lightning: construction ---------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Callback]:
+        trainer = self.trainer
+        if trainer.accumulate_grad_batches not in (None, 1):
+            raise UsageError(
+                f"the Trainer has accumulate_grad_batches={trainer.accumulate_grad_batches}; expected none, as it "
+                "follows from `batch_size` and `micro_batch_size` of the method."
+            )
+        if getattr(trainer, "datamodule", None) is not None:
+            self.bind_data(trainer.datamodule)  # type: ignore[attr-defined]
+        return [RestoreSettings(), HeldOut(), Interruption()]
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        trainer, h = self.trainer, self.hparams
+        data: Any = getattr(trainer, "datamodule", None)
+        if getattr(data, "replay", None) is None:
+            raise UsageError("fit was given no texts; expected a data module, such as TextData('pairs.jsonl').")
+        if self.seed is None:
+            self.seed = int(trainer.strategy.broadcast(torch.initial_seed())) % (1 << 63)
+        self._bound = self.view.bind(data.replay)
+        held_out = getattr(data, "eval_replay", None)
+        wanted = held_out is not None and self.run.eval_episodes > 0
+        self.eval_bound = self.view.bind(held_out) if wanted else None
+        self.data_meta, self.data_fingerprint = dict(data.replay.meta), data.replay.fingerprint()
+        if self.tokenizer is None and "tokenizer" in data.replay.meta:
+            self.tokenizer = data.tokenizer
+        self.initialize()
+        self._check_ids(data.replay)
+        trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
+        self._start_digest = policies.weights_digest(self.model)
+        per_forward = h.micro_batch_size or math.ceil(h.batch_size / self.world_size)
+        self._micro_batches = max(1, math.ceil(h.batch_size / (per_forward * self.world_size)))
+        self.rows_per_forward = min(per_forward, math.ceil(h.batch_size / self.world_size))
+        trainer.accumulate_grad_batches = self._micro_batches
+        self._plan = self._make_plan()
+        if trainer.max_steps < 1:
+            trainer.fit_loop.epoch_loop.max_steps = self.planned_steps(data) or 1
+        if trainer.fit_loop.max_epochs is None or trainer.fit_loop.max_epochs > 0:
+            trainer.fit_loop.max_epochs = -1  # epochs are counted here; the loader never ends
+        self._horizon = trainer.max_steps
+        if self.uses_mismatched and len(self._bound) < 2:
+            raise DataError(
+                "the data have one answer; expected two or more, since answers are paired with other prompts."
+            )
+
+    def _make_plan(self) -> Plan:
+        assert self._bound is not None
+        return Plan(
+            self._bound.lengths.sum(1),
+            batch_size=self.hparams.batch_size,
+            slots=self._micro_batches * self.world_size,
+            seed=self.seed or 0,
+            by_length=self.hparams.group_by_length,
+        )
+
+    def _check_ids(self, replay: Any) -> None:
+        largest = int(np.asarray(replay.steps["token"]).max())
+        size = policies.base_of(self.model).get_input_embeddings().num_embeddings
+        if largest >= size:
+            raise DataError(
+                f"the texts have the token id {largest}, but {self.hparams.policy} knows ids below {size}; expected "
+                "texts tokenised for this model. Leave `--data.tokenizer` out."
+            )
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy asks for it; make the reference while the policy still is at its start."""
+        if getattr(self, "_trainer", None) is None or not self.trainer.training or self._bound is None:
+            return
+        if self._device_mesh is not None:
+            shard(self.model, self._device_mesh["data_parallel"])
+        self.model.to(self.trainer.strategy.root_device)
+        self._make_reference()
+
+    # -- the reference -------------------------------------------------------------------------------------------------
+
+    def _make_reference(self) -> None:
+        h, bound = self.hparams, self._bound
+        assert bound is not None and self._plan is not None
+        self._refs, self.eval_refs, self._live, self._mismatched = {}, {}, [], {}
+        other = h.reference not in REFERENCES
+        self._check_start = self.uses_reference and not other and not h.lora_dropout
+        epochs = range(self._plan.place(self.trainer.max_steps - 1)[0] + 1)
+        if self.uses_mismatched:
+            self._mismatched = {e: (other_prompts(bound, self._plan.before(e)), {}) for e in epochs}
+        if self.uses_mismatched and self.eval_bound is not None:
+            rows = np.arange(len(self.eval_bound))
+            self._mismatched[-1] = (other_prompts(self.eval_bound, np.roll(rows, 1)), {})
+        if not self.uses_reference:
+            self._reference_words = "none, the method needs no reference"
+            return
+        if h.reference in ("live", "adapter_off"):
+            self._reference_words = "a frozen copy" if h.reference == "live" else "the policy with its adapter off"
+            if h.reference == "live":
+                self._live = [self._frozen_copy()]
+            return
+        model, digest = self.model, self._start_digest
+        if other:
+            model = policies.open_model(h.reference, dtype=h.dtype, attn_implementation=h.attn_implementation)
+            model = self.trainer.precision_plugin.convert_module(model)
+            digest = policies.weights_digest(model)
+            model.to(self.trainer.strategy.root_device)
+        began, computed, total = time.perf_counter(), 0, 0
+        folder = cache_folder(h.ref_cache)
+        used = self._plan.rows_until(self.trainer.max_steps)
+        jobs: list[tuple[BoundTexts, np.ndarray, Any]] = [(bound, used, partial(setattr, self, "_refs"))]
+        if self.eval_bound is not None:
+            sample = eval_sample(len(self.eval_bound), h.eval_rows)
+            jobs.append((self.eval_bound, sample, partial(setattr, self, "eval_refs")))
+        for epoch, (texts, _) in self._mismatched.items():
+            sample = used if epoch >= 0 else np.arange(len(texts))
+            jobs.append((texts, sample, lambda found, e=epoch, t=texts: self._mismatched.update({e: (t, found)})))
+        for texts, rows, put in jobs:
+            cache = Cache(folder, self._reference_parts(model, digest, texts))
+            compute = partial(self._reference_columns, model, texts)
+            rank = self.global_rank if self.world_size > 1 else 0
+            found, now = columns_of(texts, rows, cache, compute, rank=rank, world=self.world_size)
+            put(found)
+            computed, total = computed + now, total + len(rows)
+        words = f"{h.reference if other else 'the policy at its start'}, {total:,} rows "
+        seconds = time.perf_counter() - began
+        words += f"computed in {seconds:.1f} s" if computed else "found"
+        self._reference_words = f"{words} ({'kept' if computed else 'computed earlier,'} in {folder})"
+
+    def _frozen_copy(self) -> Any:
+        if self._device_mesh is not None:
+            raise UsageError("`reference` is 'live', which sharding does not do; expected 'auto' or 'precomputed'.")
+        h = self.hparams
+        model = policies.open_model(h.policy, dtype=h.dtype, attn_implementation=h.attn_implementation)
+        model = policies.open_adapter(model, h.adapter) if h.adapter else model
+        return self.trainer.precision_plugin.convert_module(model).to(self.trainer.strategy.root_device).eval()
+
+    def _reference_parts(self, model: Any, digest: str, texts: BoundTexts) -> dict[str, Any]:
+        import transformers
+
+        base = policies.base_of(model)
+        return {
+            "weights": digest,
+            "config": base.config.to_dict() | {"_name_or_path": "", "use_cache": False},
+            "attention": base.config._attn_implementation,
+            "precision": str(self.trainer.precision),
+            "dtype": str(next(base.parameters()).dtype),
+            "texts": texts_digest(texts),
+            "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
+        }
+
+    def _reference_columns(self, model: Any, bound: BoundTexts, rows: np.ndarray) -> Columns:
+        """Summed log-probabilities of these rows, in forward passes of ``rows_per_forward``."""
+        names, parts = column_names(bound), []
+        training = model.training
+        model.eval()
+        with torch.no_grad(), self.precision_context():
+            for start in range(0, len(rows), self.rows_per_forward):
+                some = rows[start : start + self.rows_per_forward]
+                answers = self._answers(model, self._layout(bound.gather(some)), stats=False)
+                parts.append(answers.sum_logps[: len(names) * len(some)].view(len(names), -1).cpu())
+        model.train(training)
+        return {name: torch.cat([part[i] for part in parts]).numpy() for i, name in enumerate(names)}
+
+    def _reference_model(self) -> tuple[Any, AbstractContextManager[Any]]:
+        if self._live:
+            return self._live[0], nullcontext()
+        return self.model, self.model.disable_adapter()
+
+    # -- scores --------------------------------------------------------------------------------------------------------
+
+    def precision_context(self) -> AbstractContextManager[Any]:
+        """The precision that training runs in, for forward passes outside of it."""
+        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+
+    def _layout(self, batch: Any) -> Layout:
+        if isinstance(self.view, PairView):
+            layout = pair_layout(batch, self.pad_id, shared_prompt=self.shared_prompt, prompt_too=self.scores_prompt)
+        else:
+            layout = single_layout(batch, self.pad_id, prompt_too=self.scores_prompt)
+        return layout.to(self.device if self._trainer is None else self.trainer.strategy.root_device)
+
+    def _answers(self, model: Any, layout: Layout, *, stats: bool) -> Answers:
+        return score(model, layout, chunk=self.hparams.chunk, stats=stats)
+
+    def scores(
+        self, bound: BoundTexts, rows: np.ndarray, refs: Columns, means: StepMeans, *, stats: bool = False
+    ) -> Any:
+        """What :meth:`loss` takes, for rows of a table: :class:`PairScores` or :class:`SingleScores`."""
+        batch = bound.gather(rows)
+        layout = self._layout(batch)
+        answers = self._answers(self.model, layout, stats=stats)
+        reference = self._references(bound, rows, refs, layout, answers)
+        facts = {name: value.to(answers.length.device) for name, value in batch.facts.items()}
+        size = len(rows)
+
+        def part(i: int, prompt: int | None) -> Scores:
+            own = slice(i * size, (i + 1) * size)
+            other = None if prompt is None else slice(prompt * size, (prompt + 1) * size)
+            return Scores(
+                answers.sum_logps[own],
+                answers.length[own],
+                None if reference is None else reference[i],
+                None if other is None else answers.sum_logps[other],
+                None if other is None else answers.length[other],
+                {name: value[own] for name, value in answers.stats.items()},
+            )
+
+        if isinstance(self.view, PairView):
+            chosen, rejected = part(0, 2 if self.scores_prompt else None), part(1, None)
+            return PairScores(chosen, rejected, facts, means.length, means.sequence_length)
+        answer = part(0, 1 if self.scores_prompt else None)
+        return SingleScores(answer, facts, means.length, mismatched_ratio=means.mismatched_ratio)
+
+    def _references(
+        self, bound: BoundTexts, rows: np.ndarray, refs: Columns, layout: Layout, answers: Answers
+    ) -> list[Tensor] | None:
+        """log-probabilities under the reference, one (B,) per answer of a row."""
+        if not self.uses_reference:
+            return None
+        names, size = column_names(bound), len(rows)
+        if refs:
+            if np.isnan(refs[names[0]][rows]).any():
+                raise UsageError(f"the run has the seed {self.seed}; expected the same. Pass --seed_everything {self.seed}.")
+            return [torch.from_numpy(refs[n][rows]).to(answers.sum_logps) for n in names]
+        model, context = self._reference_model()
+        training = model.training
+        model.eval()
+        with torch.no_grad(), context:
+            found = self._answers(model, layout, stats=False).sum_logps
+        model.train(training)
+        return [found[i * size : (i + 1) * size] for i in range(len(names))]
+
+    def step_means(self, bound: BoundTexts, rows: np.ndarray) -> StepMeans:
+        """What losses need to know of all rows of a step."""
+        lengths = bound.lengths[rows]
+        sequence = lengths[:, 1] + np.maximum(lengths[:, 0] - 1, 0)
+        ratio = self._mismatched_ratio(bound, rows) if self.uses_mismatched else None
+        return StepMeans(row_weights(bound, rows).sum(), lengths[:, 1].mean(), sequence.mean(), ratio)
+
+    def _mismatched_ratio(self, bound: BoundTexts, rows: np.ndarray) -> Tensor:
+        """Mean log-ratio of answers under other prompts over the rows of a step, 0-d."""
+        epoch = -1 if bound is self.eval_bound else self._plan_of().place(self.global_step)[0]
+        texts, refs = self._mismatched[epoch]
+        world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
+        padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % world)])
+        counts = torch.from_numpy((np.arange(len(padded)) < len(rows))[rank::world])
+        mine, total = padded[rank::world], torch.zeros((), dtype=torch.float64, device=self.device)
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            for start in range(0, len(mine), self.rows_per_forward):
+                part = slice(start, start + self.rows_per_forward)
+                layout = self._layout(texts.gather(mine[part]))
+                answers = self._answers(self.model, layout, stats=False)
+                reference = self._references(texts, mine[part], refs, layout, answers)
+                assert reference is not None
+                ratio = answers.sum_logps[: len(mine[part])] - reference[0]
+                total += (ratio.double() * counts[part].to(ratio.device)).sum()
+        self.model.train(training)
+        return (self.sum_over_processes(total) / len(rows)).float()
+
+    def sum_over_processes(self, x: Tensor) -> Tensor:
+        if self.world_size > 1:
+            x = x.clone()
+            torch.distributed.all_reduce(x)
+        return x
+
+    # -- Lightning: the loop -------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Optimizer:
+        h = self.hparams
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": h.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = self._device_mesh is None and self.device.type in ("cpu", "cuda")
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=h.lr, betas=tuple(h.adam_betas), fused=fused)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step ``step`` (from 0): a linear rise, then the schedule, down to 0 after the last."""
+        h, horizon = self.hparams, max(1, self._horizon)
+        rise = round(h.warmup_ratio * horizon)
+        if step < rise:
+            return h.lr * (step + 1) / rise
+        done = min(1.0, (step - rise) / max(1, horizon - rise))
+        return (
+            h.lr
+            * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[h.lr_schedule]
+        )
+
+    def on_fit_start(self) -> None:
+        if self.trainer.precision == "16-mixed":
+            raise UsageError("precision '16-mixed' needs loss scaling, which methods do not do; use 'bf16-mixed'.")
+        self.apply_settings()
+        self.model.train()
+
+    def on_train_start(self) -> None:
+        self.meter.to(self.device)
+        self._horizon = max(self._horizon, self.trainer.max_steps)
+        self._micro, self.step_ended, self._means = 0, True, None
+        self._align_batches()
+
+    def _align_batches(self) -> None:
+        """Let Lightning's count of micro-batches fit those per step, which a resumed run may have changed."""
+        loop = self.trainer.fit_loop.epoch_loop
+        progress: Any = loop.batch_progress.current
+        count = self.global_step * self._micro_batches
+        if progress.ready != count:
+            progress.ready = progress.started = progress.processed = count
+            progress.completed = count - loop.restarted_on_train_batch_end
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._began = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Training stands still from here to the next micro-batch: evaluation and files do not count."""
+        self._seconds += time.perf_counter() - self._began
+        self._began = time.perf_counter()
+
+    def training_step(self, tick: Any, batch_idx: int) -> Tensor:
+        t, j, bound = self.global_step, self._micro, self._bound
+        plan = self._plan_of()
+        assert bound is not None
+        if j == 0:
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = self.rate(t)
+            self._means = (t, self.step_means(bound, plan.rows(t)))
+        means = self._means[1]  # type: ignore[index]
+        world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
+        rows = plan.slot(t, j * world + rank)
+        real = len(rows) > 0
+        rows = rows if real else plan.rows(t)[-1:]  # every process runs the same number of forward passes
+        if self.hparams.lora_dropout:
+            stream = f"dropout of process {rank}"
+            torch.manual_seed(
+                int(sampling.keys(self.seed or 0, stream, torch.tensor([t * self._micro_batches + j]))[0])
+            )
+        scores = self.scores(bound, rows, self._refs, means, stats=self._logs(t + 1))
+        loss, metrics = self.loss(scores)
+        if t == 0 and j == 0 and self._check_start:
+            self._check_reference(scores)
+        weight = torch.from_numpy(row_weights(bound, rows) * real).to(loss)
+        self.meter.add({"loss": loss.detach(), **metrics}, torch.full_like(weight, float(real)))
+        self._tokens += int(bound.lengths[rows].sum()) if real else 0
+        self._micro = (j + 1) % self._micro_batches
+        self.step_ended = self._micro == 0
+        # Lightning takes the mean over micro-batches and processes
+        return (loss * weight).sum() * (self._micro_batches * world / means.weight)
+
+    def _plan_of(self) -> Plan:
+        assert self._plan is not None
+        return self._plan
+
+    def _logs(self, updates: int) -> bool:
+        return updates % self.run.log_every == 0 or updates == self.trainer.max_steps
+
+    def _check_reference(self, scores: Any) -> None:
+        """At the start the policy is its reference, so their log-probabilities agree."""
+        parts = [scores.chosen, scores.rejected] if isinstance(scores, PairScores) else [scores.answer]
+        exact = scores[0].sum_logps.dtype in (torch.float32, torch.float64) and "bf16" not in str(
+            self.trainer.precision
+        )
+        exact = exact and next(policies.base_of(self.model).parameters()).dtype != torch.bfloat16
+        tolerance = 1e-4 if exact else 2e-2
+        for part in parts:
+            apart = (part.log_ratio.detach().abs() / (10.0 + part.sum_logps.detach().abs())).max().item()
+            if not apart <= tolerance:
+                raise UsageError(
+                    "at the first step the policy is its own reference, but their log-probabilities differ by "
+                    f"{part.log_ratio.abs().max().item():.3g} nats. Remove {cache_folder(self.hparams.ref_cache)} (or "
+                    "set --model.ref_cache) to compute the reference again."
+                )
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self._steps_timed += 1
+        t = self.global_step
+        if self._logs(t + 1):
+            self._write_row(t + 1, optimizer)
+
+    def _write_row(self, updates: int, optimizer: Optimizer) -> None:
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        norm: Any = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.stop_clock()
+        tokens = self.sum_over_processes(torch.tensor(float(self._tokens), device=self.device)).item()
+        seconds = max(self._seconds, 1e-9)
+        row = {
+            "step": updates,
+            **{f"train/{name}": value for name, value in self.meter.read(self.sum_over_processes).items()},
+            "train/grad_norm": norm.item(),
+            "train/learning_rate": optimizer.param_groups[0]["lr"],
+            "train/epoch": updates / self._plan_of().steps_per_epoch,
+            "perf/updates_per_s": self._steps_timed / seconds,
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/peak_memory_mb": peak_memory(self.device),
+        }
+        self._seconds, self._tokens, self._steps_timed = 0.0, 0, 0
+        self.log_row(row, updates)
+
+    def teardown(self, stage: str) -> None:
+        self.restore_settings()
+        self._live = []
+
+
+def row_weights(bound: BoundTexts, rows: np.ndarray) -> np.ndarray:
+    """Weights of rows in the loss: their column ``weight``, else 1; (B,) float64."""
+    weight = bound.facts.get("weight")
+    return np.ones(len(rows)) if weight is None else np.asarray(weight[rows], dtype=np.float64)
+
+
+def other_prompts(bound: BoundTexts, previous: np.ndarray) -> BoundTexts:
+    """Every prompt of a table of singles with the answer of another row."""
+    index = np.stack([bound.index[:, 0], bound.index[previous, 1]], axis=1)
+    return BoundTexts(bound.replay, index, {}, bound.kind)
+
+
+def shard(model: nn.Module, mesh: Any) -> None:
+    """FSDP2: every layer is a unit, the rest is one more."""
+    from torch.distributed.fsdp import fully_shard
+
+    layers = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if layers:
+        for layer in max(layers, key=lambda m: sum(p.numel() for p in m.parameters())):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory this process has held so far, MiB: on the GPU, else in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,179 @@
+"""The language model of a method: opened from a folder or the hub, with adapters, and rebuilt from a checkpoint.
+
+Models come from ``transformers``, adapters from ``peft`` (the extra ``lora``); both are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offpolicy.errors import UsageError
+
+
+def open_model(name: str, *, dtype: str = "float32", attn_implementation: str | None = None) -> Any:
+    """A causal language model with its weights, on the CPU, without dropout.
+
+    Args:
+        name: folder, or id of the Hugging Face hub.
+        dtype: of the weights: "float32", "bfloat16" or "auto" (as stored).
+        attn_implementation: as of ``transformers``.
+
+    Raises:
+        UsageError: no such folder or id, or no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not name:
+        raise UsageError(
+            "no policy was given; expected a model to tune. Pass --model.policy with a folder or a hub id."
+        )
+    settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        with silent():
+            config = without_dropout(AutoConfig.from_pretrained(name))
+            return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype_of(dtype), **settings)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(_not_opened("policy", name, error)) from None
+
+
+def build_model(config: str, *, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
+    """The same architecture with random weights, from its configuration as JSON."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with silent(), torch.random.fork_rng(devices=[]):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**json.loads(config)), dtype=dtype, **settings
+        ).eval()
+
+
+def describe_model(model: Any) -> str:
+    """The configuration of a model as JSON, for :func:`build_model`."""
+    return base_of(model).config.to_json_string(use_diff=False)
+
+
+def add_adapter(model: Any, settings: Mapping[str, Any]) -> Any:
+    """LoRA adapters on a model (arXiv:2106.09685): all other weights are frozen. They start as no change.
+
+    Args:
+        settings: of ``peft.LoraConfig``.
+
+    Raises:
+        UsageError: peft is not installed, or a target is not in the model.
+    """
+    peft = import_peft()
+    try:
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    except ValueError as error:
+        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise UsageError(f"`lora_targets` cannot be used: {_first(error)} The layers are {', '.join(names)}.") from None
+
+
+def open_adapter(model: Any, folder: str) -> Any:
+    """A trained adapter on its base model, to be trained further.
+
+    Raises:
+        UsageError: peft is not installed, or the folder holds no adapter of this model.
+    """
+    peft = import_peft()
+    try:
+        with silent():
+            return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(_not_opened("adapter", folder, error)) from None
+
+
+def adapter_settings(model: Any) -> dict[str, Any] | None:
+    """What rebuilds the adapters of a model, plain; None without adapters."""
+    configs = getattr(model, "peft_config", None)
+    if configs is None:
+        return None
+    config = configs["default"]
+    plain = {
+        name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
+    }
+    targets = config.target_modules
+    plain["target_modules"] = targets if isinstance(targets, str) else sorted(targets or ())
+    plain["modules_to_save"] = sorted(config.modules_to_save) if config.modules_to_save else None
+    return plain
+
+
+def import_peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UsageError(
+            "LoRA needs the package peft, which is not installed. Run: pip install 'offpolicy[lora]'."
+        ) from None
+    return peft
+
+
+def base_of(model: Any) -> Any:
+    """The model under the adapters, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def without_dropout(config: Any) -> Any:
+    """Set every dropout rate of a configuration to 0, so that policy and reference agree at the start."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith(("_pdrop", "_drop"))):
+            setattr(config, name, 0.0)
+    return config
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of names, types and bytes of all weights and buffers; equal for equal models on any machine."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def dtype_of(name: str) -> Any:
+    return name if name == "auto" else getattr(torch, name)
+
+
+def pad_id(model: Any, tokenizer: Any) -> int:
+    """A token id to fill rows with; any will do, as padding is never looked at."""
+    found = getattr(tokenizer, "pad_token_id", None)
+    return int(found) if found is not None and found < base_of(model).get_input_embeddings().num_embeddings else 0
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    with silent():
+        tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Without the bars and remarks of ``transformers`` while a model is opened."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _not_opened(option: str, name: str, error: Exception) -> str:
+    expected = {"policy": "a causal language model", "adapter": "an adapter of this model"}[option]
+    place = "there is no such folder, and no hub id can be reached" if not Path(name).exists() else _first(error)
+    return f"`{option}` is '{name}', which does not open as {expected}: {place}. Pass a folder or a hub id org/name."
+
+
+def _first(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".") + "."
