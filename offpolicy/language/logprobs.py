@@ -2,9 +2,9 @@
 
 With hidden state h and head W, z = scale · (W h + b), soft-capped to c · tanh(z / c) where the model does so, and
 log p(t) = z_t − logsumexp(z). Logits exist only as tiles of some tokens by some part of the vocabulary: the forward
-pass keeps one number per token (the logsumexp), the backward pass makes each tile again (the idea of Cut
-Cross-Entropy, arXiv:2411.09009, in plain tensor operations). The vocabulary is the outer loop, so each part of the
-weight's gradient is finished while it lies in the cache and is written once.
+pass keeps one number per token (the logsumexp) and a bounded number of tiles, the backward pass makes the others again
+(the idea of Cut Cross-Entropy, arXiv:2411.09009, in plain tensor operations). The vocabulary is the outer loop, so each
+part of the weight's gradient is finished while it lies in the cache and is written once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# logits of one tile on a CPU: 8 MB in float32, which the processor's cache still holds
-CPU_TILE = 2**21
+# logits of one tile on a CPU: 4 MB in float32, which the processor's cache still holds
+CPU_TILE = 2**20
 # tokens of one tile; more only make the tile narrower
 TILE_TOKENS = 1024
 
@@ -44,7 +44,8 @@ def token_logps(
         bias: added to the logits, (V,).
         softcap: c of the final soft-cap, > 0; None for none.
         scale: factor on the logits before the cap.
-        chunk: at most ``chunk * V`` logits exist at a time, ≥ 1.
+        chunk: at most about ``chunk * V`` logits exist at a time, ≥ 1. As many are kept for the backward pass, which
+            saves making them again; from n on, none is made twice.
         stats: also return facts per token, without gradient; they cost about as much as the log-probabilities.
 
     Returns:
@@ -88,9 +89,14 @@ class _TokenLogps(torch.autograd.Function):
         sums = torch.zeros_like(top) if stats else None
         spread = torch.zeros_like(top) if stats else None  # Σ z exp(z - maximum)
         tiles = _Tiles(hidden, weight, bias, softcap, chunk)
+        room = chunk * vocabulary if any(ctx.needs_input_grad) else 0
+        kept: dict[tuple[int, int], Tensor] = {}
         for part in tiles.parts():
             for rows in tiles.blocks():
                 z = tiles.logits(rows, part)
+                if keep := 0 < z.numel() <= room:
+                    room -= z.numel()
+                    kept[rows.start, part.start] = z
                 index = target[rows] - part.start
                 inside = (index >= 0) & (index < z.shape[1])
                 here = z.gather(1, index.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
@@ -100,11 +106,12 @@ class _TokenLogps(torch.autograd.Function):
                 if sums is not None and spread is not None:
                     sums[rows] += z.sum(1)
                     spread[rows] = spread[rows] * shrink + (torch.exp(z - new[:, None]) * z).sum(1)
-                total[rows] = total[rows] * shrink + z.sub_(new[:, None]).exp_().sum(1)
+                z = z - new[:, None] if keep else z.sub_(new[:, None])
+                total[rows] = total[rows] * shrink + z.exp_().sum(1)
                 top[rows] = new
         log_total = total.log()
         ctx.save_for_backward(hidden, weight, bias, target, top + log_total)
-        ctx.softcap, ctx.chunk = softcap, chunk
+        ctx.softcap, ctx.chunk, ctx.kept = softcap, chunk, kept
         logps = (chosen - top) - log_total
         if sums is None or spread is None:
             return (logps,)
@@ -127,7 +134,8 @@ class _TokenLogps(torch.autograd.Function):
         for part in tiles.parts():
             d_part = None
             for rows in tiles.blocks():
-                z = tiles.logits(rows, part)
+                z = ctx.kept.pop((rows.start, part.start), None)  # a second backward pass makes it again
+                z = tiles.logits(rows, part) if z is None else z
                 slope = None if ctx.softcap is None else 1 - (z / ctx.softcap).square_()
                 p = z.sub_(logsumexp[rows, None]).exp_()
                 index = target[rows] - part.start
@@ -167,7 +175,8 @@ class _Tiles:
         # blocks of nearly equal size, so that none is a thin rest
         count = -(-n // min(TILE_TOKENS, budget)) or 1
         self.tokens = -(-n // count)
-        self.width = min(vocabulary, max(1, budget // max(1, self.tokens)))
+        count = -(-vocabulary // max(1, budget // max(1, self.tokens)))
+        self.width = -(-vocabulary // count)
         self._blocks = [slice(i, min(i + self.tokens, n)) for i in range(0, n, self.tokens)] if n else [slice(0, 0)]
         self._part: tuple[int, Tensor] | None = None
 

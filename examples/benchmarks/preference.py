@@ -1,0 +1,249 @@
+"""DPO: tokens per second of processor time and peak memory, beside TRL's ``DPOTrainer`` and a plain loop.
+
+usage: python examples/benchmarks/preference.py [--trl PATH/TO/python] [--parts] [--rounds 3] [--steps 20] [--pairs 4]
+
+A random Qwen2-shaped model (4 layers of width 256, vocabulary 32,000), random pairs of a prompt of 128 tokens and two
+answers of 128, float32, one thread, the same pairs in the same order everywhere. Each figure is a process of its own,
+and the figures of a round are taken in turn, so that a drift of the machine hits all alike:
+
+  trainer      offpolicy.fit with metrics, files and progress bar on, the reference in columns
+  loop         the same steps in a bare loop
+  trl          DPOTrainer as it comes; the interpreter of an environment with TRL 1.16 is named by --trl
+  trl_tuned    the same with its reference precomputed and without gradient checkpointing
+
+With --parts, a second table: a plain loop (all logits at once, a live reference, torch's AdamW), and each part added.
+Tokens count what a row per answer would hold, 2 · pairs · 256 per step, for all. Time spent on reference columns is not
+in the rates of those that use columns; it is reported as ``reference_cpu_s`` per step's worth of pairs, and paid once
+per data set. Losses of the first steps stand side by side. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+VOCABULARY, PROMPT, ANSWER = 32_000, 128, 128
+BETA, LR = 0.1, 1e-5
+EOS = 0
+# each part of the second table with all above it
+PARTS = (
+    "plain",
+    "cached reference",
+    "head on answers only",
+    "tiles",
+    "shared prompt",
+    "fused optimiser",
+    "oneDNN",
+    "kept memory",
+    "no tile twice",
+)
+
+
+def prepare(folder: Path, rows: int) -> None:
+    """The policy, its tokenizer (a word per token) and the pairs as text and as ids."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    words = {"<eos>": EOS, **{f"w{i}": i for i in range(1, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    fast.save_pretrained(folder / "policy")
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder / "policy")
+    ids = torch.randint(1, VOCABULARY, (rows, PROMPT + 2 * ANSWER))
+    with open(folder / "pairs.jsonl", "w") as file:
+        for row in ids.tolist():
+            prompt, chosen, rejected = row[:PROMPT], row[PROMPT : PROMPT + ANSWER - 1], row[PROMPT + ANSWER + 1 :]
+            texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            line = {k: ("" if k == "prompt" else " ") + " ".join(f"w{i}" for i in v) for k, v in texts.items()}
+            file.write(json.dumps(line) + "\n")
+
+
+def read_pairs(folder: Path, first: int, count: int) -> Any:
+    """Pairs `first`, … of the file as ids, each answer with its end token."""
+    import torch
+
+    from offpolicy.data.sequences import Pairs, Ragged
+
+    lines = [json.loads(line) for line in open(folder / "pairs.jsonl")]
+    lines = [lines[i % len(lines)] for i in range(first, first + count)]
+
+    def ragged(name: str) -> Ragged:
+        rows = [[int(w[1:]) for w in line[name].split()] + ([] if name == "prompt" else [EOS]) for line in lines]
+        return Ragged(torch.tensor([i for row in rows for i in row]), torch.tensor([len(row) for row in rows]))
+
+    prompt = ragged("prompt")
+    return Pairs(prompt, ragged("chosen"), prompt, ragged("rejected"), {}, torch.arange(count))
+
+
+def run_loop(folder: Path, steps: int, size: int, part: int) -> dict[str, Any]:
+    """A bare loop with the first parts of `PARTS`, up to number `part`."""
+    import torch
+    from torch import Tensor, nn
+    from torch.nn.functional import logsigmoid
+    from transformers import AutoModelForCausalLM
+
+    from offpolicy.language.layout import Layout, pair_layout, score
+    from offpolicy.matmul import choose_matmul, matmul_setting
+    from offpolicy.memory import keep_freed_memory
+
+    has = {name: part >= i for i, name in enumerate(PARTS)}
+    if has["kept memory"]:
+        keep_freed_memory()
+    policy = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    reference = None if has["cached reference"] else copy.deepcopy(policy)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), LR, weight_decay=0.0, **({"fused": True} if has["fused optimiser"] else {"foreach": True})
+    )
+    layouts = [
+        pair_layout(read_pairs(folder, i * size, size), EOS, shared_prompt=has["shared prompt"]) for i in range(steps)
+    ]
+
+    def sums(model: nn.Module, layout: Layout) -> Tensor:
+        if has["tiles"]:
+            return score(model, layout, chunk=4096 if has["no tile twice"] else 256).sum_logps
+        if has["head on answers only"]:
+            hidden = model.model(input_ids=layout.input_ids, use_cache=False).last_hidden_state
+            logits = model.lm_head(hidden.flatten(0, 1)[layout.predict])
+        else:
+            logits = model(input_ids=layout.input_ids, use_cache=False).logits.flatten(0, 1)
+        logps = logits.log_softmax(-1)
+        logps = logps if has["head on answers only"] else logps[layout.predict]
+        logps = logps.gather(1, layout.target[:, None])[:, 0]
+        return logps.new_zeros(layout.num_answers).index_add(0, layout.answer, logps)
+
+    with matmul_setting(choose_matmul("auto") if has["oneDNN"] else "mkl"):
+        began = time.process_time()
+        with torch.no_grad():
+            columns = [sums(policy, layout) for layout in layouts] if reference is None else []
+        reference_time = (time.process_time() - began) / steps
+        losses, marks = [], []
+        for step, layout in enumerate(layouts):
+            marks.append(time.process_time())
+            found = sums(policy, layout)
+            with torch.no_grad():
+                base = columns[step] if reference is None else sums(reference, layout)
+            ratio = found - base
+            loss = -logsigmoid(BETA * (ratio[:size] - ratio[size:])).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = LR * (1 - step / steps)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        marks.append(time.process_time())
+    skip = min(2, steps - 1)
+    found = {"cpu_s_per_step": (marks[-1] - marks[skip]) / (steps - skip), "losses": losses}
+    return found if reference is not None else {**found, "reference_cpu_s": reference_time}
+
+
+def worker(kind: str, folder: Path, steps: int, size: int) -> dict[str, Any]:
+    import torch
+    import transformers  # noqa: F401  counted as imported
+
+    torch.set_num_threads(1)
+    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found = run_loop(folder, steps, size, len(PARTS) - 1 if kind == "loop" else PARTS.index(kind))
+    return {**found, "imported_mib": imported, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def measure(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One figure in a process of its own."""
+    numbers = [str(folder), str(args.steps), str(args.pairs)]
+    if kind.startswith("trl"):
+        tuned = ["precompute_ref_log_probs=true", "gradient_checkpointing=false"] if kind == "trl_tuned" else []
+        command = [args.trl, str(HERE / "trl_dpo.py"), *numbers, str(LR), *tuned]
+    else:
+        command = [sys.executable, __file__, "--worker", kind, *numbers]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found["tokens_per_cpu_s"] = 2 * args.pairs * (PROMPT + ANSWER) / found["cpu_s_per_step"]
+    print(f"{kind}: {found['tokens_per_cpu_s']:.0f} tokens/cpu s, {found['peak_mib']:.0f} MiB", file=sys.stderr)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", help="Python interpreter of an environment with TRL 1.16")
+    parser.add_argument("--parts", action="store_true", help="also measure what each part brings")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=4, help="per step")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        kind, folder, *numbers = args.worker
+        print(json.dumps(worker(kind, Path(folder), *map(int, numbers))))
+        return
+
+    import torch
+
+    from offpolicy.matmul import choose_matmul
+
+    kinds = ["loop", *(["trl", "trl_tuned"] if args.trl else []), *(PARTS[:-1] if args.parts else ())]
+    samples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name), args.steps * args.pairs)
+        for _ in range(args.rounds):
+            for kind in kinds:
+                samples[kind].append(measure(kind, Path(name), args))
+    results = {}
+    for kind, found in samples.items():
+        middle = {k: statistics.median(f[k] for f in found) for k in ("tokens_per_cpu_s", "cpu_s_per_step", "peak_mib")}
+        results[kind] = {k: round(v, 3) for k, v in middle.items()}
+        results[kind]["imported_mib"] = round(found[0]["imported_mib"])
+        if "reference_cpu_s" in found[0]:
+            results[kind]["reference_cpu_s"] = round(statistics.median(f["reference_cpu_s"] for f in found), 3)
+        if args.trl and not kind.startswith("trl"):
+            for peer in ("trl", "trl_tuned"):
+                pairs = zip(found, samples[peer], strict=True)
+                rates = [a["tokens_per_cpu_s"] / b["tokens_per_cpu_s"] for a, b in pairs]
+                results[kind][f"times_{peer}"] = round(statistics.median(rates), 2)
+                results[kind][f"memory_of_{peer}"] = (
+                    round(middle["peak_mib"] / results[peer]["peak_mib"], 2) if peer in results else None
+                )
+    about = {
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "matmul": choose_matmul("auto"),
+        "steps": args.steps,
+        "rounds": args.rounds,
+        **(samples["trl"][0]["versions"] if args.trl else {}),
+    }
+    losses = {kind: [round(x, 6) for x in found[0]["losses"]] for kind, found in samples.items()}
+    print(json.dumps({"about": about, "results": results, "losses": losses}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
