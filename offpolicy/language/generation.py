@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from offpolicy.data import sampling
 from offpolicy.data.replay import Replay
 from offpolicy.errors import UsageError, check_range
+from offpolicy.language.rewards import Verifier
 
 
 class Answer(NamedTuple):
@@ -230,3 +231,63 @@ def statistics(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
         grams = [tuple(a.token[i : i + n].tolist()) for a in flat for i in range(len(a.token) - n + 1)]
         numbers[f"distinct_{n}"] = len(set(grams)) / len(grams) if grams else 0.0
     return numbers
+
+
+def answer_prompts(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    verifier: Verifier | None = None,
+    **options: Any,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Draw answers to prompts, as texts, and score them.
+
+    Args:
+        model: as in :func:`sample`.
+        tokenizer: of ``transformers``.
+        prompts: see :func:`prompts_of`.
+        verifier: see :mod:`offpolicy.language.rewards`; None for no scores.
+        options: further arguments of :func:`sample`.
+
+    Returns:
+        One row per prompt with ``prompt``, ``completions``, with a verifier ``scores`` (a row whose answers it could
+        not judge has none), ``lengths``, ``ended`` and ``reference``: a scored list, which is data to train on. And the
+        :func:`statistics`, with a verifier also ``score`` and ``best_score`` (mean over prompts of the best answer).
+    """
+    options.setdefault("stop", stop_ids(model, tokenizer))
+    drawn = sample(model, [prompt.token for prompt in prompts], **options)
+    rows, scores = [], []
+    for prompt, answers in zip(prompts, drawn):
+        text = prompt_text(tokenizer, prompt.token)
+        reference = None if prompt.reference is None else answer_text(tokenizer, prompt.token, prompt.reference)
+        completions = [answer_text(tokenizer, prompt.token, answer.token) for answer in answers]
+        row: dict[str, Any] = {"prompt": text, "completions": completions}
+        if verifier is not None:
+            judged = [verifier(text, completion, reference) for completion in completions]
+            if all(score is not None for score in judged):
+                row["scores"] = judged
+                scores.append([float(score) for score in judged if score is not None])
+        row |= {"lengths": [len(a.token) for a in answers], "ended": [a.ended for a in answers]}
+        rows.append(row | {"reference": reference})
+    numbers = statistics(drawn)
+    if scores:
+        numbers["score"] = float(np.mean([value for some in scores for value in some]))
+        numbers["best_score"] = float(np.mean([max(some) for some in scores]))
+    return rows, numbers
+
+
+def prompt_text(tokenizer: Any, prompt: np.ndarray) -> str:
+    """The text of a prompt, with the marks of a chat but without BOS."""
+    ids = prompt[1:] if len(prompt) and prompt[0] == tokenizer.bos_token_id else prompt
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def answer_text(tokenizer: Any, prompt: np.ndarray, answer: np.ndarray) -> str:
+    """The text of an answer without special tokens, as it goes on from its prompt (some tokenizers drop a space)."""
+
+    def text(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    before, whole = text(prompt), text(np.concatenate([prompt, answer]))
+    return whole[len(before) :] if whole.startswith(before) else text(answer)

@@ -1,0 +1,194 @@
+"""A tuned policy as a folder of transformers, and answers drawn from a run: through the commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_policy, write_pairs
+
+import offpolicy as op
+from offpolicy import generate
+from offpolicy.errors import UsageError
+from offpolicy.export import export, main
+
+IDS = torch.tensor([[1, 5, 9, 7, 30]])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    join_characters(make_policy(folder / "policy"))
+    write_pairs(folder / "pairs.jsonl")
+    return folder
+
+
+def join_characters(policy: Path) -> None:
+    """Let the tokenizer of single characters put no spaces between them."""
+    from tokenizers import decoders
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    tokenizer.save_pretrained(policy)
+
+
+def tuned(place: Path, name: str, **options: Any) -> Path:
+    """The folder of a short run."""
+    run = place / name
+    settings = {"policy": str(place / "policy"), "batch_size": 8, "lr": 1e-2, "ref_cache": str(place / "references")}
+    method = op.DPO(**settings | options)
+    op.fit(method, str(place / "pairs.jsonl"), max_steps=3, folder=run, verbose=False, matmul="mkl")
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    return tuned(place, "whole")
+
+
+@pytest.fixture(scope="module")
+def adapted(place: Path) -> Path:
+    pytest.importorskip("peft")
+    return tuned(place, "adapted", lora_rank=2)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def opened(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_whole_model_opens_in_transformers(whole: Path, place: Path, tmp_path: Path, capsys: Any) -> None:
+    from transformers import AutoTokenizer
+
+    out = tmp_path / "out"
+    assert main([str(whole), str(out)]) == 0
+    assert "whole model" in capsys.readouterr().out
+    trained = logits(op.load(whole).model)
+    torch.testing.assert_close(logits(opened(out)), trained, rtol=0, atol=0)
+    assert not torch.equal(trained, logits(opened(place / "policy")))
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("1 + 2")["input_ids"] == AutoTokenizer.from_pretrained(place / "policy")("1 + 2")["input_ids"]
+    config = json.loads((out / "config.json").read_text())
+    assert config.get("use_cache", True) and (out / "generation_config.json").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # no temporary is left
+
+
+def test_adapters_alone_or_merged(adapted: Path, tmp_path: Path) -> None:
+    """Both open as the tuned model; merging adds in another order, so to rounding."""
+    method: Any = op.load(adapted)
+    trained = logits(method.model)
+    beside = export(adapted, tmp_path / "adapter")
+    assert (beside / "adapter_config.json").is_file() and not (beside / "model.safetensors").exists()
+    torch.testing.assert_close(logits(opened(beside)), trained, rtol=0, atol=0)
+    merged = export(method, tmp_path / "merged", merge=True)
+    assert (merged / "model.safetensors").is_file() and not (merged / "adapter_config.json").exists()
+    torch.testing.assert_close(logits(opened(merged)), trained, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(method.model), trained)  # the method at hand is left as it is
+
+
+def test_an_exported_model_is_a_policy(whole: Path, place: Path, tmp_path: Path) -> None:
+    out = export(whole, tmp_path / "out")
+    method: Any = op.SFT(policy=str(out), batch_size=8)
+    op.fit(method, str(place / "pairs.jsonl"), max_steps=1, folder=tmp_path / "next", verbose=False, matmul="mkl")
+
+
+def test_a_folder_with_files_is_left_alone(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(UsageError, match="exists already"):
+        export(whole, tmp_path / "mine")
+    (tmp_path / "empty").mkdir()
+    assert (export(whole, tmp_path / "empty") / "config.json").is_file()
+    with pytest.raises(UsageError, match="Found no"):
+        export(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_control_methods_are_refused(tmp_path: Path) -> None:
+    method: Any = op.TD3BC()
+    with pytest.raises(UsageError, match="TD3BC"):
+        export(method, tmp_path / "out")
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def answered(*arguments: object, say: Callable[[], Any]) -> str:
+    assert generate.main([str(one) for one in arguments]) == 0
+    return say().out
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_answers_to_held_out_prompts(whole: Path, capsys: Any) -> None:
+    options = ("--num_samples", 2, "--max_new_tokens", 8, "--data.eval_fraction", 0.2)
+    out = answered(whole, *options, say=capsys.readouterr)
+    assert "tokens per answer" in out and "score" not in out  # the answers have no ####
+    (file,) = whole.glob("answers-*.jsonl")
+    rows = rows_of(file)
+    assert file.name == "answers-step00000003-seed0.jsonl" and 1 <= len(rows) < 40
+    for row in rows:
+        a, b = (int(number) for number in row["prompt"].split(" = ")[0].split(" + "))
+        assert row["reference"] == str(a + b) and len(row["completions"]) == len(row["lengths"]) == 2
+    first = file.read_text()
+    answered(whole, *options, "--batch_size", 3, say=capsys.readouterr)
+    assert file.read_text() == first
+    summary = json.loads(file.with_suffix(".json").read_text())
+    assert summary["prompts"] == len(rows) and summary["num_samples"] == 2
+
+
+def test_a_verifier_of_the_user_and_another_file(whole: Path, place: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The scored lists that come out are data to train on."""
+    (tmp_path / "own_reward.py").write_text("def size(prompt, answer, reference):\n    return float(len(answer))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = [json.dumps({"question": f"{i} + 1 = ", "answer": str(i + 1)}) for i in range(5)]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "answers.jsonl"
+    columns = ("--data.columns.prompt", "question", "--data.columns.completion", "answer")
+    arguments = [whole, "--data", tmp_path / "own.jsonl", *columns, "--out", out, "--verifier", "own_reward.size"]
+    assert generate.main([str(x) for x in (*arguments, "--prompts", 4, "--max_new_tokens", 6)]) == 0
+    rows = rows_of(out)
+    assert [row["prompt"] for row in rows] == [f"{i} + 1 = " for i in range(4)]
+    assert all(row["scores"] == [float(len(text)) for text in row["completions"]] for row in rows)
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    assert numbers["best_score"] >= numbers["score"] > 0
+
+    from offpolicy.data.text import TextData
+
+    data = TextData(str(out), eval_fraction=0.0, on_bad="drop", max_bad=1.0)
+    data.bind_tokenizer(str(place / "policy"))
+    assert "pairs" in data.load().tables
+
+
+def test_answers_of_a_folder_of_transformers(place: Path, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = (place / "policy", "--data", place / "pairs.jsonl", "--prompts", 2, "--max_new_tokens", 3)
+    answered(*arguments, "--temperature", 0, say=capsys.readouterr)
+    rows = rows_of(tmp_path / "answers.jsonl")
+    assert len(rows) == 2 and len({text for row in rows[:1] for text in row["completions"]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.max_lenght", "4"], "Did you mean '--data.max_length'"),
+        (["--num_sample", "many"], "num_samples|num_sample"),
+        (["--verifier", "exact"], "no verifier"),
+        (["--frobnicate", "1"], "not an option"),
+    ],
+)
+def test_mistakes_are_answered(whole: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        generate.main([str(whole), *arguments])
