@@ -22,13 +22,17 @@ CHAT = (  # turns as <|im_start|>role\ntext<|im_end|>\n
 KINDS = ("byte_level", "bpe", "metaspace", "no_bos")
 
 
-@cache
 def made_tokenizer(kind: str = "byte_level", chat: bool = False) -> Any:
     """A tokenizer with <s>, </s> and <pad> (``no_bos``: without <s>), and optionally a chat template.
 
     byte_level: as of GPT-2, Llama 3 and Qwen, adding BOS itself as Llama 3 does. bpe: BPE over words split at white
     space, which is kept as a piece of its own. metaspace: as sentencepiece writes it, "▁" for spaces and one in front.
     """
+    return _made(kind, chat)
+
+
+@cache
+def _made(kind: str, chat: bool) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]

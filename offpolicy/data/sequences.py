@@ -97,6 +97,7 @@ class PairView:
     """Preference pairs: batches of :class:`Pairs`."""
 
     def bind(self, replay: Replay) -> BoundTexts:
+        _check_texts(replay)
         if "pairs" not in replay.tables:
             raise DataError(
                 "the data have single answers and no pairs; expected a chosen and a rejected answer per row. Pass "
@@ -116,6 +117,7 @@ class SingleView:
     rejected: bool = False
 
     def bind(self, replay: Replay) -> BoundTexts:
+        _check_texts(replay)
         if "singles" in replay.tables:
             return BoundTexts(replay, replay.tables["singles"], facts_of(replay, "singles"), Singles)
         pairs = replay.tables["pairs"]
@@ -123,6 +125,14 @@ class SingleView:
             return BoundTexts(replay, pairs[:, :2], {"label": np.ones(len(pairs), dtype=bool)}, Singles)
         label = np.tile([True, False], len(pairs))
         return BoundTexts(replay, pairs.reshape(-1, 2), {"label": label}, Singles)
+
+
+def _check_texts(replay: Replay) -> None:
+    if not {"pairs", "singles"} & replay.tables.keys():
+        raise DataError(
+            f"{replay.meta.get('name', 'the replay')} holds no texts; expected pairs or single answers. Pass preference "
+            "data (a .jsonl file), or choose a method for control."
+        )
 
 
 def facts_of(replay: Replay, table: str) -> dict[str, np.ndarray]:

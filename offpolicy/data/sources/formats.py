@@ -123,10 +123,10 @@ class Faults:
         lines = []
         for (column, kind), rows in sorted(self.found.items(), key=lambda item: -len(item[1])):
             what, expected = FAULTS[kind]
-            first = ", ".join(str(row) for row, _ in rows[:3])
-            found = f": {rows[0][1]}" if rows[0][1] else ""
-            count = f"{len(rows)} row{'s' if len(rows) > 1 else ''}"
-            lines.append(f"`{column}` has {what} in {count} (first: row {first}{found}), expected {expected}")
+            first = f"row {rows[0][0]}" + (f": {rows[0][1]}" if rows[0][1] else "")
+            first += ", then " + ", ".join(str(row) for row, _ in rows[1:3]) if rows[1:] else ""
+            count = f"{len(rows)} row{'s' if rows[1:] else ''}"
+            lines.append(f"`{column}` has {what} in {count} (first: {first}), expected {expected}")
         return "; ".join(lines)
 
     def check(self) -> None:
@@ -566,9 +566,8 @@ def _answer(prompt: Text, answer: Text, name: str, form: Format) -> Text:
     turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     if not turns or _blank(turns[-1:]):
         raise _Fault(name, "empty", turns)
-    if turns[0]["role"] in ("user", "system") and [_plain(m) for m in turns[: len(prompt)]] == [
-        _plain(m) for m in cast(list[Message], prompt)
-    ]:
+    asked = cast(list[Message], prompt)
+    if form.prompt in ("explicit", "two") and [*map(_plain, turns[: len(asked)])] == [*map(_plain, asked)]:
         raise _Fault(name, "repeated", turns[0])
     if turns[-1]["role"] != "assistant":
         raise _Fault(name, "last_role", turns[-1])
