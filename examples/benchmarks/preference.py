@@ -91,7 +91,7 @@ def read_pairs(folder: Path, first: int, count: int) -> Any:
 
     from offpolicy.data.sequences import Pairs, Ragged
 
-    lines = [json.loads(line) for line in open(folder / "pairs.jsonl")]
+    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     lines = [lines[i % len(lines)] for i in range(first, first + count)]
 
     def ragged(name: str) -> Ragged:

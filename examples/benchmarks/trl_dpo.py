@@ -1,4 +1,4 @@
-"""TRL's ``DPOTrainer`` on the pairs that ``preference.py`` made, run with the interpreter of an environment with TRL 1.16.
+"""TRL's ``DPOTrainer`` on the pairs that ``preference.py`` made; needs the interpreter of an environment with TRL 1.16.
 
 usage: python trl_dpo.py FOLDER STEPS BATCH LR [option=value ...]
 

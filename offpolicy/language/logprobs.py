@@ -89,14 +89,11 @@ class _TokenLogps(torch.autograd.Function):
         sums = torch.zeros_like(top) if stats else None
         spread = torch.zeros_like(top) if stats else None  # Σ z exp(z - maximum)
         tiles = _Tiles(hidden, weight, bias, softcap, chunk)
-        room = chunk * vocabulary if any(ctx.needs_input_grad) else 0
-        kept: dict[tuple[int, int], Tensor] = {}
+        room = chunk * vocabulary if any(ctx.needs_input_grad) and softcap is None else 0
+        kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # exp(z - maximum so far), that maximum
         for part in tiles.parts():
             for rows in tiles.blocks():
                 z = tiles.logits(rows, part)
-                if keep := 0 < z.numel() <= room:
-                    room -= z.numel()
-                    kept[rows.start, part.start] = z
                 index = target[rows] - part.start
                 inside = (index >= 0) & (index < z.shape[1])
                 here = z.gather(1, index.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
@@ -106,9 +103,12 @@ class _TokenLogps(torch.autograd.Function):
                 if sums is not None and spread is not None:
                     sums[rows] += z.sum(1)
                     spread[rows] = spread[rows] * shrink + (torch.exp(z - new[:, None]) * z).sum(1)
-                z = z - new[:, None] if keep else z.sub_(new[:, None])
-                total[rows] = total[rows] * shrink + z.exp_().sum(1)
+                z.sub_(new[:, None]).exp_()
+                total[rows] = total[rows] * shrink + z.sum(1)
                 top[rows] = new
+                if 0 < z.numel() <= room:
+                    room -= z.numel()
+                    kept[rows.start, part.start] = z, new
         log_total = total.log()
         ctx.save_for_backward(hidden, weight, bias, target, top + log_total)
         ctx.softcap, ctx.chunk, ctx.kept = softcap, chunk, kept
@@ -134,10 +134,13 @@ class _TokenLogps(torch.autograd.Function):
         for part in tiles.parts():
             d_part = None
             for rows in tiles.blocks():
-                z = ctx.kept.pop((rows.start, part.start), None)  # a second backward pass makes it again
-                z = tiles.logits(rows, part) if z is None else z
-                slope = None if ctx.softcap is None else 1 - (z / ctx.softcap).square_()
-                p = z.sub_(logsumexp[rows, None]).exp_()
+                slope = None
+                if found := ctx.kept.pop((rows.start, part.start), None):  # a second backward pass makes it again
+                    p = found[0].mul_(torch.exp(found[1] - logsumexp[rows])[:, None])
+                else:
+                    z = tiles.logits(rows, part)
+                    slope = None if ctx.softcap is None else 1 - (z / ctx.softcap).square_()
+                    p = z.sub_(logsumexp[rows, None]).exp_()
                 index = target[rows] - part.start
                 inside = (index >= 0) & (index < p.shape[1])
                 p.scatter_add_(1, index.clamp(0, p.shape[1] - 1)[:, None], -inside[:, None].to(p.dtype))
