@@ -148,8 +148,7 @@ def _show_texts(target: Target, options: argparse.Namespace) -> None:
         return
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     replay = open_texts(
-        target, tokenizer=tokenizer, separator=options.separator, max_length=options.max_length,
-        max_prompt_length=options.max_length // 2, **given,
+        target, tokenizer=tokenizer, separator=options.separator, max_length=options.max_length, **given,
     )  # fmt: skip
     print(report(replay))
     if tokenizer is not None:
@@ -165,7 +164,7 @@ def _convert_texts(target: Target, out: Path, options: argparse.Namespace) -> No
         raise UsageError(f"{out} has the type '{out.suffix}'; expected a folder (our format) for texts.")
     replay = open_texts(
         target, tokenizer=options.tokenizer, on_bad=options.on_bad, separator=options.separator,
-        max_length=options.max_length, max_prompt_length=options.max_length // 2, **_text_options(options),
+        max_length=options.max_length, **_text_options(options),
     )  # fmt: skip
     replay.save(out)
     print(f"wrote {replay.num_steps:,} tokens in {replay.num_episodes:,} texts to {out}")

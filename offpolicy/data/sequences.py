@@ -130,8 +130,8 @@ class SingleView:
 def _check_texts(replay: Replay) -> None:
     if not {"pairs", "singles"} & replay.tables.keys():
         raise DataError(
-            f"{replay.meta.get('name', 'the replay')} holds no texts; expected pairs or single answers. Pass preference "
-            "data (a .jsonl file), or choose a method for control."
+            f"{replay.meta.get('name', 'the replay')} holds no texts; expected pairs or single answers. Pass "
+            "preference data (a .jsonl file), or choose a method for control."
         )
 
 

@@ -27,7 +27,7 @@ class TextData(DataModule):
         split: part of a set that has several ("train_prefs"); None takes "train" or the only one.
         tokenizer: folder or hub name; None is the policy's.
         max_length: longest prompt with answer, in tokens, ≥ 2.
-        max_prompt_length: what ``truncation="prompt_first"`` shortens prompts to.
+        max_prompt_length: what ``truncation="prompt_first"`` shortens prompts to; None is half of ``max_length``.
         truncation: what gives way in texts longer than ``max_length``. "prompt_first": the beginning of the prompt,
             then the end of the answers; "keep_start": the end of the answers; "keep_end": the beginning of the prompt.
             Decided from the longer answer of a pair, so that both sides keep the same prompt.
@@ -54,7 +54,7 @@ class TextData(DataModule):
         split: str | None = None,
         tokenizer: str | None = None,
         max_length: int = 1024,
-        max_prompt_length: int = 512,
+        max_prompt_length: int | None = None,
         truncation: str = "prompt_first",
         chat_template_kwargs: dict[str, Any] | None = None,
         pair_strategy: str = "best_vs_worst",
@@ -133,7 +133,7 @@ class TextData(DataModule):
     def load(self) -> Replay:
         """Open, check and tokenise the texts if that has not happened yet, and hold some out."""
         if self.replay is None:
-            from offpolicy.data.sources.hf import open_texts, split_by_prompt
+            from offpolicy.data.sources.hf import open_texts, split_by_prompt, warn_of_overlap
 
             options: dict[str, Any] = {
                 k: v for k, v in self.options.items() if k not in ("eval_data", "eval_fraction", "show")
@@ -145,6 +145,7 @@ class TextData(DataModule):
                 name, _, part = str(self.options["eval_data"]).partition("@")
                 self.eval_replay = open_texts(name, **options | ({"split": part} if part else {}))
                 self._check_tokenizer(self.eval_replay)
+                warn_of_overlap(self.eval_replay, replay)
             elif self.options["eval_fraction"] > 0:
                 replay, self.eval_replay = split_by_prompt(replay, self.options["eval_fraction"])
             self.replay = replay

@@ -31,19 +31,23 @@ class Limits:
 
     Args:
         max_length: longest prompt with answer in tokens, ≥ 2.
-        max_prompt_length: what "prompt_first" shortens the prompts of longer texts to, in [1, max_length).
+        max_prompt_length: what "prompt_first" shortens the prompts of longer texts to, in [1, max_length); None is half
+            of ``max_length``.
         truncation: "prompt_first" cuts the beginning of the prompt, then the end of the answers; "keep_start" the end
             of the answers; "keep_end" the beginning of the prompt.
     """
 
     max_length: int = 1024
-    max_prompt_length: int = 512
+    max_prompt_length: int | None = None
     truncation: str = "prompt_first"
 
     def __post_init__(self) -> None:
         check_range("data.max_length", self.max_length, 2)
         if self.truncation not in TRUNCATIONS:
             raise UsageError(f"`truncation` is '{self.truncation}'; expected one of {', '.join(TRUNCATIONS)}.")
+        if self.max_prompt_length is None:
+            object.__setattr__(self, "max_prompt_length", self.max_length // 2)
+        assert self.max_prompt_length is not None
         if self.truncation == "prompt_first" and not 1 <= self.max_prompt_length < self.max_length:
             raise UsageError(
                 f"`max_prompt_length` is {self.max_prompt_length} with a `max_length` of {self.max_length}; expected a "
@@ -251,7 +255,7 @@ def _cut(row: Encoded, limits: Limits, tokenizer: Any) -> Encoded:
         return row
     before = len(row.prompt)
     if limits.truncation == "prompt_first":
-        row.prompt = _tail(row.prompt, limits.max_prompt_length, tokenizer)
+        row.prompt = _tail(row.prompt, limits.max_prompt_length or 1, tokenizer)
     elif limits.truncation == "keep_end":
         row.prompt = _tail(row.prompt, max(0, limits.max_length - longest), tokenizer)
     room = limits.max_length - len(row.prompt)

@@ -1,9 +1,14 @@
 """Texts: what each format becomes, which rows are refused and with what words, and what is held out."""
 
+import contextlib
 import gzip
+import io
 import json
 import math
+import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -144,6 +149,16 @@ def test_formats(tmp_path: Path, row: dict, texts: tuple[str, ...], format: str)
         ),
         ({"question": "2 + 2?", "answer": " 4"}, {"prompt": "question", "completion": "answer"}, ("2 + 2?", " 4")),
         (
+            {"prompt": "Hello there", "s": "yes", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            {"system": "s"},
+            ("<|im_start|>system\nyes<|im_end|>\n" + CHAT[0], *CHAT[1:]),
+        ),
+        (
+            {"a": [USER], "b": [USER], "chosen": "I am fine", "rejected": "no"},
+            {"prompt_chosen": "a", "prompt_rejected": "b"},
+            CHAT,
+        ),
+        (
             {"prompt": "unlike", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
             {"prompt": None},
             CHAT,
@@ -168,6 +183,23 @@ def test_two_prompts(tmp_path: Path) -> None:
     assert held is not None and not {p for r in decoded(train) for p in r[::2]} & {
         p for r in decoded(held) for p in r[::2]
     }
+
+
+def test_a_detection_does_not_depend_on_the_process() -> None:
+    """A string prompt with conversations is read the same whatever the hash seed of strings is."""
+    row = {"prompt": "Hello there", **D, "messages": [USER, GOOD], **SCORES, "id": 5}
+    code = (
+        "from collections import Counter; from offpolicy.data.sources.formats import *; "
+        f"row = {row}; source = Source('here', 1, list(row), lambda name: [row[name]]); form = detect(source); "
+        "print(form, *records(source, form, Faults('here', 1), Counter()))"
+    )
+    seed = {"PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
+    environment = {**os.environ, **seed, "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    here = io.StringIO()
+    with contextlib.redirect_stdout(here):
+        exec(code, {})
+    assert result.stdout == here.getvalue() and "I am fine" in result.stdout
 
 
 def test_what_a_row_says_to_the_template(tmp_path: Path) -> None:
@@ -210,7 +242,7 @@ def test_no_answer_begins_inside_a_word_or_is_empty(
     row = decoded(replay)[0]
     assert (row[0], row[1], row[3]) == expected
     if expected[1].count("Assistant:"):
-        assert replay.meta["notes"] == ["1 dialogues part before their last turn, so their answers hold several turns"]
+        assert replay.meta["notes"] == ["dialogues part before their last turn, so their answers hold several turns: 1"]
 
 
 # -- faulty rows -------------------------------------------------------------------------------------------------------
@@ -417,25 +449,25 @@ def test_notes_and_warnings(tmp_path: Path) -> None:
     ]
     meta = read(tmp_path, rows, max_length=12, max_prompt_length=5).meta
     for warning in (
-        "1 rows repeat another row",
-        "2 pairs are there in both orders, so their labels contradict each other",
-        "1 prompts hold the text of a special token, which becomes that token",
-        "1 rows have answers that hold the text of a special token, such as an early end",
+        "rows that repeat another row: 1",
+        "pairs that are there in both orders, so their labels contradict each other: 2",
+        "prompts that hold the text of a special token, which becomes that token: 1",
+        "rows with the text of a special token in an answer, such as an early end: 1",
     ):
         assert warning in meta["warnings"]
     for note in (
-        "1 chosen answers have a lower score than the rejected",
-        "1 answers begin with their prompt, on one side only",
-        "1 rows have a token that spans prompt and answer; it counts to the answer",
+        "chosen answers have a lower score than the rejected: 1",
+        "answers begin with their prompt, on one side only: 1",
+        "rows have a token that spans prompt and answer; it counts to the answer: 1",
     ):
         assert note in meta["notes"]
     assert any("prompts were cut" in note for note in meta["notes"])
     loose = [pair(chosen="It is 4", rejected="no")]
-    assert "1 prompts run into their answers without white space between them" in read(tmp_path, loose).meta["notes"]
+    assert "prompts run into their answers without white space between them: 1" in read(tmp_path, loose).meta["notes"]
     spaced = read(tmp_path, loose, separator="\n")
     assert decoded(spaced)[0][1] == "\nIt is 4" and not spaced.meta["notes"]
     chat = read(tmp_path, [pair()], chat=True).meta
-    assert "1 rows are plain text, for which the tokenizer's chat template is not used" in chat["notes"]
+    assert "rows are plain text, for which the tokenizer's chat template is not used: 1" in chat["notes"]
 
 
 def test_a_template_that_ends_nothing_or_renders_prompts_otherwise_is_warned_of(tmp_path: Path) -> None:
@@ -472,9 +504,9 @@ def test_pair_strategies(tmp_path: Path, strategy: str, gap: float, pairs: list[
     scores = dict(zip("abcd", [1, 5, 3, 5]))
     assert replay.tables["pairs/score_chosen"].tolist() == [scores[p[0]] for p in pairs]
     assert replay.tables["pairs/score_rejected"].tolist() == [scores[p[1]] for p in pairs]
-    assert "1 answers in lists left out, as they have no score" in replay.meta["notes"]
+    assert "answers in lists left out, as they have no score: 1" in replay.meta["notes"]
     if strategy != "best_vs_worst":
-        assert "1 pairs of lists left out, as their scores are equal" in replay.meta["notes"]
+        assert "pairs of lists left out, as their scores are equal: 1" in replay.meta["notes"]
     assert any("min_score_gap" in note for note in replay.meta["notes"]) == (gap > 0)
 
 
@@ -495,8 +527,11 @@ def test_min_score_gap_of_pairs(tmp_path: Path) -> None:
     rows = [pair(**SCORES), pair(prompt="Hello", score_chosen=3.0, score_rejected=2.5)]
     replay = read(tmp_path, rows, min_score_gap=1.0)
     assert len(replay.tables["pairs"]) == 1
-    assert "1 pairs left out, as their scores differ by less than min_score_gap" in replay.meta["notes"]
-    with pytest.raises(DataError, match="gives nothing to train on: 2 pairs left out"):
+    assert "pairs left out, as their scores differ by less than min_score_gap: 1" in replay.meta["notes"]
+    with pytest.raises(
+        DataError,
+        match="gives nothing to train on: pairs left out, as their scores differ by less than min_score_gap: 2",
+    ):
         read(tmp_path, rows, min_score_gap=100.0)
 
 
@@ -668,6 +703,16 @@ def test_the_data_module(tmp_path: Path) -> None:
             TextData("a.jsonl", **wrong)  # type: ignore[arg-type]
 
 
+def test_held_out_data_of_its_own(tmp_path: Path) -> None:
+    rows = many(4)
+    module = TextData(write(tmp_path, rows[:3]), eval_data=write(tmp_path, rows[2:], "held.jsonl"), separator=" ")
+    module.bind_tokenizer(made_tokenizer())
+    assert len(module.load().tables["pairs"]) == 3
+    assert module.eval_replay is not None and len(module.eval_replay.tables["pairs"]) == 6
+    overlap = "held-out rows with a prompt that is in the training data too: 4 of 6"
+    assert overlap in module.eval_replay.meta["warnings"] and overlap not in module.replay.meta["warnings"]  # type: ignore[union-attr]
+
+
 def test_a_converted_folder_needs_the_same_tokenizer(tmp_path: Path) -> None:
     made = read(tmp_path, many(5))
     made.save(tmp_path / "folder")
@@ -706,7 +751,7 @@ def test_show_and_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     made_tokenizer().save_pretrained(tmp_path / "tokenizer")
     assert main(["show", file]) == 0
     shown = capsys.readouterr().out
-    assert "pairs: 6 rows, 6 rows of preference pairs, plain text" in shown and "'0 + 0?' ▶ ' It is 4'" in shown
+    assert "pairs: 6 rows give 6: preference pairs, plain text" in shown and "'0 + 0?' ▶ ' It is 4'" in shown
     assert main(["show", file, "--tokenizer", str(tmp_path / "tokenizer")]) == 0
     assert "<s>0 + 0? ▶  It is 4</s>" in capsys.readouterr().out
     assert main(["convert", file, out]) == 2 and "Pass --tokenizer DIR" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """One place where texts become tokens: BOS, EOS, the boundary between prompt and answer, truncation."""
 
+import copy
+
 import numpy as np
 import pytest
 from made_tokenizers import KINDS, made_tokenizer
@@ -75,6 +77,15 @@ def test_bos_and_eos_written_in_the_text_are_not_doubled(kind: str) -> None:
         if kind != "metaspace":  # which puts "▁" in front of a text, and elsewhere after a special token
             np.testing.assert_array_equal(row.prompt, plain.prompt)
         np.testing.assert_array_equal(row.answers[0], plain.answers[0])
+
+
+def test_a_tokenizer_whose_bos_is_its_eos() -> None:
+    """As GPT-2's: one at the beginning, one at the end."""
+    tokenizer = copy.deepcopy(made_tokenizer())
+    tokenizer.bos_token = tokenizer.eos_token
+    row, plain = next(encode([Row("What is 2 + 2?", (" It is 4",))], tokenizer)), one("What is 2 + 2?", " It is 4")
+    assert [tokenizer.eos_token_id, *plain.prompt[1:]] == row.prompt.tolist()
+    assert plain.answers[0].tolist() == row.answers[0].tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,6 +214,10 @@ def test_other_faults_that_only_tokens_show() -> None:
     assert one("", " yes", " no").fault == ""  # BOS stands for the prompt
     assert one("", " yes", " no", kind="no_bos").fault == "no_prompt_token"
     assert one("Hel", "lo there", "p", kind="no_bos").fault == "no_prompt_token"  # all of it merges with an answer
+
+
+def test_prompts_may_take_half_unless_told() -> None:
+    assert Limits(max_length=100).max_prompt_length == 50
 
 
 @pytest.mark.parametrize(

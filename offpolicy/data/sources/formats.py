@@ -240,8 +240,6 @@ def detect(source: Source, columns: Mapping[str, str | None] | None = None) -> F
         prompt = "explicit"
         if kind == "pairs" and style == "chat" and kinds["prompt"] == "text":
             prompt = "mixed"
-        if style == "text" and kinds["prompt"] == "chat":
-            style = "chat"  # answers in plain text become turns of the assistant
     elif kind == "singles" and style == "chat":
         prompt = "messages"
     elif kind == "pairs":
@@ -250,22 +248,22 @@ def detect(source: Source, columns: Mapping[str, str | None] | None = None) -> F
             prompt = "dialogue"
     else:
         raise DataError(_missing(source, "prompt"))
+    if style == "text" and any(kinds.get(name) == "chat" for name in _PROMPTS[prompt]):
+        style = "chat"  # answers in plain text become turns of the assistant
     if "system" in found:
         if prompt not in ("explicit", "two", "mixed"):
             raise UsageError("`columns` names a system message, but there is no prompt column it could go before.")
         style = "chat"
-    used = {
-        "messages": {"messages", "completion"},
-        "explicit": {"prompt", "system"},
-        "mixed": {"prompt", "system"},
-        "two": {"prompt_chosen", "prompt_rejected", "system"},
-    }.get(prompt, set())
-    used = (used | {*answers} | {"tools", "chat_template_kwargs"}) & found.keys()
+    used = {*_PROMPTS[prompt], *answers, "system", "tools", "chat_template_kwargs"} & found.keys()
     used |= {n for n in ({"pairs": NUMBERS, "singles": ("label", "weight")}.get(kind, ())) if n in found}
     taken = {ours: found[ours] for ours in NAMES if ours in used}
     return Format(kind, style, prompt, taken, [name for name in source.names if name not in taken.values()])
 
 
+_PROMPTS = {  # where the prompt is → the columns it is read from
+    **{"explicit": ("prompt",), "mixed": ("prompt",), "two": ("prompt_chosen", "prompt_rejected")},
+    **{"implicit": (), "dialogue": (), "messages": ()},
+}
 _WORDS = {"text": "text", "chat": "messages"}
 
 
@@ -685,6 +683,8 @@ def _split_messages(
             raise _Fault("prompt", "prompt_mismatch", question)
     if not prompt:
         raise _Fault("chosen", "no_beginning", chosen[0])
+    if values.get("system") and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": str(values["system"])}, *prompt]
     return prompt, first, rejected[at:]
 
 

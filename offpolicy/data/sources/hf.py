@@ -34,7 +34,7 @@ def open_texts(
     columns: Mapping[str, str | None] | None = None,
     split: str | None = None,
     max_length: int = 1024,
-    max_prompt_length: int = 512,
+    max_prompt_length: int | None = None,
     truncation: str = "prompt_first",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     pair_strategy: str = "best_vs_worst",
@@ -91,7 +91,7 @@ def open_texts(
     faults.check()
     if not replay.tables:
         raise DataError(f"{source.where}: no row is left; {faults.table()}; {'; '.join(_notes(counts))}. Check it.")
-    kind = "pairs" if "pairs" in replay.tables else "singles"
+    kind = _table(replay)
     replay.meta |= {
         "name": target.name,
         "source": "text",
@@ -124,12 +124,27 @@ def sketch(
     faults, counts = Faults(source.where, source.rows, on_bad, max_bad=1.0), Counter[str]()
     made = list(records(source, form, faults, counts))
     faults.check()
-    lines = [f"{target.name}: {source.rows:,} rows, {len(made):,} rows of {form}"]
+    lines = [f"{target.name}: {source.rows:,} rows give {len(made):,}: {form}"]
     lines += [f"  note      {text}" for text in _notes(counts)]
     lines += [f"  warning   {faults.bad} rows would be dropped: {faults.table()}"] if faults.bad else []
     for record in made[:n]:
         lines += [f"row {record.row}", *(f"  {record.prompt!r} ▶ {answer!r}" for answer in record.answers)]
     return "\n".join(lines)
+
+
+def warn_of_overlap(held_out: Replay, training: Replay) -> None:
+    """Note in the held-out part how many of its rows have a prompt of the training part."""
+    known, asked = (replay.tables[f"{_table(replay)}/prompt_hash"] for replay in (training, held_out))
+    seen = int(np.isin(asked, known).sum())
+    if seen:
+        held_out.meta["warnings"] = [
+            *held_out.meta["warnings"],
+            f"held-out rows with a prompt that is in the training data too: {seen:,} of {len(asked):,}",
+        ]
+
+
+def _table(replay: Replay) -> str:
+    return "pairs" if "pairs" in replay.tables else "singles"
 
 
 def split_by_prompt(replay: Replay, fraction: float) -> tuple[Replay, Replay | None]:
@@ -145,7 +160,7 @@ def split_by_prompt(replay: Replay, fraction: float) -> tuple[Replay, Replay | N
     Returns:
         The training part, and the held-out part or None when there is but one prompt. Tokens are shared.
     """
-    table = "pairs" if "pairs" in replay.tables else "singles"
+    table = _table(replay)
     key = replay.tables[f"{table}/prompt_hash"]
     if table == "pairs":
         key = _joined(replay.tables["pairs"][:, [0, 2]], key)
@@ -159,7 +174,7 @@ def split_by_prompt(replay: Replay, fraction: float) -> tuple[Replay, Replay | N
 
 def select(replay: Replay, keep: np.ndarray) -> Replay:
     """The rows of the index table that a mask (P,) keeps, with the texts they need; tokens are shared."""
-    table = "pairs" if "pairs" in replay.tables else "singles"
+    table = _table(replay)
     index = replay.tables[table][keep]
     used, renumbered = np.unique(index, return_inverse=True)
     tables = {k: v[keep] for k, v in replay.tables.items() if k.startswith(f"{table}/")}
@@ -288,12 +303,12 @@ class _Builder:
                 "--data.chat_template_kwargs may help"
             )
         if len(np.unique(index, axis=0)) < len(index):
-            doubts.append(f"{len(index) - len(np.unique(index, axis=0))} rows repeat another row")
+            doubts.append(f"rows that repeat another row: {len(index) - len(np.unique(index, axis=0)):,}")
         if index.shape[1] == 4:
             both = {tuple(row) for row in index.tolist()}
             turned = sum((c, d, a, b) in both for a, b, c, d in both)
             if turned:
-                doubts.append(f"{turned} pairs are there in both orders, so their labels contradict each other")
+                doubts.append(f"pairs that are there in both orders, so their labels contradict each other: {turned:,}")
         doubts += self._special(kept, index)
         return doubts
 
@@ -306,9 +321,9 @@ class _Builder:
         )
         doubts = []
         if prompts:
-            doubts.append(f"{prompts} prompts hold the text of a special token, which becomes that token")
+            doubts.append(f"prompts that hold the text of a special token, which becomes that token: {prompts:,}")
         if answers:
-            doubts.append(f"{answers} rows have answers that hold the text of a special token, such as an early end")
+            doubts.append(f"rows with the text of a special token in an answer, such as an early end: {answers:,}")
         if isinstance(kept[0].prompt, str):
             if self.tokenizer.chat_template:
                 self.counts["rows are plain text, for which the tokenizer's chat template is not used"] += len(kept)
@@ -366,7 +381,7 @@ def _facts(tokenizer: Any) -> dict[str, Any]:
 
 
 def _notes(counts: Counter[str]) -> list[str]:
-    return [f"{count:,} {what}" for what, count in counts.items() if count]
+    return [f"{what}: {count:,}" for what, count in counts.items() if count]
 
 
 def _not_texts(target: Target) -> str:
