@@ -205,7 +205,7 @@ class LanguageModule(Module):
                 f"{type(self).__name__} trains on texts and was given a {type(data).__name__} ({data.name}); expected "
                 "TextData, such as --data pairs.jsonl."
             )
-        data.bind_tokenizer(self.hparams.policy)
+        data.bind_tokenizer(policies.open_tokenizer(self.hparams.policy))
 
     def planned_steps(self, data: DataModule) -> int | None:
         rows = len(self.view.bind(data.load()))
@@ -319,7 +319,7 @@ class LanguageModule(Module):
         self._horizon = state["horizon"]
         if self._plan is not None and self._plan.seed != self.seed:
             if self._mismatched:
-                raise UsageError(f"the run has the seed {self.seed}; expected the same. Pass --seed_everything {self.seed}.")
+                raise UsageError(self._other_seed())
             self._plan = self._make_plan()
 
     def keep_files(self, folder: Path) -> None:
@@ -428,6 +428,9 @@ class LanguageModule(Module):
             by_length=self.hparams.group_by_length,
         )
 
+    def _other_seed(self) -> str:
+        return f"the run has the seed {self.seed}; expected the same. Pass --seed_everything {self.seed}."
+
     def _check_ids(self, replay: Any) -> None:
         largest = int(np.asarray(replay.steps["token"]).max())
         size = policies.base_of(self.model).get_input_embeddings().num_embeddings
@@ -444,7 +447,11 @@ class LanguageModule(Module):
         if self._device_mesh is not None:
             shard(self.model, self._device_mesh["data_parallel"])
         self.model.to(self.trainer.strategy.root_device)
-        self._make_reference()
+        self.apply_settings()
+        try:
+            self._make_reference()
+        finally:
+            self.restore_settings()
 
     # -- the reference -------------------------------------------------------------------------------------------------
 
@@ -590,7 +597,7 @@ class LanguageModule(Module):
         names, size = column_names(bound), len(rows)
         if refs:
             if np.isnan(refs[names[0]][rows]).any():
-                raise UsageError(f"the run has the seed {self.seed}; expected the same. Pass --seed_everything {self.seed}.")
+                raise UsageError(self._other_seed())
             return [torch.from_numpy(refs[n][rows]).to(answers.sum_logps) for n in names]
         model, context = self._reference_model()
         training = model.training

@@ -31,13 +31,9 @@ def open_model(name: str, *, dtype: str = "float32", attn_implementation: str | 
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if not name:
-        raise UsageError(
-            "no policy was given; expected a model to tune. Pass --model.policy with a folder or a hub id."
-        )
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
-        with silent():
+        with silent(), found(name):
             config = without_dropout(AutoConfig.from_pretrained(name))
             return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype_of(dtype), **settings)
     except (OSError, ValueError, ImportError) as error:
@@ -85,7 +81,7 @@ def open_adapter(model: Any, folder: str) -> Any:
     """
     peft = import_peft()
     try:
-        with silent():
+        with silent(), found(folder):
             return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(_not_opened("adapter", folder, error)) from None
@@ -153,6 +149,46 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def open_tokenizer(name: str) -> Any:
+    """The tokenizer of a policy; only its name where it is a folder, which nobody has to read if there are no texts."""
+    from offpolicy.language.tokens import load_tokenizer
+
+    if Path(name).is_dir():
+        return name
+    with found(name):
+        return load_tokenizer(name)
+
+
+@contextlib.contextmanager
+def found(name: str) -> Iterator[None]:
+    """Look for a name of the hub in the local cache only when nothing answers, which is known within seconds.
+
+    Raises:
+        UsageError: no folder, not in the cache, and no answer.
+    """
+    from offpolicy.data.sources.hf import _hub_answers, _hub_mode
+
+    if Path(name).is_dir():
+        yield
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    reachable = _hub_answers()
+    files = ("config.json", "adapter_config.json")
+    try:
+        cached = any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    except HFValidationError:
+        raise UsageError(f"'{name}' is no folder, and no id of the hub either (org/name). Check the path.") from None
+    if not (reachable or cached):
+        raise UsageError(
+            f"'{name}' is no folder here, so it was taken for a model of the Hugging Face hub, which does not answer; "
+            f"it is not in {constants.HF_HUB_CACHE} either. Check the path, or the network."
+        )
+    with _hub_mode(offline=not reachable):
+        yield
+
+
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
     """Without the bars and remarks of ``transformers`` while a model is opened."""
@@ -171,7 +207,7 @@ def silent() -> Iterator[None]:
 
 def _not_opened(option: str, name: str, error: Exception) -> str:
     expected = {"policy": "a causal language model", "adapter": "an adapter of this model"}[option]
-    place = "there is no such folder, and no hub id can be reached" if not Path(name).exists() else _first(error)
+    place = _first(error).rstrip(".")
     return f"`{option}` is '{name}', which does not open as {expected}: {place}. Pass a folder or a hub id org/name."
 
 
