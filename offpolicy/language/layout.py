@@ -163,6 +163,8 @@ def score(model: nn.Module, layout: Layout, *, chunk: int = 256, stats: bool = F
             register_fsdp_forward_method(model, "_score_answers")
         return model._score_answers(layout, chunk, stats)  # type: ignore[operator]
     check_head(model)
+    if layout.shared:
+        check_shared(model)
     return _score(model, layout, chunk, stats)
 
 
@@ -194,6 +196,11 @@ class Head:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
+            raise UsageError(
+                "the adapter is one of learned prompts; expected LoRA or another adapter of layers, since prompts of "
+                "its own would not be seen here. Use a LoRA adapter."
+            )
         whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         head = whole.get_output_embeddings()
         if hasattr(head, "modules_to_save"):  # peft trains a copy; with adapters off the original counts
@@ -233,6 +240,7 @@ class Head:
 
 
 _checked: WeakSet[nn.Module] = WeakSet()
+_checked_shared: WeakSet[nn.Module] = WeakSet()
 
 
 @torch.no_grad()
@@ -253,15 +261,51 @@ def check_head(model: nn.Module) -> None:
     finally:
         hook.remove()
     expected = logits.float().log_softmax(-1)[:, :3].diagonal()
-    found = head.logps(seen[0][0], torch.arange(3, device=ids.device))
-    # bfloat16 logits are rounded at different places
-    tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.25
-    if not torch.allclose(found.float(), expected, atol=tolerance, rtol=tolerance):
+    found = head.logps(seen[0][0], torch.arange(3, device=ids.device)).float()
+    tolerance = _tolerance(logits)
+    if not torch.allclose(found, expected, atol=tolerance, rtol=tolerance):
         raise UsageError(
             f"{type(model).__name__} changes its logits in a way that is not known here: log-probabilities from its "
             f"output layer are {found.tolist()}, its own are {expected.tolist()}. Use another model, or report it."
         )
     _checked.add(model)
+
+
+@torch.no_grad()
+def check_shared(model: nn.Module) -> None:
+    """Compare the scores of one small pair with and without a shared prompt, once per model.
+
+    Raises:
+        UsageError: they differ, though `shares_prompt` may hold: attention or positions are of a kind not known here.
+    """
+    if model in _checked_shared:
+        return
+    weight = Head(model).weight
+    device = weight.device
+    text = [Ragged((torch.arange(first, first + 3) % len(weight)), torch.tensor([3])) for first in (1, 4, 7)]
+    pair = Pairs(text[0], text[1], text[0], text[2], {}, torch.arange(1))
+    training = [module for module in model.modules() if module.training]
+    model.eval()  # dropout would make them differ
+    try:
+        plain, shared = (
+            _score(model, pair_layout(pair, 0, shared_prompt=share).to(device), 256, False).sum_logps
+            for share in (False, True)
+        )
+    finally:
+        for module in training:
+            module.training = True
+    tolerance = _tolerance(weight)
+    if not torch.allclose(plain, shared, atol=tolerance, rtol=tolerance):
+        raise UsageError(
+            f"{type(model).__name__} gives other log-probabilities when two answers share a prompt: {shared.tolist()} "
+            f"instead of {plain.tolist()}. Pass `--model.shared_prompt=false`."
+        )
+    _checked_shared.add(model)
+
+
+def _tolerance(x: Tensor) -> float:
+    """Allowed difference of log-probabilities; those of low precision are rounded at different places."""
+    return 1e-3 if x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type) else 0.25
 
 
 class _Rows:

@@ -10,6 +10,7 @@ part of the weight's gradient is finished while it lies in the cache and is writ
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -200,7 +201,11 @@ class _Tiles:
 
     def logits(self, rows: slice, part: slice) -> Tensor:
         """One tile (tokens, width), own memory."""
-        z = (self.hidden[rows] @ self.weight(part).T).to(self.exact)
+        hidden, weight = self.hidden[rows], self.weight(part)
+        if hidden.dtype != self.exact and _widens(hidden.device.type, hidden.dtype):
+            z = torch.mm(hidden, weight.T, out_dtype=self.exact)  # type: ignore[call-overload]
+        else:
+            z = (hidden @ weight.T).to(self.exact)
         if self.bias is not None:
             z += self.bias[part]
         return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -211,8 +216,22 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, where `out` may be wider than the factors."""
+    """out += a @ b in the precision of `out`: the sum over many tiles must not be rounded at every tile."""
     if out.dtype == a.dtype:
         out.addmm_(a, b)
+    elif _widens(a.device.type, a.dtype):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)  # type: ignore[call-overload]
     else:
-        out += a @ b
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
+@cache
+def _widens(device: str, dtype: torch.dtype) -> bool:
+    """Whether products of this type can be written in float32 there; on a GPU they can."""
+    a, out = torch.ones(8, 8, device=device, dtype=dtype), torch.ones(8, 8, device=device)
+    try:
+        torch.mm(a, a, out_dtype=torch.float32)  # type: ignore[call-overload]
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        return False
+    return bool((out == 9).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import FileStore
 
 from offpolicy.data.sequences import Pairs, Ragged, Singles
 from offpolicy.errors import UsageError
@@ -223,6 +225,46 @@ def test_unknown_head_is_refused() -> None:
     model.forward = changed  # type: ignore[method-assign]
     with pytest.raises(UsageError, match="changes its logits"):
         score(model, pair_layout(pairs(), 2, shared_prompt=True))
+
+
+def test_models_that_cannot_share_are_found_out() -> None:
+    """A model that ignores its mask."""
+    model = make("Llama")
+    decoder = model.model
+    forward = decoder.forward
+    decoder.forward = lambda **inputs: forward(**{**inputs, "attention_mask": None})  # type: ignore[method-assign]
+    model.train()
+    score(model, pair_layout(pairs(), 2, shared_prompt=False))
+    with pytest.raises(UsageError, match=r"shared_prompt=false"):
+        score(model, pair_layout(pairs(), 2, shared_prompt=True))
+    assert all(module.training for module in model.modules())
+
+
+def test_sharded_model(llama: nn.Module, tmp_path: Path) -> None:
+    """FSDP2 in one process: parameters exist whole only inside its hooks; scores and gradients as without."""
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    layout = pair_layout(pairs(), 2, shared_prompt=True)
+    expected = score(llama, layout).sum_logps
+    upstream = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    wanted = torch.autograd.grad(expected @ upstream, list(llama.parameters()))
+    init_process_group("gloo", store=FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model, mesh = make("Llama"), init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for _ in range(2):
+            model.zero_grad()
+            found = score(model, layout).sum_logps
+            torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+            (found @ upstream).backward()
+            for p, right in zip(model.parameters(), wanted, strict=True):
+                torch.testing.assert_close(p.grad.full_tensor(), right, atol=1e-8, rtol=1e-8)
+    finally:
+        destroy_process_group()
 
 
 def test_lora(llama: nn.Module) -> None:
