@@ -40,7 +40,7 @@ class TextData(DataModule):
         eval_fraction: without ``eval_data``, share of the prompts that is held out, in [0, 1); chosen by a hash of the
             prompt, so that no prompt is on both sides.
         separator: text put between every prompt and answer of plain text, as sources without white space at that place
-            need it (a line break).
+            need it ("\\n" is a line break).
         show: texts printed before training, with the boundary between prompt and answer.
     """
 

@@ -463,8 +463,11 @@ def test_notes_and_warnings(tmp_path: Path) -> None:
         assert note in meta["notes"]
     assert any("prompts were cut" in note for note in meta["notes"])
     loose = [pair(chosen="It is 4", rejected="no")]
-    assert "prompts run into their answers without white space between them: 1" in read(tmp_path, loose).meta["notes"]
-    spaced = read(tmp_path, loose, separator="\n")
+    assert (
+        "prompts run into their answers without white space (--data.separator puts some there): 1"
+        in read(tmp_path, loose).meta["notes"]
+    )
+    spaced = read(tmp_path, loose, separator="\\n")  # as a shell passes it
     assert decoded(spaced)[0][1] == "\nIt is 4" and not spaced.meta["notes"]
     chat = read(tmp_path, [pair()], chat=True).meta
     assert "rows are plain text, for which the tokenizer's chat template is not used: 1" in chat["notes"]

@@ -80,7 +80,7 @@ def open_texts(
             counts,
             pair_strategy=pair_strategy,
             min_score_gap=min_score_gap,
-            separator=separator,
+            separator=separator.replace("\\n", "\n").replace("\\t", "\t"),  # as shells pass them
         )
     )
     faults.check()
