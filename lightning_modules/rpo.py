@@ -19,7 +19,7 @@ from torch import Tensor
 from offpolicy.errors import UsageError, check_range
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.scores import PairScores
-from offpolicy.losses.preference import NLL_FORMS, NllForm, dpo_loss, nll, preference_metrics
+from offpolicy.losses.preference import NLL_FORMS, dpo_loss, nll, preference_metrics
 from offpolicy.modules import Metrics
 
 
@@ -40,7 +40,7 @@ class RPO(LanguageModule):
         beta: float = 0.1,
         eta: float | None = None,
         nll_weight: float | None = None,
-        nll_form: NllForm = "sum",
+        nll_form: str = "sum",
         lr: float = 1e-6,
         **language: Any,
     ) -> None:

@@ -14,7 +14,7 @@ from offpolicy.data.sequences import SingleView
 from offpolicy.errors import UsageError
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.scores import SingleScores
-from offpolicy.losses.preference import NLL_FORMS, NllForm, nll
+from offpolicy.losses.preference import NLL_FORMS, nll
 from offpolicy.modules import Metrics
 
 STATS = {"logits/answer": "logits", "entropy": "entropy", "mean_token_accuracy": "hits"}
@@ -32,7 +32,7 @@ class SFT(LanguageModule):
     view = SingleView()
     uses_reference = False
 
-    def __init__(self, *, reduction: NllForm = "token_mean", lr: float = 2e-5, **language: Any) -> None:
+    def __init__(self, *, reduction: str = "token_mean", lr: float = 2e-5, **language: Any) -> None:
         super().__init__(lr=lr, **language)
         if reduction not in NLL_FORMS:
             raise UsageError(f"`reduction` is '{reduction}'; expected one of {', '.join(NLL_FORMS)}.")

@@ -17,7 +17,7 @@ from offpolicy.errors import check_range
 from offpolicy.language.scores import PairScores
 
 NllForm = Literal["sum", "sequence_mean", "token_mean"]
-NLL_FORMS = ("sum", "sequence_mean", "token_mean")
+NLL_FORMS: tuple[NllForm, ...] = ("sum", "sequence_mean", "token_mean")
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
