@@ -7,7 +7,8 @@ answers of 128, float32, one thread, the same pairs in the same order everywhere
 and the figures of a round are taken in turn, so that a drift of the machine hits all alike:
 
   trainer      offpolicy.fit with metrics, files and progress bar on, the reference in columns
-  loop         the same steps in a bare loop
+  trainer1024  the same with ``chunk=1024``, so that no logits are computed twice
+  loop         the same steps as the latter in a bare loop
   trl          DPOTrainer as it comes; the interpreter of an environment with TRL 1.16 is named by --trl
   trl_tuned    the same with its reference precomputed and without gradient checkpointing
 
@@ -85,21 +86,85 @@ def prepare(folder: Path, rows: int) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def read_pairs(folder: Path, first: int, count: int) -> Any:
-    """Pairs `first`, … of the file as ids, each answer with its end token."""
+def read_ids(folder: Path) -> list[dict[str, list[int]]]:
+    """The pairs of the file as ids, each answer with its end token."""
+    rows = []
+    for line in (folder / "pairs.jsonl").read_text().splitlines():
+        ids = {name: [int(word[1:]) for word in text.split()] for name, text in json.loads(line).items()}
+        rows.append({name: text if name == "prompt" else [*text, EOS] for name, text in ids.items()})
+    return rows
+
+
+def batch_of(rows: list[dict[str, list[int]]]) -> Any:
     import torch
 
     from offpolicy.data.sequences import Pairs, Ragged
 
-    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
-    lines = [lines[i % len(lines)] for i in range(first, first + count)]
+    prompt, chosen, rejected = (
+        Ragged(torch.tensor([i for row in rows for i in row[name]]), torch.tensor([len(row[name]) for row in rows]))
+        for name in ("prompt", "chosen", "rejected")
+    )
+    return Pairs(prompt, chosen, prompt, rejected, {}, torch.arange(len(rows)))
 
-    def ragged(name: str) -> Ragged:
-        rows = [[int(w[1:]) for w in line[name].split()] + ([] if name == "prompt" else [EOS]) for line in lines]
-        return Ragged(torch.tensor([i for row in rows for i in row]), torch.tensor([len(row) for row in rows]))
 
-    prompt = ragged("prompt")
-    return Pairs(prompt, ragged("chosen"), prompt, ragged("rejected"), {}, torch.arange(count))
+def run_trainer(folder: Path, steps: int, size: int, **options: Any) -> dict[str, Any]:
+    """The whole path: offpolicy.fit with its metrics, checkpoints, files and bar."""
+    import numpy as np
+    from lightning.pytorch import Callback
+
+    import offpolicy
+    from offpolicy.data.replay import Replay
+    from offpolicy.data.sampling import permutation
+    from offpolicy.data.text import TextData
+
+    rows = read_ids(folder)
+    texts = [np.array(row[name]) for row in rows for name in ("prompt", "chosen", "rejected")]
+    length = np.array([len(text) for text in texts])
+    first = 3 * np.arange(len(rows))
+    table = np.empty((len(rows), 4), dtype=np.int64)
+    # the fit takes rows in the order of its permutation, which is to be the order of the file
+    table[permutation(0, 0, len(rows)).numpy()] = np.stack([first, first + 1, first, first + 2], axis=1)
+    replay = Replay(
+        {"token": np.concatenate(texts)},
+        start=np.cumsum(length) - length,
+        length=length,
+        tables={"pairs": table},
+        meta={"name": "random pairs", "source": "text"},
+    )
+    losses: list[float] = []
+    marks: list[float] = []
+
+    class Clock(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            marks.append(time.process_time())
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+            losses.append(float(outputs["loss"]))
+            last[:] = [time.process_time()]
+
+    last: list[float] = []
+    learner = offpolicy.DPO(
+        policy=str(folder / "policy"),
+        beta=BETA,
+        lr=LR,
+        batch_size=size,
+        warmup_ratio=0.0,
+        lr_schedule="linear",
+        ref_cache=str(folder / "cache"),
+        **options,
+    )
+    offpolicy.fit(
+        learner,
+        TextData.of(replay),
+        max_steps=steps,
+        folder=folder / f"run-{os.getpid()}",
+        eval_every=0,
+        gradient_clip_val=1.0,
+        callbacks=[Clock()],
+        accelerator="cpu",
+    )
+    skip = min(2, steps - 1)
+    return {"cpu_s_per_step": (last[0] - marks[skip]) / (steps - skip), "losses": losses}
 
 
 def run_loop(folder: Path, steps: int, size: int, part: int) -> dict[str, Any]:
@@ -121,13 +186,15 @@ def run_loop(folder: Path, steps: int, size: int, part: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(
         policy.parameters(), LR, weight_decay=0.0, **({"fused": True} if has["fused optimiser"] else {"foreach": True})
     )
+    rows = read_ids(folder)
     layouts = [
-        pair_layout(read_pairs(folder, i * size, size), EOS, shared_prompt=has["shared prompt"]) for i in range(steps)
+        pair_layout(batch_of(rows[i * size : (i + 1) * size]), EOS, shared_prompt=has["shared prompt"])
+        for i in range(steps)
     ]
 
     def sums(model: nn.Module, layout: Layout) -> Tensor:
         if has["tiles"]:
-            return score(model, layout, chunk=4096 if has["no tile twice"] else 256).sum_logps
+            return score(model, layout, chunk=1024 if has["no tile twice"] else 256).sum_logps
         if has["head on answers only"]:
             hidden = model.model(input_ids=layout.input_ids, use_cache=False).last_hidden_state
             logits = model.lm_head(hidden.flatten(0, 1)[layout.predict])
@@ -170,7 +237,10 @@ def worker(kind: str, folder: Path, steps: int, size: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    found = run_loop(folder, steps, size, len(PARTS) - 1 if kind == "loop" else PARTS.index(kind))
+    if kind.startswith("trainer"):
+        found = run_trainer(folder, steps, size, **({"chunk": 1024} if kind == "trainer1024" else {}))
+    else:
+        found = run_loop(folder, steps, size, len(PARTS) - 1 if kind == "loop" else PARTS.index(kind))
     return {**found, "imported_mib": imported, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
@@ -210,7 +280,13 @@ def main() -> None:
 
     from offpolicy.matmul import choose_matmul
 
-    kinds = ["loop", *(["trl", "trl_tuned"] if args.trl else []), *(PARTS[:-1] if args.parts else ())]
+    kinds = [
+        "trainer",
+        "trainer1024",
+        "loop",
+        *(["trl", "trl_tuned"] if args.trl else []),
+        *(PARTS[:-1] if args.parts else ()),
+    ]
     samples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), args.steps * args.pairs)
