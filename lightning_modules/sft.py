@@ -1,16 +1,19 @@
 """SFT — supervised fine-tuning: maximum likelihood of answers, L = −log π(y|x).
 
-Preference methods start from such a policy, and take it for their reference. Of pairs, the chosen answers are used.
-Prompts are not counted.
+Preference methods start from such a policy, and take it for their reference. Of pairs, the chosen answers are used,
+of answers marked desirable or not, the desirable ones. Prompts are not counted.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from offpolicy.data.sequences import SingleView
+from offpolicy.data.replay import Replay
+from offpolicy.data.sequences import BoundTexts, SingleView
 from offpolicy.errors import UsageError
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.scores import SingleScores
@@ -18,6 +21,17 @@ from offpolicy.losses.preference import NLL_FORMS, nll
 from offpolicy.modules import Metrics
 
 STATS = {"logits/answer": "logits", "entropy": "entropy", "mean_token_accuracy": "hits"}
+
+
+@dataclass(frozen=True)
+class WantedView(SingleView):
+    """Single answers without those that are marked undesirable."""
+
+    def bind(self, replay: Replay) -> BoundTexts:
+        bound = super().bind(replay)
+        wanted = bound.facts.get("label", np.ones(len(bound), dtype=bool)).astype(bool)
+        facts = {name: column[wanted] for name, column in bound.facts.items()}
+        return BoundTexts(replay, bound.index[wanted], facts, bound.kind)
 
 
 class SFT(LanguageModule):
@@ -29,7 +43,7 @@ class SFT(LanguageModule):
         lr: peak learning rate of AdamW.
     """
 
-    view = SingleView()
+    view = WantedView()
     uses_reference = False
 
     def __init__(self, *, reduction: str = "token_mean", lr: float = 2e-5, **language: Any) -> None:

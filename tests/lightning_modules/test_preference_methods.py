@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.scores import PairScores, Scores, SingleScores
@@ -268,6 +270,20 @@ def test_impossible_options_are_refused(name: str, options: dict[str, Any], mess
 def test_kto_needs_labels() -> None:
     with pytest.raises(DataError, match="label"):
         make("KTO").loss(single_scores()._replace(facts={}))
+
+
+def test_sft_leaves_undesirable_answers_out() -> None:
+    length, singles = np.arange(1, 5), np.array([[0, 1], [0, 2], [3, 1]])
+
+    def index(name: str, **facts: np.ndarray) -> list[list[int]]:
+        steps = {"token": np.repeat(np.arange(4), length)}
+        tables = {"singles": singles, **{f"singles/{key}": value for key, value in facts.items()}}
+        replay = Replay(steps, start=np.cumsum(length) - length, length=length, tables=tables)
+        return make(name).view.bind(replay).index.tolist()
+
+    label = np.array([True, False, True])
+    assert index("SFT", label=label) == [[0, 1], [3, 1]]
+    assert index("SFT") == index("KTO", label=label) == singles.tolist()
 
 
 def test_options_of_the_base_are_kept() -> None:
