@@ -273,6 +273,10 @@ def make_trainer(
     bars = [UpdateBar()] if bar and given.get("enable_progress_bar", True) else []
     given["enable_progress_bar"] = bool(bars)
     given["plugins"] = [*_as_list(given.pop("plugins", None)), AtomicCheckpointIO()]
+    if given.get("strategy") == "fsdp2":
+        from offpolicy.language.sharding import FullySharded
+
+        given["strategy"] = FullySharded()
     if given.get("accelerator", "auto") == "auto":
         given["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"  # "mps" has no float64
     given |= {"max_steps": max_steps, "default_root_dir": str(folder), "callbacks": [*own, *bars, *callbacks]}

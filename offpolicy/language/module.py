@@ -11,6 +11,7 @@ import math
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -20,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from offpolicy.callbacks import Interruption, RestoreSettings
@@ -30,7 +31,7 @@ from offpolicy.data.sequences import BoundTexts, PairView
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.language import policy as policies
 from offpolicy.language.evaluation import HeldOut, RowMeter, eval_sample
-from offpolicy.language.layout import Answers, Layout, pair_layout, score, shares_prompt, single_layout
+from offpolicy.language.layout import Answers, Layout, check_head, pair_layout, score, shares_prompt, single_layout
 from offpolicy.language.plan import Plan
 from offpolicy.language.reference import Cache, Columns, cache_folder, column_names, columns_of, texts_digest
 from offpolicy.language.scores import PairScores, Scores, SingleScores
@@ -244,7 +245,9 @@ class LanguageModule(Module):
         self.model = model
         policies.base_of(model).config.use_cache = False
         if self.hparams.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings():  # newer versions have another name for it too
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable({"use_reentrant": False})
             if not self.strict_loading:
                 model.enable_input_require_grads()
 
@@ -288,6 +291,8 @@ class LanguageModule(Module):
         self._take_model(model)
 
     def _check_same_start(self, state: Mapping[str, Any]) -> None:
+        if policies.adapter_settings(self.model) != state["adapter"]:
+            raise UsageError("the checkpoint has other adapters than the method now. Pass the settings of its run.")
         if self._start_digest and state["start_digest"] and self._start_digest != state["start_digest"]:
             raise UsageError(
                 f"`policy` is {self.hparams.policy}, whose weights are not those that the run started from; expected "
@@ -299,15 +304,6 @@ class LanguageModule(Module):
         if not self.strict_loading:
             trained = self._trained_names()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if (
-            not self.strict_loading
-            and checkpoint.get("state_dict")
-            and self._trained_names() != set(checkpoint["state_dict"])
-        ):
-            raise UsageError("the checkpoint has other adapters than the method now. Pass the settings of its run.")
 
     def _trained_names(self) -> set[str]:
         return {name for name, p in self.named_parameters() if p.requires_grad}
@@ -401,8 +397,9 @@ class LanguageModule(Module):
             self.tokenizer = data.tokenizer
         self.initialize()
         self._check_ids(data.replay)
+        check_head(self.model)  # here, as it runs the model once
         trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
-        self._start_digest = policies.weights_digest(self.model)
+        self._start_digest = policies.weights_digest(self.model, adapters=bool(h.adapter))  # new ones begin as nothing
         per_forward = h.micro_batch_size or math.ceil(h.batch_size / self.world_size)
         self._micro_batches = max(1, math.ceil(h.batch_size / (per_forward * self.world_size)))
         self.rows_per_forward = min(per_forward, math.ceil(h.batch_size / self.world_size))
@@ -445,6 +442,8 @@ class LanguageModule(Module):
         if getattr(self, "_trainer", None) is None or not self.trainer.training or self._bound is None:
             return
         if self._device_mesh is not None:
+            from offpolicy.language.sharding import shard
+
             shard(self.model, self._device_mesh["data_parallel"])
         self.model.to(self.trainer.strategy.root_device)
         self.apply_settings()
@@ -790,17 +789,6 @@ def other_prompts(bound: BoundTexts, previous: np.ndarray) -> BoundTexts:
     """Every prompt of a table of singles with the answer of another row."""
     index = np.stack([bound.index[:, 0], bound.index[previous, 1]], axis=1)
     return BoundTexts(bound.replay, index, {}, bound.kind)
-
-
-def shard(model: nn.Module, mesh: Any) -> None:
-    """FSDP2: every layer is a unit, the rest is one more."""
-    from torch.distributed.fsdp import fully_shard
-
-    layers = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if layers:
-        for layer in max(layers, key=lambda m: sum(p.numel() for p in m.parameters())):
-            fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
 
 
 def peak_memory(device: torch.device) -> float:

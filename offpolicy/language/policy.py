@@ -125,10 +125,17 @@ def without_dropout(config: Any) -> Any:
     return config
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A hash of names, types and bytes of all weights and buffers; equal for equal models on any machine."""
+def weights_digest(model: nn.Module, *, adapters: bool = True) -> str:
+    """A hash of names, types and bytes of all weights and buffers; equal for equal models on any machine.
+
+    Args:
+        adapters: count them; without, the hash is that of the model below them.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
+    state = {n.removeprefix("base_model.model.").replace(".base_layer.", "."): v for n, v in model.state_dict().items()}
+    for name, value in sorted(state.items()):
+        if "lora_" in name and not adapters:
+            continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

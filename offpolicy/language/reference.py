@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Cache:
             try:
                 with np.load(file, allow_pickle=False) as kept:
                     found = {name: kept[name] for name in columns}
-            except (OSError, ValueError, KeyError):  # not whole: compute again
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not whole: compute again
                 return columns
             if all(column.shape == (rows,) for column in found.values()):
                 return found

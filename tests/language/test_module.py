@@ -221,7 +221,7 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_policy_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--model.policy"):
+    with pytest.raises(UsageError, match="given no policy"):
         fit(op.DPO())
     with pytest.raises(UsageError, match="is no folder"):
         fit(op.DPO(policy=str(tmp_path / "nothing" / "here")))
