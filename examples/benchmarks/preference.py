@@ -233,15 +233,13 @@ def run_loop(folder: Path, steps: int, size: int, part: int) -> dict[str, Any]:
 
 def worker(kind: str, folder: Path, steps: int, size: int) -> dict[str, Any]:
     import torch
-    import transformers  # noqa: F401  counted as imported
 
     torch.set_num_threads(1)
-    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if kind.startswith("trainer"):
         found = run_trainer(folder, steps, size, **({"chunk": 1024} if kind == "trainer1024" else {}))
     else:
         found = run_loop(folder, steps, size, len(PARTS) - 1 if kind == "loop" else PARTS.index(kind))
-    return {**found, "imported_mib": imported, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {**found, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
 def measure(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -293,21 +291,20 @@ def main() -> None:
         for _ in range(args.rounds):
             for kind in kinds:
                 samples[kind].append(measure(kind, Path(name), args))
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for kind, found in samples.items():
-        middle = {k: statistics.median(f[k] for f in found) for k in ("tokens_per_cpu_s", "cpu_s_per_step", "peak_mib")}
-        results[kind] = {k: round(v, 3) for k, v in middle.items()}
-        results[kind]["imported_mib"] = round(found[0]["imported_mib"])
-        if "reference_cpu_s" in found[0]:
-            results[kind]["reference_cpu_s"] = round(statistics.median(f["reference_cpu_s"] for f in found), 3)
-        if args.trl and not kind.startswith("trl"):
-            for peer in ("trl", "trl_tuned"):
-                pairs = zip(found, samples[peer], strict=True)
-                rates = [a["tokens_per_cpu_s"] / b["tokens_per_cpu_s"] for a, b in pairs]
-                results[kind][f"times_{peer}"] = round(statistics.median(rates), 2)
-                results[kind][f"memory_of_{peer}"] = (
-                    round(middle["peak_mib"] / results[peer]["peak_mib"], 2) if peer in results else None
-                )
+        names = ("cpu_s_per_step", "tokens_per_cpu_s", "reference_cpu_s", "peak_mib")
+        results[kind] = {
+            name: round(statistics.median(f[name] for f in found), 3) for name in names if name in found[0]
+        }
+    peers = [kind for kind in kinds if kind.startswith("trl")]
+    for kind in kinds:
+        for peer in peers if kind not in peers else ():
+            rates = [a["tokens_per_cpu_s"] / b["tokens_per_cpu_s"] for a, b in zip(samples[kind], samples[peer])]
+            results[kind][f"times_{peer}"] = round(statistics.median(rates), 2)
+            apart = [abs(a - b) for a, b in zip(samples[kind][0]["losses"], samples[peer][0]["losses"])]
+            results[kind][f"losses_from_{peer}"] = {"first": round(apart[0], 7), "largest": round(max(apart), 7)}
+            results[kind][f"memory_of_{peer}"] = round(results[kind]["peak_mib"] / results[peer]["peak_mib"], 2)
     about = {
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),

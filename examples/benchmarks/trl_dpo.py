@@ -26,9 +26,7 @@ options = {k: json.loads(v) for k, v in (o.split("=") for o in sys.argv[5:])}
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
-imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 spent: list[float] = []
-losses: list[float] = []
 
 
 class Clock(transformers.TrainerCallback):
@@ -38,19 +36,15 @@ class Clock(transformers.TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         spent.append(time.process_time())
 
-    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
-        if logs and "loss" in logs:
-            losses.append(float(logs["loss"]))
-
 
 class Trainer(trl.DPOTrainer):
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        exact.append(float(loss.detach()))  # the log has four digits
+        losses.append(float(loss.detach()))
         return loss
 
 
-exact: list[float] = []
+losses: list[float] = []
 config = trl.DPOConfig(
     **{
         "output_dir": os.path.join(folder, "trl"),
@@ -74,7 +68,6 @@ trainer = Trainer(
     processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(os.path.join(folder, "policy")),
     callbacks=[Clock()],
 )
-began = time.process_time()
 trainer.train()
 skip = min(2, steps - 1)
 print(
@@ -82,8 +75,7 @@ print(
         {
             "cpu_s_per_step": (spent[-1] - spent[skip]) / (steps - skip),
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "imported_mib": imported,
-            "losses": exact,
+            "losses": losses,
             "versions": {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
         }
     )

@@ -47,7 +47,7 @@ def token_logps(
         scale: factor on the logits before the cap.
         chunk: at most about ``chunk * V`` logits exist at a time, ≥ 1. As many are kept for the backward pass, which
             saves making them again; from n on, none is made twice.
-        stats: also return facts per token, without gradient; they cost about as much as the log-probabilities.
+        stats: also return facts per token, without gradient.
 
     Returns:
         log p(target), nats, (n,) float32 (float64 for float64 input). With `stats` a pair of that and a dict of (n,)
