@@ -123,6 +123,11 @@ def fit(
             raise UsageError(f"fit has no option `{name}`; expected a RunOptions or Trainer one.{nearest(name, known)}")
     if max_steps is not None:
         check_range("trainer.max_steps", max_steps, 1)
+    if method.trains_on_texts and options.get("max_epochs") not in (None, -1):
+        raise UsageError(
+            f"`trainer.max_epochs` is {options['max_epochs']}; expected none, as passes over the data are an option of "
+            "the method: --model.epochs."
+        )
     first, origin = is_first_process(), origin or Origin()
     kind = method.data_class()
     if isinstance(data, (str, Path)):
