@@ -35,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-VOCABULARY, PROMPT, ANSWER = 32_000, 128, 128
+VOCABULARY, LAYERS, WIDTH = 32_000, 4, 256
+PROMPT, ANSWER = 128, 128
 BETA, LR = 0.1, 1e-5
 EOS = 0
 # each part of the second table with all above it
@@ -57,7 +58,9 @@ def prepare(folder: Path, rows: int) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     words = {"<eos>": EOS, **{f"w{i}": i for i in range(1, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
@@ -66,9 +69,9 @@ def prepare(folder: Path, rows: int) -> None:
     fast.save_pretrained(folder / "policy")
     config = Qwen2Config(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
