@@ -116,6 +116,10 @@ class Module(LightningModule):
         """Lines of the first screen about data and networks: (label, text)."""
         return []
 
+    def notes(self) -> list[str]:
+        """Sentences for the first screen."""
+        return []
+
     def samples(self) -> str:
         """A few rows of the data for a person to read before training; empty for none."""
         return ""

@@ -50,7 +50,7 @@ def first_screen(trainer: Any, method: Any, folder: Path, extra: list[str]) -> s
         line("device", f"{device}, precision {trainer.precision}, threads {threads}, matmul {matmul}"),
         line("folder", f"{folder} ({start})"),
     ]
-    notes = [str(text) for key in ("notes", "warnings") for text in meta.get(key) or []]
+    notes = [str(text) for key in ("notes", "warnings") for text in meta.get(key) or []] + method.notes()
     return "\n".join(lines + [line("note", text) for text in notes])
 
 
@@ -112,7 +112,8 @@ def last_lines(
 def versions(method: Any) -> dict[str, Any]:
     """What decides the numbers of a run: versions, commit, data and the settings that change last bits."""
     meta = method.data_meta
-    names = ("torch", "lightning", "gymnasium", "numpy", "jsonargparse", "transformers")
+    names = ["torch", "lightning", "gymnasium", "numpy", "jsonargparse", "transformers"]
+    names += ["peft"] if method.option("lora_rank", 0) or method.option("adapter", None) else []
     threads, matmul = settings_in_use(method)
     env = meta.get("env_id")
     return {

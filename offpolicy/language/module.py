@@ -11,7 +11,6 @@ import math
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -176,6 +175,7 @@ class LanguageModule(Module):
         self._start_digest = ""  # of the weights that training started from
         self._check_start = False
         self._seconds, self._tokens, self._steps_timed, self._began = 0.0, 0, 0, 0.0
+        self._real, self._places = 0, 0  # tokens in rows of forward passes, and places for them
 
     # -- to be written by a method -------------------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ class LanguageModule(Module):
 
     def planned_steps(self, data: DataModule) -> int | None:
         rows = len(self.view.bind(data.load()))
-        return max(1, math.ceil(self.hparams.epochs * rows / self.hparams.batch_size))
+        return max(1, math.ceil(self.hparams.epochs * math.ceil(rows / self.hparams.batch_size)))
 
     def initialize(self, seed: int | None = None) -> LanguageModule:
         """Open the policy and add its adapters, reproducibly from the seed, without data or trainer. Returns self."""
@@ -245,11 +245,10 @@ class LanguageModule(Module):
         self.model = model
         policies.base_of(model).config.use_cache = False
         if self.hparams.gradient_checkpointing:
-            with warnings.catch_warnings():  # newer versions have another name for it too
-                warnings.simplefilter("ignore", FutureWarning)
+            with policies.silent():  # newer versions have another name for it too
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            if not self.strict_loading:
-                model.enable_input_require_grads()
+                if not self.strict_loading:
+                    model.enable_input_require_grads()
 
     @property
     def pad_id(self) -> int:
@@ -359,6 +358,15 @@ class LanguageModule(Module):
             return ""
         return f"{len(eval_sample(len(self.eval_bound), self.hparams.eval_rows)):,} held-out rows"
 
+    def notes(self) -> list[str]:
+        dtype = next(policies.base_of(self.model).get_decoder().parameters()).dtype
+        if dtype != torch.bfloat16 or not self.strict_loading:
+            return []
+        return [
+            f"All weights are bfloat16, whose steps are 1/256 of a value: a rate of {self.hparams.lr:g} may move few "
+            "of them. Small steps are kept by --model.dtype float32 with --trainer.precision bf16-mixed, and by adapters."
+        ]
+
     def samples(self) -> str:
         from offpolicy.language.preview import samples
 
@@ -370,6 +378,8 @@ class LanguageModule(Module):
 
     def configure_callbacks(self) -> list[Callback]:
         trainer = self.trainer
+        if self.run.compile:
+            raise UsageError("`run.compile` is true, which is for control methods; expected false. Leave it out.")
         if trainer.accumulate_grad_batches not in (None, 1):
             raise UsageError(
                 f"the Trainer has accumulate_grad_batches={trainer.accumulate_grad_batches}; expected none, as it "
@@ -564,6 +574,8 @@ class LanguageModule(Module):
         """What :meth:`loss` takes, for rows of a table: :class:`PairScores` or :class:`SingleScores`."""
         batch = bound.gather(rows)
         layout = self._layout(batch)
+        if torch.is_grad_enabled():
+            self._real, self._places = self._real + layout.real_tokens, self._places + layout.input_ids.numel()
         answers = self._answers(self.model, layout, stats=stats)
         reference = self._references(bound, rows, refs, layout, answers)
         facts = {name: value.to(answers.length.device) for name, value in batch.facts.items()}
@@ -611,7 +623,7 @@ class LanguageModule(Module):
         lengths = bound.lengths[rows]
         sequence = lengths[:, 1] + np.maximum(lengths[:, 0] - 1, 0)
         ratio = self._mismatched_ratio(bound, rows) if self.uses_mismatched else None
-        return StepMeans(row_weights(bound, rows).sum(), lengths[:, 1].mean(), sequence.mean(), ratio)
+        return StepMeans(row_weights(bound, rows).sum() or 1.0, lengths[:, 1].mean(), sequence.mean(), ratio)
 
     def _mismatched_ratio(self, bound: BoundTexts, rows: np.ndarray) -> Tensor:
         """Mean log-ratio of answers under other prompts over the rows of a step, 0-d."""
@@ -769,9 +781,10 @@ class LanguageModule(Module):
             "train/epoch": updates / self._plan_of().steps_per_epoch,
             "perf/updates_per_s": self._steps_timed / seconds,
             "perf/tokens_per_s": tokens / seconds,
+            "perf/padding_fraction": 1.0 - self._real / max(1, self._places),  # of the first process
             "perf/peak_memory_mb": peak_memory(self.device),
         }
-        self._seconds, self._tokens, self._steps_timed = 0.0, 0, 0
+        self._seconds, self._tokens, self._steps_timed, self._real, self._places = 0.0, 0, 0, 0, 0
         self.log_row(row, updates)
 
     def teardown(self, stage: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def add_adapter(model: Any, settings: Mapping[str, Any]) -> Any:
     """
     peft = import_peft()
     try:
-        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+        with silent():
+            return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     except ValueError as error:
         names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UsageError(f"`lora_targets` cannot be used: {_first(error)} The layers are {', '.join(names)}.") from None
@@ -198,14 +200,16 @@ def found(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Without the bars and remarks of ``transformers`` while a model is opened."""
+    """Without the bars and remarks of ``transformers`` and ``peft`` while a model is opened."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,8 +24,9 @@ from offpolicy.data.replay import _numpy
 from offpolicy.data.sequences import BoundTexts
 from offpolicy.files import atomic_write
 
+log = logging.getLogger(__name__)
 Columns = dict[str, np.ndarray]
-SAVE_EVERY = 4096  # rows between two writes, so that an interruption loses little
+SAVE_EVERY = 512  # rows between two writes, so that an interruption loses little
 
 
 class Cache:
@@ -96,6 +99,7 @@ def columns_of(
         torch.distributed.broadcast_object_list(shared)
         columns = shared[0]
     missing = rows[np.isnan(columns[names[0]][rows])]
+    began = said = time.perf_counter()
     missing = missing[np.argsort(-bound.lengths[missing].sum(1), kind="stable")]
     for start in range(0, len(missing), SAVE_EVERY * world):
         part = missing[start : start + SAVE_EVERY * world]
@@ -112,6 +116,10 @@ def columns_of(
                 columns[name][theirs] = values[name]
         if rank == 0:
             cache.save(columns)
+            if time.perf_counter() - said > 30.0:
+                said = time.perf_counter()
+                done = f"{start + len(part):,} of {len(missing):,} rows"
+                log.warning("Reference: %s after %.0f s.", done, said - began)
     return columns, len(missing)
 
 
