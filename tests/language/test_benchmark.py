@@ -10,7 +10,7 @@ from examples.benchmarks import preference
 
 
 def test_every_part_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"VOCABULARY": 50, "LAYERS": 2, "WIDTH": 32, "PROMPT": 6, "ANSWER": 5, "LR": 1e-3}.items():
+    for name, value in {"VOCABULARY": 50, "LAYERS": 2, "WIDTH": 32, "PROMPT": 6, "ANSWER": 5, "LR": 1e-2}.items():
         monkeypatch.setattr(preference, name, value)
     preference.prepare(tmp_path, rows=6)
     monkeypatch.setattr("offpolicy.memory.keep_freed_memory", lambda: True)  # holds for the whole process
