@@ -46,6 +46,7 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
   --model.OPTION X      settings of the method; --model.help NAME lists them
   --data.OPTION X       reading the data: download, on_bad, clip_actions, timeout_step, sha256;
                         for your own files: env_id, env_kwargs, obs_keys, max_episode_steps
+                        texts: columns, split, tokenizer, max_length, eval_data, eval_fraction, show
   --trainer.OPTION X    Lightning's Trainer: accelerator, devices, strategy, precision, logger, ...
 
   --print_config        print the settings that result, and stop

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offpolicy.callbacks import due, keep_best
 from offpolicy.data.sampling import permutation
+from offpolicy.language.reference import evaluating
 from offpolicy.losses.preference import idealised_ranking_accuracy
 
 
@@ -70,7 +71,7 @@ class HeldOut(Callback):
         updates = trainer.global_step
         if not pl_module.step_ended or not due(updates, pl_module.run.eval_every, trainer.max_steps):
             return
-        if pl_module.eval_bound is None:
+        if pl_module.eval_table is None:
             return
         numbers = {f"eval/{name}": value for name, value in evaluate(pl_module).items()}
         self.best = keep_best(numbers, self.best)
@@ -93,27 +94,22 @@ def eval_sample(rows: int, limit: int) -> np.ndarray:
     return np.arange(rows) if not limit or limit >= rows else np.sort(permutation(0, 0, rows)[:limit].numpy())
 
 
-@torch.no_grad()
 def evaluate(method: Any) -> dict[str, float]:
     """Means of loss and metrics over the held-out rows of a method in training."""
-    bound, refs = method.eval_bound, method.eval_refs
-    rows = eval_sample(len(bound), method.hparams.eval_rows)
-    rows = rows[np.argsort(-bound.lengths[rows].sum(1), kind="stable")]
-    means = method.step_means(bound, rows)
+    table, rows = method.eval_table, method.eval_table.needed
+    rows = rows[np.argsort(-table.texts.lengths[rows].sum(1), kind="stable")]
     world, rank = method.world_size, method.global_rank if method.world_size > 1 else 0
     padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % world)])
     weight = (np.arange(len(padded)) < len(rows)).astype(np.float64)
     mine, mine_weight = padded[rank::world], torch.from_numpy(weight[rank::world]).to(method.device)
     size, meter = method.rows_per_forward, RowMeter()
-    training = method.model.training
-    method.model.eval()
-    with method.precision_context():
+    with evaluating(method.model), method.precision_context():
+        means = method.step_means(table, rows)
         for start in range(0, len(mine), size):
             part = slice(start, start + size)
-            scores = method.scores(bound, mine[part], refs, means, stats=True)
+            scores = method.scores(table, mine[part], means, stats=True)
             loss, metrics = method.loss(scores)
             meter.add({"loss": loss, **metrics, **idealised(method, scores)}, mine_weight[part])
-    method.model.train(training)
     return meter.read(method.sum_over_processes)
 
 

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,13 +31,13 @@ from offpolicy.language import policy as policies
 from offpolicy.language.evaluation import HeldOut, RowMeter, eval_sample
 from offpolicy.language.layout import Answers, Layout, check_head, pair_layout, score, shares_prompt, single_layout
 from offpolicy.language.plan import Plan
-from offpolicy.language.reference import Cache, Columns, cache_folder, column_names, columns_of, texts_digest
+from offpolicy.language.reference import Reference, Table, evaluating
 from offpolicy.language.scores import PairScores, Scores, SingleScores
 from offpolicy.modules import Metrics, Module, num_trained
 
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16", "auto")
-REFERENCES = ("auto", "precomputed", "live", "adapter_off")
+HELD_OUT = -1  # in place of an epoch
 
 
 class StepMeans(NamedTuple):
@@ -160,20 +159,16 @@ class LanguageModule(Module):
         self.tokenizer: Any = None
         self.strict_loading = not (lora_rank or adapter)  # checkpoints of adapters hold nothing else
         self.save_hyperparameters()
-        self.eval_bound: BoundTexts | None = None
-        self.eval_refs: Columns = {}
-        self._bound: BoundTexts | None = None
-        self._refs: Columns = {}
-        self._mismatched: dict[int, tuple[BoundTexts, Columns]] = {}  # epoch → answers under other prompts
-        self._live: list[Any] = []  # a reference model; in a list, so that it is no part of this module
+        self.eval_table: Table | None = None
+        self._table: Table | None = None
+        self._mismatched: dict[int, Table] = {}  # epoch → answers under other prompts
+        self._reference = Reference(self)
         self._plan: Plan | None = None
         self._horizon = 0  # steps over which the rate falls
         self._micro = 0  # micro-batches of the current step that are done
         self._micro_batches = 1  # of one step on one process
         self._means: tuple[int, StepMeans] | None = None
-        self._reference_words = "none"
         self._start_digest = ""  # of the weights that training started from
-        self._check_start = False
         self._seconds, self._tokens, self._steps_timed, self._began = 0.0, 0, 0, 0.0
         self._real, self._places = 0, 0  # tokens in rows of forward passes, and places for them
 
@@ -314,7 +309,7 @@ class LanguageModule(Module):
         self._horizon = state["horizon"]
         if self._plan is not None and self._plan.seed != self.seed:
             if self._mismatched:
-                raise UsageError(self._other_seed())
+                raise UsageError(f"the run has the seed {self.seed}; expected the same: --seed_everything {self.seed}.")
             self._plan = self._make_plan()
 
     def keep_files(self, folder: Path) -> None:
@@ -338,13 +333,15 @@ class LanguageModule(Module):
             if "format" not in data.replay.meta
             else [(line[2:12].strip(), line[12:]) for line in report(data.replay).splitlines()[1:]]
         )
-        rows = [row for row in rows if row[0] not in ("note", "warning")] or [("rows", f"{len(self._bound or ()):,}")]
+        rows = [row for row in rows if row[0] not in ("note", "warning")] or [
+            ("rows", f"{len(self._plan_of().lengths):,}")
+        ]
         numbers = sum(p.numel() for p in self.model.parameters())
         kind = policies.base_of(self.model).config.model_type
         return [
             *rows,
             ("policy", f"{self.hparams.policy} ({kind}), {numbers:,} parameters, {num_trained(self):,} trained"),
-            ("reference", self._reference_words),
+            ("reference", self._reference.words),
         ]
 
     def batch_words(self) -> str:
@@ -354,9 +351,7 @@ class LanguageModule(Module):
         return f"{self.hparams.batch_size} rows{split}, {epochs:.3g} epochs"
 
     def evaluates(self) -> str:
-        if self.eval_bound is None:
-            return ""
-        return f"{len(eval_sample(len(self.eval_bound), self.hparams.eval_rows)):,} held-out rows"
+        return "" if self.eval_table is None else f"{len(self.eval_table.needed):,} held-out rows"
 
     def notes(self) -> list[str]:
         dtype = next(policies.base_of(self.model).get_decoder().parameters()).dtype
@@ -364,7 +359,7 @@ class LanguageModule(Module):
             return []
         return [
             f"All weights are bfloat16, whose steps are 1/256 of a value: a rate of {self.hparams.lr:g} may move few "
-            "of them. Small steps are kept by --model.dtype float32 with --trainer.precision bf16-mixed, and by adapters."
+            "of them. Small ones are kept by --model.dtype float32 with --trainer.precision bf16-mixed, or by adapters."
         ]
 
     def samples(self) -> str:
@@ -398,10 +393,14 @@ class LanguageModule(Module):
             raise UsageError("fit was given no texts; expected a data module, such as TextData('pairs.jsonl').")
         if self.seed is None:
             self.seed = int(trainer.strategy.broadcast(torch.initial_seed())) % (1 << 63)
-        self._bound = self.view.bind(data.replay)
+        texts = self.view.bind(data.replay)
+        self._table = Table(texts, np.arange(len(texts)))
         held_out = getattr(data, "eval_replay", None)
         wanted = held_out is not None and self.run.eval_episodes > 0
-        self.eval_bound = self.view.bind(held_out) if wanted else None
+        self.eval_table = None
+        if wanted:
+            texts = self.view.bind(held_out)
+            self.eval_table = Table(texts, eval_sample(len(texts), h.eval_rows))
         self.data_meta, self.data_fingerprint = dict(data.replay.meta), data.replay.fingerprint()
         if self.tokenizer is None and "tokenizer" in data.replay.meta:
             self.tokenizer = data.tokenizer
@@ -420,23 +419,20 @@ class LanguageModule(Module):
         if trainer.fit_loop.max_epochs is None or trainer.fit_loop.max_epochs > 0:
             trainer.fit_loop.max_epochs = -1  # epochs are counted here; the loader never ends
         self._horizon = trainer.max_steps
-        if self.uses_mismatched and len(self._bound) < 2:
+        if self.uses_mismatched and len(self._table.texts) < 2:
             raise DataError(
                 "the data have one answer; expected two or more, since answers are paired with other prompts."
             )
 
     def _make_plan(self) -> Plan:
-        assert self._bound is not None
+        assert self._table is not None
         return Plan(
-            self._bound.lengths.sum(1),
+            self._table.texts.lengths.sum(1),
             batch_size=self.hparams.batch_size,
             slots=self._micro_batches * self.world_size,
             seed=self.seed or 0,
             by_length=self.hparams.group_by_length,
         )
-
-    def _other_seed(self) -> str:
-        return f"the run has the seed {self.seed}; expected the same. Pass --seed_everything {self.seed}."
 
     def _check_ids(self, replay: Any) -> None:
         largest = int(np.asarray(replay.steps["token"]).max())
@@ -449,7 +445,7 @@ class LanguageModule(Module):
 
     def configure_model(self) -> None:
         """Shard the model where the strategy asks for it; make the reference while the policy still is at its start."""
-        if getattr(self, "_trainer", None) is None or not self.trainer.training or self._bound is None:
+        if getattr(self, "_trainer", None) is None or not self.trainer.training or self._table is None:
             return
         if self._device_mesh is not None:
             from offpolicy.language.sharding import shard
@@ -465,92 +461,20 @@ class LanguageModule(Module):
     # -- the reference -------------------------------------------------------------------------------------------------
 
     def _make_reference(self) -> None:
-        h, bound = self.hparams, self._bound
-        assert bound is not None and self._plan is not None
-        self._refs, self.eval_refs, self._live, self._mismatched = {}, {}, [], {}
-        other = h.reference not in REFERENCES
-        self._check_start = self.uses_reference and not other and not h.lora_dropout
-        epochs = range(self._plan.place(self.trainer.max_steps - 1)[0] + 1)
+        """Say which rows will be asked for, and get what the reference thinks of them."""
+        table, held_out, plan = self._table, self.eval_table, self._plan
+        assert table is not None and plan is not None
+        table.needed = plan.rows_until(self.trainer.max_steps)
+        self._mismatched = {}
         if self.uses_mismatched:
-            self._mismatched = {e: (other_prompts(bound, self._plan.before(e)), {}) for e in epochs}
-        if self.uses_mismatched and self.eval_bound is not None:
-            rows = np.arange(len(self.eval_bound))
-            self._mismatched[-1] = (other_prompts(self.eval_bound, np.roll(rows, 1)), {})
-        if not self.uses_reference:
-            self._reference_words = "none, the method needs no reference"
-            return
-        if h.reference in ("live", "adapter_off"):
-            self._reference_words = "a frozen copy" if h.reference == "live" else "the policy with its adapter off"
-            if h.reference == "live":
-                self._live = [self._frozen_copy()]
-            return
-        model, digest = self.model, self._start_digest
-        if other:
-            model = policies.open_model(h.reference, dtype=h.dtype, attn_implementation=h.attn_implementation)
-            model = self.trainer.precision_plugin.convert_module(model)
-            digest = policies.weights_digest(model)
-            model.to(self.trainer.strategy.root_device)
-        began, computed, total = time.perf_counter(), 0, 0
-        folder = cache_folder(h.ref_cache)
-        used = self._plan.rows_until(self.trainer.max_steps)
-        jobs: list[tuple[BoundTexts, np.ndarray, Any]] = [(bound, used, partial(setattr, self, "_refs"))]
-        if self.eval_bound is not None:
-            sample = eval_sample(len(self.eval_bound), h.eval_rows)
-            jobs.append((self.eval_bound, sample, partial(setattr, self, "eval_refs")))
-        for epoch, (texts, _) in self._mismatched.items():
-            sample = used if epoch >= 0 else np.arange(len(texts))
-            jobs.append((texts, sample, lambda found, e=epoch, t=texts: self._mismatched.update({e: (t, found)})))
-        for texts, rows, put in jobs:
-            cache = Cache(folder, self._reference_parts(model, digest, texts))
-            compute = partial(self._reference_columns, model, texts)
-            rank = self.global_rank if self.world_size > 1 else 0
-            found, now = columns_of(texts, rows, cache, compute, rank=rank, world=self.world_size)
-            put(found)
-            computed, total = computed + now, total + len(rows)
-        words = f"{h.reference if other else 'the policy at its start'}, {total:,} rows "
-        seconds = time.perf_counter() - began
-        words += f"computed in {seconds:.1f} s" if computed else "found"
-        self._reference_words = f"{words} ({'kept' if computed else 'computed earlier,'} in {folder})"
-
-    def _frozen_copy(self) -> Any:
-        if self._device_mesh is not None:
-            raise UsageError("`reference` is 'live', which sharding does not do; expected 'auto' or 'precomputed'.")
-        h = self.hparams
-        model = policies.open_model(h.policy, dtype=h.dtype, attn_implementation=h.attn_implementation)
-        model = policies.open_adapter(model, h.adapter) if h.adapter else model
-        return self.trainer.precision_plugin.convert_module(model).to(self.trainer.strategy.root_device).eval()
-
-    def _reference_parts(self, model: Any, digest: str, texts: BoundTexts) -> dict[str, Any]:
-        import transformers
-
-        base = policies.base_of(model)
-        return {
-            "weights": digest,
-            "config": base.config.to_dict() | {"_name_or_path": "", "use_cache": False},
-            "attention": base.config._attn_implementation,
-            "precision": str(self.trainer.precision),
-            "dtype": str(next(base.parameters()).dtype),
-            "texts": texts_digest(texts),
-            "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
-        }
-
-    def _reference_columns(self, model: Any, bound: BoundTexts, rows: np.ndarray) -> Columns:
-        """Summed log-probabilities of these rows, in forward passes of ``rows_per_forward``."""
-        names, parts = column_names(bound), []
-        training = model.training
-        model.eval()
-        with torch.no_grad(), self.precision_context():
-            for start in range(0, len(rows), self.rows_per_forward):
-                some = rows[start : start + self.rows_per_forward]
-                answers = self._answers(model, self._layout(bound.gather(some)), stats=False)
-                parts.append(answers.sum_logps[: len(names) * len(some)].view(len(names), -1).cpu())
-        model.train(training)
-        return {name: torch.cat([part[i] for part in parts]).numpy() for i, name in enumerate(names)}
-
-    def _reference_model(self) -> tuple[Any, AbstractContextManager[Any]]:
-        if self._live:
-            return self._live[0], nullcontext()
-        return self.model, self.model.disable_adapter()
+            for epoch in range(plan.place(self.trainer.max_steps - 1)[0] + 1):
+                self._mismatched[epoch] = Table(other_prompts(table.texts, plan.before(epoch)), table.needed)
+            if held_out is not None:
+                previous = np.roll(np.arange(len(held_out.texts)), 1)
+                self._mismatched[HELD_OUT] = Table(other_prompts(held_out.texts, previous), held_out.needed)
+        if self.uses_reference:
+            tables = [table, held_out, *self._mismatched.values()]
+            self._reference.prepare([one for one in tables if one is not None], self._start_digest)
 
     # -- scores --------------------------------------------------------------------------------------------------------
 
@@ -558,26 +482,26 @@ class LanguageModule(Module):
         """The precision that training runs in, for forward passes outside of it."""
         return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
 
-    def _layout(self, batch: Any) -> Layout:
+    def layout(self, batch: Any) -> Layout:
+        """The rows of one forward pass over a batch of texts, on the device."""
         if isinstance(self.view, PairView):
             layout = pair_layout(batch, self.pad_id, shared_prompt=self.shared_prompt, prompt_too=self.scores_prompt)
         else:
             layout = single_layout(batch, self.pad_id, prompt_too=self.scores_prompt)
         return layout.to(self.device if self._trainer is None else self.trainer.strategy.root_device)
 
-    def _answers(self, model: Any, layout: Layout, *, stats: bool) -> Answers:
+    def answers(self, model: Any, layout: Layout, *, stats: bool = False) -> Answers:
+        """The scores of the rows of one forward pass."""
         return score(model, layout, chunk=self.hparams.chunk, stats=stats)
 
-    def scores(
-        self, bound: BoundTexts, rows: np.ndarray, refs: Columns, means: StepMeans, *, stats: bool = False
-    ) -> Any:
+    def scores(self, table: Table, rows: np.ndarray, means: StepMeans, *, stats: bool = False) -> Any:
         """What :meth:`loss` takes, for rows of a table: :class:`PairScores` or :class:`SingleScores`."""
-        batch = bound.gather(rows)
-        layout = self._layout(batch)
+        batch = table.texts.gather(rows)
+        layout = self.layout(batch)
         if torch.is_grad_enabled():
             self._real, self._places = self._real + layout.real_tokens, self._places + layout.input_ids.numel()
-        answers = self._answers(self.model, layout, stats=stats)
-        reference = self._references(bound, rows, refs, layout, answers)
+        answers = self.answers(self.model, layout, stats=stats)
+        reference = self._reference.logps(table, rows, layout, answers.sum_logps) if self.uses_reference else None
         facts = {name: value.to(answers.length.device) for name, value in batch.facts.items()}
         size = len(rows)
 
@@ -599,52 +523,28 @@ class LanguageModule(Module):
         answer = part(0, 1 if self.scores_prompt else None)
         return SingleScores(answer, facts, means.length, mismatched_ratio=means.mismatched_ratio)
 
-    def _references(
-        self, bound: BoundTexts, rows: np.ndarray, refs: Columns, layout: Layout, answers: Answers
-    ) -> list[Tensor] | None:
-        """log-probabilities under the reference, one (B,) per answer of a row."""
-        if not self.uses_reference:
-            return None
-        names, size = column_names(bound), len(rows)
-        if refs:
-            if np.isnan(refs[names[0]][rows]).any():
-                raise UsageError(self._other_seed())
-            return [torch.from_numpy(refs[n][rows]).to(answers.sum_logps) for n in names]
-        model, context = self._reference_model()
-        training = model.training
-        model.eval()
-        with torch.no_grad(), context:
-            found = self._answers(model, layout, stats=False).sum_logps
-        model.train(training)
-        return [found[i * size : (i + 1) * size] for i in range(len(names))]
-
-    def step_means(self, bound: BoundTexts, rows: np.ndarray) -> StepMeans:
+    def step_means(self, table: Table, rows: np.ndarray) -> StepMeans:
         """What losses need to know of all rows of a step."""
-        lengths = bound.lengths[rows]
+        lengths = table.texts.lengths[rows]
         sequence = lengths[:, 1] + np.maximum(lengths[:, 0] - 1, 0)
-        ratio = self._mismatched_ratio(bound, rows) if self.uses_mismatched else None
-        return StepMeans(row_weights(bound, rows).sum() or 1.0, lengths[:, 1].mean(), sequence.mean(), ratio)
+        ratio = self._mismatched_ratio(table, rows) if self.uses_mismatched else None
+        return StepMeans(row_weights(table.texts, rows).sum() or 1.0, lengths[:, 1].mean(), sequence.mean(), ratio)
 
-    def _mismatched_ratio(self, bound: BoundTexts, rows: np.ndarray) -> Tensor:
+    def _mismatched_ratio(self, table: Table, rows: np.ndarray) -> Tensor:
         """Mean log-ratio of answers under other prompts over the rows of a step, 0-d."""
-        epoch = -1 if bound is self.eval_bound else self._plan_of().place(self.global_step)[0]
-        texts, refs = self._mismatched[epoch]
+        epoch = HELD_OUT if table is self.eval_table else self._plan_of().place(self.global_step)[0]
+        other = self._mismatched[epoch]
         world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
         padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % world)])
         counts = torch.from_numpy((np.arange(len(padded)) < len(rows))[rank::world])
         mine, total = padded[rank::world], torch.zeros((), dtype=torch.float64, device=self.device)
-        training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
+        with evaluating(self.model):
             for start in range(0, len(mine), self.rows_per_forward):
                 part = slice(start, start + self.rows_per_forward)
-                layout = self._layout(texts.gather(mine[part]))
-                answers = self._answers(self.model, layout, stats=False)
-                reference = self._references(texts, mine[part], refs, layout, answers)
-                assert reference is not None
-                ratio = answers.sum_logps[: len(mine[part])] - reference[0]
+                layout = self.layout(other.texts.gather(mine[part]))
+                found = self.answers(self.model, layout).sum_logps
+                ratio = found[: len(mine[part])] - self._reference.logps(other, mine[part], layout, found)[0]
                 total += (ratio.double() * counts[part].to(ratio.device)).sum()
-        self.model.train(training)
         return (self.sum_over_processes(total) / len(rows)).float()
 
     def sum_over_processes(self, x: Tensor) -> Tensor:
@@ -672,10 +572,8 @@ class LanguageModule(Module):
         if step < rise:
             return h.lr * (step + 1) / rise
         done = min(1.0, (step - rise) / max(1, horizon - rise))
-        return (
-            h.lr
-            * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[h.lr_schedule]
-        )
+        left = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+        return h.lr * left[h.lr_schedule]
 
     def on_fit_start(self) -> None:
         if self.trainer.precision == "16-mixed":
@@ -707,13 +605,12 @@ class LanguageModule(Module):
         self._began = time.perf_counter()
 
     def training_step(self, tick: Any, batch_idx: int) -> Tensor:
-        t, j, bound = self.global_step, self._micro, self._bound
-        plan = self._plan_of()
-        assert bound is not None
+        t, j, table, plan = self.global_step, self._micro, self._table, self._plan_of()
+        assert table is not None
         if j == 0:
             for group in self.trainer.optimizers[0].param_groups:
                 group["lr"] = self.rate(t)
-            self._means = (t, self.step_means(bound, plan.rows(t)))
+            self._means = (t, self.step_means(table, plan.rows(t)))
         means = self._means[1]  # type: ignore[index]
         world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
         rows = plan.slot(t, j * world + rank)
@@ -724,13 +621,13 @@ class LanguageModule(Module):
             torch.manual_seed(
                 int(sampling.keys(self.seed or 0, stream, torch.tensor([t * self._micro_batches + j]))[0])
             )
-        scores = self.scores(bound, rows, self._refs, means, stats=self._logs(t + 1))
+        scores = self.scores(table, rows, means, stats=self._logs(t + 1))
         loss, metrics = self.loss(scores)
-        if t == 0 and j == 0 and self._check_start:
-            self._check_reference(scores)
-        weight = torch.from_numpy(row_weights(bound, rows) * real).to(loss)
+        if t == 0 and j == 0 and self.uses_reference:
+            self._reference.check_start(scores)
+        weight = torch.from_numpy(row_weights(table.texts, rows) * real).to(loss)
         self.meter.add({"loss": loss.detach(), **metrics}, torch.full_like(weight, float(real)))
-        self._tokens += int(bound.lengths[rows].sum()) if real else 0
+        self._tokens += int(table.texts.lengths[rows].sum()) if real else 0
         self._micro = (j + 1) % self._micro_batches
         self.step_ended = self._micro == 0
         # Lightning takes the mean over micro-batches and processes
@@ -742,23 +639,6 @@ class LanguageModule(Module):
 
     def _logs(self, updates: int) -> bool:
         return updates % self.run.log_every == 0 or updates == self.trainer.max_steps
-
-    def _check_reference(self, scores: Any) -> None:
-        """At the start the policy is its reference, so their log-probabilities agree."""
-        parts = [scores.chosen, scores.rejected] if isinstance(scores, PairScores) else [scores.answer]
-        exact = scores[0].sum_logps.dtype in (torch.float32, torch.float64) and "bf16" not in str(
-            self.trainer.precision
-        )
-        exact = exact and next(policies.base_of(self.model).parameters()).dtype != torch.bfloat16
-        tolerance = 1e-4 if exact else 2e-2
-        for part in parts:
-            apart = (part.log_ratio.detach().abs() / (10.0 + part.sum_logps.detach().abs())).max().item()
-            if not apart <= tolerance:
-                raise UsageError(
-                    "at the first step the policy is its own reference, but their log-probabilities differ by "
-                    f"{part.log_ratio.abs().max().item():.3g} nats. Remove {cache_folder(self.hparams.ref_cache)} (or "
-                    "set --model.ref_cache) to compute the reference again."
-                )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self._steps_timed += 1
@@ -789,7 +669,7 @@ class LanguageModule(Module):
 
     def teardown(self, stage: str) -> None:
         self.restore_settings()
-        self._live = []
+        self._reference.close()
 
 
 def row_weights(bound: BoundTexts, rows: np.ndarray) -> np.ndarray:

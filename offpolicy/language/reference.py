@@ -1,11 +1,14 @@
-"""Log-probabilities under the reference, computed once and kept on disk.
+"""What the policy is compared with: log-probabilities under the reference, computed once and kept on disk.
 
 A cache entry is named by a hash of everything the numbers depend on: weights and configuration of the model, the tokens
-of all texts and their table, precision and attention. Runs that agree in these share it, whatever they train.
+of all texts and their table, precision and attention. Runs that agree in these share it, whatever they train. A
+reference can also run beside the policy, as a frozen copy or as the policy with its adapter off; it gives the same
+numbers for about a third more time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,20 +16,177 @@ import logging
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from offpolicy.data.replay import _numpy
 from offpolicy.data.sequences import BoundTexts
+from offpolicy.errors import UsageError
 from offpolicy.files import atomic_write
+from offpolicy.language import policy as policies
+from offpolicy.language.layout import Layout
 
 log = logging.getLogger(__name__)
 Columns = dict[str, np.ndarray]
+REFERENCES = ("auto", "precomputed", "live", "adapter_off")  # anything else is another model
 SAVE_EVERY = 512  # rows between two writes, so that an interruption loses little
+
+
+@dataclass
+class Table:
+    """Rows of texts, and what the reference thinks of them.
+
+    Attributes:
+        texts: the rows.
+        needed: those that will be asked for, (m,).
+        columns: summed log-probabilities under the reference, (n,) each with NaN where nothing is known; empty where
+            the reference runs beside the policy.
+    """
+
+    texts: BoundTexts
+    needed: np.ndarray
+    columns: Columns = field(default_factory=dict)
+
+
+class Reference:
+    """The reference of a method in training.
+
+    Attributes:
+        words: what it is, for the first screen.
+    """
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+        self.words = "none, the method needs no reference"
+        self._live: Any = None  # a frozen copy
+
+    def prepare(self, tables: list[Table], start: str) -> None:
+        """Get ready while the policy still has its first weights: fill the tables, or copy the policy.
+
+        Args:
+            tables: all that will be asked for.
+            start: hash of the first weights.
+        """
+        method, h = self.method, self.method.hparams
+        for table in tables:
+            table.columns = {}
+        if h.reference == "adapter_off":
+            self.words = "the policy with its adapter off"
+            return
+        if h.reference == "live":
+            self.words, self._live = "a frozen copy", self._frozen_copy()
+            return
+        model, digest, name = method.model, start, "the policy at its start"
+        if h.reference not in REFERENCES:
+            model, name = self._open(h.reference), str(h.reference)
+            digest = policies.weights_digest(model)
+        began, folder = time.perf_counter(), cache_folder(h.ref_cache)
+        rank, world = method.global_rank if method.world_size > 1 else 0, method.world_size
+        computed = 0
+        for table in tables:
+            cache = Cache(folder, self._parts(model, digest, table.texts))
+            compute = partial(self.compute, model, table.texts)
+            table.columns, now = columns_of(table.texts, table.needed, cache, compute, rank=rank, world=world)
+            computed += now
+        how = f"computed in {time.perf_counter() - began:.1f} s and kept" if computed else "found"
+        self.words = f"{name}, {sum(len(table.needed) for table in tables):,} rows {how} in {folder}"
+
+    def close(self) -> None:
+        self._live = None
+
+    def _open(self, name: str, adapter: str | None = None) -> Any:
+        h, trainer = self.method.hparams, self.method.trainer
+        model = policies.open_model(name, dtype=h.dtype, attn_implementation=h.attn_implementation)
+        model = policies.open_adapter(model, adapter) if adapter else model
+        return trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device).eval()
+
+    def _frozen_copy(self) -> Any:
+        if self.method._device_mesh is not None:
+            raise UsageError("`reference` is 'live', which sharding does not do; expected 'auto' or 'precomputed'.")
+        return self._open(self.method.hparams.policy, self.method.hparams.adapter)
+
+    def _parts(self, model: Any, digest: str, texts: BoundTexts) -> dict[str, Any]:
+        """What the numbers depend on."""
+        import transformers
+
+        base = policies.base_of(model)
+        return {
+            "weights": digest,
+            "config": base.config.to_dict() | {"_name_or_path": "", "use_cache": False},
+            "attention": base.config._attn_implementation,
+            "precision": str(self.method.trainer.precision),
+            "dtype": str(next(base.parameters()).dtype),
+            "texts": texts_digest(texts),
+            "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
+        }
+
+    def compute(self, model: Any, texts: BoundTexts, rows: np.ndarray) -> Columns:
+        """Summed log-probabilities of these rows, in forward passes of ``rows_per_forward``."""
+        method, names, parts = self.method, column_names(texts), []
+        with evaluating(model), method.precision_context():
+            for start in range(0, len(rows), method.rows_per_forward):
+                some = rows[start : start + method.rows_per_forward]
+                found = method.answers(model, method.layout(texts.gather(some))).sum_logps
+                parts.append(found[: len(names) * len(some)].view(len(names), -1).cpu())
+        return {name: torch.cat([part[i] for part in parts]).numpy() for i, name in enumerate(names)}
+
+    def logps(self, table: Table, rows: np.ndarray, layout: Layout, like: Tensor) -> list[Tensor]:
+        """Summed log-probabilities under the reference, (B,) for each answer of a row, no gradient.
+
+        Args:
+            layout: of these rows, for a reference that runs now.
+            like: a tensor of the type and on the device that is wanted.
+        """
+        names, size = column_names(table.texts), len(rows)
+        if table.columns:
+            if np.isnan(table.columns[names[0]][rows]).any():
+                seed = self.method.seed
+                raise UsageError(f"the run has the seed {seed}; expected the same. Pass --seed_everything {seed}.")
+            return [torch.from_numpy(table.columns[name][rows]).to(like) for name in names]
+        model = self.method.model if self._live is None else self._live
+        with evaluating(model), nullcontext() if self._live is not None else model.disable_adapter():
+            found = self.method.answers(model, layout).sum_logps
+        return [found[i * size : (i + 1) * size] for i in range(len(names))]
+
+    def check_start(self, scores: Any) -> None:
+        """At its start the policy is its own reference, so their log-probabilities agree.
+
+        Raises:
+            UsageError: they do not.
+        """
+        method, h = self.method, self.method.hparams
+        if h.reference not in REFERENCES or h.lora_dropout:
+            return
+        low = next(policies.base_of(method.model).parameters()).dtype == torch.bfloat16
+        tolerance = 2e-2 if low or "bf16" in str(method.trainer.precision) else 1e-4
+        for part in (scores.answer,) if hasattr(scores, "answer") else (scores.chosen, scores.rejected):
+            apart = part.log_ratio.detach().abs()
+            if not (apart <= tolerance * (10.0 + part.sum_logps.detach().abs())).all():
+                raise UsageError(
+                    "at the first step the policy is its own reference, but their log-probabilities differ by "
+                    f"{apart.max().item():.3g} nats. Remove {cache_folder(h.ref_cache)} (or set --model.ref_cache) to "
+                    "compute the reference again."
+                )
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Without gradients and dropout."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 class Cache:

@@ -18,7 +18,7 @@ from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
 from offpolicy.data.sequences import PairView
 from offpolicy.errors import UsageError
 from offpolicy.language.module import LanguageModule
-from offpolicy.language.reference import Cache, columns_of, texts_digest
+from offpolicy.language.reference import Cache, Reference, columns_of, texts_digest
 
 
 @pytest.fixture
@@ -30,13 +30,13 @@ def policy(tmp_path: Path) -> Path:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows for which a reference was run."""
     found: list[int] = []
-    original = LanguageModule._reference_columns
+    original = Reference.compute
 
-    def counted(self: Any, model: Any, bound: Any, rows: Any) -> Any:
+    def counted(self: Any, model: Any, texts: Any, rows: Any) -> Any:
         found.append(len(rows))
-        return original(self, model, bound, rows)
+        return original(self, model, texts, rows)
 
-    monkeypatch.setattr(LanguageModule, "_reference_columns", counted)
+    monkeypatch.setattr(Reference, "compute", counted)
     return found
 
 
@@ -44,11 +44,11 @@ def test_a_second_run_does_not_run_the_reference(policy: Path, calls: list[int])
     first = fit(method("DPO", policy))
     assert calls == [13, 5]  # training and held-out pairs
     second = fit(method("IPO", policy, micro_batch_size=1, beta=0.3))  # another method, other cuts: the same reference
-    assert calls == [13, 5] and "found" in second._reference_words
+    assert calls == [13, 5] and "found" in second._reference.words
     if importlib.util.find_spec("peft"):
         fit(method("DPO", policy, **LORA))  # which is the model below new adapters
         assert calls == [13, 5]
-    np.testing.assert_array_equal(first._refs["ref_chosen_logps"], second._refs["ref_chosen_logps"])
+    np.testing.assert_array_equal(first._table.columns["ref_chosen_logps"], second._table.columns["ref_chosen_logps"])
     entries = list((policy.parent / "references").iterdir())
     assert len(entries) == 2
     manifest = json.loads((entries[0] / "manifest.json").read_text())
@@ -107,7 +107,9 @@ def test_another_model_as_reference(policy: Path, calls: list[int]) -> None:
     other = make_policy(policy.parent / "other", seed=1)
     module = fit(method("DPO", policy, reference=str(other)), max_steps=1)
     same = fit(method("DPO", other), max_steps=1)
-    np.testing.assert_allclose(module._refs["ref_chosen_logps"][:13], same._refs["ref_chosen_logps"][:13], rtol=1e-6)
+    np.testing.assert_allclose(
+        module._table.columns["ref_chosen_logps"][:13], same._table.columns["ref_chosen_logps"][:13], rtol=1e-6
+    )
     assert calls == [4, 5]  # the numbers of the one served the other
     assert module.metric_row.get("step") == 1 and abs(module.metric_row["train/loss"] - math.log(2.0)) > 1e-3
 
