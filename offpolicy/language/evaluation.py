@@ -20,37 +20,45 @@ class RowMeter:
     """Means of metrics over rows, weighted, over micro-batches and processes; NaN is a row that does not count."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}  # name → (2,) float64: weighted sum, sum of weights
+        self.sums: dict[tuple[str, ...], Tensor] = {}  # M names → (M, 2) float64: weighted sums, sums of weights
 
     @torch.no_grad()
     def add(self, metrics: Mapping[str, Tensor], weight: Tensor) -> None:
         """Add rows: name → (B,), and their weights (B,)."""
-        for name, value in metrics.items():
-            counts = ~torch.isnan(value)
-            w = weight.double() * counts
-            both = torch.stack([(torch.where(counts, value, 0.0).double() * w).sum(), w.sum()])
-            self.sums[name] = self.sums[name] + both if name in self.sums else both
+        names, values = tuple(metrics), torch.stack(list(metrics.values())).double()
+        counts = ~torch.isnan(values)
+        w = weight.double() * counts
+        both = torch.stack([(torch.where(counts, values, 0.0) * w).sum(-1), w.sum(-1)], -1)
+        self.sums[names] = self.sums[names] + both if names in self.sums else both
+
+    def _by_name(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for names, both in self.sums.items():
+            for name, value in zip(names, both):
+                found[name] = found[name] + value if name in found else value
+        return found
 
     def read(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means since the last call, in one transfer; starts anew. A metric without rows is left out."""
-        names = sorted(self.sums)
+        found = self._by_name()
+        names = sorted(found)
         if not names:
             return {}
-        sums = sum_over_processes(torch.stack([self.sums[name] for name in names])).tolist()
+        sums = sum_over_processes(torch.stack([found[name] for name in names])).tolist()
         self.sums = {}
         return {name: total / weight for name, (total, weight) in zip(names, sums) if weight}
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: value.cpu() for name, value in self.sums.items()}
+        return {name: value.cpu() for name, value in self._by_name().items()}
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
         """Take this process's own sums; where the number of processes has changed, the first takes all."""
-        if len(states) != world_size:
-            names = set().union(*states)
-            total = {n: torch.stack([s[n] for s in states if n in s]).sum(0) for n in names}
-            self.sums = total if rank == 0 else {}
+        if len(states) == world_size:
+            mine = dict(states[rank])
         else:
-            self.sums = dict(states[rank])
+            everything = set().union(*states) if rank == 0 else set()
+            mine = {n: torch.stack([state[n] for state in states if n in state]).sum(0) for n in everything}
+        self.sums = {(name,): value[None] for name, value in mine.items()}
 
     def to(self, device: torch.device) -> None:
         self.sums = {name: value.to(device) for name, value in self.sums.items()}

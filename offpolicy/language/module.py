@@ -37,6 +37,7 @@ from offpolicy.modules import Metrics, Module, num_trained
 
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16", "auto")
+FORWARD_TOKENS = 8192  # of one forward pass where the user does not say
 HELD_OUT = -1  # in place of an epoch
 
 
@@ -72,7 +73,8 @@ class LanguageModule(Module):
         policy: Hugging Face id or folder of the causal language model that is tuned.
         lr: peak learning rate of AdamW.
         batch_size: rows per optimiser step over all processes, ≥ 1; the last step of an epoch has those that remain.
-        micro_batch_size: rows per forward pass on one process; None for the whole step. Does not change the result.
+        micro_batch_size: rows per forward pass on one process; None for as many as fit into 8,192 tokens. Does not
+            change the result.
         epochs: passes over the data, > 0; used when no ``max_steps`` are given.
         warmup_ratio: part of the steps in which the rate rises from 0, in [0, 1].
         lr_schedule: "cosine" or "linear" decay to 0 after that, or "constant".
@@ -409,9 +411,9 @@ class LanguageModule(Module):
         check_head(self.model)  # here, as it runs the model once
         trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self._start_digest = policies.weights_digest(self.model, adapters=bool(h.adapter))  # new ones begin as nothing
-        per_forward = h.micro_batch_size or math.ceil(h.batch_size / self.world_size)
-        self._micro_batches = max(1, math.ceil(h.batch_size / (per_forward * self.world_size)))
-        self.rows_per_forward = min(per_forward, math.ceil(h.batch_size / self.world_size))
+        share, longest = math.ceil(h.batch_size / self.world_size), int(self._table.texts.lengths.sum(1).max())
+        self.rows_per_forward = min(share, h.micro_batch_size or max(1, FORWARD_TOKENS // longest))
+        self._micro_batches = math.ceil(h.batch_size / (self.rows_per_forward * self.world_size))
         trainer.accumulate_grad_batches = self._micro_batches
         self._plan = self._make_plan()
         if trainer.max_steps < 1:

@@ -269,3 +269,10 @@ def test_pairs_from_a_file_through_fit(policy: Path, tmp_path: Path, capsys: pyt
 def test_the_order_of_training_is_the_plans(policy: Path) -> None:
     module = train("SFT", policy, max_steps=1)[0]
     assert isinstance(module._plan, Plan) and module._plan.seed == 0
+
+
+def test_a_forward_pass_has_a_bound_where_nobody_says(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offpolicy.language.module.FORWARD_TOKENS", 70)  # the longest of these rows has 28
+    module = train("DPO", policy, max_steps=1, batch_size=8)[0]
+    assert module.rows_per_forward == 70 // int(module._table.texts.lengths.sum(1).max())
+    assert module.trainer.accumulate_grad_batches == math.ceil(8 / module.rows_per_forward)
