@@ -107,7 +107,9 @@ def parse(command: Command) -> FitCLI:
     """
     method = import_class(command.method)
     if not (isinstance(method, type) and issubclass(method, Module)):
-        raise UsageError(f"`model` is {command.method}; expected a subclass of offpolicy.OfflineModule. Pass another.")
+        raise UsageError(
+            f"`model` is {command.method}; expected a subclass of offpolicy.OfflineModule or LanguageModule."
+        )
     data_class = method.data_class()
     if command.texts is not None:
         check_kind(command, method)

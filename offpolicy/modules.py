@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -602,6 +603,8 @@ class OfflineModule(Module):
                     f"the Trainer has {name}={value}; expected none, as methods step their own optimisers. Set "
                     f"`{instead}` of the method."
                 )
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UsageError("sharding (fsdp2) is for language models; expected another strategy. Use ddp.")
         return [RestoreSettings(), Evaluation(), Interruption()]
 
     # -- Lightning: the loop -------------------------------------------------------------------------------------------

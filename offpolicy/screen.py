@@ -83,7 +83,7 @@ def scores_line(scores: Mapping[str, float]) -> str:
         ("score", "normalised score"),
         ("success_rate", "success rate"),
         ("return_mean", "return"),
-        ("rewards/accuracies", "held-out pairs ranked right"),
+        ("rewards/accuracies", "held-out reward accuracy"),
         ("accuracy", "held-out accuracy"),
     ):
         if key in scores:

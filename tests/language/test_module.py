@@ -276,3 +276,15 @@ def test_a_forward_pass_has_a_bound_where_nobody_says(policy: Path, monkeypatch:
     module = train("DPO", policy, max_steps=1, batch_size=8)[0]
     assert module.rows_per_forward == 70 // int(module._table.texts.lengths.sum(1).max())
     assert module.trainer.accumulate_grad_batches == math.ceil(8 / module.rows_per_forward)
+
+
+def test_control_methods_are_not_sharded(replay: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from toy import quiet
+
+    trainer = quiet(2)
+    monkeypatch.setattr(type(trainer), "strategy", ModelParallelStrategy())
+    module = op.BC()
+    module.trainer = trainer
+    with pytest.raises(UsageError, match="Use ddp"):
+        module.configure_callbacks()
