@@ -214,9 +214,8 @@ class LanguageModule(Module):
         if self.model is not None:
             return self
         h = self.hparams
-        self.seed = (seed if seed is not None else self.seed if self.seed is not None else torch.initial_seed()) % (
-            1 << 63
-        )
+        known = self.seed if seed is None else seed
+        self.seed = (torch.initial_seed() if known is None else known) % (1 << 63)
         model = policies.open_model(h.policy, dtype=h.dtype, attn_implementation=h.attn_implementation)
         if h.adapter:
             model = policies.open_adapter(model, h.adapter)
@@ -393,6 +392,8 @@ class LanguageModule(Module):
         data: Any = getattr(trainer, "datamodule", None)
         if getattr(data, "replay", None) is None:
             raise UsageError("fit was given no texts; expected a data module, such as TextData('pairs.jsonl').")
+        if getattr(data, "change_every", 0):
+            raise UsageError("`change_every` is set, but texts cannot change during training yet; expected 0.")
         if self.seed is None:
             self.seed = int(trainer.strategy.broadcast(torch.initial_seed())) % (1 << 63)
         texts = self.view.bind(data.replay)

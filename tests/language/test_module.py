@@ -288,3 +288,17 @@ def test_control_methods_are_not_sharded(replay: Any, monkeypatch: pytest.Monkey
     module.trainer = trainer
     with pytest.raises(UsageError, match="Use ddp"):
         module.configure_callbacks()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "lora_rank": 2, "reference": "adapter_off"}])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_gpu_computes_what_a_cpu_does(options: dict[str, Any], precision: str, policy: Path) -> None:
+    losses = []
+    for accelerator in ("cpu", "gpu"):
+        rows = Rows()
+        fit(method("DPO", policy, micro_batch_size=2, **options), callbacks=[rows], accelerator=accelerator,
+            precision=precision)  # fmt: skip
+        losses.append([row["train/loss"] for row in rows.rows])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3 if precision == "32-true" else 0.1)
