@@ -37,7 +37,8 @@ from offpolicy.language.layout import Layout
 log = logging.getLogger(__name__)
 Columns = dict[str, np.ndarray]
 REFERENCES = ("auto", "precomputed", "live", "adapter_off")  # anything else is another model
-SAVE_EVERY = 512  # rows between two writes, so that an interruption loses little
+TOGETHER = 512  # rows of one process between two exchanges
+PATIENCE = 30.0  # seconds between two writes, so that an interruption loses little
 
 
 @dataclass
@@ -166,7 +167,7 @@ class Reference:
         if h.reference not in REFERENCES or h.lora_dropout:
             return
         low = next(policies.base_of(method.model).parameters()).dtype == torch.bfloat16
-        tolerance = 2e-2 if low or "bf16" in str(method.trainer.precision) else 1e-4
+        tolerance = 2e-2 if low or "bf16" in str(method.trainer.precision) else 1e-3
         for part in (scores.answer,) if hasattr(scores, "answer") else (scores.chosen, scores.rejected):
             apart = part.log_ratio.detach().abs()
             if not (apart <= tolerance * (10.0 + part.sum_logps.detach().abs())).all():
@@ -259,10 +260,10 @@ def columns_of(
         torch.distributed.broadcast_object_list(shared)
         columns = shared[0]
     missing = rows[np.isnan(columns[names[0]][rows])]
-    began = said = time.perf_counter()
+    began = saved = time.perf_counter()
     missing = missing[np.argsort(-bound.lengths[missing].sum(1), kind="stable")]
-    for start in range(0, len(missing), SAVE_EVERY * world):
-        part = missing[start : start + SAVE_EVERY * world]
+    for start in range(0, len(missing), TOGETHER * world):
+        part = missing[start : start + TOGETHER * world]
         padded = np.concatenate([part, np.repeat(part[-1:], -len(part) % world)])
         mine = padded[rank::world]
         found: list[Any] = [(mine, compute(mine))]
@@ -274,12 +275,12 @@ def columns_of(
             for name in names:
                 columns[name] = columns[name].astype(values[name].dtype, copy=False)
                 columns[name][theirs] = values[name]
-        if rank == 0:
+        done, now = start + len(part), time.perf_counter()
+        if rank == 0 and (done == len(missing) or now - saved > PATIENCE):
             cache.save(columns)
-            if time.perf_counter() - said > 30.0:
-                said = time.perf_counter()
-                done = f"{start + len(part):,} of {len(missing):,} rows"
-                log.warning("Reference: %s after %.0f s.", done, said - began)
+            if now - saved > PATIENCE:
+                log.warning("Reference: %s of %s rows after %.0f s.", f"{done:,}", f"{len(missing):,}", now - began)
+            saved = now
     return columns, len(missing)
 
 

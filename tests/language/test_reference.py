@@ -198,3 +198,20 @@ def test_targets_that_do_not_exist(policy: Path) -> None:
         fit(method("DPO", policy, lora_rank=2, lora_targets=["query"]))
     with pytest.raises(UsageError, match="lm_head"):
         fit(method("DPO", policy, lora_rank=2, lora_targets=["lm_head"]))
+
+
+def test_what_was_computed_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offpolicy.language.reference.TOGETHER", 2)
+    monkeypatch.setattr("offpolicy.language.reference.PATIENCE", 0.0)
+    bound, cache = PairView().bind(toy_pairs(6)), Cache(tmp_path, {})
+
+    def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
+        if compute.calls == 2:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        compute.calls += 1  # type: ignore[attr-defined]
+        return {name: np.ones(len(rows), dtype=np.float32) for name in ("ref_chosen_logps", "ref_rejected_logps")}
+
+    compute.calls = 0  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        columns_of(bound, np.arange(6), cache, compute)
+    assert int(np.isnan(cache.load(["ref_chosen_logps"], 6)["ref_chosen_logps"]).sum()) == 2
