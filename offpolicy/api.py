@@ -181,6 +181,8 @@ def fit(
 
     scores = {k.removeprefix("eval/"): v for k, v in getattr(method, "eval_row", {}).items() if isinstance(v, float)}
     result = FitResult(method, files.folder, scores, trainer.global_step, getattr(method, "interrupted_by", 0))
+    if trainer.is_global_zero and not result.interrupted:
+        method.finish_files(result.folder)
     if verbose and trainer.is_global_zero:
         cli = f"python -m offpolicy.fit --ckpt_path {shlex.quote(str(result.folder))}"
         resume = cli if origin.command else f'offpolicy.fit(..., ckpt_path="{result.folder}")'
@@ -379,7 +381,7 @@ def already_done(method: Module, checkpoint: Path, updates: int, max_steps: int,
 def data_name(data: DataModule) -> str:
     """The name of the data as a folder: the canonical one for known sets."""
     try:
-        return resolve(str(data.name)).name
+        return resolve(str(data.name), language=hasattr(data, "bind_tokenizer")).name
     except UsageError:
         return str(data.name)
 

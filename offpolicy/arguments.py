@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from offpolicy.data.names import Target, resolve
+from offpolicy.data.names import HUB_ID, Target, resolve
 from offpolicy.errors import UsageError, nearest
 from offpolicy.options import RunOptions
 from offpolicy.recipes import Recipe, named_recipe, recipe, recipes
@@ -54,6 +54,8 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
 
 A class default gives way to the recipe, the recipe to --config, and that to the flags.
 Look at a run: python -m offpolicy.evaluate RUN        Data: python -m offpolicy.data show NAME
+A language model answers: python -m offpolicy.generate RUN
+and becomes a folder for transformers: python -m offpolicy.export RUN OUT
 """
 
 
@@ -140,16 +142,11 @@ def find_data(text: str, method: str) -> Target:
     Raises:
         UsageError: no such file or name.
     """
-    try:
+    if not HUB_ID.match(text):
         return resolve(text)
-    except UsageError:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", text):
-            raise
-        from offpolicy.registry import import_class  # only now, as importing a method takes seconds
+    from offpolicy.registry import import_class  # only now, as importing a method takes seconds
 
-        if getattr(import_class(method), "trains_on_texts", False):
-            return Target("language", text)
-        raise
+    return resolve(text, language=getattr(import_class(method), "trains_on_texts", False))
 
 
 def split(argv: Iterable[str]) -> list[tuple[str, str | None]]:

@@ -1,4 +1,7 @@
-"""Evaluate a trained method: ``python -m offpolicy.evaluate RUN``, or ``offpolicy.evaluate(RUN)`` in Python."""
+"""Evaluate a trained method: ``python -m offpolicy.evaluate RUN``, or ``offpolicy.evaluate(RUN)`` in Python.
+
+For a language model it prints the held-out numbers of the run.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,25 @@ def main(argv: list[str]) -> int:
     from offpolicy import api, screen
     from offpolicy.checkpoint import read_checkpoint, resolve_checkpoint
     from offpolicy.evaluation.rollout import EVAL_SEED
-    from offpolicy.files import atomic_write
+    from offpolicy.files import Table, atomic_write
+    from offpolicy.modules import KEY
 
     path = resolve_checkpoint(args.run)
     seed = EVAL_SEED if args.seed is None else args.seed
-    updates = read_checkpoint(path)["global_step"]
-    numbers = api.evaluate(path, episodes=args.episodes, seed=seed)
+    content = read_checkpoint(path)
+    updates = content["global_step"]
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    if "policy_config" in content.get(KEY, {}):  # a language model
+        found = [row for row in Table(folder / "evals.csv").rows() if int(row["step"]) <= updates]
+        if not found:
+            raise UsageError(f"{folder} has no held-out numbers; expected some in evals.csv. Nothing was held out.")
+        print(f"{path}, {updates:,} updates; held-out texts, measured in training after update {found[-1]['step']:,}")
+        for name, number in found[-1].items():
+            if name.startswith("eval/") and isinstance(number, float):
+                print(screen.line("", f"{name.removeprefix('eval/'):<32}{number:.4g}"))
+        print(screen.line("answers", f"python -m offpolicy.generate {args.run}"))
+        return 0
+    numbers = api.evaluate(path, episodes=args.episodes, seed=seed)
     file = Path(folder) / f"evaluation-step{updates:08d}-seed{seed}-episodes{args.episodes}.json"
     atomic_write(file, json.dumps({"checkpoint": path.name, "updates": updates, **numbers}, indent=2) + "\n")
 

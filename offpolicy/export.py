@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def export(method: Any, out: str | os.PathLike[str], *, merge: bool = False) -> Path:
+def export(method: Any, out: str | os.PathLike[str], *, merge: bool = False, replace: bool = False) -> Path:
     """Write a tuned language model with its tokenizer. The folder is whole or absent.
 
     Args:
@@ -44,6 +44,7 @@ def export(method: Any, out: str | os.PathLike[str], *, merge: bool = False) -> 
         out: folder to write; must be absent or empty.
         merge: add adapters to the weights of the base model. Otherwise a model with adapters is written as adapters
             alone, which name their base model; they take a few megabytes. Without adapters there is no difference.
+        replace: remove what the folder holds, once its successor is complete.
 
     Returns:
         The folder.
@@ -56,7 +57,7 @@ def export(method: Any, out: str | os.PathLike[str], *, merge: bool = False) -> 
     from offpolicy.language.policy import base_of, save_tokenizer, silent
 
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already; expected a new or empty folder. Pass another, or remove it.")
     owned = isinstance(method, (str, os.PathLike))  # opened here, so that it may be changed
     method = load(method) if owned else method
@@ -71,18 +72,22 @@ def export(method: Any, out: str | os.PathLike[str], *, merge: bool = False) -> 
     if merge and hasattr(model, "merge_and_unload"):
         model = (model if owned else copy.deepcopy(model)).merge_and_unload()
 
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary, former = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old.tmp"))
     config = base_of(model).config
     cached, config.use_cache = config.use_cache, True  # off in training only
     try:
         with silent():
             _take_generation_settings(base_of(model), method.hparams.policy)
+            for adapter in getattr(model, "peft_config", {}).values():
+                if Path(method.hparams.policy).is_dir():  # found from any working folder
+                    adapter.base_model_name_or_path = os.path.abspath(method.hparams.policy)
             model.save_pretrained(temporary)
         if method.tokenizer is not None:
             save_tokenizer(method.tokenizer, temporary)
         if out.exists():
-            out.rmdir()
+            os.replace(out, former)
         os.replace(temporary, out)
+        shutil.rmtree(former, ignore_errors=True)
     except OSError as error:
         raise WriteError.of(error, out) from None
     finally:

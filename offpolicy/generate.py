@@ -144,7 +144,8 @@ def data_options(argv: list[str]) -> dict[str, Any]:
         if group != "data" or option not in known:
             guess = nearest(option, known).replace("'", "'--data.", 1) if group == "data" else ""
             raise UsageError(f"--{name} is not an option.{guess} See --help.")
-        parsed = yaml.safe_load(str(value))
+        text = not key and str(known[option].annotation).startswith("str") and value != "null"  # no line break is lost
+        parsed = value if text else yaml.safe_load(str(value))
         options[option] = {**options.get(option, {}), key: parsed} if key else parsed
     return options
 

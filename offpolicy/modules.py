@@ -139,6 +139,9 @@ class Module(LightningModule):
     def take_files(self, folder: Path) -> None:
         """Take back what :meth:`keep_files` wrote, when a checkpoint is opened."""
 
+    def finish_files(self, folder: Path) -> None:
+        """Write into the folder of a run, on the first process, what is wanted once it has trained to its end."""
+
     @property
     def dtype_of_weights(self) -> torch.dtype:
         return next(self.parameters()).dtype

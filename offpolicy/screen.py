@@ -100,12 +100,15 @@ def last_lines(
     folder: Path, scores: Mapping[str, float], updates: int, seconds: float, resume: str | None, look: str
 ) -> str:
     """Scores, files, and the commands to go on: ``resume`` after an interruption, else ``look``."""
-    files = [name for name in ("metrics.csv", "evals.csv", "curves.png", "checkpoints/") if (folder / name).exists()]
+    known = ("metrics.csv", "evals.csv", "curves.png", "checkpoints/", "hf/")
+    files = [name for name in known if (folder / name).exists()]
     lines = [
         ("Interrupted" if resume else "Done") + f" at update {updates:,} after {seconds:,.0f} s. {scores_line(scores)}",
         line("files", f"{folder}/: {', '.join(files)}"),
         line("resume", resume) if resume else line("look", look),
     ]
+    if (folder / "hf").is_dir() and not resume:
+        lines.append(line("open with", f"transformers.AutoModelForCausalLM.from_pretrained({str(folder / 'hf')!r})"))
     return "\n".join(lines)
 
 

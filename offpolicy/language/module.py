@@ -37,6 +37,7 @@ from offpolicy.modules import Metrics, Module, num_trained
 
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16", "auto")
+EXPORTS = ("auto", "merged", "none")
 FORWARD_TOKENS = 8192  # of one forward pass where the user does not say
 HELD_OUT = -1  # in place of an epoch
 
@@ -93,12 +94,14 @@ class LanguageModule(Module):
         dtype: of the weights: "float32", "bfloat16" or "auto" (as stored).
         attn_implementation: of transformers, such as "sdpa" or "eager"; None for its default.
         group_by_length: put rows of similar length into one micro-batch. Does not change the result.
+        export: what a finished run leaves in its folder ``hf/`` for transformers: "auto" (the model, or its adapters
+            alone), "merged" (adapters added to the weights) or "none".
         eval_rows: held-out rows looked at per evaluation, a fixed sample, ≥ 0; 0 for all.
     """
 
     trains_on_texts = True
     run_defaults: ClassVar[dict[str, Any]] = {"eval_every": 100, "log_every": 10}
-    look_command = "python -m offpolicy.export {folder} OUT"
+    look_command = "python -m offpolicy.generate {folder}"
 
     view: ClassVar[Any] = PairView()
     uses_reference: bool = True
@@ -130,6 +133,7 @@ class LanguageModule(Module):
         dtype: str = "float32",
         attn_implementation: str | None = None,
         group_by_length: bool = True,
+        export: str = "auto",
         eval_rows: int = 512,
     ) -> None:
         super().__init__()
@@ -144,7 +148,11 @@ class LanguageModule(Module):
         check_range("lora_dropout", lora_dropout, 0.0, 1.0, upper_open=True)
         check_range("chunk", chunk, 1)
         check_range("eval_rows", eval_rows, 0)
-        for name, value, known in (("lr_schedule", lr_schedule, SCHEDULES), ("dtype", dtype, DTYPES)):
+        for name, value, known in (
+            ("lr_schedule", lr_schedule, SCHEDULES),
+            ("dtype", dtype, DTYPES),
+            ("export", export, EXPORTS),
+        ):
             if value not in known:
                 raise UsageError(f"`{name}` is '{value}'; expected one of {', '.join(known)}.")
         if adapter and lora_rank:
@@ -322,6 +330,13 @@ class LanguageModule(Module):
 
         if (folder / "tokenizer").is_dir():
             self.tokenizer = load_tokenizer(str(folder / "tokenizer"))
+
+    def finish_files(self, folder: Path) -> None:
+        from offpolicy.export import export
+
+        if self.hparams.export != "none":
+            tuned: Any = self if self._device_mesh is None else folder  # a sharded model is whole in its checkpoint
+            export(tuned, folder / "hf", merge=self.hparams.export == "merged", replace=True)
 
     # -- what the first screen says ------------------------------------------------------------------------------------
 

@@ -114,6 +114,25 @@ def test_a_folder_with_files_is_left_alone(whole: Path, tmp_path: Path) -> None:
         export(tmp_path / "nothing", tmp_path / "out")
 
 
+def test_a_finished_run_leaves_its_model(adapted: Path, place: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    """Adapters alone, that name their base by a path that holds anywhere; or merged. What was there is replaced."""
+    assert json.loads((adapted / "hf" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        place / "policy"
+    )
+    method: Any = op.load(adapted)
+    torch.testing.assert_close(logits(opened(adapted / "hf")), logits(method.model), rtol=0, atol=0)
+    method.hparams.export = "merged"
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "of_before").write_text("")
+    method.finish_files(tmp_path)
+    assert (tmp_path / "hf" / "model.safetensors").is_file() and not (tmp_path / "hf" / "of_before").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    monkeypatch.chdir(place)
+    method.hparams.policy = "policy"
+    named = json.loads((export(method, tmp_path / "next") / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(place / "policy")
+
+
 def test_control_methods_are_refused(tmp_path: Path) -> None:
     method: Any = op.TD3BC()
     with pytest.raises(UsageError, match="TD3BC"):
@@ -178,6 +197,13 @@ def test_answers_of_a_folder_of_transformers(place: Path, monkeypatch: Any, tmp_
     answered(*arguments, "--temperature", 0, say=capsys.readouterr)
     rows = rows_of(tmp_path / "answers.jsonl")
     assert len(rows) == 2 and len({text for row in rows[:1] for text in row["completions"]}) == 1
+
+
+def test_texts_of_options_stay_as_they_are() -> None:
+    given = ["--data.separator", " ", "--data.max_prompt_length", "null", "--data.tokenizer", "null"]
+    expected = {"separator": " ", "max_prompt_length": None, "tokenizer": None}
+    assert generate.data_options(given) == expected
+    assert generate.data_options(["--data.separator", "\n"]) == {"separator": "\n"}
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tiny import make_policy, write_pairs
 
-from offpolicy import callbacks, fit
+from offpolicy import callbacks, evaluate, fit, load
+from offpolicy.api import data_name
 from offpolicy.arguments import read_command
 from offpolicy.cli import parse
+from offpolicy.data.text import TextData
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
 
@@ -72,23 +77,44 @@ def test_train_and_go_on(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert fit.main(["--model", "dpo", *SMALL, "--run.eval_every", "2", "--run.log_every", "2"]) == 0
     said = capsys.readouterr().out
     folder = home / "runs" / "pairs" / "DPO" / "seed0-1"
-    for part in ("DPO on pairs", "preference pairs", "4 of 16 rows, 1 epochs", "held-out rows", "▶", "export"):
+    for part in ("DPO on pairs", "preference pairs", "4 of 16 rows, 1 epochs", "held-out rows", "▶", "generate", "hf'"):
         assert part in said
     assert {p.name for p in folder.iterdir()} == {
-        "checkpoints", "command.txt", "config.yaml", "evals.csv", "metrics.csv", "tokenizer", "versions.json",
+        "checkpoints", "command.txt", "config.yaml", "evals.csv", "hf", "metrics.csv", "tokenizer", "versions.json",
     }  # fmt: skip
     assert [row["step"] for row in Table(folder / "metrics.csv").rows()] == [2, 4]
     assert "eval/rewards/accuracies" in Table(folder / "evals.csv").rows()[-1]
     assert fit.main(["--model", "DPO", *SMALL, "--ckpt_path", "last"]) == 0
     assert "nothing to do" in capsys.readouterr().out
+    before = tuned(folder)
     assert fit.main(["--ckpt_path", str(folder), "--model.epochs", "1.5"]) == 0
     said = capsys.readouterr().out
+    assert not torch.equal(before, tuned(folder)) and torch.equal(tuned(folder), last_weights(folder))
+    assert not list(folder.glob(".hf*"))
+    assert evaluate.main([str(folder)]) == 0
+    shown = capsys.readouterr().out
+    accuracy = Table(folder / "evals.csv").rows()[-1]["eval/rewards/accuracies"]
+    assert re.search(rf"rewards/accuracies +{accuracy:.4g}\n", shown) and "after update 6" in shown
     assert "continuing at update 4 of 6" in said and "found" in said
     assert [row["step"] for row in Table(folder / "metrics.csv").rows()] == [2, 4, 6]
 
 
+def tuned(folder: Path) -> torch.Tensor:
+    """The head of the model that a run left for transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder / "hf").lm_head.weight.detach()
+
+
+def last_weights(folder: Path) -> torch.Tensor:
+    loaded: Any = load(folder)
+    return loaded.model.lm_head.weight
+
+
 def test_a_users_own_loss(home: Path) -> None:
-    assert fit.main(["--model", "own_loss.Hinge", *SMALL, "--model.margin", "0.5", "--trainer.max_steps", "1"]) == 0
+    assert fit.main(["--model", "own_loss.Hinge", *SMALL, "--model.margin", "0.5", "--trainer.max_steps", "1",
+                     "--model.export", "none"]) == 0  # fmt: skip
+    assert not (home / "runs" / "pairs" / "Hinge" / "seed0-1" / "hf").exists()
     row = Table(home / "runs" / "pairs" / "Hinge" / "seed0-1" / "metrics.csv").rows()[0]
     assert row["step"] == 1 and row["train/gap"] != 0.0
 
@@ -110,6 +136,7 @@ def test_defaults_are_those_of_language_models() -> None:
         (["--model", "DPO", *SMALL, "--model.batch_size", "x"], ["--model.batch_size is 'x'", "int"]),
         (["--model", "DPO", *SMALL, "--data.max_lenght", "3"], ["'--data.max_length'"]),
         (["--model", "DPO", *SMALL, "--model.lr_schedule", "up"], ["cosine, linear, constant"]),
+        (["--model", "DPO", *SMALL, "--model.export", "gguf"], ["auto, merged, none"]),
         (["--model", "BC", "--data", "org/set"], ["no data set is called 'org/set'"]),
     ],
     ids=str,
@@ -120,7 +147,10 @@ def test_mistakes(argv: list[str], parts: list[str]) -> None:
 
 
 def test_an_id_of_the_hub_is_one_for_language_models_only() -> None:
-    assert read_command(["--model", "DPO", "--data", "org/set"]).texts
+    for name in ("org/set", "org/set-v2"):  # the second looks like one of Minari
+        assert read_command(["--model", "DPO", "--data", name]).texts
+        assert data_name(TextData(name)) == name
+    assert read_command(["--model", "BC", "--data", "org/set-v2"]).texts is False
     with pytest.raises(UsageError):
         read_command(["--model", "BC", "--data", "org/set"])
 

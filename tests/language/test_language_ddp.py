@@ -54,6 +54,8 @@ def main(root: Path) -> None:
     for name in CASES:
         module = train(name, root, root / name / "whole", 2)
         saved.clear()
+        if module.global_rank == 0:
+            module.finish_files(root / name / "whole")
         resumed = root / name / "resumed"
         if module.global_rank == 0:
             shutil.copytree(root / name / "whole", resumed)
@@ -101,11 +103,15 @@ def test_two_processes_equal_one(name: str, pair: tuple[Path, list[dict[str, Any
 def test_a_run_of_two_processes_opens_and_goes_on_in_one(
     pair: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
+    from transformers import AutoModelForCausalLM
+
     root, _ = pair
     for name in ("DPO", "FSDP"):
         loaded = op.load(root / name / "whole")
         content = read_checkpoint(root / name / "whole" / "checkpoints" / f"step={LAST:08d}.ckpt")
         assert all(torch.equal(loaded.state_dict()[k], v) for k, v in content["state_dict"].items())
+        model = AutoModelForCausalLM.from_pretrained(root / name / "whole" / "hf", dtype="auto")
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in loaded.model.state_dict().items())
     path = root / "DPO" / "whole" / "checkpoints" / "step=00000003.ckpt"
     module = train("DPO", root, tmp_path, 1, ckpt_path=path)
     whole = run_files(root / "DPO" / "whole", LAST)["state_dict"]
