@@ -375,7 +375,10 @@ def already_done(method: Module, checkpoint: Path, updates: int, max_steps: int,
             f"{checkpoint} has {updates:,} updates and `max_steps` is {max_steps:,}: nothing to do. Raise "
             f"--trainer.max_steps to go on. {screen.scores_line(scores)}"
         )
-    return FitResult(load(checkpoint, method=type(method)), folder, scores, updates)
+    trained = load(checkpoint, method=type(method))
+    if is_first_process() and not (folder / "hf").exists():  # stopped between the last update and the end
+        trained.finish_files(folder)
+    return FitResult(trained, folder, scores, updates)
 
 
 def data_name(data: DataModule) -> str:

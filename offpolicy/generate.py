@@ -97,9 +97,12 @@ def open_run(run: str, seed: int = 0) -> tuple[Any, Any, dict[str, Any], Path, s
     from offpolicy.arguments import read_settings
     from offpolicy.checkpoint import read_checkpoint, resolve_checkpoint
     from offpolicy.language.module import LanguageModule
-    from offpolicy.language.policy import open_model
+    from offpolicy.language.policy import adapter_base, open_adapter, open_model
     from offpolicy.language.tokens import load_tokenizer
 
+    base = adapter_base(run)
+    if base is not None:
+        return open_adapter(open_model(base), run), load_tokenizer(run), {}, Path("answers.jsonl"), run
     if (Path(run) / "config.json").is_file():
         return open_model(run, dtype="auto"), load_tokenizer(run), {}, Path("answers.jsonl"), run
     path = resolve_checkpoint(run)

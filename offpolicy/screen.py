@@ -93,7 +93,7 @@ def scores_line(scores: Mapping[str, float]) -> str:
             return f"{name}: last {scores[key]:.4g}{spread}" + (f", best {best:.4g}" if best is not None else "")
     if "loss" in scores:
         return f"held-out loss: {scores['loss']:.4g}"
-    return "no evaluation: returns and scores were not measured"
+    return "no evaluation"
 
 
 def last_lines(

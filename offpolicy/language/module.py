@@ -8,6 +8,7 @@ a reference, and writes one loss per row.
 from __future__ import annotations
 
 import math
+import os
 import resource
 import sys
 import time
@@ -29,6 +30,7 @@ from offpolicy.data.sequences import BoundTexts, PairView
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.language import policy as policies
 from offpolicy.language.evaluation import HeldOut, RowMeter, eval_sample
+from offpolicy.language.generation import positions
 from offpolicy.language.layout import Answers, Layout, check_head, pair_layout, score, shares_prompt, single_layout
 from offpolicy.language.plan import Plan
 from offpolicy.language.reference import Reference, Table, evaluating
@@ -101,7 +103,7 @@ class LanguageModule(Module):
 
     trains_on_texts = True
     run_defaults: ClassVar[dict[str, Any]] = {"eval_every": 100, "log_every": 10}
-    look_command = "python -m offpolicy.generate {folder}"
+    look_command = "python -m offpolicy.generate {folder}, or offpolicy.export {folder} OUT [--merge]"
 
     view: ClassVar[Any] = PairView()
     uses_reference: bool = True
@@ -275,6 +277,7 @@ class LanguageModule(Module):
         base = policies.base_of(self.model)
         return {
             "policy_config": policies.describe_model(self.model),
+            "policy_folder": os.path.abspath(self.hparams.policy) if os.path.isdir(self.hparams.policy) else None,
             "dtype": str(next(base.get_decoder().parameters()).dtype).removeprefix("torch."),
             "adapter": policies.adapter_settings(self.model),
             "start_digest": self._start_digest,
@@ -289,7 +292,9 @@ class LanguageModule(Module):
             dtype = getattr(torch, state["dtype"])
             model = policies.build_model(state["policy_config"], dtype=dtype, attn_implementation=h.attn_implementation)
         else:
-            model = policies.open_model(h.policy, dtype=state["dtype"], attn_implementation=h.attn_implementation)
+            folder = state.get("policy_folder")  # where the run was started from another one than now
+            name = folder if folder and os.path.isdir(folder) else h.policy
+            model = policies.open_model(name, dtype=state["dtype"], attn_implementation=h.attn_implementation)
             model = self._adapted(model, state["adapter"])
         self._take_model(model)
 
@@ -423,7 +428,7 @@ class LanguageModule(Module):
         if self.tokenizer is None and "tokenizer" in data.replay.meta:
             self.tokenizer = data.tokenizer
         self.initialize()
-        self._check_ids(data.replay)
+        self._check_texts(data.replay)
         check_head(self.model)  # here, as it runs the model once
         trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self._start_digest = policies.weights_digest(self.model, adapters=bool(h.adapter))  # new ones begin as nothing
@@ -452,14 +457,30 @@ class LanguageModule(Module):
             by_length=self.hparams.group_by_length,
         )
 
-    def _check_ids(self, replay: Any) -> None:
+    def _check_texts(self, replay: Any) -> None:
+        """Every token and every position must be one that the model knows.
+
+        Raises:
+            DataError: one is not.
+        """
         largest = int(np.asarray(replay.steps["token"]).max())
         size = policies.base_of(self.model).get_input_embeddings().num_embeddings
         if largest >= size:
             raise DataError(
                 f"the texts have the token id {largest}, but {self.hparams.policy} knows ids below {size}; expected "
-                "texts tokenised for this model. Leave `--data.tokenizer` out."
+                "texts tokenised for this model. Leave `--data.tokenizer` out; if the tokenizer is the policy's own, "
+                "give the model embeddings for all of its tokens."
             )
+        room = positions(policies.base_of(self.model))
+        for table in filter(None, (self._table, self.eval_table)):
+            sizes = table.texts.lengths.reshape(len(table.texts), -1, 2)  # rows, sides, prompt and answer
+            longest = int(sizes.max((0, 1)).sum() if self.uses_mismatched else sizes.sum(-1).max())
+            if longest > room:
+                together = "a prompt with another's answer has" if self.uses_mismatched else "the longest text has"
+                raise DataError(
+                    f"{together} up to {longest} tokens, but {self.hparams.policy} has {room} positions; expected "
+                    f"shorter texts. Pass --data.max_length {room // 2 if self.uses_mismatched else room}."
+                )
 
     def configure_model(self) -> None:
         """Shard the model where the strategy asks for it; make the reference while the policy still is at its start."""

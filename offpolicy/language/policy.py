@@ -19,26 +19,35 @@ from torch import nn
 from offpolicy.errors import UsageError
 
 
-def open_model(name: str, *, dtype: str = "float32", attn_implementation: str | None = None) -> Any:
+def open_model(
+    name: str, *, dtype: str = "float32", attn_implementation: str | None = None, option: str = "policy"
+) -> Any:
     """A causal language model with its weights, on the CPU, without dropout.
 
     Args:
         name: folder, or id of the Hugging Face hub.
         dtype: of the weights: "float32", "bfloat16" or "auto" (as stored).
         attn_implementation: as of ``transformers``.
+        option: what the name was given as, for messages.
 
     Raises:
         UsageError: no such folder or id, or no causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    base = adapter_base(name)
+    if base is not None:
+        raise UsageError(
+            f"`{option}` is '{name}', which holds an adapter of {base}; expected a whole model. For a policy, pass "
+            f"--model.policy {base} --model.adapter {name}, or merge them: python -m offpolicy.export RUN OUT --merge."
+        )
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         with silent(), found(name):
             config = without_dropout(AutoConfig.from_pretrained(name))
             return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype_of(dtype), **settings)
     except (OSError, ValueError, ImportError) as error:
-        raise UsageError(_not_opened("policy", name, error)) from None
+        raise UsageError(_not_opened(option, name, error)) from None
 
 
 def build_model(config: str, *, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
@@ -57,6 +66,14 @@ def describe_model(model: Any) -> str:
     return base_of(model).config.to_json_string(use_diff=False)
 
 
+def adapter_base(folder: str) -> str | None:
+    """The model that the adapter in a folder belongs to; None where there is no adapter alone."""
+    file = Path(folder, "adapter_config.json")
+    if not file.is_file() or Path(folder, "config.json").is_file():
+        return None
+    return str(json.loads(file.read_text("utf-8")).get("base_model_name_or_path"))
+
+
 def add_adapter(model: Any, settings: Mapping[str, Any]) -> Any:
     """LoRA adapters on a model (arXiv:2106.09685): all other weights are frozen. They start as no change.
 
@@ -66,8 +83,11 @@ def add_adapter(model: Any, settings: Mapping[str, Any]) -> Any:
     Raises:
         UsageError: peft is not installed, or a target is not in the model.
     """
-    peft = import_peft()
+    peft, targets = import_peft(), settings["target_modules"]
     try:
+        for target in [] if isinstance(targets, str) else targets:
+            if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+                raise ValueError(f"No layer is called {target}.")
         with silent():
             return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     except ValueError as error:
@@ -83,6 +103,8 @@ def open_adapter(model: Any, folder: str) -> Any:
     """
     peft = import_peft()
     try:
+        if Path(folder).is_dir() and not Path(folder, "adapter_config.json").is_file():
+            raise ValueError("it has no adapter_config.json")  # before peft looks for it on the hub
         with silent(), found(folder):
             return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -217,7 +239,7 @@ def silent() -> Iterator[None]:
 
 
 def _not_opened(option: str, name: str, error: Exception) -> str:
-    expected = {"policy": "a causal language model", "adapter": "an adapter of this model"}[option]
+    expected = "an adapter of this model" if option == "adapter" else "a causal language model"
     place = _first(error).rstrip(".")
     return f"`{option}` is '{name}', which does not open as {expected}: {place}. Pass a folder or a hub id org/name."
 

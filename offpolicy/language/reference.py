@@ -105,7 +105,8 @@ class Reference:
 
     def _open(self, name: str, adapter: str | None = None) -> Any:
         h, trainer = self.method.hparams, self.method.trainer
-        model = policies.open_model(name, dtype=h.dtype, attn_implementation=h.attn_implementation)
+        settings = {"dtype": h.dtype, "attn_implementation": h.attn_implementation}
+        model = policies.open_model(name, option="reference", **settings)
         model = policies.open_adapter(model, adapter) if adapter else model
         return trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device).eval()
 

@@ -295,7 +295,9 @@ ROWS: list[tuple[str, dict, dict, str]] = [
      "ed a prompt in both"),
     ("F5 with another prompt", {**D, "prompt": "Hello there"}, {"prompt": "else"},
      "`prompt` has a text that does not occur in the conversations in 1 row (first: row 12: 'else')"),
-    ("F2 without a beginning", I, {"chosen": "yes", "rejected": "no"}, "has sides that share no beginning"),
+    ("F2 without a beginning", {**I, "question": "q"}, {"chosen": "yes", "rejected": "no"}, "has sides that share no"
+     " beginning in 1 row (first: row 12: 'yes'), expected a prompt in both, or one in a column of its own (--data.colu"
+     "mns '{\"prompt\": \"…\"}') from question"),
     ("hh without a turn", H, {"chosen": "yes", "rejected": "no"}, "has sides without a common '\\n\\nAssis"),
     ("NaN score", {**pair(), **SCORES}, {"score_rejected": math.nan},
      "`score_rejected` has a score or weight that is not a finite number in 1 row (first: row 12: nan), expected"),

@@ -97,6 +97,42 @@ def test_adapters_alone_or_merged(adapted: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(method.model), trained)  # the method at hand is left as it is
 
 
+def test_an_adapter_is_no_policy_but_answers(adapted: Path, place: Path, tmp_path: Path, capsys: Any) -> None:
+    from offpolicy.language.policy import open_model
+
+    with pytest.raises(UsageError, match=f"adapter of {place / 'policy'}.*--model.adapter {adapted / 'hf'}"):
+        open_model(str(adapted / "hf"))
+    options = ("--data", place / "pairs.jsonl", "--prompts", 2, "--max_new_tokens", 4)
+    for run, file in ((adapted / "hf", "adapter.jsonl"), (adapted, "run.jsonl")):
+        answered(run, *options, "--out", tmp_path / file, say=capsys.readouterr)
+    assert (tmp_path / "adapter.jsonl").read_text() == (tmp_path / "run.jsonl").read_text()
+
+
+def test_a_run_of_adapters_opens_from_another_folder(place: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.chdir(place)
+    tuned(place, "moved", lora_rank=2, policy="policy")
+    monkeypatch.chdir("/")
+    method: Any = op.load(place / "moved")
+    torch.testing.assert_close(logits(method.model), logits(opened(place / "moved" / "hf")), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_rank": 2, "lora_targets": ["q_proj", "nope"]}, "No layer is called nope.*q_proj"),
+        ({"adapter": "{place}/policy"}, "`adapter` is .*no adapter_config.json"),
+        ({"reference": "{place}/nowhere"}, "`reference` is .*nowhere"),
+    ],
+)
+def test_models_that_are_not_there(options: dict[str, Any], message: str, place: Path) -> None:
+    pytest.importorskip("peft")
+    given = {k: v.format(place=place) if isinstance(v, str) else v for k, v in options.items()}
+    with pytest.raises(UsageError, match=message):
+        tuned(place, "never", **given)
+    assert not (place / "never").exists()
+
+
 def test_an_exported_model_is_a_policy(whole: Path, place: Path, tmp_path: Path) -> None:
     out = export(whole, tmp_path / "out")
     method: Any = op.SFT(policy=str(out), batch_size=8)

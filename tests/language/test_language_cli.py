@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,8 +85,9 @@ def test_train_and_go_on(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     }  # fmt: skip
     assert [row["step"] for row in Table(folder / "metrics.csv").rows()] == [2, 4]
     assert "eval/rewards/accuracies" in Table(folder / "evals.csv").rows()[-1]
+    shutil.rmtree(folder / "hf")
     assert fit.main(["--model", "DPO", *SMALL, "--ckpt_path", "last"]) == 0
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out and (folder / "hf").is_dir()
     before = tuned(folder)
     assert fit.main(["--ckpt_path", str(folder), "--model.epochs", "1.5"]) == 0
     said = capsys.readouterr().out

@@ -242,6 +242,20 @@ def test_texts_of_a_larger_vocabulary(policy: Path) -> None:
         fit(method("DPO", policy), replay)
 
 
+@pytest.mark.parametrize("name", ["SimPO", "KTO"])
+def test_texts_longer_than_the_model_has_positions(name: str, tmp_path: Path) -> None:
+    """For KTO also the longest prompt with the longest answer, as it scores them together."""
+    replay, held_out = toy_pairs(), toy_pairs(5, seed=1)
+    sizes = np.concatenate([r.length[r.tables["pairs"]].reshape(-1, 2, 2) for r in (replay, held_out)])
+    apart = [r.length[r.tables["pairs"]].reshape(-1, 2, 2).max((0, 1)).sum() for r in (replay, held_out)]
+    longest = int(max(apart) if name == "KTO" else sizes.sum(-1).max())
+    fits = make_policy(tmp_path / "fits", max_position_embeddings=longest)
+    fit(method(name, fits), replay, 1)
+    short = make_policy(tmp_path / "short", max_position_embeddings=longest - 1)
+    with pytest.raises(DataError, match=f"{longest} tokens.* {longest - 1} positions.*--data.max_length"):
+        fit(method(name, short), replay, 1)
+
+
 def test_data_of_the_other_world(policy: Path, replay: Any) -> None:
     with pytest.raises(UsageError, match="trains on texts"):
         op.fit(method("DPO", policy), op.DataModule.of(replay), max_steps=1)

@@ -105,6 +105,7 @@ class Faults:
         if on_bad not in ("error", "drop"):
             raise UsageError(f"`on_bad` is '{on_bad}'; expected 'error' or 'drop'. Pass one of them.")
         self.where, self.rows, self.on_bad, self.max_bad = where, rows, on_bad, max_bad
+        self.unread: list[str] = []  # columns that may be what is missing
         self.found: dict[tuple[str, str], list[tuple[int, str]]] = {}
 
     def add(self, row: int, column: str, kind: str, found: Any = "") -> None:
@@ -123,6 +124,7 @@ class Faults:
         lines = []
         for (column, kind), rows in sorted(self.found.items(), key=lambda item: -len(item[1])):
             what, expected = FAULTS[kind]
+            expected += f" from {_listing(self.unread)}" if kind == "no_beginning" and self.unread else ""
             first = f"row {rows[0][0]}" + (f": {rows[0][1]}" if rows[0][1] else "")
             first += ", then " + ", ".join(str(row) for row, _ in rows[1:3]) if rows[1:] else ""
             count = f"{len(rows)} row{'s' if rows[1:] else ''}"

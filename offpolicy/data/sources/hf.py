@@ -72,6 +72,7 @@ def open_texts(
     source = read(target, split, download=download)
     form = detect(source, columns)
     faults, counts = Faults(source.where, source.rows, on_bad, max_bad), Counter[str]()
+    faults.unread = form.unused
     made = list(
         records(
             source,
