@@ -34,7 +34,7 @@ def make_policy(out: Path, *, width: int = 64, layers: int = 2, vocabulary: int 
         hidden_size=width,
         intermediate_size=8 * width // 3,
         num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 32),
+        num_attention_heads=max(1, width // 64),
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=0,
