@@ -1,10 +1,10 @@
 """A small language model from scratch, tuned on solutions of GSM8K and then on pairs of right and wrong ones.
 
-usage: python examples/preference/gsm8k.py [--seeds 3] [--jobs 1] [--root runs/gsm8k]
+usage: python examples/preference/gsm8k.py [--seeds 3] [--sft_epochs 1] [--epochs 1] [--jobs 1] [--root runs/gsm8k]
 
-A tokenizer (4,096 byte-level pieces) and a Llama of 1.3 million parameters are made here and trained for one epoch on
-the 7,473 solutions (SFT). From there DPO, SimPO and RPO take one epoch over the 1,946 training pairs, and DPO and rDPO
-one over the same pairs of which a fifth are flipped. Prints a Markdown table over the 483 pairs of other questions:
+A tokenizer (4,096 byte-level pieces) and a Llama of 1.3 million parameters are made here and trained on the
+7,473 solutions (SFT). From there DPO, SimPO and RPO go over the 1,946 training pairs, and DPO and rDPO over the same
+pairs of which a fifth are flipped. Prints a Markdown table over the 483 pairs of other questions:
 
   by reward    the method's reward prefers the right solution (log-ratio to the reference, or mean log-probability)
   by policy    the policy gives the right solution the higher mean log-probability per token
@@ -68,7 +68,7 @@ def train(method: Any, data: Path, folder: Path, seed: int, **reading: Any) -> d
     return json.loads(done.read_text())
 
 
-def one_seed(seed: int, root: Path) -> dict[str, tuple[float, float]]:
+def one_seed(seed: int, root: Path, sft_epochs: float, epochs: float) -> dict[str, tuple[float, float]]:
     """Accuracies (by reward, by policy) of every run of a seed."""
     import torch
 
@@ -80,7 +80,7 @@ def one_seed(seed: int, root: Path) -> dict[str, tuple[float, float]]:
     if not (folder / "start").exists():
         make_policy(folder / "start", width=128, layers=4, vocabulary=4096, seed=seed)
     common = {"batch_size": 32, "micro_batch_size": 16}
-    sft = op.SFT(policy=str(folder / "start"), lr=2e-3, **common)
+    sft = op.SFT(policy=str(folder / "start"), lr=2e-3, epochs=sft_epochs, eval_rows=64, **common)
     train(sft, DATA / "gsm8k_train.jsonl.gz", folder / "sft", seed)
     if not (folder / "reference").exists():
         export(folder / "sft", folder / "reference")
@@ -89,7 +89,7 @@ def one_seed(seed: int, root: Path) -> dict[str, tuple[float, float]]:
         data = flipped(folder / f"pairs-{share}.jsonl", share, seed)
         cache = str(folder / "cache")
         method = getattr(op, name)(
-            policy=str(folder / "reference"), lr=1e-4, ref_cache=cache, eval_rows=0, **common, **settings
+            policy=str(folder / "reference"), lr=1e-4, epochs=epochs, ref_cache=cache, eval_rows=0, **common, **settings
         )
         scores = train(method, data, folder / label.replace(" ", "-"), seed, eval_data=held_out)
         found[label] = (scores["rewards/accuracies"], scores["ranking_accuracy"])
@@ -114,13 +114,16 @@ def trivial() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sft_epochs", type=float, default=1.0)
+    parser.add_argument("--epochs", type=float, default=1.0, help="over the pairs")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--root", type=Path, default=Path("runs/gsm8k"))
     args = parser.parse_args()
     from offpolicy.evaluation.scores import interval
 
     with ProcessPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(one_seed, range(args.seeds), [args.root] * args.seeds))
+        jobs = [pool.submit(one_seed, k, args.root, args.sft_epochs, args.epochs) for k in range(args.seeds)]
+        results = [job.result() for job in jobs]
     print(f"| {args.seeds} seeds, 483 held-out pairs | by reward | by policy |")
     print("|---|---|---|")
     for name, share in trivial().items():
