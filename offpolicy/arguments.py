@@ -133,7 +133,8 @@ def read_command(argv: Iterable[str]) -> Command:
     name = str(target.path) if target.path is not None else target.name
     settings |= {"model": method, "data.name": name, "recipe": chosen}
     flags = [pair for pair in pairs if pair[0] not in ("config", "model", "data.name", "recipe")]
-    return Command(method, settings, flags, found, notes, target.kind == "language", given is not None)
+    texts = None if target.kind == "replay" else target.kind == "language"  # a converted folder may hold either
+    return Command(method, settings, flags, found, notes, texts, given is not None)
 
 
 def find_data(text: str, method: str) -> Target:

@@ -59,6 +59,11 @@ class Sizes:
 
     @classmethod
     def of(cls, replay: Replay) -> Sizes:
+        if not {"obs", "action"} <= replay.steps.keys():
+            raise DataError(
+                f"{replay.meta.get('name', 'the replay')} holds {', '.join(replay.steps)} and no `obs` and `action`; "
+                "expected steps of an environment. For texts choose a method of language models, such as DPO."
+            )
         obs, action = replay.steps["obs"], replay.steps["action"]
         limit = max(replay.meta.get("max_episode_steps") or 0, int(replay.length.max()))
         return cls(int(np.prod(obs.shape[1:])), int(np.prod(action.shape[1:])), int(limit))

@@ -18,7 +18,7 @@ from offpolicy.api import data_name
 from offpolicy.arguments import read_command
 from offpolicy.cli import parse
 from offpolicy.data.text import TextData
-from offpolicy.errors import UsageError
+from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
 
 SMALL = ["--data", "pairs.jsonl", "--model.policy", "policy", "--model.batch_size", "16", "--model.lr", "1e-3"]
@@ -111,6 +111,17 @@ def tuned(folder: Path) -> torch.Tensor:
 def last_weights(folder: Path) -> torch.Tensor:
     loaded: Any = load(folder)
     return loaded.model.lm_head.weight
+
+
+def test_converted_texts(home: Path) -> None:
+    """A folder of our format may hold either world; the wrong method says so."""
+    from offpolicy.data.__main__ import main
+
+    assert main(["convert", "pairs.jsonl", "converted", "--tokenizer", "policy"]) in (0, None)
+    assert fit.main(["--model", "DPO", *SMALL[2:], "--data", "converted", "--trainer.max_steps", "1"]) == 0
+    with pytest.raises(DataError, match="holds token and no `obs`.*such as DPO"):
+        fit.main(["--model", "BC", "--data", "converted", "--trainer.max_steps", "1"])
+    assert not (home / "runs" / "converted" / "BC").exists()
 
 
 def test_a_users_own_loss(home: Path) -> None:
