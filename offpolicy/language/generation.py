@@ -135,14 +135,18 @@ def _continue(
             use_cache=True,
             logits_to_keep=1,
         )
-        cache, token = out.past_key_values, choose(out.logits[:, -1], t)
+        cache, token = getattr(out, "past_key_values", None), choose(out.logits[:, -1], t)
         tokens.append(token)
         stopped = torch.isin(token, stops) & ~ended
         length = torch.where(stopped, t + 1, length)
         ended |= stopped
         if ended.all():
             break
-        ids, position = token[:, None], position[:, -1:] + 1
+        last = token[:, None], position[:, -1:] + 1
+        if cache is None:  # state-space models have none to share: the whole row again
+            ids, position = (torch.cat(both, 1) for both in zip((ids, position), last))
+        else:
+            ids, position = last
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
     table, lengths = torch.stack(tokens, 1).cpu().numpy(), length.tolist()
     return [Answer(row[:n].copy(), end) for row, n, end in zip(table, lengths, ended.tolist())]

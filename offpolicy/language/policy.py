@@ -33,6 +33,7 @@ def open_model(
     Raises:
         UsageError: no such folder or id, or no causal language model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     base = adapter_base(name)
@@ -46,7 +47,7 @@ def open_model(
         with silent(), found(name):
             config = without_dropout(AutoConfig.from_pretrained(name))
             return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype_of(dtype), **settings)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(_not_opened(option, name, error)) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,14 @@ def test_a_run_of_adapters_opens_from_another_folder(place: Path, monkeypatch: A
         ({"lora_rank": 2, "lora_targets": ["q_proj", "nope"]}, "No layer is called nope.*q_proj"),
         ({"adapter": "{place}/policy"}, "`adapter` is .*no adapter_config.json"),
         ({"reference": "{place}/nowhere"}, "`reference` is .*nowhere"),
+        ({"policy": "{place}/torn"}, "`policy` is .*torn', which does not open"),
     ],
 )
 def test_models_that_are_not_there(options: dict[str, Any], message: str, place: Path) -> None:
     pytest.importorskip("peft")
+    if not (place / "torn").exists():
+        shutil.copytree(place / "policy", place / "torn")
+        (place / "torn" / "model.safetensors").write_bytes((place / "policy" / "model.safetensors").read_bytes()[:99])
     given = {k: v.format(place=place) if isinstance(v, str) else v for k, v in options.items()}
     with pytest.raises(UsageError, match=message):
         tuned(place, "never", **given)

@@ -21,7 +21,7 @@ def tiny(kind: str = "llama") -> Any:
     sizes: dict[str, Any] = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     if kind == "gpt2":
         sizes = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    elif kind != "gpt_neox":
+    elif kind not in ("gpt_neox", "mamba"):
         sizes |= {"intermediate_size": 48, "num_key_value_heads": 1}
     config = AutoConfig.for_model(kind, **sizes, initializer_range=0.5, max_position_embeddings=64)
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def slow(model: Any, prompt: np.ndarray, stop: list[int], new: int) -> list[int]
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gpt_neox", "mamba"])
 def test_the_most_likely_tokens_whatever_the_padding(kind: str) -> None:
     """Prompts of different lengths in one batch, against one text at a time without a cache."""
     model, texts = tiny(kind), prompts(9, 2, 5)

@@ -119,7 +119,7 @@ def test_converted_texts(home: Path) -> None:
 
     assert main(["convert", "pairs.jsonl", "converted", "--tokenizer", "policy"]) in (0, None)
     assert fit.main(["--model", "DPO", *SMALL[2:], "--data", "converted", "--trainer.max_steps", "1"]) == 0
-    with pytest.raises(DataError, match="holds token and no `obs`.*such as DPO"):
+    with pytest.raises(DataError, match=r"holds token and no `obs`.*such as DPO"):
         fit.main(["--model", "BC", "--data", "converted", "--trainer.max_steps", "1"])
     assert not (home / "runs" / "converted" / "BC").exists()
 
