@@ -26,6 +26,8 @@ LAST = 5  # 13 rows in steps of 4: a last step of one row, which leaves one proc
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "DPO": ("DPO", {"micro_batch_size": 1, "gradient_checkpointing": True}, {"strategy": "ddp"}),
     "KTO": ("KTO", {"micro_batch_size": 2, "lora_rank": 2}, {"strategy": "ddp"}),
+    "RPO": ("RPO", {"micro_batch_size": 1, "nll_form": "token_mean", "nll_weight": 1.0}, {"strategy": "ddp"}),
+    "SFT": ("SFT", {"micro_batch_size": 1}, {"strategy": "ddp"}),
     "FSDP": ("ORPO", {"micro_batch_size": 1}, {"strategy": "fsdp2", "gradient_clip_val": 1.0}),
 }
 
