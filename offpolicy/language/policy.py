@@ -198,7 +198,7 @@ def found(name: str) -> Iterator[None]:
     Raises:
         UsageError: no folder, not in the cache, and no answer.
     """
-    from offpolicy.data.sources.hf import _hub_answers, _hub_mode
+    from offpolicy.data.sources.hf import hub_answers, hub_mode
 
     if Path(name).is_dir():
         yield
@@ -206,7 +206,7 @@ def found(name: str) -> Iterator[None]:
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    reachable = _hub_answers()
+    reachable = hub_answers()
     files = ("config.json", "adapter_config.json")
     try:
         cached = any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
@@ -217,7 +217,7 @@ def found(name: str) -> Iterator[None]:
             f"'{name}' is no folder here, so it was taken for a model of the Hugging Face hub, which does not answer; "
             f"it is not in {constants.HF_HUB_CACHE} either. Check the path, or the network."
         )
-    with _hub_mode(offline=not reachable):
+    with hub_mode(offline=not reachable):
         yield
 
 

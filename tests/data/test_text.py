@@ -642,7 +642,7 @@ def test_a_reachable_hub_is_asked_through_datasets(monkeypatch: pytest.MonkeyPat
         asked.append(arguments)
         return datasets.DatasetDict({"train_prefs": datasets.Dataset.from_list([pair()])})
 
-    monkeypatch.setattr(hf, "_hub_answers", lambda: True)
+    monkeypatch.setattr(hf, "hub_answers", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load)
     replay = open_texts("org/pairs:small", tokenizer=made_tokenizer())
     assert asked == [("org/pairs", "small")] and replay.meta["file"] == "hub:org/pairs:small (train_prefs)"

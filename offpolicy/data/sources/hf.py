@@ -514,9 +514,9 @@ def _from_hub(name: str, split: str | None, download: bool) -> Source:
 
     if not HUB_ID.match(name):
         raise UsageError(f"'{name}' is neither a file nor a name on the hub (org/name). Check the spelling.")
-    reachable = download and _hub_answers()
+    reachable = download and hub_answers()
     repository, _, configuration = name.partition(":")
-    with _quiet(), _hub_mode(offline=not reachable):
+    with _quiet(), hub_mode(offline=not reachable):
         try:
             found = datasets.load_dataset(repository, configuration or None)
         except Exception as error:  # the library raises almost anything here
@@ -535,7 +535,7 @@ def _from_hub(name: str, split: str | None, download: bool) -> Source:
     return _of_dataset(found, f"hub:{name}", split)
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the hub can be reached at all, known within seconds."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
@@ -550,7 +550,7 @@ def _hub_answers() -> bool:
     return True
 
 
-class _hub_mode:
+class hub_mode:
     """Within it, the client libraries do not use the network if ``offline``."""
 
     def __init__(self, offline: bool) -> None:
