@@ -20,7 +20,7 @@ METHODS = {
     "DecisionTransformer": "decision_transformer",
     "SFT": "sft",
     "DPO": "dpo",
-    "CDPO": "cdpo",
+    "CDPO": "rdpo",
     "RDPO": "rdpo",
     "RPO": "rpo",
     "IPO": "ipo",

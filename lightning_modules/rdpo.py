@@ -1,10 +1,15 @@
-"""rDPO — Ray Chowdhury, Kini, Natarajan 2024, Provably Robust DPO (arXiv:2403.00409).
+"""rDPO — Ray Chowdhury, Kini, Natarajan 2024, Provably Robust DPO (arXiv:2403.00409), and
+cDPO — Mitchell 2023, A note on DPO with noisy preferences and relationship to IPO.
 
-L = [(1 − ε)·ℓ(u) − ε·ℓ(−u)] / (1 − 2ε) = ℓ(u) − ε/(1 − 2ε)·u, with ℓ(u) = −log σ(u) and u the margin of DPO: over
+Both know a share ε of labels to be wrong, and draw the opposite conclusion.
+
+rDPO: L = [(1 − ε)·ℓ(u) − ε·ℓ(−u)] / (1 − 2ε) = ℓ(u) − ε/(1 − 2ε)·u, with ℓ(u) = −log σ(u) and u the margin of DPO: over
 labels flipped with probability ε its mean is the DPO loss of the true labels. It is not bounded below, so a negative
 loss is right, and its gradient grows as 1/(1 − 2ε): at ε = 0.4 use a fifth of the rate, or clip.
 
 Not to be mixed up with R-DPO (arXiv:2403.19159), which regularises lengths.
+
+cDPO: L = (1 − ε)·ℓ(u) + ε·ℓ(−u) = ℓ(u) + ε·u. The margin rests at log((1 − ε)/ε).
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from torch import Tensor
 from offpolicy.errors import check_range
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.scores import PairScores
-from offpolicy.losses.preference import preference_metrics, rdpo_loss
+from offpolicy.losses.preference import cdpo_loss, preference_metrics, rdpo_loss
 from offpolicy.modules import Metrics
 
 
@@ -29,6 +34,8 @@ class RDPO(LanguageModule):
         lr: peak learning rate of AdamW.
     """
 
+    pair_loss = staticmethod(rdpo_loss)
+
     def __init__(self, *, beta: float = 0.1, label_smoothing: float = 0.1, lr: float = 1e-6, **language: Any) -> None:
         super().__init__(lr=lr, **language)
         check_range("beta", beta, 0.0, lower_open=True)
@@ -37,5 +44,11 @@ class RDPO(LanguageModule):
 
     def loss(self, scores: PairScores) -> tuple[Tensor, Metrics]:
         h, chosen, rejected = self.hparams, scores.chosen.log_ratio, scores.rejected.log_ratio
-        loss = rdpo_loss(chosen, rejected, beta=h.beta, label_smoothing=h.label_smoothing)
+        loss = self.pair_loss(chosen, rejected, beta=h.beta, label_smoothing=h.label_smoothing)
         return loss, preference_metrics(scores, h.beta * chosen, h.beta * rejected)
+
+
+class CDPO(RDPO):
+    """Conservative DPO: labels are smoothed, so no margin grows without end. Arguments as of RDPO."""
+
+    pair_loss = staticmethod(cdpo_loss)
