@@ -418,20 +418,25 @@ class OfflineModule(Module):
         Returns:
             Action(s) of the same kind, (A,) or (n, A).
         """
+        x = self.normalized(obs)
+        training = self.training
+        self.eval()
+        action = self.policy(x).clamp(-1.0, 1.0)
+        self.train(training)
+        action = self.normalizer.environment_action(action)
+        action = action[..., 0, :] if torch.as_tensor(obs).dim() == 1 else action
+        return action if isinstance(obs, Tensor) else action.float().cpu().numpy()
+
+    def normalized(self, obs: Any, name: str = "obs") -> Tensor:
+        """Raw observation(s), NumPy or tensor, (O,) or (n, O), as normalised ones (n, O) on the method's device."""
         if self.sizes is None:
             raise UsageError("the method has no networks yet; expected a trained one. Fit it or load a checkpoint.")
         x = torch.as_tensor(obs).to(self.device, self.dtype_of_weights)
         if x.shape[-1:] != (self.sizes.obs_dim,) or x.dim() not in (1, 2):
             raise UsageError(
-                f"`obs` has shape {tuple(x.shape)}; expected ({self.sizes.obs_dim},) or (n, {self.sizes.obs_dim})."
+                f"`{name}` has shape {tuple(x.shape)}; expected ({self.sizes.obs_dim},) or (n, {self.sizes.obs_dim})."
             )
-        training = self.training
-        self.eval()
-        action = self.policy(self.normalizer.obs(x if x.dim() == 2 else x[None])).clamp(-1.0, 1.0)
-        self.train(training)
-        action = self.normalizer.environment_action(action)
-        action = action if x.dim() == 2 else action[..., 0, :]
-        return action if isinstance(obs, Tensor) else action.float().cpu().numpy()
+        return self.normalizer.obs(x if x.dim() == 2 else x[None])
 
     def agent(self) -> Any:
         """What evaluation plays with: a function of observations (n, O), or an object that remembers.

@@ -1,0 +1,165 @@
+"""What goal-conditioned methods inherit: acting towards goals, and asking for values and sub-goals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offpolicy.errors import UsageError, check_range
+from offpolicy.modules import OfflineModule
+
+Perturb = Callable[[Tensor], Tensor]
+
+
+class GoalModule(OfflineModule):
+    """Base of goal-conditioned methods. A goal is an observation: the full state to be reached.
+
+    A method defines ``goal_policy`` and, when it learns values, ``values``; hierarchical ones ``subgoals`` and
+    ``representation`` too. Observations and goals are given raw, NumPy or tensor, (O,) or (n, O), and answers are of
+    the same kind; one goal serves any number of observations.
+    """
+
+    # -- to be written by a method -------------------------------------------------------------------------------------
+
+    def goal_policy(self, obs: Tensor, goal: Tensor, perturb: Perturb) -> Tensor:
+        """Action (…, B, A) for normalised obs and goal (…, B, O); ``perturb`` adds the noise of the temperature to the
+        mean of every Gaussian on the way and may return it as it is."""
+        raise NotImplementedError(f"{type(self).__name__} must define goal_policy(obs, goal, perturb).")
+
+    def values(self, obs: Tensor, goal: Tensor) -> dict[str, Tensor]:
+        """Values (…, B) of normalised obs and goal (…, B, O) by name: "value", or "low" and "high"."""
+        return {}
+
+    def subgoals(self, obs: Tensor, goal: Tensor) -> Tensor | None:
+        """What a high level aims at next, as a representation (…, B, Z); None without a high level."""
+        return None
+
+    def representation(self, obs: Tensor, goal: Tensor) -> Tensor | None:
+        """φ([obs; goal]) (…, B, Z), to compare with :meth:`subgoals`; None without a high level."""
+        return None
+
+    # -- acting --------------------------------------------------------------------------------------------------------
+
+    def act_goal(
+        self, obs: Any, goal: Any, *, temperature: float = 0.0, generator: torch.Generator | None = None
+    ) -> Any:
+        """Action in environment units towards a goal.
+
+        Args:
+            obs: (O,) or (n, O).
+            goal: (O,) or (n, O).
+            temperature: factor of the standard normal noise added to the mean of every policy, ≥ 0; 0 acts by means.
+            generator: source of that noise; None takes torch's global one.
+
+        Returns:
+            (A,) or (n, A), of the kind of ``obs``.
+        """
+        check_range("temperature", temperature, 0.0)
+
+        def perturb(mean: Tensor) -> Tensor:
+            if not temperature:
+                return mean
+            noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32)
+            return mean + temperature * noise.to(mean)
+
+        def action(x: Tensor, g: Tensor) -> Tensor:
+            return self.normalizer.environment_action(self.goal_policy(x, g, perturb).clamp(-1.0, 1.0))
+
+        return self._answer(action, obs, goal)
+
+    def act(self, obs: Any) -> Any:
+        raise UsageError(
+            f"{type(self).__name__} acts towards a goal; expected one. Call `act_goal(obs, goal)`, or `agent()` and "
+            "`set_goals(goals)` for episodes."
+        )
+
+    def agent(self, temperature: float = 0.0) -> GoalAgent:
+        """What evaluation plays with: give it goals by ``set_goals`` after every ``reset``."""
+        return GoalAgent(self, temperature)
+
+    # -- questions -----------------------------------------------------------------------------------------------------
+
+    def value_of(self, obs: Any, goal: Any) -> dict[str, Any]:
+        """Learnt values of states for goals, mean over the ensemble: name → () or (n,).
+
+        Names are "value", or "low" and "high" where two levels have their own; empty for cloning.
+        """
+        return self._answer(self.values, obs, goal)
+
+    def subgoal(self, obs: Any, goal: Any) -> Any:
+        """Representation that the high level aims at next, (Z,) or (n, Z).
+
+        The state that it stands for is the one whose :meth:`represent` is nearest.
+
+        Raises:
+            UsageError: the method has no high level.
+        """
+        return self._answer(self.subgoals, obs, goal)
+
+    def represent(self, obs: Any, goal: Any) -> Any:
+        """Representation of ``goal`` as seen from ``obs``, (Z,) or (n, Z).
+
+        Raises:
+            UsageError: the method has no high level.
+        """
+        return self._answer(self.representation, obs, goal)
+
+    @torch.no_grad()
+    def _answer(self, question: Callable[[Tensor, Tensor], Any], obs: Any, goal: Any) -> Any:
+        """Ask about normalised observations and goals in evaluation mode; the answer is of the kind of ``obs``."""
+        x, g = self.normalized(obs), self.normalized(goal, "goal")
+        if len(x) != len(g) and 1 not in (len(x), len(g)):
+            raise UsageError(f"there are {len(x)} observations and {len(g)} goals; expected one goal, or one for each.")
+        single = torch.as_tensor(obs).dim() == 1 and torch.as_tensor(goal).dim() == 1
+        training = self.training
+        self.eval()
+        answer = question(*torch.broadcast_tensors(x, g))
+        self.train(training)
+        if answer is None:
+            raise UsageError(
+                f"{type(self).__name__} has no high level; expected a hierarchical method, such as HIQL or OTA."
+            )
+
+        def of_kind(value: Tensor, batch_axis: int) -> Any:
+            value = value.select(batch_axis, 0) if single else value
+            return value if isinstance(obs, Tensor) else value.float().cpu().numpy()
+
+        if isinstance(answer, dict):
+            return {name: of_kind(value, -1) for name, value in answer.items()}
+        return of_kind(answer, -2)
+
+
+class GoalAgent:
+    """Plays a goal-conditioned method: ``reset(n)``, ``set_goals(goals (n, O))``, then ``act(obs (n, O))`` each step.
+
+    See :class:`offpolicy.evaluation.rollout.Agent`.
+
+    Args:
+        method: a trained method.
+        temperature: as of :meth:`GoalModule.act_goal`.
+    """
+
+    def __init__(self, method: GoalModule, temperature: float = 0.0) -> None:
+        check_range("temperature", temperature, 0.0)
+        self.method, self.temperature = method, temperature
+        self.goals: Any = None
+
+    def reset(self, num_envs: int) -> None:
+        """Start ``num_envs`` episodes, whose goals come next."""
+        self.goals = None
+
+    def set_goals(self, goals: Any) -> None:
+        """Goals (n, O) of the episodes, as raw observations; (O,) for one goal of all."""
+        self.goals = goals
+
+    def act(self, obs: Any) -> Any:
+        """Actions (n, A) in environment units for raw observations (n, O)."""
+        if self.goals is None:
+            raise UsageError(
+                f"{type(self.method).__name__} acts towards goals and was given none; expected an environment that "
+                "names a goal when it is reset (`info['goal']`). Use one of OGBench's, or `--run.eval_episodes=0`."
+            )
+        return self.method.act_goal(obs, self.goals, temperature=self.temperature)
