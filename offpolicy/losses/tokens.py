@@ -1,0 +1,104 @@
+"""What a policy-gradient objective sees: the tokens of a micro-batch of rollouts, and facts about the whole step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """One micro-batch of B answers, right-padded to T tokens, on the device; float32 (float64 in tests).
+
+    Log-probabilities are in nats, all at the temperature of sampling. What stands outside of the mask has no influence.
+
+    Attributes:
+        logp: (B, T) under the policy being trained, with gradient.
+        mask: (B, T), 1 on tokens that the policy emitted up to and with the first EOS, and on tokens of demonstrations;
+            else 0. A row of zeros is padding.
+        advantage: (B,) or (B, T), without gradient.
+        behavior_logp: (B, T) under the policy that sampled the token, by the trainer's forward pass at that time; on
+            external tokens the demonstrator's, where a component asks for it.
+        previous_logp: (B, T) under the policy at the start of the iteration, π_k.
+        base_logp: (B, T) under the base of the divergence.
+        sampler_logp: (B, T) as the engine reported it, where that differs from the trainer's forward pass.
+        external: (B, T) bool, tokens of demonstrations; None for none.
+        entropy: (B, T) of the policy at each place, with gradient where ``Objective.entropy_gradient``.
+        lag: (B,) int64, iterations since the rollout was made; None for 0.
+        value: (B, T) of the critic, with gradient.
+        old_value: (B, T) of the critic at the start of the iteration.
+        returns: (B, T), what the critic should say.
+        all_logps: (B, T, V) of every token under the policy, with gradient; for exact divergences of tiny models.
+        base_all_logps: (B, T, V) under the base.
+        previous_all_logps: (B, T, V) under π_k.
+    """
+
+    logp: Tensor
+    mask: Tensor
+    advantage: Tensor
+    behavior_logp: Tensor
+    previous_logp: Tensor
+    base_logp: Tensor | None = None
+    sampler_logp: Tensor | None = None
+    external: Tensor | None = None
+    entropy: Tensor | None = None
+    lag: Tensor | None = None
+    value: Tensor | None = None
+    old_value: Tensor | None = None
+    returns: Tensor | None = None
+    all_logps: Tensor | None = None
+    base_all_logps: Tensor | None = None
+    previous_all_logps: Tensor | None = None
+
+    @property
+    def outside(self) -> Tensor:
+        """(B, T) bool: tokens of demonstrations."""
+        return torch.zeros_like(self.mask, dtype=torch.bool) if self.external is None else self.external & self.kept
+
+    @property
+    def own(self) -> Tensor:
+        """(B, T) bool: tokens that a policy of this run emitted."""
+        return self.kept if self.external is None else self.kept & ~self.external
+
+    @property
+    def kept(self) -> Tensor:
+        """(B, T) bool: the mask."""
+        return self.mask > 0
+
+
+class Totals(NamedTuple):
+    """Facts about one optimiser step, over all of its micro-batches and processes.
+
+    Attributes:
+        rows: answers, without padding.
+        tokens: sum of the masks.
+        max_length: the longest answer that may be generated, as configured.
+        padded_length: tokens of the longest answer of the step.
+    """
+
+    rows: int
+    tokens: int
+    max_length: int
+    padded_length: int
+
+
+class Ratio(NamedTuple):
+    """What the slot ``ratio`` gives.
+
+    Attributes:
+        value: ρ (B, T), with gradient.
+        center: (B, T), ρ at the start of the iteration, around which ``centred`` clips; None for 1.
+        factor: (B, T), multiplies the clipped term, without gradient; None for 1.
+    """
+
+    value: Tensor
+    center: Tensor | None = None
+    factor: Tensor | None = None
+
+
+class Surrogate(NamedTuple):
+    """What the slot ``trust`` gives: ``value`` (B, T), to be maximised, and ``clipped`` (B, T) bool, no gradient there."""
+
+    value: Tensor
+    clipped: Tensor
