@@ -28,8 +28,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "KTO": ("KTO", {"micro_batch_size": 2, "lora_rank": 2}, {"strategy": "ddp"}),
     "RPO": ("RPO", {"micro_batch_size": 1, "nll_form": "token_mean", "nll_weight": 1.0}, {"strategy": "ddp"}),
     "SFT": ("SFT", {"micro_batch_size": 1}, {"strategy": "ddp"}),
-    "FSDP": ("ORPO", {"micro_batch_size": 1}, {"strategy": "fsdp2", "gradient_clip_val": 1.0}),
+    "SimPO": ("SimPO", {"micro_batch_size": 2}, {"strategy": "ddp"}),
+    "RDPO": ("RDPO", {"micro_batch_size": 2}, {"strategy": "ddp"}),
+    "IPO": ("IPO", {"micro_batch_size": 2}, {"strategy": "ddp"}),
+    "CPO": ("CPO", {"micro_batch_size": 2}, {"strategy": "ddp"}),
+    "ORPO-FSDP": ("ORPO", {"micro_batch_size": 1}, {"strategy": "fsdp2", "gradient_clip_val": 1.0}),
+    "DPO-FSDP": ("DPO", {"micro_batch_size": 2}, {"strategy": "fsdp2"}),
+    "SimPO-FSDP": ("SimPO", {"micro_batch_size": 2}, {"strategy": "fsdp2"}),
 }
+RESUMED = ("DPO", "KTO", "RPO", "SFT", "ORPO-FSDP")  # one of every kind of statistic, and of every strategy
 
 
 def train(name: str, root: Path, folder: Path, devices: int, **options: Any) -> Any:
@@ -37,7 +44,7 @@ def train(name: str, root: Path, folder: Path, devices: int, **options: Any) -> 
     trainer = {k: v for k, v in trainer.items() if devices > 1 or k != "strategy"}
     if trainer.get("strategy") == "fsdp2":
         trainer["strategy"] = FullySharded()
-    precision = {} if name == "FSDP" else {"precision": "64-true"}
+    precision = {} if name.endswith("FSDP") else {"precision": "64-true"}
     module = method(kind, root / "policy", ref_cache=str(root / f"references{devices}"), **settings)
     return fit(module, max_steps=LAST, folder=folder, devices=devices, **trainer, **precision, **options)
 
@@ -58,11 +65,12 @@ def main(root: Path) -> None:
         saved.clear()
         if module.global_rank == 0:
             module.finish_files(root / name / "whole")
-        resumed = root / name / "resumed"
-        if module.global_rank == 0:
-            shutil.copytree(root / name / "whole", resumed)
-        torch.distributed.barrier()
-        train(name, root, resumed, 2, ckpt_path=resumed / "checkpoints" / "step=00000003.ckpt")
+        if name in RESUMED:
+            resumed = root / name / "resumed"
+            if module.global_rank == 0:
+                shutil.copytree(root / name / "whole", resumed)
+            torch.distributed.barrier()
+            train(name, root, resumed, 2, ckpt_path=resumed / "checkpoints" / "step=00000003.ckpt")
         found[name] = {"eval": module.eval_row, "saved": len(saved)}
     (root / f"rank{module.global_rank}.json").write_text(json.dumps(found))
 
@@ -87,10 +95,11 @@ def test_two_processes_equal_one(name: str, pair: tuple[Path, list[dict[str, Any
     root, found = pair
     assert found[0][name]["eval"] == found[1][name]["eval"] and found[0][name]["saved"] == 0
     two = run_files(root / name / "whole", LAST)
-    assert not differences(two, run_files(root / name / "resumed", LAST))
+    if name in RESUMED:
+        assert not differences(two, run_files(root / name / "resumed", LAST))
     train(name, root, tmp_path, 1)
     one = run_files(tmp_path, LAST)
-    tolerance = 1e-4 if name == "FSDP" else 1e-9
+    tolerance = 1e-4 if name.endswith("FSDP") else 1e-9
     assert set(one["state_dict"]) == set(two["state_dict"])
     for key, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][key], value, rtol=tolerance, atol=tolerance)
@@ -108,7 +117,7 @@ def test_a_run_of_two_processes_opens_and_goes_on_in_one(
     from transformers import AutoModelForCausalLM
 
     root, _ = pair
-    for name in ("DPO", "FSDP"):
+    for name in ("DPO", "ORPO-FSDP"):
         loaded = op.load(root / name / "whole")
         content = read_checkpoint(root / name / "whole" / "checkpoints" / f"step={LAST:08d}.ckpt")
         assert all(torch.equal(loaded.state_dict()[k], v) for k, v in content["state_dict"].items())
