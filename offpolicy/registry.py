@@ -82,3 +82,31 @@ def import_class(path: str) -> Any:
         classes = [name for name, value in vars(found).items() if isinstance(value, type)]
         raise UsageError(f"`model` is '{path}', but {module} has no '{attribute}'.{nearest(attribute, classes)}")
     return getattr(found, attribute)
+
+
+def import_callable(path: str, option: str) -> Any:
+    """The function or class at an import path ``package.module.callable`` or ``package.module:callable``.
+
+    Args:
+        path: the path.
+        option: what it was given for, named in errors.
+
+    Raises:
+        UsageError: no such module, or nothing in it that can be called. An ImportError inside a module that exists is
+            passed on.
+    """
+    module, _, attribute = path.replace(":", ".").rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
+            raise
+        raise UsageError(
+            f"`{option}` is '{path}', but there is no module '{error.name}' in this folder or on the Python path; "
+            "expected package.module.function. Run from the folder that holds it, or install it."
+        ) from None
+    except AttributeError:
+        raise UsageError(f"`{option}` is '{path}', but {module} has no '{attribute}'; expected a function.") from None
+    if not callable(found):
+        raise UsageError(f"`{option}` is '{path}', a {type(found).__name__}; expected a function.")
+    return found

@@ -1,34 +1,115 @@
-"""One objective for policy gradients of language models, composed of named parts."""
+"""One objective for policy gradients of language models, composed of named parts.
+
+loss = −Agg[w · S(ρ, A)] + Σ Agg[anchor] + Agg[entropy term] + Agg[value term]
+
+with importance ratios ρ, advantages A, the surrogate S of a trust region, weights w and a mean Agg over the tokens of
+the step. Each part is a component in a slot: a name, or ``{"name": …, **parameters}``, where the name may be an import
+path ``package.module.callable`` of one's own. A callable that is a class is made with the parameters; a function gets
+them at every call. Tensors are (B, T) unless said otherwise.
+
+===============  =======================================================================================================
+``advantage``    (rewards (B,), group (B,), own (B,) bool) → (B,)
+``ratio``        (tokens) → :class:`Ratio`
+``trust``        (ratio, advantage, tokens) → :class:`Surrogate`; demonstrations always have ρA
+``aggregation``  (values, mask, totals) → 0-d, the micro-batch's share
+``anchors``      any number of (tokens, *, iteration) → penalty per token, its coefficient included
+``entropy``      as an anchor
+``weight``       any number of (tokens) → factor per token, without gradient
+``value``        as an anchor
+===============  =======================================================================================================
+
+Anchors, ``entropy`` and ``value`` also take ``aggregation``, for a mean of their own. A component says which optional
+fields of :class:`Tokens` it needs in an attribute ``reads``, a set of names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from offpolicy.errors import UsageError, nearest
+from offpolicy.losses import advantages as adv
+from offpolicy.losses import policy_terms as terms
+from offpolicy.losses.health import measure
 from offpolicy.losses.tokens import Ratio, Surrogate, Tokens, Totals
+from offpolicy.registry import import_callable
 
-__all__ = ["Objective", "Ratio", "Spec", "Surrogate", "Tokens", "Totals"]
+__all__ = ["COMPONENTS", "Objective", "Ratio", "Spec", "Surrogate", "Tokens", "Totals"]
 
-# a component: its name, or {"name": ..., **parameters}; the name may be an import path ``package.module.callable``
 Spec = str | Mapping[str, Any]
+
+_TERMS: dict[str, Callable[..., Any]] = {
+    "k1": terms.K1,
+    "k2": terms.K2,
+    "k3": terms.K3,
+    "full": terms.FullKL,
+    "convex": terms.ConvexKL,
+}
+COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
+    "advantage": {
+        "grpo": adv.GRPO,
+        "dr_grpo": adv.DrGRPO,
+        "rloo": adv.RLOO,
+        "batch_std": adv.BatchStd,
+        "gae": adv.GAE,
+    },
+    "ratio": {
+        "token": terms.TokenRatio,
+        "decoupled": terms.DecoupledRatio,
+        "mix": terms.MixRatio,
+        "sequence": terms.SequenceRatio,
+        "mis": terms.MISRatio,
+        "none": terms.NoRatio,
+    },
+    "trust": {"ppo": terms.PPO, "dual": terms.DualPPO, "centred": terms.Centred, "none": terms.NoTrust},
+    "aggregation": {
+        "seq_mean_token_mean": terms.SeqMeanTokenMean,
+        "token_mean": terms.TokenMean,
+        "token_mean_local": terms.TokenMeanLocal,
+        "dr_grpo": terms.DrGRPOSum,
+        "sum_over_T": terms.SumOverT,
+        "seq_sum": terms.SeqSum,
+    },
+    "anchors": _TERMS,
+    "entropy": {"bonus": terms.EntropyBonus},
+    "weight": {"engine": terms.EngineWeight, "focal": terms.FocalWeight, "source": terms.SourceWeight},
+    "value": {"squared": terms.SquaredValue},
+}
+MANY = ("anchors", "weight")
+OPTIONAL = ("entropy", "value")  # "none" leaves them out
+MEANS_OF_THEIR_OWN = ("anchors", "entropy", "value")
+
+
+class Term(NamedTuple):
+    """A term of the loss beside the policy's: its values per token, and how they are averaged."""
+
+    values: Callable[..., Tensor]
+    aggregation: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A choice of one component per slot (of several for ``anchors`` and ``weight``).
+    """A choice of one component per slot, of any number for ``anchors`` and ``weight``; data, equal when they say the
+    same.
 
     Args:
-        advantage: grpo, dr_grpo, rloo, batch_std, gae.
+        advantage: grpo, dr_grpo, rloo, batch_std; gae, with a critic.
         ratio: token, decoupled, mix, sequence, mis, none.
         trust: ppo, dual, centred, none.
         aggregation: seq_mean_token_mean, token_mean, token_mean_local, dr_grpo, sum_over_T, seq_sum.
         anchors: k1, k2, k3, full, convex.
         entropy: bonus, none.
-        weight: engine, focal.
+        weight: engine, focal, source.
         value: squared, none.
+
+    Raises:
+        UsageError: a name, a parameter or a combination is not known.
     """
 
     advantage: Spec = "grpo"
@@ -40,39 +121,96 @@ class Objective:
     weight: tuple[Spec, ...] = ()
     value: Spec = "none"
 
+    def __post_init__(self) -> None:
+        for slot in MANY:
+            given = getattr(self, slot)
+            listed = () if given in ("none", None) else (given,) if isinstance(given, (str, Mapping)) else tuple(given)
+            object.__setattr__(self, slot, listed)
+        parts = self._parts
+        mean = parts["aggregation"]
+        if getattr(parts["ratio"], "counts_rows", False) and not isinstance(mean, terms.SeqMeanTokenMean):
+            raise UsageError(
+                f"`ratio` gives one number per answer and `aggregation` is {self.aggregation!r}, by which long answers "
+                "would count more often; expected 'seq_mean_token_mean'."
+            )
+        if self.uses_critic and not self._terms("value"):
+            raise UsageError("`advantage` comes from a critic and `value` is 'none'; expected 'squared', to train it.")
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        """Slot → component, or a list of components or terms."""
+        parts: dict[str, Any] = {}
+        for one in fields(self):
+            slot, given = one.name, getattr(self, one.name)
+            listed = given if slot in MANY else () if slot in OPTIONAL and given in ("none", None) else (given,)
+            make = self._term if slot in MEANS_OF_THEIR_OWN else component
+            made = [make(slot, spec) for spec in listed]
+            parts[slot] = made if slot in (*MANY, *OPTIONAL) else made[0]
+        return parts
+
+    def _term(self, slot: str, spec: Spec) -> Term:
+        given = {"name": spec} if isinstance(spec, str) else dict(spec)
+        mean = given.pop("aggregation", self.aggregation)
+        return Term(component(slot, given), component("aggregation", mean))
+
+    def _terms(self, *slots: str) -> list[Term]:
+        return [term for slot in slots or MEANS_OF_THEIR_OWN for term in self._parts[slot]]
+
     @property
     def reads(self) -> frozenset[str]:
-        """Optional fields of :class:`Tokens` that the components read, such as ``base_logp``."""
-        raise NotImplementedError
+        """Optional fields of :class:`Tokens` that the components need, such as ``base_logp``."""
+        found: Iterable[Any] = [
+            *(term.values for term in self._terms()),
+            *self._parts["weight"],
+            self._parts["ratio"],
+            self._parts["trust"],
+        ]
+        # a function with parameters is a partial, which does not show the attributes of the function
+        return frozenset().union(*(getattr(getattr(part, "func", part), "reads", ()) for part in found))
 
     @property
     def uses_critic(self) -> bool:
         """Whether advantages come from a critic: :meth:`critic_advantages` in place of :meth:`advantages`."""
-        raise NotImplementedError
+        return bool(getattr(self._parts["advantage"], "critic", False))
 
     @property
     def entropy_gradient(self) -> bool:
         """Whether ``Tokens.entropy`` needs a gradient."""
-        raise NotImplementedError
+        return "entropy" in self.reads
 
     def advantages(self, rewards: Tensor, group: Tensor, own: Tensor) -> Tensor:
-        """Advantages (B,) of rewards (B,) with group numbers (B,) int64 and own (B,) bool, false for demonstrations.
+        """Advantages (B,) of answers, without gradient.
 
         Over whole groups, once per rollout batch, over the rows of all processes.
+
+        Args:
+            rewards: (B,).
+            group: (B,) int64, answers with equal numbers belong together.
+            own: (B,) bool, false for demonstrations.
         """
-        raise NotImplementedError
+        if self.uses_critic:
+            raise UsageError("`advantage` comes from a critic; expected values of tokens. Use `critic_advantages`.")
+        return self._parts["advantage"](rewards, group, own)
 
     def critic_advantages(self, rewards: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages and returns, (B, T) each, from rewards of whole answers (B,) and values (B, T)."""
-        raise NotImplementedError
+        """Advantages and returns, (B, T) each, without gradient.
+
+        Args:
+            rewards: of whole answers, (B,).
+            value: of the critic before each token, (B, T).
+            mask: (B, T), 1 on tokens of the answers.
+        """
+        if not self.uses_critic:
+            raise UsageError("`advantage` needs no critic; expected 'gae'. Use `advantages`.")
+        return self._parts["advantage"](rewards, value.detach(), mask)
 
     def loss(
         self, tokens: Tokens, totals: Totals, *, iteration: int, health: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the loss, 0-d, and sums for the health metrics.
 
-        Shares add up over micro-batches and processes to the loss of the step. So do the sums, name → vector; at the
-        end :func:`offpolicy.losses.health.summarise` makes the metrics of them.
+        Shares add up over micro-batches and processes to the loss of the step. So do the sums, name → vector; of their
+        totals :func:`offpolicy.losses.health.summarise` makes the metrics.
 
         Args:
             tokens: the micro-batch.
@@ -80,4 +218,48 @@ class Objective:
             iteration: from 1, for schedules.
             health: False leaves the dict empty.
         """
-        raise NotImplementedError
+        parts, advantage = self._parts, terms.per_token(tokens.advantage)
+        ratio = parts["ratio"](tokens)
+        surrogate = parts["trust"](ratio, advantage, tokens)
+        gain = surrogate.value
+        if tokens.external is not None:  # demonstrations are never clipped
+            gain = torch.where(tokens.external, ratio.value * advantage, gain)
+        for factor in (ratio.factor, *(weight(tokens) for weight in parts["weight"])):
+            gain = gain if factor is None else gain * factor
+        loss = parts["aggregation"](-gain, tokens.mask, totals)
+        for term in self._terms():
+            loss = loss + term.aggregation(term.values(tokens, iteration=iteration), tokens.mask, totals)
+        return loss, measure(tokens, ratio, surrogate, -gain) if health else {}
+
+
+def component(slot: str, spec: Spec) -> Any:
+    """A component of a slot, ready to be called.
+
+    Raises:
+        UsageError: there is none of that name, or it does not take a parameter.
+    """
+    given = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = given.pop("name", None)
+    known = COMPONENTS[slot]
+    if name in known:
+        made = known[name]
+    elif isinstance(name, str) and "." in name:
+        made = import_callable(name, slot)
+    else:
+        raise UsageError(
+            f"`{slot}` is {name!r}; expected one of {', '.join(known)}{', none' if slot in OPTIONAL else ''}, or an "
+            f"import path package.module.callable.{nearest(str(name), known)}"
+        )
+    parameters = inspect.signature(made).parameters
+    accepted = [n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for option in given:
+        if option not in accepted and not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+            raise UsageError(
+                f"`{slot}` is {name!r}, which takes no `{option}`; expected {', '.join(accepted) or 'no parameter'}."
+                f"{nearest(option, accepted)}"
+            )
+    for option, parameter in parameters.items():
+        called_with = option == "iteration" or (not isinstance(made, type) and parameter.kind != parameter.KEYWORD_ONLY)
+        if parameter.default is parameter.empty and option not in given and not called_with:
+            raise UsageError(f"`{slot}` is {name!r} without `{option}`; expected a value beside the name.")
+    return made(**given) if isinstance(made, type) else partial(made, **given) if given else made

@@ -44,8 +44,12 @@ def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
         difference: u = target − prediction, any shape.
         expectile: τ in (0, 1); 0.5 is half the squared error.
     """
-    weight = (expectile - (difference < 0).to(difference.dtype)).abs()
-    return weight * difference.square()
+    return expectile_weight(difference, expectile) * difference.square()
+
+
+def expectile_weight(difference: Tensor, expectile: float) -> Tensor:
+    """|τ − 1[u < 0]| of differences u, any shape: τ for u ≥ 0, 1 − τ below."""
+    return (expectile - (difference < 0).to(difference.dtype)).abs()
 
 
 def exponential_weight(advantage: Tensor, beta: float, maximum: float = 100.0) -> Tensor:

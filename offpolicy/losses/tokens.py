@@ -98,7 +98,12 @@ class Ratio(NamedTuple):
 
 
 class Surrogate(NamedTuple):
-    """What the slot ``trust`` gives: ``value`` (B, T), to be maximised, and ``clipped`` (B, T) bool, no gradient there."""
+    """What the slot ``trust`` gives.
+
+    Attributes:
+        value: (B, T), to be maximised.
+        clipped: (B, T) bool, where it has no gradient.
+    """
 
     value: Tensor
     clipped: Tensor
