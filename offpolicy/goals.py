@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from offpolicy.errors import UsageError, check_range
-from offpolicy.modules import OfflineModule
+from offpolicy.modules import Metrics, OfflineModule, Rate
 
 Perturb = Callable[[Tensor], Tensor]
 
@@ -17,10 +17,40 @@ Perturb = Callable[[Tensor], Tensor]
 class GoalModule(OfflineModule):
     """Base of goal-conditioned methods. A goal is an observation: the full state to be reached.
 
-    A method defines ``goal_policy`` and, when it learns values, ``values``; hierarchical ones ``subgoals`` and
-    ``representation`` too. Observations and goals are given raw, NumPy or tensor, (O,) or (n, O), and answers are of
-    the same kind; one goal serves any number of observations.
+    A method defines ``view``, ``build``, ``goal_policy``, and the names of its ``losses``, each ``(batch) -> (loss,
+    metrics)``, and of the networks that have ``targets``; ``values`` when it learns some; ``subgoals`` and
+    ``representation`` when it is hierarchical. One Adam at the rate ``lr`` trains everything on the sum of the losses,
+    all taken before the step. Targets too move by ``tau`` towards the weights before the step, as they do in OGBench's
+    reference agents (arXiv:2410.20092, code).
+
+    Observations and goals are given raw, NumPy or tensor, (O,) or (n, O), and answers are of the same kind; one goal
+    serves any number of observations.
     """
+
+    losses: ClassVar[tuple[str, ...]]
+    targets: ClassVar[tuple[str, ...]] = ()
+    run_defaults: ClassVar[dict[str, Any]] = {"block": 16}  # batches are large: four goals and more per row
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def learning_rates(self) -> dict[str, Rate]:
+        return {"networks": self.hparams.lr}
+
+    def params(self, name: str) -> list[Tensor]:
+        if name == "networks" and name not in self._params:
+            self._params[name] = [p for p in self.parameters() if p.requires_grad]
+        return super().params(name)
+
+    def update(self, batch: Any, step: int) -> Metrics:
+        total, metrics = None, {}
+        for name in self.losses:
+            loss, found = getattr(self, name)(batch)
+            total = loss if total is None else total + loss
+            metrics |= found
+        for name in self.targets:
+            self.track(name, self.hparams.tau)
+        self.step("networks", total)
+        return metrics
 
     # -- to be written by a method -------------------------------------------------------------------------------------
 

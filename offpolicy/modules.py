@@ -516,7 +516,9 @@ class OfflineModule(Module):
 
     def evaluates(self) -> str:
         episodes, env = self.run.eval_episodes, self.data_meta.get("env_id")
-        return f"{episodes} episodes of {env}" if episodes and env else ""
+        tasks = self.data_meta.get("tasks")
+        each = f" for each of {tasks} goals" if tasks else ""
+        return f"{episodes} episodes of {env}{each}" if episodes and env else ""
 
     def fit_normalizer(self, replay: Replay) -> None:
         """Statistics of the rows that training draws."""
@@ -636,7 +638,9 @@ class OfflineModule(Module):
         steps = torch.arange(t + 1, t + k + 1, device=rows.device)
         seeds: Any = list(self.seeds) if self.seeds else self.seed
         words = sampling.bits(sampling.keys(seeds, "index", steps), rows)
-        batch = self._bound.gather(self._bound.pick(words))
+        more = self._bound.uniforms
+        uniforms = [sampling.uniforms(sampling.keys(seeds, "view", steps), rows, (more,))] if more else []
+        batch = self._bound.gather(self._bound.pick(words), *uniforms)
         rows, steps = rows.to(self.device), steps.to(self.device)
         laws = {"normal": sampling.normals, "uniform": sampling.uniforms}
         noise = {

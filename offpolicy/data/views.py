@@ -73,7 +73,11 @@ class BoundView:
         rows: row of each item that can be drawn, int64; a number n stands for the rows 0 … n - 1.
         device: where item numbers live.
         weight: sampling weights of the items, ≥ 0; None for uniform.
+
+    Where ``uniforms`` is not 0, ``gather`` takes that many random numbers in [0, 1) per item too.
     """
+
+    uniforms: int = 0
 
     def __init__(self, rows: np.ndarray | int, device: torch.device, weight: np.ndarray | None = None) -> None:
         self.count = rows if isinstance(rows, int) else len(rows)

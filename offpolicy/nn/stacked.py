@@ -8,6 +8,7 @@ a plain network by stacked ones (``torch.stack`` over seeds) turns it into many 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from offpolicy.errors import UsageError, nearest
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
     "mish": F.mish,
     "elu": F.elu,
