@@ -30,9 +30,11 @@ from offpolicy.data.module import DataModule, Loadable, load_data
 from offpolicy.data.names import resolve
 from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError, UsageError, check_range, nearest
+from offpolicy.evaluation.order import make_order
 from offpolicy.evaluation.rollout import EVAL_SEED, Evaluator
 from offpolicy.evaluation.scores import has_score, interval, normalized_score, score_kind, summarize
 from offpolicy.files import Table, atomic_write, unique_run_folder
+from offpolicy.goals import GoalModule
 from offpolicy.modules import KEY, Module, OfflineModule
 from offpolicy.options import RunOptions
 from offpolicy.registry import import_class
@@ -223,18 +225,27 @@ def load(run_or_checkpoint: str | Path, *, method: type[Module] | None = None) -
 
 
 def evaluate(
-    method: Module | str | Path, *, episodes: int = 10, seed: int = EVAL_SEED, num_envs: int | None = None
+    method: Module | str | Path,
+    *,
+    episodes: int = 10,
+    seed: int = EVAL_SEED,
+    num_envs: int | None = None,
+    temperature: float = 0.0,
 ) -> dict[str, Any]:
     """Play episodes in the environment of the data a method was trained on.
 
     Args:
         method: a trained method, a run folder or a checkpoint file.
-        episodes: how many, ≥ 1.
+        episodes: how many, ≥ 1; of each task where the data come with tasks (OGBench's published numbers have 50).
         seed: episode k starts from ``seed + k``; the default repeats the start states of training's evaluations.
+        num_envs: environments kept open; changes the speed only.
+        temperature: of goal-conditioned policies: factor of the standard normal noise on their means, ≥ 0.
 
     Returns:
         ``return_mean return_std length_mean score score_std success_rate`` as far as they exist ("std" over episodes),
         ``score_interval`` (half of the 95 % interval of the mean), ``score_kind``, and per episode ``returns lengths``.
+        With tasks also ``success_mean success_interval success_task1 …`` and, where the method learns values and there
+        are trajectories to measure on, ``order_consistency``.
 
     Raises:
         UsageError: no environment is known or installed, or it does not match the data.
@@ -245,14 +256,26 @@ def evaluate(
             f"{type(method).__name__} tunes a language model, which plays no episodes; expected a control method. Its "
             "held-out numbers are in evals.csv of the run."
         )
-    meta = method.data_meta
+    meta, given = method.data_meta, {}
+    if temperature:
+        if not isinstance(method, GoalModule):
+            raise UsageError(
+                f"`temperature` is {temperature}, but {type(method).__name__} acts by one action per observation; "
+                "expected 0, or a goal-conditioned method."
+            )
+        given = {"temperature": temperature}
     evaluator = Evaluator(meta, method.sizes, episodes=episodes, seed=seed, num_envs=num_envs)
     try:
-        result = evaluator.run(method.agent())
+        result = evaluator.run(method.agent(**given))
     finally:
         evaluator.close()
     numbers: dict[str, Any] = dict(summarize(result, meta))
-    if has_score(meta):
+    if isinstance(method, GoalModule):
+        order = make_order(meta, method.option("subgoal_steps", 25))
+        numbers |= order(method.value_of) if order else {}
+    if "success_interval" in numbers:
+        numbers["score_interval"] = 100.0 * numbers["success_interval"]
+    elif has_score(meta):
         scores = normalized_score(result.returns, meta["ref_min_score"], meta["ref_max_score"])
         numbers["score_interval"] = interval(scores)
     return numbers | {

@@ -18,6 +18,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
+from offpolicy.evaluation.order import OrderConsistency, make_order
 from offpolicy.evaluation.rollout import Evaluator, make_evaluator
 from offpolicy.evaluation.scores import score_kind, simulator_note, simulator_version, summarize
 from offpolicy.files import Table, plot_curves
@@ -71,6 +72,7 @@ class Evaluation(Callback):
 
     def __init__(self) -> None:
         self.evaluator: Evaluator | None = None
+        self.order: OrderConsistency | None = None
         self.best: float | None = None
         self.facts: dict[str, str] = {}
 
@@ -83,6 +85,8 @@ class Evaluation(Callback):
         if self.evaluator is None:
             log.warning("No evaluation: %s eval/return_mean and eval/score will be missing.", reason)
             return
+        if hasattr(pl_module, "value_of"):
+            self.order = make_order(meta, pl_module.option("subgoal_steps", 25))
         self.facts = {"env": simulator_version(meta["env_id"]), "score_kind": score_kind(meta)}
         note = simulator_note(meta)
         if note:
@@ -95,7 +99,8 @@ class Evaluation(Callback):
         numbers: dict[str, float] = {}
         if self.evaluator is not None:
             result = self.evaluator.run(pl_module.agent())
-            numbers = {f"eval/{name}": value for name, value in summarize(result, pl_module.data_meta).items()}
+            found = summarize(result, pl_module.data_meta) | (self.order(pl_module.value_of) if self.order else {})
+            numbers = {f"eval/{name}": value for name, value in found.items()}
             self.best = keep_best(numbers, self.best)
         numbers = trainer.strategy.broadcast(numbers)
         if numbers:
@@ -235,6 +240,8 @@ class UpdateBar(ProgressBar):
     NAMES = (
         "eval/score",
         "eval/score_best",
+        "eval/order_consistency",
+        "eval/order_consistency/high",
         "eval/success_rate",
         "eval/return_mean",
         "train/critic_loss",

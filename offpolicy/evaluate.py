@@ -24,8 +24,9 @@ def main(argv: list[str]) -> int:
     """Play episodes, print the scores and keep them in a file beside the run; returns the exit code."""
     parser = Parser("python -m offpolicy.evaluate", description="Play episodes with a trained method.")
     parser.add_argument("run", help="run folder (its newest checkpoint) or checkpoint file")
-    parser.add_argument("--episodes", type=int, default=10, help="how many, at least 1 (10)")
+    parser.add_argument("--episodes", type=int, default=10, help="how many, at least 1; of each task (10)")
     parser.add_argument("--seed", type=int, help="episode k starts from seed + k (that of training's evaluations)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="noise of goal-conditioned policies, ≥ 0 (0)")
     args = parser.parse_args(argv)
 
     from offpolicy import api, screen
@@ -49,11 +50,13 @@ def main(argv: list[str]) -> int:
                 print(screen.line("", f"{name.removeprefix('eval/'):<32}{number:.4g}"))
         print(screen.line("answers", f"python -m offpolicy.generate {args.run}"))
         return 0
-    numbers = api.evaluate(path, episodes=args.episodes, seed=seed)
-    file = Path(folder) / f"evaluation-step{updates:08d}-seed{seed}-episodes{args.episodes}.json"
+    numbers = api.evaluate(path, episodes=args.episodes, seed=seed, temperature=args.temperature)
+    noise = f"-temperature{args.temperature:g}" if args.temperature else ""
+    file = Path(folder) / f"evaluation-step{updates:08d}-seed{seed}-episodes{args.episodes}{noise}.json"
     atomic_write(file, json.dumps({"checkpoint": path.name, "updates": updates, **numbers}, indent=2) + "\n")
 
-    print(f"{path}, {updates:,} updates, {args.episodes} episodes ({numbers['score_kind']})")
+    each = " of each task" if "success_mean" in numbers else ""
+    print(f"{path}, {updates:,} updates, {args.episodes} episodes{each} ({numbers['score_kind']})")
     for name in ("score", "return", "length", "success_rate"):
         value = numbers.get(name, numbers.get(f"{name}_mean"))
         if value is not None:
@@ -62,6 +65,9 @@ def main(argv: list[str]) -> int:
             print(screen.line(name, f"{value:.4g}{spread}"))
         if name == "score" and numbers.get("score_interval", 0) > 0:
             print(screen.line("", f"± {numbers['score_interval']:.4g} (95 % interval of the mean)"))
+    for name, value in numbers.items():
+        if name.startswith(("success_task", "order_consistency")):
+            print(screen.line("", f"{name:<24}{value:.4g}"))
     print(screen.line("file", str(file)))
     return 0
 

@@ -14,7 +14,7 @@ class RunOptions:
     Args:
         block: updates per call of the Trainer, ≥ 1; cut at every interval. Any value gives the same weights.
         eval_every: updates between evaluations and checkpoints, ≥ 0; 0 evaluates at the end only.
-        eval_episodes: episodes per evaluation, ≥ 0; 0 never evaluates.
+        eval_episodes: episodes per evaluation, of each task where the data come with tasks, ≥ 0; 0 never evaluates.
         log_every: updates between rows of metrics, ≥ 1.
         threads: torch threads during training; None leaves the setting alone.
         matmul: float32 products on CPU: "auto", "mkl" or "onednn" (see :mod:`offpolicy.matmul`).

@@ -79,6 +79,11 @@ def recipe_lines(recipe: Any, used: Mapping[str, Any]) -> list[str]:
 
 def scores_line(scores: Mapping[str, float]) -> str:
     """The last evaluation and the best, in one sentence."""
+    if "success_mean" in scores:
+        half, best = 100 * scores["success_interval"], scores.get("score_best")
+        return f"success: last {scores['score']:.1f} % ± {half:.1f} (half of the 95 % interval)" + (
+            f", best {best:.1f} %" if best is not None else ""
+        )
     for key, name in (
         ("score", "normalised score"),
         ("success_rate", "success rate"),

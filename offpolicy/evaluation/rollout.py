@@ -12,8 +12,10 @@ import importlib
 import importlib.util
 import random
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -34,7 +36,8 @@ PACKAGES = (
 class Agent(Protocol):
     """A policy that may remember. Only `act` is required; a plain function of the observations will do too.
 
-    ``reset(num_envs)`` starts `num_envs` new episodes; ``observe(reward, finished)`` follows every step with the
+    ``reset(num_envs)`` starts `num_envs` new episodes; where the data come with tasks, ``set_goals(goals)`` follows it
+    with the observations (n, O) float32 to be reached. ``observe(reward, finished)`` follows every step with the
     rewards (n,) and which episodes are over (n,). Row i is the same episode from `reset` to the next `reset`; rows of
     finished episodes keep their last observation, get reward 0, and their actions are ignored.
     """
@@ -56,13 +59,15 @@ class Sizes(Protocol):
 class EvalResult(NamedTuple):
     """One row per episode: undiscounted return (n,) float64, length in steps (n,) int64, success (n,) bool or None.
 
-    `success` is whether the environment reported it at any step; None when it never reports it. The return of an
-    episode in which the policy gave a NaN or infinite action is NaN, and the episode stops there.
+    `success` is whether the environment reported it at any step (with tasks: at the last one); None when it never
+    reports it. `task` is the number of the task (n,) int64, from 1; None without tasks. The return of an episode in
+    which the policy gave a NaN or infinite action is NaN, and the episode stops there, with tasks as a failure.
     """
 
     returns: np.ndarray
     lengths: np.ndarray
     success: np.ndarray | None
+    task: np.ndarray | None = None
 
 
 class NoEnvironment(UsageError):
@@ -74,10 +79,12 @@ class Evaluator:
 
     Args:
         meta: of a replay. Used are `env_id`, `env_kwargs`, `max_episode_steps`, `obs_keys` (the parts of a dict
-            observation, concatenated in this order; 'a/b' reaches into nested ones) and `reset_options` (one dict for
-            every episode, or a list from which episode k takes number k, round and round).
+            observation, concatenated in this order; 'a/b' reaches into nested ones), `reset_options` (one dict for
+            every episode, or a list from which episode k takes number k, round and round) and `tasks`: how many goals
+            the environment sets, as OGBench's do. Then episode k is one of task 1 + k mod `tasks`, and its goal, the
+            observation ``info["goal"]`` of the reset, is handed to the agent.
         sizes: `obs_dim` and `action_dim` of the data.
-        episodes: per evaluation, at least 1.
+        episodes: per evaluation, at least 1; with tasks, of each task.
         seed: episode k is reset with `seed + k`.
         num_envs: environments kept open, at most one per episode; 10 if None. It changes the speed and the batch the
             policy sees, not the episodes.
@@ -99,9 +106,10 @@ class Evaluator:
         for name, value in (("episodes", episodes), ("num_envs", num_envs)):
             if value is not None and value < 1:
                 raise UsageError(f"`{name}` is {value}; expected at least 1. Pass a positive number or leave it out.")
-        self.episodes = episodes
+        self.tasks = int(meta.get("tasks") or 0)
+        self.episodes = episodes * (self.tasks or 1)
         self.seed = seed
-        options = meta.get("reset_options")
+        options = [{"task_id": k + 1} for k in range(self.tasks)] or meta.get("reset_options")
         self._options: list[Mapping[str, Any] | None] = (
             list(options) if isinstance(options, (list, tuple)) else [options]
         )
@@ -110,7 +118,7 @@ class Evaluator:
             self.envs = [make_environment(meta)]
             self.obs_dim = self._check_obs(meta["env_id"], self.envs[0].observation_space, sizes.obs_dim)
             self.action_dim = self._check_action(meta["env_id"], self.envs[0].action_space, sizes.action_dim)
-            self.envs += [make_environment(meta) for _ in range(min(episodes, num_envs or 10) - 1)]
+            self.envs += [make_environment(meta) for _ in range(min(self.episodes, num_envs or 10) - 1)]
         self._space = self.envs[0].action_space
 
     def run(self, agent: Agent | Callable[[np.ndarray], np.ndarray]) -> EvalResult:
@@ -130,12 +138,13 @@ class Evaluator:
             for first in range(0, self.episodes, len(self.envs)):
                 wave = slice(first, min(first + len(self.envs), self.episodes))
                 self._play(agent, first, returns[wave], lengths[wave], success[wave])
-        return EvalResult(returns, lengths, success > 0 if (success >= 0).any() else None)
+        task = 1 + np.arange(self.episodes) % self.tasks if self.tasks else None
+        return EvalResult(returns, lengths, success > 0 if (success >= 0).any() else None, task)
 
     def close(self) -> None:
         """Close the environments."""
         for env in self.envs:
-            env.close()
+            close_environment(env)
         self.envs = []
 
     def _play(
@@ -151,12 +160,18 @@ class Evaluator:
         act: Callable[[np.ndarray], Any] = getattr(agent, "act", agent)  # type: ignore[arg-type]
         observe = getattr(agent, "observe", None)
         obs = np.empty((n, self.obs_dim), np.float32)
+        goals = np.empty((n, self.obs_dim), np.float32) if self.tasks else None
         for i in range(n):
             options = self._options[(first + i) % len(self._options)]
-            start, _ = self.envs[i].reset(seed=self.seed + first + i, options=dict(options) if options else None)
+            self.envs[i].action_space.seed(self.seed + first + i)  # some resets try a few random actions
+            start, info = self.envs[i].reset(seed=self.seed + first + i, options=dict(options) if options else None)
             obs[i] = self._flat(start)
+            if goals is not None:
+                goals[i] = self._flat(info["goal"])
         if hasattr(agent, "reset"):
             agent.reset(n)
+        if goals is not None and hasattr(agent, "set_goals"):
+            agent.set_goals(goals)
 
         alive = np.ones(n, bool)
         while alive.any():
@@ -174,6 +189,8 @@ class Evaluator:
             for i in np.flatnonzero(alive).tolist():
                 if not finite[i]:
                     returns[i], alive[i] = np.nan, False
+                    if self.tasks:
+                        success[i] = 0
                     continue
                 observation, reward, terminated, truncated, info = self.envs[i].step(actions[i])
                 obs[i] = self._flat(observation)
@@ -182,7 +199,7 @@ class Evaluator:
                 alive[i] = not (terminated or truncated)
                 reached = info.get("success", info.get("is_success"))
                 if reached is not None:
-                    success[i] = max(success[i], bool(reached))
+                    success[i] = bool(reached) if self.tasks else max(success[i], bool(reached))
             returns += rewards
             if observe is not None:
                 observe(rewards, ~alive)
@@ -273,7 +290,7 @@ def make_environment(meta: Mapping[str, Any]) -> Any:
                 importlib.import_module(package[0])
         try:
             steps = meta.get("max_episode_steps")
-            return gymnasium.make(env_id, max_episode_steps=steps, disable_env_checker=True, **kwargs)
+            return _repeatable(gymnasium.make(env_id, max_episode_steps=steps, disable_env_checker=True, **kwargs))
         except TypeError as error:
             raise UsageError(f"{env_id} refuses `env_kwargs` {kwargs}: {error}. Correct the data's meta.") from error
         except Exception as error:
@@ -283,6 +300,15 @@ def make_environment(meta: Mapping[str, Any]) -> Any:
             raise NoEnvironment(
                 f"{env_id} cannot be made here ({reason.rstrip('.')}): returns and scores are not measured."
             ) from error
+
+
+def close_environment(env: Any) -> None:
+    """Close an environment and remove the description of it that mazes leave in the temporary folder."""
+    inner = env.unwrapped
+    left = getattr(inner, "fullpath", None) or getattr(inner, "tmp_xml_file_path", None)
+    env.close()
+    if left and Path(left).parent == Path(tempfile.gettempdir()):
+        Path(left).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -303,6 +329,14 @@ def isolated_rng(seed: int) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def _repeatable(env: Any) -> Any:
+    """The environment with one action space, where it makes a new one (unseeded) whenever it is asked for it."""
+    inner = env.unwrapped
+    if inner.action_space is not inner.action_space:
+        inner.__class__ = type(type(inner).__name__, (type(inner),), {"action_space": inner.action_space})
+    return env
 
 
 def _reach(tree: Any, key: list[str]) -> Any:

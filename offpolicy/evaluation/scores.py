@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 from offpolicy.errors import UsageError
 from offpolicy.evaluation.rollout import EvalResult
@@ -36,7 +36,8 @@ def summarize(result: EvalResult, meta: Mapping[str, Any]) -> dict[str, float]:
         `return_mean`, `return_std`, `length_mean`; `score` and `score_std` (0-100 scale) when `meta` has
         `ref_min_score` and `ref_max_score`, never a guess; `success_rate` in [0, 1] when the environment reports it.
         "std" is the standard deviation over episodes (divisor n), not the uncertainty of the mean: that is
-        :func:`interval`.
+        :func:`interval`. With tasks instead `success_mean` and `success_task1` … in [0, 1], `success_interval` (half
+        of :func:`wilson`'s 95 % interval of the mean) and `score`, the mean in per cent.
     """
     numbers = {
         "return_mean": float(result.returns.mean()),
@@ -46,9 +47,23 @@ def summarize(result: EvalResult, meta: Mapping[str, Any]) -> dict[str, float]:
     if has_score(meta):
         scores = normalized_score(result.returns, meta["ref_min_score"], meta["ref_max_score"])
         numbers |= {"score": float(scores.mean()), "score_std": float(scores.std())}
-    if result.success is not None:
+    if result.task is not None and result.success is not None:
+        mean = float(result.success.mean())
+        each = {f"success_task{k}": float(result.success[result.task == k].mean()) for k in np.unique(result.task)}
+        half = wilson(int(result.success.sum()), len(result.success))
+        numbers |= {"success_mean": mean, **each, "success_interval": half, "score": 100.0 * mean}
+    elif result.success is not None:
         numbers["success_rate"] = float(result.success.mean())
     return numbers
+
+
+def wilson(successes: int, episodes: int, level: float = 0.95) -> float:
+    """Half the width of Wilson's interval of a success rate (95 % unless told), for independent episodes.
+
+    Never 0, not even for 0 or all of n; over tasks of unequal difficulty it is a little too wide.
+    """
+    z, rate = float(ndtri(0.5 + level / 2)), successes / episodes
+    return z / (1 + z * z / episodes) * float(np.sqrt(rate * (1 - rate) / episodes + (z / (2 * episodes)) ** 2))
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> float:
@@ -71,9 +86,10 @@ def has_score(meta: Mapping[str, Any]) -> bool:
 def score_kind(meta: Mapping[str, Any]) -> str:
     """What a score of these data is, with the simulator: 'd4rl-normalised, Hopper-v4 on mujoco 3.11.0'.
 
-    Without reference scores there is none, and it starts with 'return'.
+    Without reference scores there is none, and it starts with 'return'; of tasks it is 'ogbench-success', in per cent.
     """
     kind = str(meta.get("score_kind") or "normalised") if has_score(meta) else "return"
+    kind = "ogbench-success" if meta.get("tasks") else kind
     return f"{kind}, {simulator_version(meta['env_id'])}" if meta.get("env_id") else kind
 
 

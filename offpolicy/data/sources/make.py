@@ -25,7 +25,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.sources.fetch import facts
 from offpolicy.data.validate import Raw
 from offpolicy.errors import UsageError
-from offpolicy.evaluation.rollout import EVAL_SEED, make_environment
+from offpolicy.evaluation.rollout import EVAL_SEED, close_environment, make_environment
 
 Law = Callable[[np.ndarray], np.ndarray]
 
@@ -90,7 +90,7 @@ def generate(name: str, meta: Mapping[str, Any] | None = None) -> Replay:
         try:
             raw = make(env, meta["recipe"])
         finally:
-            _close(env)
+            close_environment(env)
     raw.meta = meta
     raw.facts |= {"obs_dim": raw.steps["obs"].shape[1], "action_dim": raw.steps["action"].shape[1]}
     return validate.finish(raw)
@@ -118,7 +118,7 @@ def reference_returns(name: str, episodes: int | None = None) -> dict[str, np.nd
                     obs, reward, terminated, truncated, _ = env.step(policy(flat).astype(np.float32))
                     returns[kind][k] += reward
                     over = terminated or truncated
-        _close(env)
+        close_environment(env)
     return returns
 
 
@@ -245,14 +245,6 @@ def _competent_pointmaze(env: Any, recipe: Mapping[str, Any]) -> Law:
     maze = _Maze(env, tuple(recipe["gains"]))
     goal = tuple(recipe["goal_cell"])
     return lambda obs: np.clip(maze.law(obs, goal), -1.0, 1.0)
-
-
-def _close(env: Any) -> None:
-    """Close an environment and remove the maze description that point mazes leave in the temporary folder."""
-    left = getattr(env.unwrapped, "tmp_xml_file_path", None)
-    env.close()
-    if left:
-        Path(left).unlink(missing_ok=True)
 
 
 # generator → the function, the packages whose versions decide the content, the competent law
