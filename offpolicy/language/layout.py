@@ -225,7 +225,16 @@ class Head:
         if scaling := getattr(config, "logits_scaling", None):  # Granite and others divide
             self.scale *= scaling if config.model_type == "hyperclovax" else 1 / scaling
 
-    def logps(self, hidden: Tensor, target: Tensor, chunk: int = 256, stats: bool = False) -> Any:
+    def logps(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        chunk: int = 256,
+        stats: bool = False,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> Any:
         """`token_logps` under this head."""
         return token_logps(
             hidden,
@@ -234,8 +243,10 @@ class Head:
             bias=self.bias,
             softcap=self.softcap,
             scale=self.scale,
+            temperature=temperature,
             chunk=chunk,
             stats=stats,
+            entropy=entropy,
         )
 
 

@@ -1,10 +1,10 @@
 """Log-probabilities of chosen tokens under a language model, without the logits of all positions in memory.
 
-With hidden state h and head W, z = scale · (W h + b), soft-capped to c · tanh(z / c) where the model does so, and
-log p(t) = z_t − logsumexp(z). Logits exist only as tiles of some tokens by some part of the vocabulary: the forward
-pass keeps one number per token (the logsumexp) and a bounded number of tiles, the backward pass makes the others again
-(the idea of Cut Cross-Entropy, arXiv:2411.09009, in plain tensor operations). The vocabulary is the outer loop, so each
-part of the weight's gradient is finished while it lies in the cache and is written once.
+With hidden state h and head W, z = scale · (W h + b), soft-capped to c · tanh(z / c) where the model does so, divided
+by the temperature, and log p(t) = z_t − logsumexp(z). Logits exist only as tiles of some tokens by some part of the
+vocabulary: the forward pass keeps one number per token (the logsumexp) and a bounded number of tiles, the backward pass
+makes the others again (the idea of Cut Cross-Entropy, arXiv:2411.09009, in plain tensor operations). The vocabulary is
+the outer loop, so each part of the weight's gradient is finished while it lies in the cache and is written once.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ def token_logps(
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    temperature: float = 1.0,
     chunk: int = 256,
     stats: bool = False,
+    entropy: bool = False,
 ) -> Any:
     """Log-probability of each target token.
 
@@ -45,14 +47,16 @@ def token_logps(
         bias: added to the logits, (V,).
         softcap: c of the final soft-cap, > 0; None for none.
         scale: factor on the logits before the cap.
+        temperature: τ > 0 by which the logits are divided after the cap, as where tokens are sampled at τ.
         chunk: at most about ``chunk * V`` logits exist at a time, ≥ 1. As many are kept for the backward pass, which
             saves making them again; from n on, none is made twice.
         stats: also return facts per token, without gradient.
+        entropy: also return the entropy, with gradient; `stats` alone gives it without.
 
     Returns:
-        log p(target), nats, (n,) float32 (float64 for float64 input). With `stats` a pair of that and a dict of (n,)
-        tensors: ``logits`` (mean logit over the vocabulary), ``entropy`` (nats) and ``hits`` (1 where the target is
-        the most probable token).
+        log p(target), nats, (n,) float32 (float64 for float64 input). With `stats` or `entropy` a pair of that and a
+        dict of (n,) tensors: ``entropy`` (nats) and, with `stats`, ``logits`` (mean logit over the vocabulary) and
+        ``hits`` (1 where the target is the most probable token).
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -60,12 +64,15 @@ def token_logps(
     else:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
     hidden = hidden.to(dtype)
+    if softcap is None:
+        scale, temperature = scale / temperature, 1.0
     if scale != 1.0:
         hidden = hidden * scale
         bias = None if bias is None else bias * scale
     with torch.autocast(device, enabled=False):
-        logps, *facts = _TokenLogps.apply(hidden, weight, bias, target, softcap, chunk, stats)
-    return (logps, dict(zip(("logits", "entropy", "hits"), facts))) if stats else logps
+        cap = None if softcap is None else (softcap, temperature)
+        logps, *facts = _TokenLogps.apply(hidden, weight, bias, target, cap, chunk, stats, entropy)
+    return (logps, dict(zip(("entropy", "logits", "hits"), facts))) if facts else logps
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -78,9 +85,10 @@ class _TokenLogps(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        softcap: float | None,
+        cap: tuple[float, float] | None,
         chunk: int,
         stats: bool,
+        entropy: bool,
     ) -> tuple[Tensor, ...]:
         n, vocabulary = len(hidden), len(weight)
         exact = _accumulator(hidden.dtype)
@@ -88,9 +96,9 @@ class _TokenLogps(torch.autograd.Function):
         top = hidden.new_full((n,), -torch.inf, dtype=exact)
         total, chosen = torch.zeros_like(top), torch.zeros_like(top)
         sums = torch.zeros_like(top) if stats else None
-        spread = torch.zeros_like(top) if stats else None  # Σ z exp(z - maximum)
-        tiles = _Tiles(hidden, weight, bias, softcap, chunk)
-        room = chunk * vocabulary if any(ctx.needs_input_grad) and softcap is None else 0
+        spread = torch.zeros_like(top) if stats or entropy else None  # Σ z exp(z - maximum)
+        tiles = _Tiles(hidden, weight, bias, cap, chunk)
+        room = chunk * vocabulary if any(ctx.needs_input_grad) and cap is None else 0
         kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # exp(z - maximum so far), that maximum
         for part in tiles.parts():
             for rows in tiles.blocks():
@@ -101,33 +109,39 @@ class _TokenLogps(torch.autograd.Function):
                 chosen[rows] = torch.where(inside, here, chosen[rows])
                 new = torch.maximum(top[rows], z.amax(1))
                 shrink = torch.exp(top[rows] - new)
-                if sums is not None and spread is not None:
+                if sums is not None:
                     sums[rows] += z.sum(1)
-                    spread[rows] = spread[rows] * shrink + (torch.exp(z - new[:, None]) * z).sum(1)
-                z.sub_(new[:, None]).exp_()
+                if spread is None:
+                    z.sub_(new[:, None]).exp_()
+                else:
+                    raw, z = z, torch.exp(z - new[:, None])
+                    spread[rows] = spread[rows] * shrink + raw.mul_(z).sum(1)
                 total[rows] = total[rows] * shrink + z.sum(1)
                 top[rows] = new
                 if 0 < z.numel() <= room:
                     room -= z.numel()
                     kept[rows.start, part.start] = z, new
         log_total = total.log()
-        ctx.save_for_backward(hidden, weight, bias, target, top + log_total)
-        ctx.softcap, ctx.chunk, ctx.kept = softcap, chunk, kept
-        logps = (chosen - top) - log_total
-        if sums is None or spread is None:
-            return (logps,)
-        facts = (sums / vocabulary, top + log_total - spread / total, (chosen >= top).to(exact))
-        ctx.mark_non_differentiable(*facts)
-        return (logps, *facts)
+        facts = [] if spread is None else [top + log_total - spread / total]
+        if sums is not None:
+            facts += [sums / vocabulary, (chosen >= top).to(exact)]
+        ctx.mark_non_differentiable(*facts[1 if entropy else 0 :])
+        ctx.save_for_backward(hidden, weight, bias, target, top + log_total, facts[0] if entropy else None)
+        ctx.cap, ctx.chunk, ctx.kept = cap, chunk, kept
+        return ((chosen - top) - log_total, *facts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, logsumexp = ctx.saved_tensors
+        hidden, weight, bias, target, logsumexp, entropy = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         exact = logsumexp.dtype
         grad = grads[0].to(exact)
-        tiles = _Tiles(hidden, weight, bias, ctx.softcap, ctx.chunk)
-        # d log p / d z = onehot - softmax; the factor `grad` per token goes to the narrow side of each product
+        tiles = _Tiles(hidden, weight, bias, ctx.cap, ctx.chunk)
+        if entropy is not None:
+            # d H / d z = -p (log p + H): two factors per token, which the wide side has to take
+            wide, of_entropy = grad, grads[1].to(exact)
+            grad = torch.ones_like(wide)
+        # d log p / d z = onehot - p; the factor `grad` per token goes to the narrow side of each product
         weighted = (hidden * -grad[:, None]).to(hidden.dtype)
         d_hidden = torch.zeros_like(hidden, dtype=exact) if need_hidden else None
         d_weight = torch.empty_like(weight) if need_weight else None
@@ -140,11 +154,18 @@ class _TokenLogps(torch.autograd.Function):
                     p = found[0].mul_(torch.exp(found[1] - logsumexp[rows])[:, None])
                 else:
                     z = tiles.logits(rows, part)
-                    slope = None if ctx.softcap is None else 1 - (z / ctx.softcap).square_()
+                    if ctx.cap is not None:
+                        softcap, temperature = ctx.cap
+                        slope = (1 - (z * (temperature / softcap)).square_()).div_(temperature)
                     p = z.sub_(logsumexp[rows, None]).exp_()
                 index = target[rows] - part.start
                 inside = (index >= 0) & (index < p.shape[1])
-                p.scatter_add_(1, index.clamp(0, p.shape[1] - 1)[:, None], -inside[:, None].to(p.dtype))
+                onehot = inside.to(p.dtype)
+                if entropy is not None:
+                    onehot = onehot * wide[rows]
+                    spread = torch.xlogy(p, p).mul_(of_entropy[rows, None])
+                    p = p.mul_((wide + of_entropy * entropy)[rows, None]).add_(spread)
+                p.scatter_add_(1, index.clamp(0, p.shape[1] - 1)[:, None], -onehot[:, None])
                 if slope is not None:
                     p.mul_(slope)
                 if d_bias is not None:
@@ -163,14 +184,16 @@ class _TokenLogps(torch.autograd.Function):
                 d_weight[part] = d_part
         if d_hidden is not None:
             d_hidden = d_hidden.mul_(-grad[:, None]).to(hidden.dtype)
-        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None, None, None
+        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None, None, None, None
 
 
 class _Tiles:
     """Which tokens and which part of the vocabulary a tile has, and its logits."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, chunk: int) -> None:
-        self.hidden, self.whole, self.bias, self.softcap = hidden, weight, bias, softcap
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: tuple[float, float] | None, chunk: int
+    ) -> None:
+        self.hidden, self.whole, self.bias, self.cap = hidden, weight, bias, cap
         self.exact = _accumulator(hidden.dtype)
         n, vocabulary = len(hidden), len(weight)
         budget = max(1, chunk) * vocabulary
@@ -208,7 +231,7 @@ class _Tiles:
             z = (hidden @ weight.T).to(self.exact)
         if self.bias is not None:
             z += self.bias[part]
-        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z if self.cap is None else z.div_(self.cap[0]).tanh_().mul_(self.cap[0] / self.cap[1])
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -28,13 +28,20 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def slow(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """All logits at once."""
     z = hidden @ weight.T + (0 if bias is None else bias)
     z = z * scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
     logp = z.log_softmax(-1)
     facts = {"logits": z.mean(-1), "entropy": -(logp.exp() * logp).sum(-1), "hits": (z.argmax(-1) == target).to(z)}
     return logp.gather(1, target[:, None])[:, 0], facts
@@ -60,6 +67,46 @@ def test_equals_full_logits(tile: int, softcap: float | None, scale: float, with
         torch.autograd.grad(logps @ upstream, wanted), torch.autograd.grad(expected @ upstream, wanted), strict=True
     ):
         torch.testing.assert_close(found, right, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("chunk", [6, 256])
+def test_entropy_with_gradient(tile: int, softcap: float | None, with_bias: bool, chunk: int) -> None:
+    """Sampled at temperature 0.7, in float64: log-probabilities, entropies and gradients of both to 1e-10."""
+    hidden, weight, bias, target = inputs()
+    used, options = bias if with_bias else None, {"softcap": softcap, "scale": 0.3, "temperature": 0.7}
+    logps, facts = token_logps(hidden, weight, target, bias=used, chunk=chunk, entropy=True, **options)
+    expected, expected_facts = slow(hidden, weight, target, used, **options)
+    assert set(facts) == {"entropy"}
+    torch.testing.assert_close(logps, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(facts["entropy"], expected_facts["entropy"], atol=1e-10, rtol=0)
+    first, second = torch.linspace(-1, 2, N, dtype=torch.float64), torch.linspace(3, -1, N, dtype=torch.float64)
+    wanted = [hidden, weight, bias] if with_bias else [hidden, weight]
+    right = torch.autograd.grad(expected @ first + expected_facts["entropy"] @ second, wanted)
+    whole = logps @ first + facts["entropy"] @ second
+    for again in (True, False):  # the second pass makes the tiles anew
+        for a, b in zip(torch.autograd.grad(whole, wanted, retain_graph=again), right, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+def test_entropy_alone_and_with_stats() -> None:
+    """Only one of two outputs used; and `stats` adds facts without gradient."""
+    hidden, weight, _, target = inputs()
+    logps, facts = token_logps(hidden, weight, target, stats=True, entropy=True)
+    assert facts["entropy"].requires_grad and not facts["hits"].requires_grad and not facts["logits"].requires_grad
+    expected, expected_facts = slow(hidden, weight, target, None, None, 1.0)
+    for found, right in ((facts["entropy"], expected_facts["entropy"]), (logps, expected)):
+        a = torch.autograd.grad(found.sum(), hidden, retain_graph=True)[0]
+        torch.testing.assert_close(a, torch.autograd.grad(right.sum(), hidden, retain_graph=True)[0])
+
+
+def test_entropy_of_a_certain_token() -> None:
+    """Logits of ±1000: p underflows to 0, and 0·log 0 is no NaN."""
+    hidden = torch.tensor([[1000.0]], requires_grad=True)
+    _, facts = token_logps(hidden, torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([0]), entropy=True)
+    facts["entropy"].sum().backward()
+    assert facts["entropy"].item() == 0 and hidden.grad is not None and hidden.grad.item() == 0
 
 
 def test_second_backward_pass(tile: int) -> None:
@@ -162,4 +209,6 @@ def test_memory_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
     with Largest() as largest:
         token_logps(hidden, weight, torch.randint(1000, (64,)), chunk=8).sum().backward()
+        logps, facts = token_logps(hidden, weight, torch.randint(1000, (64,)), chunk=8, entropy=True)
+        (logps + facts["entropy"]).sum().backward()
     assert largest.numbers <= 8 * 1000
