@@ -26,8 +26,8 @@ class GoalTransitions(NamedTuple):
     """A batch of transitions with goals; a field is None where the view does not ask for it. g, w, Ω are states.
 
     ``obs next_obs (B, O)``, ``action (B, A)`` in [-1, 1], ``row (B,)`` int64: the replay row.
-    For values: ``value_goal (B, O)``, ``value_reward (B,)`` (0 where the state is the goal, else -1) and
-    ``value_mask (B,)`` (the same plus 1: whether to bootstrap).
+    For values: ``value_goal (B, O)``, ``value_reward (B,)``, 0 where the state is the goal, else -1, and
+    ``value_mask (B,)``, 0 and 1 there: whether to bootstrap.
     For flat policies: ``actor_goal (B, O)``.
     For hierarchical ones: ``low_goal`` (k steps ahead, at most e(t)), ``high_goal`` and ``high_target`` (B, O): the
     state k steps ahead, or the goal where that comes first.
@@ -231,8 +231,8 @@ class BoundGoals(BoundView):
 
     def reached(self, name: str, at: Tensor, goal: Tensor) -> dict[str, Tensor]:
         """Reward and mask: 0 and 0 at the goal, -1 and 1 elsewhere."""
-        missed = at != goal
-        return {f"{name}_reward": -missed.to(self.dtype), f"{name}_mask": missed}
+        success = (at == goal).to(self.dtype)
+        return {f"{name}_reward": success - 1.0, f"{name}_mask": 1.0 - success}
 
 
 class States:
