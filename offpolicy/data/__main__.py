@@ -53,7 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m offpolicy.data", description="Make, look at and convert data sets.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="make|show|convert")
     make = commands.add_parser("make", help="make a set from its real environment and keep it")
-    make.add_argument("name", help="a made set, such as pendulum-stitch-v0")
+    make.add_argument("name", help="a made set, such as pendulum-stitch-v0, or one of OGBench's mazes and arms")
+    ogbench = make.add_argument_group("sets of OGBench")
+    ogbench.add_argument("--steps", type=int, metavar="N", help="least number of transitions (as published)")
+    ogbench.add_argument("--seed", type=int, metavar="S", help="of the episodes (0)")
+    ogbench.add_argument("--jobs", type=int, metavar="J", help="processes; any number makes the same set (1)")
     make.add_argument("--out", metavar="FOLDER", help="write it there instead of the data folder")
     make.add_argument("--check", action="store_true", help="measure its reference scores again (a minute at most)")
     make.set_defaults(run=_make)
@@ -86,8 +90,16 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
 
 def _make(options: argparse.Namespace) -> None:
     target = resolve(options.name)
+    if target.kind == "ogbench":
+        _make_ogbench(target, options)
+        return
     if target.kind != "made":
-        raise UsageError(f"{describe(target)} Only made sets can be made: {', '.join(_made_names())}.")
+        raise UsageError(
+            f"{describe(target)} Only made sets can be made ({', '.join(_made_names())}), and OGBench's mazes and arms."
+        )
+    for name in ("steps", "seed", "jobs"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} was given, but the recipe of {target.name} is fixed. Leave it out.")
     if options.out and Path(options.out).exists():
         raise UsageError(f"{options.out} exists; expected a new folder. Remove it or choose another.")
     from offpolicy.data.sources.make import generate, open_made, reference_returns
@@ -103,6 +115,21 @@ def _make(options: argparse.Namespace) -> None:
         for kind, returns in reference_returns(target.name).items():
             error = returns.std(ddof=1) / len(returns) ** 0.5
             print(f"  {kind:11}  return {returns.mean():.1f} ± {error:.1f} (standard error, {len(returns)} episodes)")
+
+
+def _make_ogbench(target: Target, options: argparse.Namespace) -> None:
+    from offpolicy.data.sources import open_source
+    from offpolicy.data.sources.ogbench_make import make, recipe_of
+    from offpolicy.data.validate import report
+
+    if options.check:
+        raise UsageError(f"--check was given, but {target.name} has no reference scores. Leave it out.")
+    recipe = recipe_of(target.name, target.info["env_id"], steps=options.steps, seed=options.seed or 0)
+    place = target.location()
+    assert place is not None  # only texts have none
+    path = Path(options.out) / f"{target.name}.npz" if options.out else place
+    make(recipe, path, jobs=1 if options.jobs is None else options.jobs)
+    print(report(open_source(path)))
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -115,7 +115,7 @@ def open_source(
     with open_npz(path) as archive:
         names = list(archive.files)
     if ogbench.is_ogbench(names):
-        known, checks = ogbench.set_facts(target.name, {})
+        known, checks = ogbench.set_facts(target.name, ogbench.environment_row(env_id))
         return ogbench.read(path, meta={**known, **meta, "source": "ogbench"}, facts={**checks, **facts}, **common)
     return read_npz(path, meta=meta, facts=facts, timeout_step=timeout_step, **common)
 

@@ -9,8 +9,11 @@ trajectories end at a time limit. What ``ogbench.load_dataset`` makes of a file 
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Mapping
 from fnmatch import fnmatch
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.sources.arrays import as_numbers, load_npz
 from offpolicy.data.sources.fetch import Lock, facts, locate
 from offpolicy.data.validate import Raw, as_flag, check_structure
+from offpolicy.errors import DataError, UsageError
 
 SIMULATOR_STATE = ("qpos", "qvel", "button_states")  # not read: as large as the observations, only rewards need them
 
@@ -31,7 +35,7 @@ def is_ogbench(names: Mapping[str, Any] | list[str]) -> bool:
 
 
 def set_facts(name: str, row: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``meta`` and checks of a known set; ``row`` is of ``ogbench.csv`` and may be empty."""
+    """``meta`` and checks of a set; ``row`` is its environment's of ``ogbench.csv``, empty for an unknown one."""
     table = facts("ogbench.yaml")
     meta: dict[str, Any] = {
         "name": name,
@@ -42,16 +46,46 @@ def set_facts(name: str, row: Mapping[str, str]) -> tuple[dict[str, Any], dict[s
     if row:
         meta |= {"env_id": row["env_id"], "env_kwargs": {}, "max_episode_steps": int(row["max_episode_steps"])}
         meta["tasks"] = table["tasks"]
+        windows = (entry["steps"] for entry in table["order_window"] if fnmatch(row["env_id"], entry["match"]))
+        meta["order_window"] = next(windows)
     place = table["position"]
     position = any(fnmatch(name, pattern) for pattern in place["match"])
     return meta, {"position": place["columns"]} if position else {}
 
 
+def environment_row(env_id: str | None) -> dict[str, str]:
+    """The row of ``ogbench.csv`` of an environment; empty for one that is not OGBench's."""
+    text = files("datasets_cfg").joinpath("ogbench.csv").read_text()
+    return next((row for row in csv.DictReader(text.splitlines()) if row["env_id"] == env_id), {})
+
+
 def open_set(name: str, row: Mapping[str, str], path: Path, *, download: bool = True, **options: Any) -> Replay:
-    """A known set from a file that is fetched when it is not there; other keywords as of :func:`read`."""
+    """A known set from its file; other keywords as of :func:`read`.
+
+    A file that is not there is fetched. Where that cannot be, a maze's set is made on the spot (two minutes at most);
+    for the arm's sets, which take longer, the error names the command that makes them.
+    """
     meta, checks = set_facts(name, row)
-    locate(path, facts("ogbench.yaml")["url"].format(name=name), download)
+    try:
+        locate(path, facts("ogbench.yaml")["url"].format(name=name), download)
+    except DataError as error:
+        _make_instead(name, row["env_id"], path, error)
     return read(path, meta=meta, facts=checks, **options)
+
+
+def _make_instead(name: str, env_id: str, path: Path, error: DataError) -> None:
+    from offpolicy.data.sources import ogbench_make
+
+    if not ogbench_make.can_be_made(name):
+        raise error
+    command = f"{error} Or make a set like it: python -m offpolicy.data make {name}"
+    try:
+        recipe = ogbench_make.recipe_of(name, env_id)
+    except UsageError:  # the package is not installed, as the command will say
+        raise DataError(command) from None
+    if recipe["generator"] != "maze":
+        raise DataError(command) from None
+    ogbench_make.make(recipe, path)
 
 
 def read(
@@ -71,6 +105,7 @@ def read(
     lock = Lock([path])
     lock.check(sha256)
     arrays = load_npz(path, skip=SIMULATOR_STATE)
+    recipe = json.loads(str(arrays.pop("recipe"))) if "recipe" in arrays else None
     keys = {"obs": "observations", "action": "actions", "end": "terminals"}
     keys |= {"next_obs": "next_observations"} if "next_observations" in arrays else {}
     keys |= {"valid": "valids"} if "valids" in arrays else {}
@@ -84,6 +119,9 @@ def read(
         ends = ~as_flag(str(path), "valids", arrays["valids"])
     regular = "next_obs" in found
     notes = []
+    if recipe is not None:
+        meta = {**meta, "recipe": recipe}
+        notes.append(f"made here with ogbench {recipe['versions']['ogbench']}, seed {recipe['seed']}, not downloaded")
     if not ends[-1]:
         ends = ends.copy()
         ends[-1] = True
