@@ -14,7 +14,8 @@ and the figures of a round are taken in turn, so that a drift of the machine hit
 
 PRDC is measured as in neighbors.py instead: trajectory-like data, a policy near them, rows seen before.
 DecisionTransformer takes batches of 64 windows of 20 steps. Prints one JSON object: versions, processor, settings,
-medians and ratios.
+medians and ratios. ``undisturbed`` is the rate of each process in the faster quarter of its stretches of about 64
+updates: other processes of the machine can only slow a stretch down, so it is what remains of a noisy sitting.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def random_replay(rows: int) -> Any:
     return Replay(steps, episode_end=end, meta=meta)
 
 
-def run_trainer(method: str, updates: int, rows: int) -> dict[str, float]:
+def run_trainer(method: str, updates: int, rows: int) -> dict[str, Any]:
     """The whole path: offpolicy.fit with its metrics, checkpoints, files and bar."""
     from lightning.pytorch import Callback
 
@@ -83,12 +85,11 @@ def run_trainer(method: str, updates: int, rows: int) -> dict[str, float]:
     total = updates + updates // 10
     with tempfile.TemporaryDirectory() as folder:
         offpolicy.fit(learner, random_replay(rows), max_steps=total, folder=folder, eval_every=0, callbacks=[Timer()])
-    (first, began, before), (last, ended, after) = marks[0], marks[-1]
-    took = ended - began
-    return {"updates_per_s": (last - first) / took, "outside_share": 1 - (after - before) / took}
+    (_, began, before), (_, ended, after) = marks[0], marks[-1]
+    return {"marks": [mark[:2] for mark in marks], "outside_share": 1 - (after - before) / (ended - began)}
 
 
-def run_bare(method: str, updates: int, rows: int) -> dict[str, float]:
+def run_bare(method: str, updates: int, rows: int) -> dict[str, Any]:
     """The same blocks of updates without Trainer, logging, files and bar."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -101,13 +102,13 @@ def run_bare(method: str, updates: int, rows: int) -> dict[str, float]:
     keep_freed_memory()
     learner = getattr(offpolicy, method)().prepare(random_replay(rows))
     with matmul.matmul_setting(matmul.choose_matmul("auto")):
-        t, first, began = 0, 0, 0.0
-        while t < updates + updates // 10:
-            if not began and t >= updates // 10:
-                first, began = t, time.perf_counter()
+        marks = []
+        for t in range(0, updates + updates // 10, 64):
+            if t >= updates // 10:
+                marks.append((t, time.perf_counter()))
             learner.run_block(t, 64)
-            t += 64
-        rate = (t - first) / (time.perf_counter() - began)
+        marks.append((t + 64, time.perf_counter()))
+        t += 64
         with FlopCounterMode(display=False) as counter:
             learner.run_block(t, 64)
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -118,10 +119,10 @@ def run_bare(method: str, updates: int, rows: int) -> dict[str, float]:
         limit = max(2 * 1024**3 / seconds(lambda: large @ large) for _ in range(20))
     in_operations = sum(e.time_range.elapsed_us() for e in recorded.events() if e.cpu_parent is None) / 1e6
     return {
-        "updates_per_s": rate,
+        "marks": marks,
         "gflop_per_update": counter.get_total_flops() / 64 / 1e9,
         "limit_gflop_per_s": limit / 1e9,
-        "float32_share": counter.get_total_flops() / 64 * rate / limit,
+        "float32_share": counter.get_total_flops() / 64 * rates(marks)["undisturbed"] / limit,
         "outside_tensor_share": max(0.0, 1 - in_operations / took),
     }
 
@@ -141,7 +142,7 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def run_plain(method: str, updates: int, rows: int) -> dict[str, float]:
+def run_plain(method: str, updates: int, rows: int) -> dict[str, Any]:
     import plain_loop
     import torch
 
@@ -153,7 +154,7 @@ def run_plain(method: str, updates: int, rows: int) -> dict[str, float]:
         "next_obs": torch.randn(rows, 17, generator=generator),
         "terminated": torch.zeros(rows, 1),
     }
-    return {"updates_per_s": plain_loop.rate(method, columns, updates)}
+    return {"marks": plain_loop.marks(method, columns, updates)}
 
 
 def worker(kind: str, method: str, threads: int, updates: int, rows: int) -> dict[str, Any]:
@@ -176,7 +177,17 @@ def measure(kind: str, method: str, threads: int, args: argparse.Namespace) -> d
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    figure = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**rates(figure.pop("marks")), **figure} if "marks" in figure else figure
+
+
+def rates(marks: list[tuple[int, float]]) -> dict[str, float]:
+    """Updates per second from (updates made, seconds): over all, and in the faster quarter of the stretches."""
+    (first, began), (last, ended) = marks[0], marks[-1]
+    stretches = sorted(((b[1] - a[1]) / (b[0] - a[0]), b[0] - a[0]) for a, b in pairwise(marks))
+    fast = stretches[: max(1, len(stretches) // 4)]
+    undisturbed = sum(n for _, n in fast) / sum(seconds * n for seconds, n in fast)
+    return {"updates_per_s": (last - first) / (ended - began), "undisturbed": undisturbed}
 
 
 def main() -> None:
@@ -209,19 +220,21 @@ def main() -> None:
                 for kind in kinds:
                     figure = measure(kind, method, threads, args)
                     samples.setdefault(f"{method}/{threads}/{kind}", []).append(figure)
-                    print(f"{method} {threads} threads {kind}: {figure['updates_per_s']:.0f}/s", file=sys.stderr)
+                    shown = ", ".join(f"{n} {figure[n]:.0f}" for n in ("updates_per_s", "undisturbed") if n in figure)
+                    print(f"{method} {threads} threads {kind}: {shown}", file=sys.stderr)
     results = []
     for threads in args.threads:
         for method in args.methods:
             kinds = [k for k in ("trainer", "bare", "plain", "d3rlpy", "seen") if f"{method}/{threads}/{k}" in samples]
-            rates = {k: [s["updates_per_s"] for s in samples[f"{method}/{threads}/{k}"]] for k in kinds}
             row: dict[str, Any] = {"method": method, "threads": threads}
-            row["updates_per_s"] = {k: round(statistics.median(r), 1) for k, r in rates.items()}
-            row["trainer_over"] = {
-                k: round(statistics.median(a / b for a, b in zip(rates["trainer"], r, strict=True)), 3)
-                for k, r in rates.items()
-                if k not in ("trainer", "seen")
-            }
+            for name, ratio in (("updates_per_s", "trainer_over"), ("undisturbed", "undisturbed_over")):
+                found = {k: [s[name] for s in samples[f"{method}/{threads}/{k}"] if name in s] for k in kinds}
+                row[name] = {k: round(statistics.median(r), 1) for k, r in found.items() if r}
+                row[ratio] = {
+                    k: round(statistics.median(a / b for a, b in zip(found["trainer"], r, strict=True)), 3)
+                    for k, r in found.items()
+                    if k not in ("trainer", "seen")
+                }
             for k in kinds:
                 names = [name for name in samples[f"{method}/{threads}/{k}"][0] if name.endswith(("share", "td3bc"))]
                 for name in names:
