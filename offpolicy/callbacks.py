@@ -163,9 +163,10 @@ class Interruption(Callback):
 class RunFolder(Checkpoint):
     """The files of a run: ``metrics.csv``, ``evals.csv``, ``checkpoints/step=….ckpt`` and, at the end, ``curves.png``.
 
-    Checkpoints are written after every evaluation, at the last update and on interruption. The newest two are kept and
-    the one with the best evaluation. Rows beyond the checkpoint that a run continues from are cut, never others, and
-    checkpoints beyond it are set aside as ``….ckpt.replaced``: "last" means the last of the run as it goes on.
+    Checkpoints are written after every evaluation, at the last update, on interruption and when the method asks. The
+    newest two are kept and the one with the best evaluation. Rows beyond the checkpoint that a run continues from are
+    cut, never others, and checkpoints beyond it are set aside as ``….ckpt.replaced``: "last" means the last of the run
+    as it goes on.
     Lightning runs this callback after all others, so that files hold what the others found.
 
     Args:
@@ -202,10 +203,15 @@ class RunFolder(Checkpoint):
             for table, row in ((self.metrics, pl_module.metric_row), (self.evals, pl_module.eval_row)):
                 if row.get("step") == updates:
                     table.append(row)
-        if due(updates, pl_module.run.eval_every, trainer.max_steps) or trainer.should_stop:
-            self._save(trainer, pl_module)
+        if (
+            due(updates, pl_module.run.eval_every, trainer.max_steps)
+            or trainer.should_stop
+            or pl_module.wants_checkpoint()
+        ):
+            self.save(trainer, pl_module)
 
-    def _save(self, trainer: Trainer, pl_module: Any) -> None:
+    def save(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write a checkpoint, and remove those that nobody needs any more."""
         path = self.folder / "checkpoints" / checkpoint_name(trainer.global_step)
         row = pl_module.eval_row if pl_module.eval_row.get("step") == trainer.global_step else {}
         key = headline(row)

@@ -138,6 +138,10 @@ class Module(LightningModule):
         """What one update takes, in a few words."""
         return f"batch size {self.option('batch_size', 256)}"
 
+    def wants_checkpoint(self) -> bool:
+        """Whether a checkpoint should be written now; asked after every update, on every process."""
+        return False
+
     def keep_files(self, folder: Path) -> None:
         """Write into the folder of a run, when it starts, what its checkpoints need beside them."""
 

@@ -134,17 +134,23 @@ class DataModule(LightningDataModule):
         version = state_dict["version"]
         if version == 0:
             return
-        folder = self._version_folder(state_dict)
+        replay = self._stored(state_dict)
+        self.replay = Ring.reopen(replay, state_dict["head"]) if "head" in state_dict else replay
+        self.replay.version = self._saved_version = version
+
+    def _stored(self, state: Mapping[str, Any]) -> Replay:
+        """The replay that lies on disk beside a checkpoint."""
+        folder, version = self._version_folder(state), state["version"]
         if not folder.exists():
             raise DataError(
                 f"the checkpoint was trained on version {version} of a changing replay, expected in {folder}, which "
                 "does not exist. Resume in the folder of the run, or start a fresh one."
             )
         replay = Replay.load(folder, mmap=self.load().is_mapped)
-        if replay.fingerprint() != state_dict["fingerprint"]:
+        if replay.fingerprint() != state["fingerprint"]:
             raise DataError(f"{folder} is not the replay of the checkpoint (fingerprints differ). Restore that folder.")
-        self.replay = Ring.reopen(replay, state_dict["head"]) if "head" in state_dict else replay
-        self.replay.version = self._saved_version = version
+        replay.version = version
+        return replay
 
 
 Loadable = str | Path | Replay | Mapping[str, np.ndarray] | DataModule

@@ -27,6 +27,7 @@ ROOTS = {
     "ogbench": ("OGBENCH_DATASET_DIR", "~/.ogbench/data"),
     "made": ("OFFPOLICY_DATA_DIR", "~/.cache/offpolicy/datasets"),
 }
+PROBLEMS = {"addition": "", "gsm8k": "openai/gsm8k:main"}  # tasks with answers that can be checked → name on the hub
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(:[\w.-]+)?$")  # owner/name, or owner/name:configuration
 MINARI_ID = re.compile(r"^([-\w]{2,}/)+[-\w]+-v\d+$")
 
@@ -105,7 +106,8 @@ def resolve(text: str | os.PathLike[str], *, language: bool = False) -> Target:
 
 
 def known_names() -> list[str]:
-    """All names that need no path: made sets, 155 D4RL tasks, published Minari ids, OGBench sets; in this order."""
+    """All names that need no path: made sets, 155 D4RL tasks, published Minari ids, OGBench sets, problems for language
+    models; in this order."""
     return [target.name for target in _known().values()]
 
 
@@ -129,7 +131,8 @@ def describe(target: Target) -> str:
     elif place is not None and place.exists():
         where = f"found at {place}"
     elif target.kind == "language":
-        where = "looked up on the Hugging Face hub"
+        hub = target.info.get("hub", target.name)
+        where = f"looked up on the Hugging Face hub as {hub}" if hub else "made here"
     else:
         where = f"not on disk, to be downloaded to {place}"
     return f"{target.name} was taken for {what}, {where}."
@@ -146,6 +149,7 @@ def _known() -> dict[str, Target]:
     for row in _table("ogbench.csv"):
         stem = row["env_id"].removesuffix("-v0")
         targets += [Target("ogbench", f"{stem}-{kind}-v0", None, row) for kind in row["kinds"].split()]
+    targets += [Target("language", name, None, {"hub": hub}) for name, hub in PROBLEMS.items()]
     return {fold(target.name): target for target in targets}
 
 

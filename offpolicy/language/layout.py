@@ -170,6 +170,15 @@ def score(model: nn.Module, layout: Layout, *, chunk: int = 256, stats: bool = F
 
 def _score(model: nn.Module, layout: Layout, chunk: int, stats: bool) -> Answers:
     head = Head(model)
+    found = head.logps(_hidden(head, layout), layout.target, chunk, stats)
+    logps, facts = found if stats else (found, {})
+    return Answers(
+        _per_answer(logps, layout), layout.length.float(), {k: _per_answer(v, layout) for k, v in facts.items()}
+    )
+
+
+def _hidden(head: Head, layout: Layout) -> Tensor:
+    """The states that predict the scored tokens, (n, D)."""
     mask: Tensor | None = layout.attention_mask
     if layout.shared and head.config._attn_implementation == "eager":
         blocked = torch.finfo(head.weight.dtype).min
@@ -180,12 +189,55 @@ def _score(model: nn.Module, layout: Layout, chunk: int, stats: bool) -> Answers
     output = head.decoder(
         input_ids=layout.input_ids, attention_mask=mask, position_ids=layout.position_ids, use_cache=False
     )
-    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, layout.predict)
-    found = head.logps(hidden, layout.target, chunk, stats)
-    logps, facts = found if stats else (found, {})
-    return Answers(
-        _per_answer(logps, layout), layout.length.float(), {k: _per_answer(v, layout) for k, v in facts.items()}
+    return output.last_hidden_state.flatten(0, 1).index_select(0, layout.predict)
+
+
+class TokenScores(NamedTuple):
+    """Scores of the n scored tokens of a layout, in its order.
+
+    Attributes:
+        logps: log-probabilities, nats, (n,).
+        entropy: of the policy at each place, nats, (n,); None unless asked for.
+        hidden: the states that predict the tokens, (n, D).
+    """
+
+    logps: Tensor
+    entropy: Tensor | None
+    hidden: Tensor
+
+
+def score_tokens(
+    model: nn.Module,
+    layout: Layout,
+    *,
+    chunk: int = 256,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    entropy_gradient: bool = False,
+) -> TokenScores:
+    """Log-probability of every scored token at a temperature, differentiable in the model's parameters.
+
+    Args:
+        model: as in `score`, not sharded.
+        layout: the rows, on the model's device.
+        chunk: as in `score`.
+        temperature: τ > 0 that divides the logits.
+        entropy: also give the entropy.
+        entropy_gradient: with gradient.
+    """
+    check_head(model)
+    head = Head(model)
+    hidden = _hidden(head, layout)
+    found = head.logps(
+        hidden,
+        layout.target,
+        chunk,
+        entropy and not entropy_gradient,
+        temperature=temperature,
+        entropy=entropy_gradient,
     )
+    logps, facts = found if isinstance(found, tuple) else (found, {})
+    return TokenScores(logps, facts.get("entropy"), hidden)
 
 
 class Head:

@@ -403,7 +403,11 @@ class LanguageModule(Module):
             )
         if getattr(trainer, "datamodule", None) is not None:
             self.bind_data(trainer.datamodule)  # type: ignore[attr-defined]
-        return [RestoreSettings(), HeldOut(), Interruption()]
+        return [RestoreSettings(), self.held_out(), Interruption()]
+
+    def held_out(self) -> Callback:
+        """What measures the policy on held-out data."""
+        return HeldOut()
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
@@ -416,14 +420,7 @@ class LanguageModule(Module):
             raise UsageError("`change_every` is set, but texts cannot change during training yet; expected 0.")
         if self.seed is None:
             self.seed = int(trainer.strategy.broadcast(torch.initial_seed())) % (1 << 63)
-        texts = self.view.bind(data.replay)
-        self._table = Table(texts, np.arange(len(texts)))
-        held_out = getattr(data, "eval_replay", None)
-        wanted = held_out is not None and self.run.eval_episodes > 0
-        self.eval_table = None
-        if wanted:
-            texts = self.view.bind(held_out)
-            self.eval_table = Table(texts, eval_sample(len(texts), h.eval_rows))
+        self._take_data(data)
         self.data_meta, self.data_fingerprint = dict(data.replay.meta), data.replay.fingerprint()
         if self.tokenizer is None and "tokenizer" in data.replay.meta:
             self.tokenizer = data.tokenizer
@@ -432,7 +429,7 @@ class LanguageModule(Module):
         check_head(self.model)  # here, as it runs the model once
         trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self._start_digest = policies.weights_digest(self.model, adapters=bool(h.adapter))  # new ones begin as nothing
-        share, longest = math.ceil(h.batch_size / self.world_size), int(self._table.texts.lengths.sum(1).max())
+        share, longest = math.ceil(h.batch_size / self.world_size), self._longest()
         self.rows_per_forward = min(share, h.micro_batch_size or max(1, FORWARD_TOKENS // longest))
         self._micro_batches = math.ceil(h.batch_size / (self.rows_per_forward * self.world_size))
         trainer.accumulate_grad_batches = self._micro_batches
@@ -442,12 +439,28 @@ class LanguageModule(Module):
         if trainer.fit_loop.max_epochs is None or trainer.fit_loop.max_epochs > 0:
             trainer.fit_loop.max_epochs = -1  # epochs are counted here; the loader never ends
         self._horizon = trainer.max_steps
-        if self.uses_mismatched and len(self._table.texts) < 2:
+
+    def _take_data(self, data: Any) -> None:
+        """Bind the view to the data, and choose the held-out rows."""
+        texts = self.view.bind(data.replay)
+        self._table = Table(texts, np.arange(len(texts)))
+        if self.uses_mismatched and len(texts) < 2:
             raise DataError(
                 "the data have one answer; expected two or more, since answers are paired with other prompts."
             )
+        held_out = getattr(data, "eval_replay", None)
+        wanted = held_out is not None and self.run.eval_episodes > 0
+        self.eval_table = None
+        if wanted:
+            texts = self.view.bind(held_out)
+            self.eval_table = Table(texts, eval_sample(len(texts), self.hparams.eval_rows))
 
-    def _make_plan(self) -> Plan:
+    def _longest(self) -> int:
+        """Tokens of the longest row of a forward pass."""
+        assert self._table is not None
+        return int(self._table.texts.lengths.sum(1).max())
+
+    def _make_plan(self) -> Plan | None:
         assert self._table is not None
         return Plan(
             self._table.texts.lengths.sum(1),
@@ -596,7 +609,7 @@ class LanguageModule(Module):
 
     def configure_optimizers(self) -> Optimizer:
         h = self.hparams
-        trained = [p for p in self.parameters() if p.requires_grad]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": h.weight_decay},
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
@@ -697,7 +710,7 @@ class LanguageModule(Module):
             **{f"train/{name}": value for name, value in self.meter.read(self.sum_over_processes).items()},
             "train/grad_norm": norm.item(),
             "train/learning_rate": optimizer.param_groups[0]["lr"],
-            "train/epoch": updates / self._plan_of().steps_per_epoch,
+            **self._progress(updates),
             "perf/updates_per_s": self._steps_timed / seconds,
             "perf/tokens_per_s": tokens / seconds,
             "perf/padding_fraction": 1.0 - self._real / max(1, self._places),  # of the first process
@@ -705,6 +718,10 @@ class LanguageModule(Module):
         }
         self._seconds, self._tokens, self._steps_timed, self._real, self._places = 0.0, 0, 0, 0, 0
         self.log_row(row, updates)
+
+    def _progress(self, updates: int) -> dict[str, float]:
+        """How far training has come, beside the count of updates."""
+        return {"train/epoch": updates / self._plan_of().steps_per_epoch}
 
     def teardown(self, stage: str) -> None:
         self.restore_settings()

@@ -85,6 +85,8 @@ FAULTS = {  # kind → what is wrong, what was expected
     "nan": ("a score or weight that is not a finite number", "a number"),
     "label": ("no label", "true or false"),
     "template": ("turns that the chat template refuses", "roles in the order it wants"),
+    "long_prompt": ("a prompt longer than there is room", "a shorter one; raise --data.max_prompt_length"),
+    "known_test": ("a question of the test set", "questions of the training set alone"),
     "no_prompt_token": ("a prompt without a token of its own", "a prompt that ends before the answer begins"),
     "truncated": ("an answer of which truncation leaves nothing", "room for it; raise --data.max_length"),
     "identical_cut": ("answers that are equal after truncation", "room for both; raise --data.max_length"),

@@ -403,7 +403,12 @@ def read(target: Target, split: str | None = None, *, download: bool = True) -> 
     """
     path = target.path
     if path is None:
-        return _from_hub(target.name, split, download)
+        hub = target.info.get("hub", target.name)
+        if not hub:
+            from offpolicy.data.problems import addition
+
+            return addition(split)
+        return _from_hub(hub, split, download)
     if path.is_dir():
         import datasets
 

@@ -1,0 +1,80 @@
+"""GRPO — Shao et al. 2024, DeepSeekMath (arXiv:2402.03300), section 4.1, and its near relatives.
+
+Every problem gets a group of answers; the advantage of an answer is its reward among those of its group,
+(R − μ)/(s + ε), with the sample deviation s. J = mean over answers of the mean over their tokens of
+min(ρA, clip(ρ, 1 − ε, 1 + ε)A) − β·KL(π_θ ‖ π_base), the divergence estimated per token by e^δ − δ − 1 with
+δ = log π_base − log π_θ (Eq. 3 and 4).
+
+``variant`` names what others change, and nothing else:
+
+- "dr_grpo" (arXiv:2503.20783): R − μ without the deviation; sums over tokens divided by the longest answer allowed.
+- "dapo" (arXiv:2503.14476): mean over all tokens of the step, a higher upper bound of the clip (0.28), no divergence.
+- "gspo" (arXiv:2507.18071): one ratio per answer, exp of the mean log-ratio of its tokens, clipped at 3e-4 and 4e-4.
+- "rloo" (arXiv:2402.14740): R less the mean of the others, whole answers, no clip.
+
+With ``replay_fraction`` old answers are reused with the ratio to the policy that drew them, as ReMix does, which adds
+what keeps that stable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offpolicy.errors import UsageError, check_range, nearest
+from offpolicy.language.rollouts import RolloutModule
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dr_grpo": {"advantage": "dr_grpo", "aggregation": "dr_grpo"},
+    "dapo": {"aggregation": "token_mean"},
+    "gspo": {"ratio": "sequence"},
+    "rloo": {"advantage": "rloo", "aggregation": "seq_sum", "trust": "none"},
+}
+CLIPS = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}  # below and above 1
+
+
+class GRPO(RolloutModule):
+    """Group-relative policy optimisation, on-policy unless ``replay_fraction`` says otherwise.
+
+    Args:
+        variant: "grpo", "dr_grpo", "dapo", "gspo" or "rloo".
+        clip: how far the ratio may go below 1, ≥ 0; None for the variant's (0.2).
+        clip_high: how far above 1, ≥ 0; None for the variant's, or ``clip``.
+        beta: coefficient ≥ 0 of the divergence from the policy at the start; the paper has 0.04, later work 0.
+        entropy: coefficient ≥ 0 of the entropy bonus.
+    """
+
+    def __init__(
+        self,
+        *,
+        variant: str = "grpo",
+        clip: float | None = None,
+        clip_high: float | None = None,
+        beta: float = 0.0,
+        entropy: float = 0.0,
+        **rollouts: Any,
+    ) -> None:
+        super().__init__(**rollouts)
+        if variant not in VARIANTS:
+            raise UsageError(
+                f"`variant` is '{variant}'; expected one of {', '.join(VARIANTS)}.{nearest(variant, VARIANTS)}"
+            )
+        for name, value in (("clip", clip), ("clip_high", clip_high), ("beta", beta), ("entropy", entropy)):
+            check_range(name, value or 0.0, 0.0)
+        self.save_hyperparameters()
+        self.objective = self.compose()
+
+    def parts(self) -> dict[str, Any]:
+        h = self.hparams
+        low, high = CLIPS.get(h.variant, (0.2, None))
+        trust = {
+            "name": "ppo",
+            "low": low if h.clip is None else h.clip,
+            "high": h.clip_high if h.clip_high is not None else high if h.clip is None else h.clip,
+        }
+        return {
+            "trust": trust,
+            "anchors": ({"name": "k3", "coef": h.beta},) if h.beta else (),
+            "entropy": {"name": "bonus", "coef": h.entropy} if h.entropy else "none",
+            **VARIANTS[h.variant],
+        }

@@ -1,0 +1,386 @@
+"""Who writes the answers: engines behind one small interface.
+
+An engine is told of new weights by ``sync`` and answers by ``generate``; it returns token ids with their
+log-probability under the distribution they were drawn from. An engine that runs elsewhere (vLLM, say) takes the weights
+in ``sync``; the ones here share the model in training. The random number behind a token is a pure function of (seed,
+iteration, request, sample, position), so answers do not depend on how they are batched or which process draws them, up
+to rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from offpolicy.data import sampling
+from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.language.generation import draw, positions
+
+
+class Request(NamedTuple):
+    """A prompt to be answered.
+
+    Attributes:
+        prompt: token ids, (n,), n ≥ 1.
+        number: of the request among all of the iteration, over all processes; decides its random numbers.
+        samples: answers wanted, ≥ 0.
+    """
+
+    prompt: np.ndarray
+    number: int
+    samples: int
+
+
+class Completion(NamedTuple):
+    """An answer as an engine returns it.
+
+    Attributes:
+        token: ids, int64 (n,), with the stop token if it ``ended`` with one.
+        logp: of each token under the distribution it was drawn from, nats, float32 (n,).
+        ended: whether it stopped by itself.
+    """
+
+    token: np.ndarray
+    logp: np.ndarray
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Args:
+        stop: ids that end an answer.
+        max_new_tokens: longest answer, ≥ 1.
+        temperature: divides the logits, ≥ 0; 0 takes the most likely token.
+        seed: of the run.
+        iteration: of training, so that every iteration draws other numbers.
+    """
+
+    stop: tuple[int, ...]
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    seed: int = 0
+    iteration: int = 0
+
+
+class RolloutEngine(Protocol):
+    """What training needs of an engine."""
+
+    def sync(self, model: nn.Module, version: int) -> None:
+        """Answer with these weights from now on.
+
+        Args:
+            model: the policy; an engine of its own copies what it needs.
+            version: number of the iteration they belong to.
+        """
+
+    def generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
+    ) -> list[list[Completion]]:
+        """The answers to each request, in order; fewer requests than given once ``stopped()`` says so."""
+
+
+class TransformersEngine:
+    """Generation with a cache of keys and values: a prompt is read once for all answers to it.
+
+    Args:
+        batch_size: answers drawn at once, ≥ 1.
+    """
+
+    def __init__(self, batch_size: int = 256) -> None:
+        self.batch_size = batch_size
+        self.model: Any = None
+
+    def sync(self, model: nn.Module, version: int) -> None:
+        self.model = model
+
+    def generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
+    ) -> list[list[Completion]]:
+        found: list[list[Completion]] = [[] for _ in requests]
+        for part in self._batches(requests):
+            if stopped is not None and stopped():
+                break
+            with torch.no_grad():
+                answers = self._answers([requests[i] for i in part], how)
+            for i, some in zip(part, answers):
+                found[i] = some
+        return found
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+        """Requests of similar length together, whole requests only."""
+        part: list[int] = []
+        answers = 0
+        for i in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt)):
+            if part and answers + requests[i].samples > self.batch_size:
+                yield part
+                part, answers = [], 0
+            part.append(i)
+            answers += requests[i].samples
+        if part:
+            yield part
+
+    def _answers(self, requests: list[Request], how: Sampling) -> list[list[Completion]]:
+        model, device = self.model, next(self.model.parameters()).device
+        samples = torch.tensor([r.samples for r in requests], device=device)
+        rows = int(samples.sum())
+        if not rows:
+            return [[] for _ in requests]
+        owner = torch.repeat_interleave(torch.arange(len(requests), device=device), samples)
+        ids, mask = padded([r.prompt for r in requests], device)
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        out = model(
+            input_ids=ids,
+            attention_mask=None if bool(mask.all()) else mask,
+            position_ids=position,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = getattr(out, "past_key_values", None)
+        if cache is None or not hasattr(cache, "batch_select_indices"):
+            raise UsageError(
+                f"{type(model).__name__} keeps no cache of keys and values that answers could share; expected one. "
+                "Pass --model.engine tiny."
+            )
+        cache.batch_select_indices(owner)
+        logits, mask, last = out.logits[:, -1][owner], mask[owner], position[owner, -1:]
+        uniform = uniforms(requests, how).to(device)
+        stops = torch.tensor(sorted(set(how.stop)), dtype=torch.int64, device=device)
+        alive = torch.arange(rows, device=device)  # answers that are not finished, by their place in the cache
+        table = torch.zeros(rows, how.max_new_tokens, dtype=torch.int64, device=device)
+        logps = torch.zeros(rows, how.max_new_tokens, device=device)
+        length = torch.full((rows,), how.max_new_tokens, device=device)
+        for t in range(how.max_new_tokens):
+            token, logp = choose(logits, uniform[alive, t], how.temperature)
+            table[alive, t], logps[alive, t] = token, logp
+            ended = torch.isin(token, stops)
+            length[alive[ended]] = t + 1
+            if t + 1 == how.max_new_tokens:
+                break
+            going = ~ended & (length[alive] > t + 1)
+            count = int(going.sum())
+            if not count:
+                break
+            last, mask = last + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            if count < len(alive):
+                cache.batch_select_indices(going.nonzero()[:, 0])
+                alive, token, last, mask = alive[going], token[going], last[going], mask[going]
+            out = model(
+                input_ids=token[:, None],
+                attention_mask=None if bool(mask.all()) else mask,
+                position_ids=last,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = out.logits[:, -1]
+        return completions(table, logps, length, stops, samples.tolist())
+
+
+class TinyEngine:
+    """Whole forward passes without a cache, over the distinct beginnings of answers; for small models and any kind.
+
+    Args:
+        batch_size: beginnings computed at once, ≥ 1.
+    """
+
+    def __init__(self, batch_size: int = 256) -> None:
+        self.batch_size = batch_size
+        self.model: Any = None
+
+    def sync(self, model: nn.Module, version: int) -> None:
+        self.model = model
+
+    def generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
+    ) -> list[list[Completion]]:
+        device = next(self.model.parameters()).device
+        samples = [r.samples for r in requests]
+        if not sum(samples):
+            return [[] for _ in requests]
+        texts = [tuple(r.prompt.tolist()) for r in requests for _ in range(r.samples)]
+        uniform = uniforms(requests, how).to(device)
+        stops = torch.tensor(sorted(set(how.stop)), dtype=torch.int64, device=device)
+        alive = list(range(len(texts)))
+        table = torch.zeros(len(texts), how.max_new_tokens, dtype=torch.int64, device=device)
+        logps = torch.zeros(len(texts), how.max_new_tokens, device=device)
+        length = torch.full((len(texts),), how.max_new_tokens, device=device)
+        for t in range(how.max_new_tokens):
+            if not alive or (stopped is not None and stopped()):
+                break
+            distinct = {text: i for i, text in enumerate(dict.fromkeys(texts[i] for i in alive))}
+            logits = torch.cat([self._logits(part, device) for part in _chunks(list(distinct), self.batch_size)])
+            rows = torch.tensor(alive, device=device)
+            token, logp = choose(
+                logits[torch.tensor([distinct[texts[i]] for i in alive], device=device)],
+                uniform[rows, t],
+                how.temperature,
+            )
+            table[rows, t], logps[rows, t] = token, logp
+            ended = torch.isin(token, stops)
+            length[rows[ended]] = t + 1
+            going = []
+            for i, one, end in zip(alive, token.tolist(), ended.tolist()):
+                texts[i] += (one,)
+                going += [] if end else [i]
+            alive = going
+        return completions(table, logps, length, stops, samples)
+
+    @torch.no_grad()
+    def _logits(self, texts: list[tuple[int, ...]], device: torch.device) -> Tensor:
+        ids, mask = padded([np.asarray(text) for text in texts], device)
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        return self.model(
+            input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=1
+        ).logits[:, -1]
+
+
+class ReplayEngine:
+    """Answers from a file, for learning from what was drawn before and for tests; weights are never looked at.
+
+    A line is ``{"prompt": [ids], "completions": [[ids], …], "logps": [[…], …], "ended": [true, …]}``; a prompt may have
+    several lines. Every request takes the next answers to its prompt, from the start again after the last.
+
+    Args:
+        path: the file, JSON lines.
+
+    Raises:
+        UsageError: no such file.
+        DataError: a line is no such record.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UsageError(f"`records` is {self.path}, which is no file; expected JSON lines. Check the path.")
+        self.records: dict[tuple[int, ...], list[Completion]] = {}
+        for number, line in enumerate(self.path.read_text("utf-8").splitlines(), 1):
+            if line.strip():
+                self._read(line, f"{self.path}, line {number}")
+
+    def _read(self, line: str, where: str) -> None:
+        try:
+            row = json.loads(line)
+            prompt = tuple(int(i) for i in row["prompt"])
+            answers = [
+                Completion(np.asarray(token, dtype=np.int64), np.asarray(logp, dtype=np.float32), bool(ended))
+                for token, logp, ended in zip(row["completions"], row["logps"], row["ended"], strict=True)
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{where} is no record ({type(error).__name__}: {error}); expected prompt, completions, logps and "
+                "ended of equal length."
+            ) from None
+        if any(not len(a.token) or a.token.shape != a.logp.shape for a in answers):
+            raise DataError(f"{where}: an answer has no token, or another number of logps. Correct the record.")
+        self.records.setdefault(prompt, []).extend(answers)
+
+    def sync(self, model: nn.Module, version: int) -> None:
+        self.version = version
+
+    def generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
+    ) -> list[list[Completion]]:
+        found = []
+        for request in requests:
+            known = self.records.get(tuple(request.prompt.tolist()), [])
+            if not known and request.samples:
+                raise DataError(
+                    f"{self.path} has no answer to the prompt {request.prompt.tolist()[:20]}; expected one for every "
+                    "prompt. Record them, or train on the prompts of the file."
+                )
+            first = how.iteration * request.samples
+            found.append([cut(known[(first + k) % len(known)], how.max_new_tokens) for k in range(request.samples)])
+        return found
+
+
+ENGINES = ("transformers", "tiny", "replay")
+
+
+def make_engine(name: str, *, batch_size: int = 256, records: str | None = None) -> Any:
+    """An engine by name, or a class of the user by import path ``package.module.Class``, called with ``batch_size``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name == "replay":
+        if records is None:
+            raise UsageError("`engine` is 'replay' without `records`; expected a file. Pass --model.records FILE.")
+        return ReplayEngine(records)
+    if name in ENGINES:
+        return (TransformersEngine if name == "transformers" else TinyEngine)(batch_size)
+    if "." not in name:
+        raise UsageError(f"`engine` is '{name}'; expected one of {', '.join(ENGINES)}.{nearest(name, ENGINES)}")
+    from offpolicy.registry import import_class
+
+    return import_class(name)(batch_size=batch_size)
+
+
+def room(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> int:
+    """How long answers may become: ``max_new_tokens``, or what the model's positions leave.
+
+    Raises:
+        UsageError: they leave nothing.
+    """
+    left = positions(model) - longest_prompt
+    if left < 1:
+        raise UsageError(
+            f"the longest prompt has {longest_prompt} tokens and the model {positions(model)} positions, which leaves "
+            "none for an answer; expected shorter prompts. Pass a smaller `--data.max_prompt_length` with "
+            "`--data.on_bad drop`."
+        )
+    return min(max_new_tokens, left)
+
+
+def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token per row of logits (B, V), and its log-probability, float32 (B,), at the temperature of the draw."""
+    token = draw(logits, uniform, temperature=temperature)
+    scaled = logits.float() / (temperature or 1.0)
+    return token, scaled.gather(-1, token[:, None])[:, 0] - scaled.logsumexp(-1)
+
+
+def uniforms(requests: Sequence[Request], how: Sampling) -> Tensor:
+    """The random number of every place of every answer, (answers, max_new_tokens)."""
+    key = sampling.keys(how.seed, "rollout", torch.tensor([how.iteration]))[0]
+    stride = 1 << 20  # samples of one request
+    rows = torch.tensor([r.number * stride + k for r in requests for k in range(r.samples)], dtype=torch.int64)
+    return sampling.uniforms(key, rows, (how.max_new_tokens,))
+
+
+def padded(texts: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (B, T) each, with padding on the left, so that the last column ends every text."""
+    width = max(map(len, texts))
+    ids, mask = np.zeros((len(texts), width), np.int64), np.zeros((len(texts), width), np.int64)
+    for row, text in enumerate(texts):
+        ids[row, width - len(text) :], mask[row, width - len(text) :] = text, 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def completions(
+    table: Tensor, logps: Tensor, length: Tensor, stops: Tensor, samples: Sequence[int]
+) -> list[list[Completion]]:
+    """Answers laid out as rows, (n, T) each, by request."""
+    last = table.gather(1, (length - 1)[:, None])[:, 0]
+    ended = torch.isin(last, stops).tolist()
+    tokens, values, lengths = table.cpu().numpy(), logps.cpu().numpy(), length.tolist()
+    rows = iter([Completion(t[:n].copy(), v[:n].copy(), e) for t, v, n, e in zip(tokens, values, lengths, ended)])
+    return [[next(rows) for _ in range(count)] for count in samples]
+
+
+def cut(answer: Completion, longest: int) -> Completion:
+    """An answer of at most so many tokens."""
+    if len(answer.token) <= longest:
+        return answer
+    return Completion(answer.token[:longest], answer.logp[:longest], False)
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,93 @@
+"""How well a policy solves held-out problems: its most likely answer, and several drawn ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from offpolicy.callbacks import due, keep_best
+from offpolicy.data.problems import token_ids
+from offpolicy.language.engines import Request, TransformersEngine
+from offpolicy.language.evaluation import eval_sample
+from offpolicy.language.reference import evaluating
+
+SOLVED = 1.0  # a reward of at least this is a solved problem
+
+
+class Solving(Callback):
+    """Solves held-out problems every ``run.eval_every`` steps and after the last; the same draws every time.
+
+    Numbers arrive as ``eval/…`` in the Trainer's metrics and as the method's ``eval_row``: ``accuracy`` of the most
+    likely answer, ``mean@k`` and ``pass@k`` of k drawn ones, and each again below the name of every kind of problem
+    (``eval/carry/accuracy``). Processes share the problems.
+    """
+
+    def __init__(self) -> None:
+        self.best: float | None = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        pl_module.stop_clock()
+        updates = trainer.global_step
+        if not pl_module.step_ended or not due(updates, pl_module.run.eval_every, trainer.max_steps):
+            return
+        if pl_module.eval_problems is None:
+            return
+        numbers = {f"eval/{name}": value for name, value in solve(pl_module).items()}
+        self.best = keep_best(numbers, self.best)
+        pl_module.log_dict(numbers, logger=False)
+        pl_module.log_to_loggers(numbers, updates)
+        pl_module.eval_row = {"step": updates, **numbers}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.best = None
+
+
+def solve(method: Any) -> dict[str, float]:
+    """Accuracies of a method in training on its held-out problems."""
+    problems, samples = method.eval_problems, method.hparams.eval_samples
+    table = problems.tables["problems"]
+    rows = eval_sample(len(table), method.hparams.eval_rows)
+    world, rank = method.world_size, method.global_rank if method.world_size > 1 else 0
+    mine = rows[rank::world]
+    engine = method.engine if method.hparams.engine != "replay" else TransformersEngine(method.hparams.generation_batch)
+    found: dict[str, np.ndarray] = {}
+    with evaluating(method.model), method.precision_context():
+        engine.sync(method.model, method.iteration)
+        for count, temperature in ((1, 0.0), (samples, method.hparams.temperature)):
+            if not count:
+                continue
+            requests = [Request(token_ids(problems, table[row, 0]), int(row), count) for row in mine]
+            how = method.sampling(0)
+            how = type(how)(how.stop, how.max_new_tokens, temperature, 0, 0)
+            answers = [one.token for some in engine.generate(requests, how) for one in some]
+            scores = method.judge(problems, [int(row) for row in mine for _ in range(count)], answers)[0]
+            found["sampled" if temperature else "likely"] = np.asarray(scores, float).reshape(-1, count)
+    parts = method._of_all_processes((mine, found))
+    order = np.argsort(np.concatenate([part[0] for part in parts]))
+    whole = {name: np.concatenate([part[1][name] for part in parts])[order] for name in found}
+    kinds = {
+        name.removeprefix("problems/") + "/": column[rows]
+        for name, column in problems.tables.items()
+        if column.dtype == bool
+    }
+    numbers: dict[str, float] = {}
+    for prefix, kept in {"": np.ones(len(rows), bool), **kinds}.items():
+        if kept.any():
+            numbers[f"{prefix}accuracy"] = float((whole["likely"][kept] >= SOLVED).mean())
+            if samples:
+                solved = whole["sampled"][kept] >= SOLVED
+                numbers[f"{prefix}mean@{samples}"] = float(solved.mean())
+                numbers[f"{prefix}pass@{samples}"] = float(solved.any(1).mean())
+    return numbers
+
+
+__all__ = ["Solving", "solve"]
