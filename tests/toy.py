@@ -17,6 +17,7 @@ from offpolicy.checkpoint_io import AtomicCheckpointIO
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.files import Table
+from offpolicy.goals import GoalModule
 from offpolicy.modules import OfflineModule
 from offpolicy.registry import find_method
 
@@ -55,6 +56,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "DecisionTransformer",
         {"context_length": 4, "embed_dim": 8, "num_layers": 2, "dropout": 0.2},
     ),
+    "HIQL": ("HIQL", {"subgoal_steps": 3, "rep_dim": 4, "low_actor_rep_grad": True}),
+    "OTA-clipped": (
+        "OTA",
+        {"batch_size": 16, "hidden_dims": (8, 8), "subgoal_steps": 3, "actor_p_random": 0.3, "max_grad_norm": 0.5},
+    ),
+    "GCIVL": ("GCIVL", {}),
+    "GCIQL": ("GCIQL", {}),
+    "GCIQL-awr": ("GCIQL", {"actor_loss_kind": "awr", "alpha": 3.0, "actor_p_random": 0.5, "actor_p_trajectory": 0.5}),
+    "GCBC": ("GCBC", {}),
 }
 COMMON = {"batch_size": 16, "hidden_dims": (8, 8)}
 
@@ -91,8 +101,15 @@ def method(name: str, **options: Any) -> OfflineModule:
     common = {key: value for key, value in COMMON.items() if key in inspect.signature(cls).parameters}
     made = cls(**(common | settings | options))
     made.seed = 0
+    if isinstance(made, GoalModule):
+        made.agent = lambda: plain_agent(made)  # type: ignore[method-assign]
     made.run.log_every, made.run.eval_every, made.run.eval_episodes = 20, 45, 1
     return made
+
+
+def plain_agent(module: GoalModule) -> Any:
+    """An agent for environments without goals: it always goes for the same one."""
+    return lambda obs: module.act_goal(obs, np.zeros(module.sizes.obs_dim))
 
 
 def quiet(max_steps: int, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from offpolicy.data.goals import GoalTransitions, GoalView
 from offpolicy.data.views import Noise, Transitions
 from offpolicy.modules import Draw, OfflineModule, Sizes
 from offpolicy.nn.stacked import MLP
@@ -21,12 +23,12 @@ def plain_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def plain_mlp(mlp: MLP, member: int | None = None) -> nn.Sequential:
-    """A copy of a ReLU network, or of one member of a stack, with layer norm on its side of the activation, if any."""
+    """A copy of a network with ReLU or GELU, or of one member of a stack, with layer norm on its side of it, if any."""
     pick = (lambda p: p.detach()) if member is None else (lambda p: p.detach()[member])
     parts: list[nn.Module] = []
     for i, layer in enumerate(mlp.layers):
         if i:
-            hidden: list[nn.Module] = [nn.ReLU()]
+            hidden: list[nn.Module] = [nn.GELU("tanh") if mlp.activation == "gelu_tanh" else nn.ReLU()]
             if len(mlp.norms):
                 norm = nn.LayerNorm(layer.weight.shape[-2], mlp.norms[i - 1].eps, dtype=layer.weight.dtype)
                 norm.weight.data.copy_(pick(mlp.norms[i - 1].weight)[0])
@@ -53,8 +55,10 @@ def ready(method: OfflineModule, obs_dim: int = 3, action_dim: int = 2, seed: in
     return method
 
 
-def made_batch(method: OfflineModule, size: int = 16, seed: int = 0, terminated: float = 0.2) -> Transitions:
-    """A random float64 batch with the noise that the method asks for."""
+def made_batch(method: OfflineModule, size: int = 16, seed: int = 0, terminated: float = 0.2) -> Any:
+    """A random float64 batch with the noise that the method asks for, or with the goals."""
+    if isinstance(method.view, GoalView):
+        return made_goal_batch(method, size, seed)
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -76,12 +80,28 @@ def made_batch(method: OfflineModule, size: int = 16, seed: int = 0, terminated:
     )
 
 
-def stack_batches(batches: Sequence[Transitions]) -> Transitions:
+def made_goal_batch(method: OfflineModule, size: int, seed: int) -> GoalTransitions:
+    """Random states, actions and goals; a fifth of the goals are reached."""
+    g = torch.Generator().manual_seed(seed)
+    fields: dict[str, Tensor] = {}
+    for name in GoalTransitions._fields[:-2]:
+        if name.endswith(("mask", "full")):
+            fields[name] = (torch.rand(size, generator=g) > 0.2).double()
+        elif name.endswith("reward"):
+            continue
+        else:
+            width = method.sizes.action_dim if name == "action" else method.sizes.obs_dim
+            fields[name] = torch.randn(size, width, generator=g, dtype=torch.float64)
+    rewards = {name.replace("mask", "reward"): -mask for name, mask in fields.items() if name.endswith("mask")}
+    return GoalTransitions(**(fields | rewards | {"action": fields["action"].tanh()}), noise=Noise())
+
+
+def stack_batches(batches: Sequence[Any]) -> Any:
     """One batch per seed, with the seed axis in front."""
     names = [k for k, v in batches[0]._asdict().items() if isinstance(v, Tensor)]
     fields = {k: torch.stack([getattr(b, k) for b in batches]) for k in names}
     noise = {k: torch.stack([getattr(b.noise, k) for b in batches]) for k in vars(batches[0].noise)}
-    return Transitions(**fields, noise=Noise(**noise))
+    return type(batches[0])(**fields, noise=Noise(**noise))
 
 
 def assert_seeds_equal(make: type, seeds: Sequence[int], updates: int = 4, **options: object) -> None:
