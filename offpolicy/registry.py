@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from functools import cache
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from functools import cache, partial
 from importlib.metadata import entry_points
 from typing import Any
 
 from offpolicy.errors import UsageError, fold, nearest
+
+Spec = str | Mapping[str, Any]  # of a component: its name, or {"name": …, **parameters}
 
 
 @cache
@@ -110,3 +114,46 @@ def import_callable(path: str, option: str) -> Any:
     if not callable(found):
         raise UsageError(f"`{option}` is '{path}', a {type(found).__name__}; expected a function.")
     return found
+
+
+def make(option: str, spec: Spec, known: Mapping[str, Callable[..., Any]], *, at_call: Collection[str] = ()) -> Any:
+    """A component by name or import path, with its parameters: an object of a class, or a function that knows them.
+
+    Args:
+        option: what it is for, named in errors.
+        spec: the name, or a mapping with ``name`` and parameters.
+        known: name → class or function.
+        at_call: keywords that are given when it is called.
+
+    Raises:
+        UsageError: there is none of that name, it does not take a parameter, or needs one that is missing.
+    """
+    given = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = given.pop("name", None)
+    if isinstance(name, str) and name in known:
+        found = known[name]
+    elif isinstance(name, str) and ("." in name or ":" in name):
+        found = import_callable(name, option)
+    else:
+        raise UsageError(
+            f"`{option}` is {name!r}; expected one of {', '.join(known)}, or an import path package.module.callable."
+            f"{nearest(str(name), known)}"
+        )
+    parameters = inspect.signature(found).parameters
+    is_class = isinstance(found, type)
+    free = [
+        n
+        for n, p in parameters.items()
+        if n not in at_call and (p.kind == p.KEYWORD_ONLY or (is_class and p.kind == p.POSITIONAL_OR_KEYWORD))
+    ]
+    anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    for parameter in given:
+        if parameter not in free and not anything:
+            raise UsageError(
+                f"`{option}` is {name!r}, which takes no `{parameter}`; expected {', '.join(free) or 'no parameter'}."
+                f"{nearest(parameter, free)}"
+            )
+    for parameter in free:
+        if parameters[parameter].default is inspect.Parameter.empty and parameter not in given:
+            raise UsageError(f"`{option}` is {name!r} without `{parameter}`; expected a value of it beside the name.")
+    return found(**given) if is_class else partial(found, **given) if given else found

@@ -24,33 +24,23 @@ fields of :class:`Tokens` it needs in an attribute ``reads``, a set of names.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from offpolicy.errors import UsageError, nearest
+from offpolicy.errors import UsageError
 from offpolicy.losses import advantages as adv
 from offpolicy.losses import policy_terms as terms
 from offpolicy.losses.health import measure
 from offpolicy.losses.tokens import Ratio, Surrogate, Tokens, Totals
-from offpolicy.registry import import_callable
+from offpolicy.registry import Spec, make
 
 __all__ = ["COMPONENTS", "Objective", "Ratio", "Spec", "Surrogate", "Tokens", "Totals"]
 
-Spec = str | Mapping[str, Any]
-
-_TERMS: dict[str, Callable[..., Any]] = {
-    "k1": terms.K1,
-    "k2": terms.K2,
-    "k3": terms.K3,
-    "full": terms.FullKL,
-    "convex": terms.ConvexKL,
-}
 COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
     "advantage": {
         "grpo": adv.GRPO,
@@ -76,7 +66,13 @@ COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
         "sum_over_T": terms.SumOverT,
         "seq_sum": terms.SeqSum,
     },
-    "anchors": _TERMS,
+    "anchors": {
+        "k1": terms.K1,
+        "k2": terms.K2,
+        "k3": terms.K3,
+        "full": terms.FullKL,
+        "convex": terms.ConvexKL,
+    },
     "entropy": {"bonus": terms.EntropyBonus},
     "weight": {"engine": terms.EngineWeight, "focal": terms.FocalWeight, "source": terms.SourceWeight},
     "value": {"squared": terms.SquaredValue},
@@ -143,8 +139,8 @@ class Objective:
         for one in fields(self):
             slot, given = one.name, getattr(self, one.name)
             listed = given if slot in MANY else () if slot in OPTIONAL and given in ("none", None) else (given,)
-            make = self._term if slot in MEANS_OF_THEIR_OWN else component
-            made = [make(slot, spec) for spec in listed]
+            part = self._term if slot in MEANS_OF_THEIR_OWN else component
+            made = [part(slot, spec) for spec in listed]
             parts[slot] = made if slot in (*MANY, *OPTIONAL) else made[0]
         return parts
 
@@ -238,28 +234,4 @@ def component(slot: str, spec: Spec) -> Any:
     Raises:
         UsageError: there is none of that name, or it does not take a parameter.
     """
-    given = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = given.pop("name", None)
-    known = COMPONENTS[slot]
-    if name in known:
-        made = known[name]
-    elif isinstance(name, str) and "." in name:
-        made = import_callable(name, slot)
-    else:
-        raise UsageError(
-            f"`{slot}` is {name!r}; expected one of {', '.join(known)}{', none' if slot in OPTIONAL else ''}, or an "
-            f"import path package.module.callable.{nearest(str(name), known)}"
-        )
-    parameters = inspect.signature(made).parameters
-    accepted = [n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    for option in given:
-        if option not in accepted and not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
-            raise UsageError(
-                f"`{slot}` is {name!r}, which takes no `{option}`; expected {', '.join(accepted) or 'no parameter'}."
-                f"{nearest(option, accepted)}"
-            )
-    for option, parameter in parameters.items():
-        called_with = option == "iteration" or (not isinstance(made, type) and parameter.kind != parameter.KEYWORD_ONLY)
-        if parameter.default is parameter.empty and option not in given and not called_with:
-            raise UsageError(f"`{slot}` is {name!r} without `{option}`; expected a value beside the name.")
-    return made(**given) if isinstance(made, type) else partial(made, **given) if given else made
+    return make(slot, spec, COMPONENTS[slot], at_call=("iteration",))

@@ -7,7 +7,7 @@ Log-ratios are clamped to ±20. Tensors are (B, T), as in :class:`Tokens`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -186,7 +186,11 @@ class NoRatio:
         return Ratio(log_ratio(tokens, tokens.logp.detach()).exp())
 
 
-OWN_RATIOS = {"token": TokenRatio, "mix": MixRatio, "decoupled": DecoupledRatio}
+OWN_RATIOS: dict[str, Callable[[], Callable[[Tokens], Ratio]]] = {
+    "token": TokenRatio,
+    "mix": MixRatio,
+    "decoupled": DecoupledRatio,
+}
 
 
 # -- trust region ------------------------------------------------------------------------------------------------------
