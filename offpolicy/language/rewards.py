@@ -1,43 +1,324 @@
-"""Verifiers: functions that score an answer to a prompt, some of them by an answer that is known to be right.
+"""Rewards of answers: verifiers, which compare with an answer that is known to be right, and others.
 
 A verifier is called as ``verifier(prompt, answer, reference)`` with texts, ``reference`` None where the data have
-none, and returns a number, or None where it cannot judge.
+none, and returns a number, or None where it cannot judge. What stands before ``</think>`` is not part of the answer;
+of an answer that was cut off the last word does not count, as the rest of it may be missing.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import math as maths
 import re
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from functools import cache, lru_cache
+from inspect import signature
+from multiprocessing import get_context
+from typing import Any, NamedTuple
 
-from offpolicy.errors import UsageError, nearest
+import numpy as np
+
+from offpolicy.errors import UsageError, check_range, nearest
+from offpolicy.registry import Spec, import_callable, make
 
 Verifier = Callable[[str, str, str | None], float | None]
 
+MARKED = re.compile(r"####\s*(?:[$€£]\s*)?([-+−]?\s*[$€£]?\s*[\d,]*\.?\d+)")
+BOXED = re.compile(r"\\boxed\{\s*(?:\\?[$€£]\s*)?([-+−]?\s*\\?[$€£]?\s*[\d,]*\.?\d+)")
+NUMBER = re.compile(r"[-+−]?[$€£]?\d[\d,]*(?:\.\d+)?|[-+−]?[$€£]?\.\d+")
 
-def final_number(prompt: str, answer: str, reference: str | None) -> float | None:
-    """1 where the number after the last ``####`` equals that of the reference, else 0 (GSM8K, arXiv:2110.14168).
 
-    None without a reference, or when the reference has no such number.
-    """
-    expected = read_final_number(reference or "")
-    return None if expected is None else float(read_final_number(answer) == expected)
+# -- reading answers ---------------------------------------------------------------------------------------------------
+
+
+def final_part(answer: str, *, ended: bool = True) -> str:
+    """What counts of an answer: the part after its thinking, without a last word that may have been cut."""
+    if "</think>" in answer:
+        answer = answer.rpartition("</think>")[2]
+    elif "<think>" in answer:
+        return ""
+    return answer if ended else re.sub(r"\S+$", "", answer)
+
+
+def to_decimal(text: str) -> Decimal | None:
+    """The number that a text is, apart from spaces, currency, percent sign, commas and a last full stop."""
+    bare = re.sub(r"[,\s$€£%\\]", "", text).replace("−", "-").removesuffix(".")
+    try:
+        found = Decimal(bare)
+    except InvalidOperation:
+        return None
+    return found if found.is_finite() else None
 
 
 def read_final_number(text: str) -> Decimal | None:
     """The number after the last ``####`` of a text: ``#### 1,234.50`` is 1234.5. None when there is none."""
-    found = re.findall(r"####\s*(?:[$€£]\s*)?([-+−]?\s*[$€£]?\s*[\d,]*\.?\d+)", text)
-    if not found:
-        return None
-    try:
-        return Decimal(re.sub(r"[,\s$€£]", "", found[-1]).replace("−", "-"))
-    except InvalidOperation:
-        return None
+    found = MARKED.findall(text)
+    return to_decimal(found[-1]) if found else None
 
 
-VERIFIERS: dict[str, Verifier] = {"final_number": final_number}
+def read_answer_number(text: str) -> Decimal | None:
+    """The number after the last ``####`` or in the last ``\\boxed{}``, whichever comes later."""
+    found = max((*MARKED.finditer(text), *BOXED.finditer(text)), key=lambda match: match.start(), default=None)
+    return None if found is None else to_decimal(found[1])
+
+
+def read_last_number(text: str) -> Decimal | None:
+    """The last number anywhere in a text."""
+    found = NUMBER.findall(text)
+    return to_decimal(found[-1]) if found else None
+
+
+def _expected(reference: str | None) -> Decimal | None:
+    """The number a reference gives: marked, or alone."""
+    if reference is None:
+        return None
+    marked = read_answer_number(reference)
+    return to_decimal(reference) if marked is None else marked
+
+
+# -- verifiers and other rewards ---------------------------------------------------------------------------------------
+
+
+def exact(prompt: str, answer: str, reference: str | None, *, ended: bool = True) -> float | None:
+    """1 where a whole answer is the reference: the same text, or the same number and nothing else."""
+    if reference is None:
+        return None
+    found, expected = final_part(answer).strip(), reference.strip()
+    number = to_decimal(expected)
+    return float(ended and (found == expected or (number is not None and to_decimal(found) == number)))
+
+
+def last_number(prompt: str, answer: str, reference: str | None, *, ended: bool = True) -> float | None:
+    """1 where the last number of the answer is that of the reference."""
+    expected = _expected(reference)
+    return None if expected is None else float(read_last_number(final_part(answer, ended=ended)) == expected)
+
+
+def final_number(prompt: str, answer: str, reference: str | None, *, ended: bool = True) -> float | None:
+    """1 where the number after the last ``####``, or in the last ``\\boxed{}``, is that of the reference, else 0.
+
+    GSM8K's rule (arXiv:2110.14168). None without a reference, or when the reference is no such number.
+    """
+    expected = _expected(reference)
+    return None if expected is None else float(read_answer_number(final_part(answer, ended=ended)) == expected)
+
+
+def math(prompt: str, answer: str, reference: str | None, *, ended: bool = True, timeout: float = 5.0) -> float | None:
+    """1 where the answer equals the reference as a mathematical expression, by ``math-verify`` (extra ``verify``).
+
+    Without it, or for what it cannot read, numbers are compared: marked ones, else the last.
+
+    Args:
+        prompt: not looked at.
+        answer: of the policy.
+        reference: the right answer, as text or LaTeX.
+        ended: false for an answer that was cut off.
+        timeout: seconds for reading an expression, and for comparing.
+    """
+    if reference is None:
+        return None
+    text = final_part(answer, ended=ended)
+    if importlib.util.find_spec("math_verify") is not None:
+        if threading.current_thread() is threading.main_thread():
+            found = _math_verify(text, reference, timeout)
+        else:  # it measures time by signals, which only a main thread gets
+            found = _worker().submit(_math_verify, text, reference, timeout).result()
+        if found is not None:
+            return found
+    expected = _expected(reference)
+    if expected is None:
+        return None
+    marked = read_answer_number(text)
+    return float((read_last_number(text) if marked is None else marked) == expected)
+
+
+def _math_verify(answer: str, reference: str, timeout: float) -> float | None:
+    from math_verify import parse, verify
+
+    seconds = max(1, round(timeout))
+    gold = _parse_reference(reference, seconds)
+    if not gold:
+        return None
+    found = parse(answer, parsing_timeout=seconds, raise_on_error=True)
+    return float(verify(gold, found, timeout_seconds=seconds, raise_on_error=True))  # not symmetric: the gold one first
+
+
+@lru_cache(maxsize=4096)
+def _parse_reference(reference: str, seconds: int) -> Any:
+    from math_verify import parse
+
+    marked = reference.rpartition("####")[2].strip()
+    options = {"parsing_timeout": seconds, "raise_on_error": True}
+    return parse(marked, **options) or parse(f"${marked}$", **options)
+
+
+@cache
+def _worker() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
+@dataclass(frozen=True)
+class Format:
+    """1 where an answer looks as it should, else 0.
+
+    Args:
+        pattern: regular expression that the whole answer must match; None asks for exactly one final marker, ``####``
+            or ``\\boxed{``.
+    """
+
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise UsageError(f"`pattern` is '{self.pattern}': {error}; expected a regular expression.") from None
+
+    def __call__(self, prompt: str, answer: str, reference: str | None) -> float:
+        if self.pattern is not None:
+            return float(re.fullmatch(self.pattern, answer, re.DOTALL) is not None)
+        text = final_part(answer)
+        return float(text.count("####") + text.count("\\boxed{") == 1)
+
+
+@dataclass(frozen=True)
+class Length:
+    """0 for answers up to ``limit − room`` tokens, from there down to −1 at ``limit`` (arXiv:2503.14476, Eq. 13).
+
+    Args:
+        limit: tokens, ≥ 1.
+        room: tokens before the limit in which the penalty grows, in [1, limit].
+    """
+
+    limit: int
+    room: int = 1
+
+    def __post_init__(self) -> None:
+        check_range("limit", self.limit, 1)
+        check_range("room", self.room, 1, self.limit)
+
+    def __call__(self, prompt: str, answer: str, reference: str | None, *, length: int) -> float:
+        return -min(1.0, max(0, length - (self.limit - self.room)) / self.room)
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "final_number": final_number,
+    "exact": exact,
+    "last_number": last_number,
+    "math": math,
+}
+REWARDS: dict[str, Callable[..., Any]] = {**VERIFIERS, "format": Format, "length": Length}
+AT_CALL = ("ended", "length")
+
+
+# -- combination -------------------------------------------------------------------------------------------------------
+
+
+class Scored(NamedTuple):
+    """Rewards of n answers.
+
+    Attributes:
+        scores: (n,) float64, the weighted sum of the parts.
+        parts: name → (n,) float64, each reward without its weight.
+        problems: how many of the n × parts scores could not be had and count as 0.
+    """
+
+    scores: np.ndarray
+    parts: dict[str, np.ndarray]
+    problems: int
+
+
+class Rewards:
+    """A weighted sum of rewards. None of them can stop a run: what fails scores 0 and is counted.
+
+    Args:
+        parts: one reward or several, each a name (final_number, exact, last_number, math, format, length), an import
+            path ``package.module.function`` of one's own, or ``{"name": …, "weight": 1.0, **parameters}``. A function
+            is called with prompt, answer and reference, and with ``ended`` and ``length`` where it has such keywords.
+
+    Attributes:
+        problems: scores that could not be had so far: an exception, None, or a number that is not finite.
+        first_problem: what was wrong with the first, or None.
+
+    Raises:
+        UsageError: a name or a parameter is not known.
+    """
+
+    def __init__(self, parts: Spec | Sequence[Spec] = "final_number") -> None:
+        listed = [parts] if isinstance(parts, str) or not isinstance(parts, Sequence) else list(parts)
+        if not listed:
+            raise UsageError("`reward` names none; expected one or several, such as final_number.")
+        self._parts: dict[str, tuple[float, Callable[..., Any], tuple[str, ...]]] = {}
+        for spec in listed:
+            given = {"name": spec} if isinstance(spec, str) else dict(spec)
+            weight = given.pop("weight", 1.0)
+            check_range("weight", weight)
+            function = make("reward", given, REWARDS, at_call=AT_CALL)
+            name = str(given["name"]).replace(":", ".").rpartition(".")[2]
+            if name in self._parts:
+                raise UsageError(f"`reward` has '{name}' twice; expected different rewards. Add up their weights.")
+            wanted = signature(function).parameters
+            self._parts[name] = float(weight), function, tuple(k for k in AT_CALL if k in wanted)
+        self.problems = 0
+        self.first_problem: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parts."""
+        return tuple(self._parts)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        references: Sequence[str | None],
+        *,
+        ended: Sequence[bool] | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Scored:
+        """Score n answers.
+
+        Args:
+            prompts: n texts.
+            answers: n texts, without special tokens.
+            references: n right answers, None where there is none.
+            ended: whether each answer stopped by itself; None for all.
+            lengths: tokens of each answer; needed by the reward ``length``.
+        """
+        n, before = len(answers), self.problems
+        if lengths is None and any("length" in wanted for _, _, wanted in self._parts.values()):
+            raise UsageError("a reward looks at `length`, and no `lengths` were given; expected tokens per answer.")
+        facts = {"ended": [True] * n if ended is None else ended, "length": lengths}
+        found = {name: np.zeros(n) for name in self._parts}
+        for name, (_, function, wanted) in self._parts.items():
+            for i, row in enumerate(zip(prompts, answers, references, strict=True)):
+                found[name][i] = self._score(name, function, row, {k: facts[k][i] for k in wanted})  # type: ignore[index]
+        total = np.zeros(n)
+        for name, (weight, _, _) in self._parts.items():
+            total += weight * found[name]
+        return Scored(total, found, self.problems - before)
+
+    def _score(self, name: str, function: Callable[..., Any], row: tuple[str, str, str | None], facts: Any) -> float:
+        try:
+            value = function(*row, **facts)
+            if value is None:
+                problem = f"it could not judge (the reference is {row[2]!r})"
+            elif maths.isfinite(score := float(value)):
+                return score
+            else:
+                problem = f"it returned {score}"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        self.problems += 1
+        if self.first_problem is None:
+            self.first_problem = f"reward '{name}': {problem}; answer {row[1][:80]!r}"
+            warnings.warn(f"{self.first_problem}. It scores 0; further failures are only counted.", stacklevel=2)
+        return 0.0
 
 
 def resolve_verifier(name: str) -> Verifier:
@@ -48,26 +329,12 @@ def resolve_verifier(name: str) -> Verifier:
     """
     if name in VERIFIERS:
         return VERIFIERS[name]
-    module, _, attribute = name.replace(":", ".").rpartition(".")
-    if not module:
+    if "." not in name and ":" not in name:
         raise UsageError(
             f"no verifier is called '{name}'; expected one of {', '.join(VERIFIERS)}, or an import path "
             f"package.module.function.{nearest(name, VERIFIERS)}"
         )
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
-            raise
-        raise UsageError(
-            f"`verifier` is '{name}', but there is no module '{error.name}' in this folder or on the Python path; "
-            "expected package.module.function. Run from the folder that holds it, or install it."
-        ) from None
-    except AttributeError:
-        raise UsageError(f"`verifier` is '{name}', but {module} has no '{attribute}'; expected a function.") from None
-    if not callable(found):
-        raise UsageError(f"`verifier` is '{name}', a {type(found).__name__}; expected a function.")
-    return found
+    return import_callable(name, "verifier")
 
 
 def choose_verifier(references: list[str | None]) -> Verifier | None:

@@ -1,11 +1,29 @@
-"""Verifiers: numbers as they are written in solutions, and functions of the user."""
+"""Verifiers and rewards: numbers as they are written in solutions, functions of the user, and what fails."""
 
 from __future__ import annotations
+
+import importlib.util
+import threading
+import warnings
+from typing import Any
 
 import pytest
 
 from offpolicy.errors import UsageError
-from offpolicy.language.rewards import choose_verifier, final_number, read_final_number, resolve_verifier
+from offpolicy.language import rewards
+from offpolicy.language.rewards import (
+    Format,
+    Length,
+    Rewards,
+    choose_verifier,
+    exact,
+    final_number,
+    final_part,
+    last_number,
+    math,
+    read_final_number,
+    resolve_verifier,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +77,158 @@ def test_the_verifier_that_fits() -> None:
     assert choose_verifier(["#### 1", "x #### 2"]) is final_number
     assert choose_verifier(["#### 1", None]) is None
     assert choose_verifier([]) is None
+
+
+@pytest.mark.parametrize(
+    ("verifier", "answer", "reference", "score"),
+    [
+        (exact, " 079 ", "79", 1.0),
+        (exact, "079", "80", 0.0),
+        (exact, "79 apples", "79", 0.0),
+        (exact, "Paris", "Paris", 1.0),
+        (exact, "paris", "Paris", 0.0),
+        (exact, "nan", "nan", 1.0),  # a text like any other
+        (exact, "79", None, None),
+        (last_number, "7 and 9 make 16.", "16", 1.0),
+        (last_number, "16 is what 7 and 9 make", "16", 0.0),
+        (last_number, "it costs $1,250.00", "1250", 1.0),
+        (last_number, "from 3-5", "-5", 1.0),
+        (last_number, "no idea", "16", 0.0),
+        (last_number, "16", "sixteen", None),
+        (final_number, "#### 1,000", "1000", 1.0),
+        (final_number, "#### 5.", "5", 1.0),
+        (final_number, "#### 50%", "50", 1.0),
+        (final_number, "so \\boxed{42}", "42", 1.0),
+        (final_number, "\\boxed{41} #### 42", "42", 1.0),
+        (final_number, "#### 42 \\boxed{41}", "42", 0.0),
+        (final_number, "42", "42", 0.0),
+        (final_number, "<think>#### 1</think>#### 2", "2", 1.0),
+        (final_number, "<think>#### 2", "2", 0.0),
+        (final_number, "#### 2 as thought</think> but", "2", 0.0),
+    ],
+)
+def test_verifiers(verifier: Any, answer: str, reference: str | None, score: float | None) -> None:
+    assert verifier("q", answer, reference) == score
+
+
+def test_answers_that_were_cut_off() -> None:
+    """A number at the very end may lack its last digits; one that is followed by something does not."""
+    assert final_part("#### 12", ended=False) == "#### " and final_part("#### 12\nand", ended=False) == "#### 12\n"
+    for verifier in (final_number, last_number, math):
+        assert verifier("q", "#### 12", "12", ended=True) == 1.0
+        assert verifier("q", "#### 12", "12", ended=False) == 0.0
+        assert verifier("q", "#### 12 is", "12", ended=False) == 1.0
+    assert exact("q", "12", "12", ended=False) == 0.0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs the extra `verify`")
+def test_mathematics() -> None:
+    for answer, reference, score in (
+        ("thus $\\frac{2}{4}$", "\\frac{1}{2}", 1.0),
+        ("thus \\boxed{0.5}", "\\frac{1}{2}", 1.0),
+        ("thus \\boxed{0.6}", "\\frac{1}{2}", 0.0),
+        ("#### 1,234", "#### 1234", 1.0),
+        ("no idea", "3", 0.0),
+    ):
+        assert math("q", answer, reference) == score
+    assert math("q", "3", None) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs the extra `verify`")
+def test_mathematics_in_a_thread(monkeypatch) -> None:
+    """Outside of the main thread the work goes to a process of its own, whose main thread can be timed."""
+    sent: list[tuple[Any, ...]] = []
+
+    class Worker:
+        def submit(self, function: Any, *arguments: Any) -> Any:
+            sent.append(arguments)
+            return type("Future", (), {"result": staticmethod(lambda: 1.0)})
+
+    monkeypatch.setattr(rewards, "_worker", Worker)
+    found: list[float | None] = []
+    thread = threading.Thread(target=lambda: found.append(math("q", "\\boxed{3}", "3")))
+    thread.start()
+    thread.join()
+    assert found == [1.0] and sent == [("\\boxed{3}", "3", 5.0)]
+
+
+def test_mathematics_without_the_extra(monkeypatch) -> None:
+    """Numbers as Decimals: marked, else the last."""
+    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    assert math("q", "#### 1,234.50 or so 7", "1234.5") == 1.0
+    assert math("q", "7 + 8 = 15", "15") == 1.0
+    assert math("q", "7 + 8 = 16", "15") == 0.0
+    assert math("q", "x", "x^2") is None
+
+
+def test_format_and_length() -> None:
+    assert [Format()("q", a, None) for a in ("#### 1", "\\boxed{1}", "1", "#### 1 #### 2")] == [1.0, 1.0, 0.0, 0.0]
+    assert Format(r"<a>.*</a>")("q", "<a>x\ny</a>", None) == 1.0
+    assert Format(r"<a>.*</a>")("q", "<a>x</a>.", None) == 0.0
+    penalty = Length(limit=10, room=4)
+    assert [penalty("q", "a", None, length=n) for n in (1, 6, 7, 10, 99)] == [0.0, 0.0, -0.25, -1.0, -1.0]
+    with pytest.raises(UsageError, match="regular expression"):
+        Format("(")
+    with pytest.raises(UsageError, match="`room`"):
+        Length(limit=3, room=4)
+
+
+def test_a_weighted_sum() -> None:
+    """1·correct + 0.1·format + 0.5·length: (1 + 0.1 + 0, 0.1 − 0.5, 0)."""
+    reward = Rewards(["final_number", {"name": "format", "weight": 0.1}, {"name": "length", "weight": 0.5, "limit": 9}])
+    assert reward.names == ("final_number", "format", "length")
+    found = reward(["q"] * 3, ["#### 7", "#### 8", "7"], ["7"] * 3, lengths=[3, 9, 3])
+    assert found.scores.tolist() == pytest.approx([1.1, -0.4, 0.0]) and found.problems == 0
+    assert found.parts["final_number"].tolist() == [1.0, 0.0, 0.0]
+    assert found.parts["length"].tolist() == [0.0, -1.0, 0.0]  # without their weights
+    assert Rewards("exact")(["q"], ["1"], ["1"], ended=[False]).scores.tolist() == [0.0]
+
+
+OWN_REWARDS = """
+def brittle(prompt, answer, reference, *, bonus=0.0):
+    return {"half": 0.5, "nan": float("nan"), "inf": float("inf"), "none": None, "text": "good"}[answer] + bonus
+
+def short(prompt, answer, reference, *, length, ended):
+    return 1.0 / length if ended else -1.0
+"""
+
+
+def test_functions_of_the_user_cannot_stop_a_run(tmp_path, monkeypatch) -> None:
+    """Exceptions, NaN, infinity, None and texts score 0 and are counted; the first is shown, once."""
+    (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = Rewards({"name": "own_rewards.brittle", "weight": 2.0})
+    answers = ["half", "boom", "nan", "inf", "none", "text", "half"]
+    with pytest.warns(UserWarning, match=r"reward 'brittle': KeyError: 'boom'; answer 'boom'. It scores 0"):
+        found = reward(["q"] * 7, answers, [None] * 7)
+    assert found.scores.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0] and found.problems == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reward(["q"], ["nan"], [None]).problems == 1
+    assert reward.problems == 6 and reward.first_problem is not None and "boom" in reward.first_problem
+    assert Rewards({"name": "own_rewards:brittle", "bonus": 1.0})(["q"], ["half"], [None]).scores.tolist() == [1.5]
+    own = Rewards("own_rewards.short")
+    assert own(["q"] * 2, ["a", "b"], [None] * 2, ended=[True, False], lengths=[4, 4]).scores.tolist() == [0.25, -1.0]
+    with pytest.raises(UsageError, match="no `lengths` were given"):
+        own(["q"], ["a"], [None])
+
+
+def test_answers_without_a_reference_are_counted() -> None:
+    with pytest.warns(UserWarning, match="could not judge"):
+        found = Rewards()(["q", "q"], ["#### 1", "#### 1"], [None, "1"])
+    assert found.scores.tolist() == [0.0, 1.0] and found.problems == 1
+
+
+def test_bad_rewards() -> None:
+    for given, message in (
+        ("final-number", "Did you mean 'final_number'"),
+        ([], "names none"),
+        (["exact", "exact"], "'exact' twice"),
+        ({"name": "length"}, "without `limit`"),
+        ({"name": "format", "patern": "a"}, "Did you mean 'pattern'"),
+        ({"name": "exact", "ended": False}, "takes no `ended`"),
+        ("no_such_module.f", "`reward` is 'no_such_module.f', but there is no module"),
+        ({"name": "exact", "weight": "big"}, "`weight`"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Rewards(given)  # type: ignore[arg-type]
