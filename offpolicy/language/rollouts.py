@@ -284,12 +284,6 @@ class RolloutModule(LanguageModule):
     def _make_plan(self) -> None:
         h = self.hparams
         self.engine = make_engine(h.engine, batch_size=h.generation_batch, records=h.records)
-        groups = self.rows_per_iteration // h.group_size
-        if len(self._problems.tables["problems"]) < groups:
-            raise DataError(
-                f"an iteration answers up to {groups} problems, and there are "
-                f"{len(self._problems.tables['problems'])}; expected as many. Pass a smaller --model.batch_size."
-            )
 
     def _check_texts(self, replay: Any) -> None:
         largest = int(np.asarray(replay.steps["token"]).max())

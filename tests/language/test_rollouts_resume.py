@@ -1,0 +1,129 @@
+"""Runs that learn from their own answers and are interrupted, or killed while they answer, end where others do."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_rl import fit, make_policy, method, toy_problems
+from toy import differences, run_files
+
+from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
+from offpolicy.data.replay import Replay
+from offpolicy.errors import DataError
+from offpolicy.files import Table
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "GRPO": ("GRPO", {"beta": 0.01, "micro_batch_size": 3}),
+    "ReMix": ("ReMix", {"reincarnation": 3, "kl_start": 1, "kl_every": 1}),
+    "ReMix-PPO": ("ReMix", {"base": "ppo", "group_size": 1, "reincarnation": 3, "critic": "head", "critic_lr": 1e-2}),
+    "RLPlus": ("RLPlus", {"temperature": 0.7}),
+}
+LAST = 15
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_policy(tmp_path_factory.mktemp("resume") / "policy")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_crash_and_resume_equals_an_uninterrupted_run(name: str, policy: Path, tmp_path: Path) -> None:
+    """From checkpoints at the start, in the middle and at the end of an iteration, before and after reincarnation."""
+    kind, options = CASES[name]
+    whole = tmp_path / "whole"
+    fit(method(kind, policy, **options), LAST, whole)
+    expected = run_files(whole, LAST)
+    for first in (3, 9, 12) if kind == "ReMix" else (3,):
+        cut = tmp_path / str(first)
+        fit(method(kind, policy, **options), first, cut)
+        resumed = method(kind, policy, **options)
+        torch.manual_seed(99)
+        resumed.seed = None
+        fit(resumed, LAST, cut, ckpt_path=newest_checkpoint(cut))
+        found = run_files(cut, LAST)
+        # at its end the short run wrote a row and an evaluation of its own
+        steps = [{row["step"] for row in files["metrics"]} for files in (found, expected)]
+        rows = [[r for r in f["metrics"] if r["step"] in steps[1] and r["step"] > first + 2] for f in (found, expected)]
+        assert not differences(*rows)
+        for part in ("state_dict", "optimizer_states", "offpolicy", "global_step", "hyper_parameters"):
+            assert not differences(found[part], expected[part], part)
+
+
+class Kill(Exception):
+    pass
+
+
+def test_weights_are_on_disk_while_answers_are_drawn(policy: Path, tmp_path: Path) -> None:
+    """Killed in the third rollout, the run goes on from the weights of the end of the second iteration."""
+    options = {"save_seconds": 0.0}
+    fit(method("GRPO", policy, **options), 6, tmp_path / "whole")
+    killed = method("GRPO", policy, **options)
+    draw = killed._fresh
+
+    def dying(k: int, groups: int) -> Any:
+        if k == 3:
+            raise Kill
+        return draw(k, groups)
+
+    killed._fresh = dying
+    with pytest.raises(Kill):
+        fit(killed, 6, tmp_path / "killed")
+    path = newest_checkpoint(tmp_path / "killed")
+    assert path is not None and path.name == "step=00000004.ckpt"
+    fit(method("GRPO", policy, **options), 6, tmp_path / "killed", ckpt_path=path)
+    assert not differences(run_files(tmp_path / "whole", 6), run_files(tmp_path / "killed", 6))
+
+
+def test_ctrl_c_while_answers_are_drawn(policy: Path, tmp_path: Path) -> None:
+    """The answers are thrown away, the weights kept, and the run goes on as if nothing had been."""
+    fit(method("GRPO", policy), 6, tmp_path / "whole")
+    stopped = method("GRPO", policy)
+    draw = stopped._fresh
+
+    def fresh(k: int, groups: int) -> Any:
+        if k == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(k, groups)
+
+    stopped._fresh = fresh
+    fit(stopped, 6, tmp_path / "stopped")
+    assert stopped.interrupted_by == signal.SIGINT and stopped.trainer.global_step == 2
+    path = newest_checkpoint(tmp_path / "stopped")
+    assert path is not None and path.name == "step=00000002.ckpt"
+    fit(method("GRPO", policy), 6, tmp_path / "stopped", ckpt_path=path)
+    assert not differences(run_files(tmp_path / "whole", 6), run_files(tmp_path / "stopped", 6))
+
+
+def test_answers_lie_beside_the_checkpoints_that_need_them(policy: Path, tmp_path: Path) -> None:
+    module = fit(method("ReMix", policy), 12, tmp_path)
+    kept = sorted((tmp_path / "replay").iterdir())
+    marks = {mark.stem for folder in kept for mark in folder.glob("step=*")}
+    assert {path.stem for path in (tmp_path / "checkpoints").glob("*.ckpt")} <= marks
+    assert len(kept) <= 4
+    state = read_checkpoint(tmp_path / "checkpoints" / "step=00000012.ckpt")["offpolicy"]
+    store = Replay.load(kept[-1])
+    assert state["iteration"] == module.iteration == int(store.episodes["policy_version"].max())
+    for folder in kept:
+        for file in folder.rglob("*.npy"):
+            file.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        fit(method("ReMix", policy), 14, ckpt_path=tmp_path / "checkpoints" / "step=00000012.ckpt",
+            default_root_dir=str(tmp_path))  # fmt: skip
+
+
+def test_other_problems_are_refused(policy: Path, tmp_path: Path) -> None:
+    fit(method("GRPO", policy), 2, tmp_path)
+    with pytest.raises(DataError, match="trained on other data"):
+        fit(method("GRPO", policy), 4, ckpt_path=newest_checkpoint(tmp_path), problems=toy_problems(seed=9))
+
+
+def test_rows_are_written_once_per_interval(policy: Path, tmp_path: Path) -> None:
+    fit(method("GRPO", policy), 6, tmp_path)
+    rows = Table(tmp_path / "metrics.csv").rows()
+    assert [row["step"] for row in rows] == [2, 4, 6] and [row["train/iteration"] for row in rows] == [1, 2, 3]
+    assert [row["train/answers"] for row in rows] == [16, 32, 48]

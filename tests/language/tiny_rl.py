@@ -1,0 +1,86 @@
+"""Tiny problems and methods that learn from their own answers, for tests and for the scripts they start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback
+from tiny import make_policy
+from toy import UndrawnFolder, quiet
+
+from offpolicy.data.problems import ProblemData
+from offpolicy.data.replay import Replay
+from offpolicy.language.rollouts import RolloutModule
+from offpolicy.registry import find_method
+
+SMALL: dict[str, Any] = {
+    "lr": 1e-2,
+    "batch_size": 8,
+    "group_size": 4,
+    "minibatches": 2,
+    "max_new_tokens": 5,
+    "eval_samples": 2,
+    "rewards": ["tiny_rl.early_letters"],
+}
+
+
+def early_letters(prompt: str, answer: str, reference: str | None) -> float:
+    """A reward that random answers get some of: the share of letters before "n"."""
+    letters = [c for c in answer if c.isalpha()]
+    return round(sum(c < "n" for c in letters) / (len(answer.split()) + 1), 3)
+
+
+def toy_problems(count: int = 12, seed: int = 0, demonstrations: bool = True) -> Replay:
+    """Random prompts of different lengths, each with a demonstration that ends, for any model of 64 tokens."""
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(4, 30, rng.integers(2, 7)) for _ in range(count)]
+    texts += [np.append(rng.integers(4, 30, rng.integers(1, 5)), 2) for _ in range(count)]
+    length = np.array([len(text) for text in texts])
+    second = count + np.arange(count) if demonstrations else np.full(count, -1)
+    tables = {
+        "problems": np.stack([np.arange(count), second], 1),
+        "problems/answer": np.array([str(i) for i in range(count)]),
+        "problems/odd": np.arange(count) % 2 == 1,
+    }
+    steps = {"token": np.concatenate(texts).astype(np.uint8)}
+    meta = {"name": "toy-problems", "source": "problems"}
+    return Replay(steps, start=np.cumsum(length) - length, length=length, tables=tables, meta=meta)
+
+
+def method(name: str, policy: Path, **options: Any) -> Any:
+    """A small method, with seed 0, rows every 2 steps and an evaluation every 3."""
+    module = find_method(name)(**{"policy": str(policy), **SMALL, **options})
+    module.seed, module.run.threads, module.run.matmul = 0, None, "mkl"
+    module.run.log_every, module.run.eval_every = 2, 3
+    return module
+
+
+def fit(
+    module: RolloutModule,
+    max_steps: int = 6,
+    folder: Path | None = None,
+    ckpt_path: Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    problems: Replay | None = None,
+    held_out: bool = True,
+    **options: Any,
+) -> Any:
+    """Train to ``max_steps``, in a run folder when one is given."""
+    data = ProblemData.of(problems or toy_problems(), toy_problems(5, seed=1) if held_out else None)
+    if folder:
+        options |= {"default_root_dir": str(folder), "enable_checkpointing": True}
+        callbacks = [*callbacks, UndrawnFolder(folder)]
+    quiet(max_steps, callbacks, **options).fit(module, data, ckpt_path=ckpt_path)
+    return module
+
+
+def write_problems(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+__all__ = ["fit", "make_policy", "method", "toy_problems", "write_problems"]
