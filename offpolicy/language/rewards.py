@@ -122,7 +122,10 @@ def math(prompt: str, answer: str, reference: str | None, *, ended: bool = True,
     """
     if reference is None:
         return None
-    text = final_part(answer, ended=ended)
+    text, expected = final_part(answer, ended=ended), _expected(reference)
+    marked = read_answer_number(text)
+    if expected is not None and marked == expected:  # saves milliseconds
+        return 1.0
     if importlib.util.find_spec("math_verify") is not None:
         if threading.current_thread() is threading.main_thread():
             found = _math_verify(text, reference, timeout)
@@ -130,10 +133,8 @@ def math(prompt: str, answer: str, reference: str | None, *, ended: bool = True,
             found = _worker().submit(_math_verify, text, reference, timeout).result()
         if found is not None:
             return found
-    expected = _expected(reference)
     if expected is None:
         return None
-    marked = read_answer_number(text)
     return float((read_last_number(text) if marked is None else marked) == expected)
 
 
@@ -255,7 +256,7 @@ class Rewards:
             raise UsageError("`reward` names none; expected one or several, such as final_number.")
         self._parts: dict[str, tuple[float, Callable[..., Any], tuple[str, ...]]] = {}
         for spec in listed:
-            given = {"name": spec} if isinstance(spec, str) else dict(spec)
+            given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
             weight = given.pop("weight", 1.0)
             check_range("weight", weight)
             function = make("reward", given, REWARDS, at_call=AT_CALL)
