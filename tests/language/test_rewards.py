@@ -146,10 +146,10 @@ def test_mathematics_in_a_thread(monkeypatch) -> None:
 
     monkeypatch.setattr(rewards, "_worker", Worker)
     found: list[float | None] = []
-    thread = threading.Thread(target=lambda: found.append(math("q", "\\boxed{3}", "3")))
+    thread = threading.Thread(target=lambda: found.append(math("q", "\\boxed{3}", "x")))
     thread.start()
     thread.join()
-    assert found == [1.0] and sent == [("\\boxed{3}", "3", 5.0)]
+    assert found == [1.0] and sent == [("\\boxed{3}", "x", 5.0)]
 
 
 def test_mathematics_without_the_extra(monkeypatch) -> None:
