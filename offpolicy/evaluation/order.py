@@ -32,14 +32,15 @@ def order_consistency(values: np.ndarray, distance: int, window: int = WINDOW) -
     """
     if distance < 1 or window < 1:
         raise UsageError(f"`distance` is {distance} and `window` {window}; expected at least 1 step each.")
+    smooth = trailing_mean(values, window)
+    return float((smooth[distance:] > smooth[:-distance]).mean()) if len(smooth) > distance else float("nan")
+
+
+def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of each value and the ``window`` - 1 before it, of fewer at the start: (T,) → (T,) float64."""
     v = np.asarray(values, np.float64)
-    if len(v) <= distance:
-        return float("nan")
-    sums = np.concatenate([[0.0], np.cumsum(v)])
-    stop = np.arange(1, len(v) + 1)
-    start = np.maximum(stop - window, 0)
-    smooth = (sums[stop] - sums[start]) / (stop - start)
-    return float((smooth[distance:] > smooth[:-distance]).mean())
+    # not by differences of running sums: their rounding would put ties into an order
+    return np.array([v[max(0, t + 1 - window) : t + 1].mean() for t in range(len(v))])
 
 
 class OrderConsistency:
@@ -67,7 +68,8 @@ class OrderConsistency:
         found = {}
         for name, values in value_of(self.obs, self.goals).items():
             parts = np.split(np.asarray(values), np.cumsum(self.lengths)[:-1])
-            table = np.array([[order_consistency(part, k, self.window) for part in parts] for k in distances])
+            smooth = [trailing_mean(part, self.window) for part in parts]
+            table = np.array([[order_consistency(part, k, 1) for part in smooth] for k in distances])
             known = ~np.isnan(table)
             total = np.where(known, table, 0.0).sum(1)
             found[name] = np.divide(total, known.sum(1), out=np.full(len(table), np.nan), where=known.any(1))

@@ -15,14 +15,13 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from functools import cache, partial
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,8 @@ def make(recipe: Mapping[str, Any], path: Path, *, jobs: int = 1) -> None:
     for file, part in ((held_out, slice(train * rows, None)), (path, slice(train * rows))):
         with atomic_file(file) as stream:
             text = np.array(json.dumps({**recipe, "part": "validation" if file == held_out else "training"}))
-            np.savez_compressed(stream, **{k: v[part] for k, v in arrays.items()}, recipe=text)
+            columns: dict[str, Any] = {name: column[part] for name, column in arrays.items()}
+            np.savez_compressed(stream, **columns, recipe=text)
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
