@@ -268,6 +268,9 @@ class Rewards:
         self.problems = 0
         self.first_problem: str | None = None
 
+    def __str__(self) -> str:
+        return " + ".join(n if weight == 1.0 else f"{weight:g}·{n}" for n, (weight, _, _) in self._parts.items())
+
     @property
     def names(self) -> tuple[str, ...]:
         """Of the parts."""

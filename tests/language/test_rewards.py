@@ -177,6 +177,7 @@ def test_a_weighted_sum() -> None:
     """1·correct + 0.1·format + 0.5·length: (1 + 0.1 + 0, 0.1 − 0.5, 0)."""
     reward = Rewards(["final_number", {"name": "format", "weight": 0.1}, {"name": "length", "weight": 0.5, "limit": 9}])
     assert reward.names == ("final_number", "format", "length")
+    assert str(reward) == "final_number + 0.1·format + 0.5·length"
     found = reward(["q"] * 3, ["#### 7", "#### 8", "7"], ["7"] * 3, lengths=[3, 9, 3])
     assert found.scores.tolist() == pytest.approx([1.1, -0.4, 0.0]) and found.problems == 0
     assert found.parts["final_number"].tolist() == [1.0, 0.0, 0.0]
