@@ -173,9 +173,7 @@ def test_mazes_leave_nothing_in_the_temporary_folder(tmp_path: Path, monkeypatch
 
 
 @ogbench
-def test_a_run_from_the_command_to_its_evaluation(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_and_its_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Made data, a few updates of OTA, rows with success and order of both values, `evaluate` with a temperature."""
     from offpolicy.data.sources.ogbench_make import make, recipe_of
 
@@ -184,7 +182,7 @@ def test_a_run_from_the_command_to_its_evaluation(
     make(recipe, tmp_path / f"{name}.npz")
     data = offpolicy.load_data(tmp_path / f"{name}.npz")
     data.load().meta["max_episode_steps"] = 20  # so that episodes are short
-    method = offpolicy.OTA(hidden_dims=(8, 8), batch_size=8)
+    method = offpolicy.OTA(hidden_dims=(8, 8), batch_size=8, subgoal_steps=5)
     run = offpolicy.fit(method, data, max_steps=3, folder=tmp_path / "run", eval_every=0, eval_episodes=1)
     out = capsys.readouterr().out
     assert "1 episodes of pointmaze-medium-v0 for each of 5 goals" in out and "success: last" in out
@@ -203,5 +201,5 @@ def test_a_run_from_the_command_to_its_evaluation(
 
 
 def test_a_temperature_needs_a_goal_conditioned_method() -> None:
-    with pytest.raises(offpolicy.errors.UsageError, match="`temperature` is 0.3, but BC acts by one action"):
+    with pytest.raises(offpolicy.errors.UsageError, match=r"`temperature` is 0\.3, but BC acts by one action"):
         offpolicy.evaluate(offpolicy.BC(), temperature=0.3)
