@@ -33,4 +33,7 @@ METHODS = {
     "CPO": "cpo",
     "ORPO": "orpo",
     "KTO": "kto",
+    "GRPO": "grpo",
+    "ReMix": "remix",
+    "RLPlus": "rl_plus",
 }

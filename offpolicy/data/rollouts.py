@@ -39,6 +39,8 @@ class Rollouts(NamedTuple):
         steps: float columns of the tokens by name, (Σ length,) each.
         facts: columns of the answers by name, (B,) each.
         row: number in the store, (B,).
+        lane: answers with equal numbers may stand behind one prompt, (B,) from 0.
+        turn: place of an answer in its lane, (B,), ascending.
     """
 
     prompt: Ragged
@@ -46,6 +48,8 @@ class Rollouts(NamedTuple):
     steps: dict[str, Tensor]
     facts: dict[str, Tensor]
     row: Tensor
+    lane: Tensor
+    turn: Tensor
 
 
 class BoundRollouts:
@@ -60,8 +64,16 @@ class BoundRollouts:
         self.prompts = problems.tables["problems"][store.episodes["prompt"], 0]
         self.lengths = np.stack([problems.length[self.prompts], store.length], axis=1)
 
-    def gather(self, rows: np.ndarray) -> Rollouts:
-        """The batch of these rows (B,), on the CPU."""
+    def gather(self, rows: np.ndarray, longest: int = 0) -> Rollouts:
+        """The batch of these rows (B,), on the CPU, in an order that its ``row`` tells.
+
+        Args:
+            rows: numbers in the store.
+            longest: answers of a group share a lane as long as it has no more tokens than this, its prompt included.
+        """
+        lane, turn = self._lanes(rows, longest)
+        order = np.lexsort((lane, turn))
+        rows, lane, turn = rows[order], lane[order], turn[order]
         index = spans(self.store, rows)
         answer = Ragged(_tokens(self.store, index), torch.from_numpy(self.store.length[rows]))
         prompts = self.prompts[rows]
@@ -70,7 +82,22 @@ class BoundRollouts:
         )
         steps = {k: torch.from_numpy(_numpy(v)[index]) for k, v in self.store.steps.items() if k != "token"}
         facts = {k: torch.from_numpy(v[rows]) for k, v in self.store.episodes.items()}
-        return Rollouts(prompt, answer, steps, facts, torch.from_numpy(rows))
+        return Rollouts(prompt, answer, steps, facts, *map(torch.from_numpy, (rows, lane, turn)))
+
+    def _lanes(self, rows: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+        lane, turn = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+        lengths, last = self.lengths[rows], -1
+        filled: dict[int, tuple[int, int, int]] = {}  # group → its newest lane, answers and tokens in it
+        for i, (group, (prompt, answer)) in enumerate(
+            zip(self.store.episodes["group"][rows].tolist(), lengths.tolist())
+        ):
+            mine, count, tokens = filled.get(group, (-1, 0, 0))
+            if mine < 0 or tokens + answer > longest:
+                last += 1
+                mine, count, tokens = last, 0, prompt
+            lane[i], turn[i] = mine, count
+            filled[group] = mine, count + 1, tokens + answer
+        return lane, turn
 
 
 def spans(replay: Replay, episodes: np.ndarray) -> np.ndarray:
@@ -194,7 +221,7 @@ def steps_of(
     iteration: int,
     drop_duplicates: bool = False,
 ) -> list[np.ndarray]:
-    """The rows of every optimiser step of an iteration, longest first.
+    """The rows of every optimiser step of an iteration, group by group, the longest group first.
 
     Args:
         store: with the fresh groups of this iteration.
@@ -212,8 +239,8 @@ def steps_of(
             rows = [by_group[name] for name in part.tolist()]
             if drop_duplicates:
                 rows = [first_of_equal(store, r) if version[r[0]] < iteration else r for r in rows]
-            merged = np.concatenate(rows)
-            steps.append(merged[np.argsort(-store.length[merged], kind="stable")])
+            rows.sort(key=lambda r: -int(store.length[r].sum()))
+            steps.append(np.concatenate(rows))
     return steps
 
 

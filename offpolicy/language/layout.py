@@ -13,6 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from offpolicy.data.rollouts import Rollouts
 from offpolicy.data.sequences import Pairs, Ragged, Singles
 from offpolicy.errors import UsageError
 from offpolicy.language.logprobs import token_logps
@@ -122,6 +123,28 @@ def single_layout(singles: Singles, pad_id: int, *, prompt_too: bool = False, pa
     return builder.layout(shared=False)
 
 
+def group_layout(rollouts: Rollouts, pad_id: int) -> Layout:
+    """Rows for answers of which those of a lane stand behind one prompt; B answers are 0…B−1, in their order.
+
+    Args:
+        rollouts: the batch; lanes with more than one answer are for models where `shares_prompt` holds.
+        pad_id: as in `pair_layout`.
+    """
+    lanes, turns = int(rollouts.lane.max()) + 1, torch.bincount(rollouts.turn).tolist()
+    length, tokens = rollouts.prompt.length[:lanes], int(rollouts.prompt.length[:lanes].sum())
+    first = torch.arange(lanes)
+    builder = _Rows(lanes, pad_id, 1)
+    builder.put(Ragged(rollouts.prompt.token[:tokens], length), first, 0 * first, 0 * first, segment=0)
+    column, done, used = length.clone(), 0, 0
+    for turn, count in enumerate(turns):
+        lane, part = rollouts.lane[done : done + count], rollouts.answer.length[done : done + count]
+        text = Ragged(rollouts.answer.token[used : used + int(part.sum())], part)
+        builder.answer(text, lane, column[lane], length[lane], segment=turn + 1)
+        column[lane] += part
+        done, used = done + count, used + int(part.sum())
+    return builder.layout(shared=len(turns) > 1)
+
+
 def shares_prompt(config: Any) -> bool:
     """Whether a model of this `transformers` configuration gives the same numbers with a shared prompt.
 
@@ -226,6 +249,8 @@ def score_tokens(
         entropy_gradient: with gradient.
     """
     check_head(model)
+    if layout.shared:
+        check_shared(model)
     head = Head(model)
     hidden = _hidden(head, layout)
     found = head.logps(

@@ -31,20 +31,20 @@ from offpolicy.data.problems import ProblemData, token_ids
 from offpolicy.data.replay import Replay
 from offpolicy.data.rollouts import DEMONSTRATION, OWN, BoundRollouts, Rollouts
 from offpolicy.data.sampling import permutation
-from offpolicy.data.sequences import Singles
 from offpolicy.errors import DataError, UsageError, check_range, nearest
 from offpolicy.language import policy as policies
 from offpolicy.language.critic import CRITICS, Critic
 from offpolicy.language.engines import Completion, Request, Sampling, make_engine, room
 from offpolicy.language.generation import prompt_text, stop_ids
-from offpolicy.language.layout import Layout, TokenScores, score_tokens, single_layout
+from offpolicy.language.layout import Layout, TokenScores, group_layout, score_tokens
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import evaluating
-from offpolicy.language.rewards import Rewards
+from offpolicy.language.rewards import Rewards, Scored
 from offpolicy.language.solving import Solving
 from offpolicy.losses.health import effective_sample_size, group_metrics, summarise
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Tokens, Totals
 
+LANE = 1024  # tokens of a prompt with several answers behind it: attention to more costs what the prompt saves
 REWARDS = {"gsm8k": ["math"]}  # set → what its answers are judged by, where that is not "exact"
 
 
@@ -355,7 +355,7 @@ class RolloutModule(LanguageModule):
         return [
             ("problems", f"{meta.get('problems', 0):,}, {meta.get('demonstrations', 0):,} with a demonstration"),
             ("tokens", f"{lengths} (median/95 %/largest), answers up to {self._length}"),
-            ("reward", str(self.rewards)),
+            ("reward", ", ".join(self.rewards.names)),
             ("policy", f"{h.policy} ({kind}), {numbers:,} parameters, {trained:,} trained"),
         ]
 
@@ -389,7 +389,7 @@ class RolloutModule(LanguageModule):
         store = self.trainer.datamodule.rollouts  # type: ignore[attr-defined]
         self._steps, self._rollouts = [], None
         if store is not None and self.iteration:
-            self._begin(store)
+            self._go_on(store)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         super().on_train_batch_start(batch, batch_idx)
@@ -418,41 +418,39 @@ class RolloutModule(LanguageModule):
             old = old if mixed or not fraction else old[:1]
             groups = self.rows_per_iteration // h.group_size - len(old[0])
             fresh, facts = self._fresh(k, groups)
-            store = store_of.joined(store, fresh)
-            rows = np.flatnonzero(
-                (store.episodes["policy_version"] == k) | np.isin(store.episodes["group"], np.concatenate(old))
-            )
-            store = self._score(store, rows, k, old)
+            store = self._score(store_of.joined(store, fresh), k, old)
         store.version = k
         self._problems_seen += groups
         written = int((fresh.episodes["source"] == OWN).sum())
         self.generated += written
         self.iteration, self._first_step = k, self.global_step
-        self._begin(store, old)
+        self._steps, self._rollouts = self._plan_steps(store, k, old), BoundRollouts(self._problems, store)
         facts |= {"answers/fresh": float(written), "perf/rollout_seconds": time.perf_counter() - began}
         for name, value in facts.items():
             pair = self._facts.setdefault(name, [0.0, 0.0])
             pair[0], pair[1] = pair[0] + value, pair[1] + 1.0
         return store
 
-    def _begin(self, store: Replay, old: Sequence[np.ndarray] | None = None) -> None:
-        """Lay out the steps of the iteration, also of one that a checkpoint stopped in the middle of."""
-        h, k = self.hparams, self.iteration
-        if old is None:
-            version, group = store.episodes["policy_version"], store.episodes["group"]
-            fraction, sweeps = self.mixture(k)
-            wanted = self.rows_per_iteration // h.group_size - len(np.unique(group[version == k]))
-            old = store_of.drawn(store_of.select(store, version < k), wanted, sweeps, self.seed or 0, k)
-            old = old if wanted or not fraction else old[:1]
-        self._rollouts = BoundRollouts(self._problems, store)
-        self._steps = store_of.steps_of(
+    def _plan_steps(self, store: Replay, k: int, old: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The rows of each optimiser step of an iteration."""
+        return store_of.steps_of(
             store,
             old,
-            minibatches=h.minibatches,
+            minibatches=self.hparams.minibatches,
             seed=self.seed or 0,
             iteration=k,
-            drop_duplicates=h.drop_duplicates,
+            drop_duplicates=self.hparams.drop_duplicates,
         )
+
+    def _go_on(self, store: Replay) -> None:
+        """Lay out the steps of an iteration that a checkpoint stopped in the middle of."""
+        k, version = self.iteration, store.episodes["policy_version"]
+        fraction, sweeps = self.mixture(k)
+        fresh = len(np.unique(store.episodes["group"][version == k]))
+        wanted = self.rows_per_iteration // self.hparams.group_size - fresh
+        old = store_of.drawn(store_of.select(store, version < k), wanted, sweeps, self.seed or 0, k)
+        old = old if wanted or not fraction else old[:1]
+        self._steps, self._rollouts = self._plan_steps(store, k, old), BoundRollouts(self._problems, store)
 
     def _admit(self, store: Replay | None, wanted: int, sweeps: int, k: int) -> tuple[Replay | None, list[np.ndarray]]:
         """Draw replayed groups, forgetting iterations whose answers are too far from the policy."""
@@ -566,70 +564,89 @@ class RolloutModule(LanguageModule):
                 )
         return [known[token.tobytes()] for token in answers]
 
-    def judge(self, problems: Replay, rows: Sequence[int], answers: Sequence[np.ndarray]) -> Any:
-        """Scores, parts and problems of :class:`Rewards` for answers to rows of problems."""
+    def judge(
+        self, problems: Replay, rows: Sequence[int], answers: Sequence[np.ndarray], ended: Sequence[bool]
+    ) -> Scored:
+        """Rewards of answers to rows of problems."""
         prompts = {
             row: prompt_text(self.tokenizer, token_ids(problems, problems.tables["problems"][row, 0]))
             for row in set(rows)
         }
         references = problems.tables["problems/answer"]
-        return self.rewards([prompts[row] for row in rows], self.texts(answers), [str(references[row]) for row in rows])
+        return self.rewards(
+            [prompts[row] for row in rows],
+            self.texts(answers),
+            [str(references[row]) for row in rows],
+            ended=ended,
+            lengths=[len(answer) for answer in answers],
+        )
 
     def _judge(self, made: list[dict[str, Any]]) -> None:
         rows = [row["problem"] for row in made]
-        scores, parts, problems = self.judge(self._problems, rows, [row["token"] for row in made])
+        answers, ended = [row["token"] for row in made], [row["ended"] for row in made]
+        scores, parts, problems = self.judge(self._problems, rows, answers, ended)
         for i, row in enumerate(made):
             row["reward"], row["parts"] = float(scores[i]), {name: float(part[i]) for name, part in parts.items()}
             row["problem_with_reward"] = problems / len(made)
 
     # -- what π_k and the base think of the answers --------------------------------------------------------------------
 
-    def _score(self, store: Replay, rows: np.ndarray, k: int, old: Sequence[np.ndarray]) -> Replay:
-        """The store with the columns of this iteration, filled in for these rows."""
-        bound = BoundRollouts(self._problems, store)
-        index = store_of.spans(store, rows)
-        critic = ("old_value",) if self.objective.uses_critic else ()
-        found = self._columns(bound, rows, ("previous_logp", *critic))
-        if critic:
-            found |= self._critic_advantages(store, rows, found["old_value"])
-        if self._wants_base(k, old):
-            with self._as_base():
-                found["base_logp"] = self._columns(bound, rows, ("base_logp",))["base_logp"]
-        steps = dict(store.steps)
-        for name, values in found.items():
-            steps[name] = np.full(store.num_steps, np.nan, values.dtype)
-            steps[name][index] = values
-        fresh = np.repeat((store.episodes["policy_version"] == k) & (store.episodes["source"] == OWN), store.length)
-        steps["logp"] = np.where(fresh, steps["previous_logp"], np.asarray(steps["logp"]))
-        return Replay(steps, start=store.start, length=store.length, episodes=store.episodes)
+    def _score(self, store: Replay, k: int, old: Sequence[np.ndarray]) -> Replay:
+        """The store with the columns of this iteration, filled in for the rows of its steps.
 
-    def _wants_base(self, k: int, old: Sequence[np.ndarray]) -> bool:
+        The first step is made by π_k itself, so where its rows come only once and are not kept for later iterations,
+        its own forward pass says what π_k thinks of them.
+        """
+        bound, steps = BoundRollouts(self._problems, store), self._plan_steps(store, k, old)
+        once = len(old) == 1 and not self.hparams.replay_window and not self.objective.uses_critic
+        rows = np.unique(np.concatenate(steps))
+        known = np.unique(np.concatenate(steps[1:])) if once and len(steps) > 1 else rows[:0] if once else rows
+        columns: dict[str, Any] = dict(store.steps)
+
+        def fill(where: np.ndarray, found: dict[str, np.ndarray]) -> None:
+            for name, values in found.items():
+                columns.setdefault(name, np.full(store.num_steps, np.nan, values.dtype))
+                columns[name][store_of.spans(store, where)] = values
+
+        critic = ("old_value",) if self.objective.uses_critic else ()
+        found = self._columns(bound, known, ("previous_logp", *critic))
+        fill(known, found | (self._critic_advantages(store, rows, found["old_value"]) if critic else {}))
+        if self._wants_base(k, len(steps)):
+            with self._as_base():
+                fill(rows, self._columns(bound, rows, ("base_logp",)))
+        fresh = np.repeat((store.episodes["policy_version"] == k) & (store.episodes["source"] == OWN), store.length)
+        columns["logp"] = np.where(fresh, columns["previous_logp"], np.asarray(columns["logp"]))
+        return Replay(columns, start=store.start, length=store.length, episodes=store.episodes)
+
+    def _wants_base(self, k: int, steps: int) -> bool:
         if "base_logp" in self.objective.reads:
             return True
-        steps = range(self.global_step + 1, self.global_step + 1 + len(old) * self.hparams.minibatches)
-        return self.hparams.base_kl and any(self._logs(step) for step in steps)
+        now = self.global_step
+        return self.hparams.base_kl and any(self._logs(step) for step in range(now + 1, now + 1 + steps))
 
     def _columns(self, bound: BoundRollouts, rows: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Columns of the tokens of these rows under the weights of now, end to end; processes share the work."""
-        rows_by_length = np.argsort(-bound.lengths[rows].sum(1), kind="stable")
+        """Columns of the tokens of these rows, ascending, under the weights of now; processes share the work."""
         world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
-        mine, parts = rows_by_length[rank::world], []
+        by_length = rows[np.argsort(-bound.lengths[rows].sum(1), kind="stable")]
+        by_length = by_length[np.argsort(bound.store.episodes["group"][by_length], kind="stable")]
+        mine, parts = np.array_split(by_length, world)[rank], []
         for start in range(0, len(mine), self.rows_per_forward):
-            some = mine[start : start + self.rows_per_forward]
-            batch = bound.gather(rows[some])
+            batch = self.gather(bound, mine[start : start + self.rows_per_forward])
             scores = self.forward_tokens(batch)
             values = {"previous_logp": scores.logps, "base_logp": scores.logps}
             if "old_value" in names:
                 values["old_value"] = self.values(batch, scores)
-            parts.append((some, {name: values[name].cpu().numpy() for name in names}))
-        first = np.cumsum(bound.store.length[rows]) - bound.store.length[rows]
-        out: dict[str, np.ndarray] = {}
+            parts.append((batch.row.numpy(), {name: values[name].cpu().numpy() for name in names}))
+        length = bound.store.length[rows]
+        first, size = np.cumsum(length) - length, int(length.sum())
+        out: dict[str, np.ndarray] = {name: np.full(size, np.nan, np.float32) for name in names}
         for part in self._of_all_processes(parts):
             for some, values in part:
-                length = bound.store.length[rows[some]]
-                place = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length - first[some], length)
+                count = bound.store.length[some]
+                start = first[np.searchsorted(rows, some)]
+                place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - start, count)
                 for name in names:
-                    out.setdefault(name, np.empty(int(bound.store.length[rows].sum()), values[name].dtype))
+                    out[name] = out[name].astype(values[name].dtype, copy=False)
                     out[name][place] = values[name]
         return out
 
@@ -651,9 +668,12 @@ class RolloutModule(LanguageModule):
         h = self.hparams
         return score_tokens(self.model, layout, chunk=h.chunk, temperature=h.temperature, **options)
 
+    def gather(self, bound: BoundRollouts, rows: np.ndarray) -> Rollouts:
+        """The batch of these rows of the store; answers of a group stand behind one prompt where that is exact."""
+        return bound.gather(rows, LANE if self.shared_prompt else 0)
+
     def layout(self, batch: Any) -> Layout:
-        rows = Singles(batch.prompt, batch.answer, {}, batch.row)
-        return single_layout(rows, self.pad_id).to(self.trainer.strategy.root_device)
+        return group_layout(batch, self.pad_id).to(self.trainer.strategy.root_device)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -669,7 +689,7 @@ class RolloutModule(LanguageModule):
         real = len(mine) > 0
         length = bound.store.length[rows]
         totals = Totals(len(rows), int(length.sum()), self._length, int(length.max()))
-        tokens = self.tokens(bound.gather(mine if real else rows[-1:]), real)
+        tokens = self.tokens(self.gather(bound, mine if real else rows[-1:]), real)
         loss, sums = self.objective.loss(tokens, totals, iteration=self.iteration)
         self.meter.add(
             {"loss": torch.stack([loss.detach().double(), loss.new_tensor(real / len(rows)).double()]), **sums}
@@ -695,14 +715,17 @@ class RolloutModule(LanguageModule):
         facts = {k: v.to(device) for k, v in batch.facts.items()}
         external = (facts["source"] == DEMONSTRATION)[:, None].expand(size, width)
         advantage = steps["advantage"] if "advantage" in steps else facts["advantage"].to(scores.logps)
-        base = steps.get("base_logp")
+        behavior, previous, logp = steps["logp"], steps["previous_logp"], padded(scores.logps)
+        if self.global_step == self._first_step:  # still π_k: its own log-probabilities, where nobody asked before
+            behavior = torch.where(behavior.isnan() & ~external, logp.detach(), behavior)
+            previous = torch.where(previous.isnan(), logp.detach(), previous)
         return Tokens(
-            logp=padded(scores.logps),
+            logp=logp,
             mask=padded(torch.full_like(scores.logps, float(real)).detach()),
             advantage=advantage,
-            behavior_logp=steps["logp"],
-            previous_logp=steps["previous_logp"],
-            base_logp=base,
+            behavior_logp=behavior,
+            previous_logp=previous,
+            base_logp=steps.get("base_logp"),
             sampler_logp=steps["sampler_logp"],
             external=external if self.hparams.demonstrations else None,
             entropy=None if scores.entropy is None else padded(scores.entropy),

@@ -68,9 +68,10 @@ def solve(method: Any) -> dict[str, float]:
             requests = [Request(token_ids(problems, table[row, 0]), int(row), count) for row in mine]
             how = method.sampling(0)
             how = type(how)(how.stop, how.max_new_tokens, temperature, 0, 0)
-            answers = [one.token for some in engine.generate(requests, how) for one in some]
-            scores = method.judge(problems, [int(row) for row in mine for _ in range(count)], answers)[0]
-            found["sampled" if temperature else "likely"] = np.asarray(scores, float).reshape(-1, count)
+            answers = [one for some in engine.generate(requests, how) for one in some]
+            asked = [int(row) for row in mine for _ in range(count)]
+            scored = method.judge(problems, asked, [a.token for a in answers], [a.ended for a in answers])
+            found["sampled" if temperature else "likely"] = scored.scores.reshape(-1, count)
     parts = method._of_all_processes((mine, found))
     order = np.argsort(np.concatenate([part[0] for part in parts]))
     whole = {name: np.concatenate([part[1][name] for part in parts])[order] for name in found}
