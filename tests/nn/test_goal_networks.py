@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from offpolicy.nn import stacked
 from offpolicy.nn.goals import Representation, UnitGaussian, Values, to_length, unit_log_prob
-from offpolicy.nn.stacked import MLP
+from offpolicy.nn.stacked import MLP, gelu_tanh
 
 
 def plain(mlp: MLP, x: Tensor, member: int | None = None) -> Tensor:
@@ -72,3 +74,36 @@ def test_start(final: bool) -> None:
         bound = math.sqrt(6 / sum(layer.weight.shape[-2:])) * (scale if final else 1.0)
         assert 0.97 * bound < layer.weight.abs().max() <= bound
         assert not layer.bias.any()
+
+
+# -- fast paths ------------------------------------------------------------------------------------------------------
+
+
+def test_fast_gelu_equals_torchs() -> None:
+    """float32 on the CPU: values with and without gradients, the gradient, and the limits, within a few roundings."""
+    x = torch.linspace(-12, 12, 10_001).requires_grad_()
+    exact = F.gelu(x.detach().double().requires_grad_(), approximate="tanh")
+    torch.testing.assert_close(gelu_tanh(x).double(), exact, rtol=2e-6, atol=2e-7)
+    assert torch.equal(gelu_tanh(x.detach().clone()), gelu_tanh(x))
+    (found,), y = torch.autograd.grad(gelu_tanh(x).sum(), x), x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(F.gelu(y, approximate="tanh").sum(), y)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6)
+    far = torch.tensor([-1e4, 1e4, math.inf]).requires_grad_()
+    assert gelu_tanh(far).tolist() == [0.0, 1e4, math.inf]
+
+
+@pytest.mark.parametrize("seeds", [(), (3,)])
+def test_computing_in_parts_equals_computing_at_once(seeds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Member by member, with rows 5 + 5 + 1 without gradients: values and gradients."""
+    net = shaken(stacked.MLP(4, (6, 5), 2, stack=(*seeds, 2), activation="gelu_tanh", layer_norm="after"))
+    x = torch.randn(*seeds, 1, 11, 4).double()[None] if seeds else torch.randn(1, 11, 4).double()
+    results = []
+    for limit in (1 << 18, 30):
+        monkeypatch.setattr(stacked, "IN_PARTS", limit)
+        with torch.no_grad():
+            y = net(x)
+        found = net(x)
+        grads = torch.autograd.grad(found.square().sum(), net.parameters())
+        results.append([y, found.detach(), *grads])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
