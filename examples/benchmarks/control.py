@@ -8,11 +8,16 @@ and the figures of a round are taken in turn, so that a drift of the machine hit
 
   trainer   Trainer.fit with metrics, files and progress bar on; also the share of its time outside the update loop
   bare      the same updates in a bare loop; also the share of the float32 limit (the arithmetic of the products at
-            the rate of a large product) and the share of time outside tensor operations (by torch's profiler)
+            the rate of a large product) and two measures of what is not arithmetic, both without a profiler's hooks:
+            ``overhead_share`` is the time of the same update with two rows and all widths 4 (so Python, torch's
+            dispatch, autograd's bookkeeping and allocation, while caches are warm) over the time of the real one;
+            ``interpreter_share`` is the part of the samples of Linux's ``perf``, where it is installed, that fall into
+            Python or torch's bindings, so outside tensor operations, whose dispatch and allocation count as theirs
   plain     an ordinary single-file PyTorch loop (plain_loop.py); TD3BC and IQL only
   d3rlpy    d3rlpy's fit, when the interpreter of an environment that has it is named; TD3BC and IQL only
 
-PRDC is measured as in neighbors.py instead: trajectory-like data, a policy near them, rows seen before.
+PRDC is measured as in neighbors.py instead (trajectory-like data, a policy near them, rows seen before), without the
+first of the two measures.
 DecisionTransformer takes batches of 64 windows of 20 steps. Prints one JSON object: versions, processor, settings,
 medians and ratios. ``undisturbed`` is the rate of each process in the faster quarter of its stretches of about 64
 updates: other processes of the machine can only slow a stretch down, so it is what remains of a noisy sitting.
@@ -25,6 +30,8 @@ import json
 import os
 import platform
 import resource
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,19 +49,19 @@ WITH_PEERS = ("TD3BC", "IQL")
 ALL = ["BC", "TD3BC", "IQL", "PRDC", "A2PR", "ODICE", "CQL", "AWAC", "ReBRAC", "EDAC", "DecisionTransformer"]
 
 
-def random_replay(rows: int) -> Any:
+def random_replay(rows: int, obs_dim: int = 17, action_dim: int = 6) -> Any:
     from offpolicy import Replay
 
     rng = np.random.default_rng(0)
     end = np.zeros(rows, dtype=bool)
     end[999::1000] = True
     steps = {
-        "obs": rng.standard_normal((rows, 17), dtype=np.float32),
-        "action": rng.uniform(-1, 1, (rows, 6)).astype(np.float32),
+        "obs": rng.standard_normal((rows, obs_dim), dtype=np.float32),
+        "action": rng.uniform(-1, 1, (rows, action_dim)).astype(np.float32),
         "reward": rng.standard_normal(rows, dtype=np.float32),
         "terminated": np.zeros(rows, dtype=bool),
     }
-    meta = {"name": "random", "action_low": [-1.0] * 6, "action_high": [1.0] * 6}
+    meta = {"name": "random", "action_low": [-1.0] * action_dim, "action_high": [1.0] * action_dim}
     return Replay(steps, episode_end=end, meta=meta)
 
 
@@ -92,7 +99,6 @@ def run_trainer(method: str, updates: int, rows: int) -> dict[str, Any]:
 def run_bare(method: str, updates: int, rows: int) -> dict[str, Any]:
     """The same blocks of updates without Trainer, logging, files and bar."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
 
     import offpolicy
@@ -100,30 +106,24 @@ def run_bare(method: str, updates: int, rows: int) -> dict[str, Any]:
     from offpolicy.memory import keep_freed_memory
 
     keep_freed_memory()
-    learner = getattr(offpolicy, method)().prepare(random_replay(rows))
+    make = getattr(offpolicy, method)
+    learner = make().prepare(random_replay(rows))
+    small = make(**shrunk(make().hparams)).prepare(random_replay(10_000, 3, 2))
     with matmul.matmul_setting(matmul.choose_matmul("auto")):
-        marks = []
-        for t in range(0, updates + updates // 10, 64):
-            if t >= updates // 10:
-                marks.append((t, time.perf_counter()))
-            learner.run_block(t, 64)
-        marks.append((t + 64, time.perf_counter()))
-        t += 64
+        marks, small_marks = blocks(learner, updates), blocks(small, 1280)
         with FlopCounterMode(display=False) as counter:
-            learner.run_block(t, 64)
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            began = time.perf_counter()
-            learner.run_block(t, 64)
-            took = time.perf_counter() - began
+            learner.run_block(0, 64)
+        interpreter = interpreter_share(lambda: learner.run_block(0, 64))
         large = torch.randn(1024, 1024)
         limit = max(2 * 1024**3 / seconds(lambda: large @ large) for _ in range(20))
-    in_operations = sum(e.time_range.elapsed_us() for e in recorded.events() if e.cpu_parent is None) / 1e6
+    rate = rates(marks)["undisturbed"]
     return {
         "marks": marks,
         "gflop_per_update": counter.get_total_flops() / 64 / 1e9,
         "limit_gflop_per_s": limit / 1e9,
-        "float32_share": counter.get_total_flops() / 64 * rates(marks)["undisturbed"] / limit,
-        "outside_tensor_share": max(0.0, 1 - in_operations / took),
+        "float32_share": counter.get_total_flops() / 64 * rate / limit,
+        "overhead_share": rate / rates(small_marks)["undisturbed"],
+        **interpreter,
     }
 
 
@@ -132,8 +132,47 @@ def run_prdc(rows: int) -> dict[str, float]:
     import neighbors
 
     settings = argparse.Namespace(candidates=64, clone=1000, turns=5)
-    found = neighbors.methods(settings, *neighbors.trajectories(rows, 17, 6))
-    return {"updates_per_s": found["updates_per_cpu_s"]["PRDC"], "over_td3bc": found["prdc_over_td3bc"]}
+    found = neighbors.methods(settings, *neighbors.trajectories(rows, 17, 6), watch=interpreter_share)
+    shares = {name: value for name, value in found.items() if name.endswith("share")}
+    return {"updates_per_s": found["updates_per_cpu_s"]["PRDC"], "over_td3bc": found["prdc_over_td3bc"], **shares}
+
+
+def blocks(learner: Any, updates: int) -> list[tuple[int, float]]:
+    """(Updates made, seconds) after every block of 64, from the first tenth on."""
+    marks = []
+    for t in range(0, updates + updates // 10, 64):
+        if t >= updates // 10:
+            marks.append((t, time.perf_counter()))
+        learner.run_block(t, 64)
+    return [*marks, (t + 64, time.perf_counter())]
+
+
+def shrunk(hparams: dict[str, Any]) -> dict[str, Any]:
+    """Options with which an update makes the same operations on hardly any numbers."""
+    widths = {name: (4,) * len(value) for name, value in hparams.items() if name.endswith("hidden_dims") and value}
+    return widths | {name: value for name, value in {"embed_dim": 4, "batch_size": 2}.items() if name in hparams}
+
+
+def interpreter_share(call: Callable[[], Any], seconds_long: float = 3.0) -> dict[str, float]:
+    """The part of the samples in Python and torch's bindings while a call is repeated; nothing without ``perf``."""
+    if shutil.which("perf") is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        record = ["perf", "record", "-e", "cpu-clock", "-F", "997", "-p", str(os.getpid()), "-o", f"{folder}/data"]
+        recorder = subprocess.Popen(record, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(0.5)  # until it listens
+        began = time.perf_counter()
+        while time.perf_counter() - began < seconds_long:
+            call()
+        recorder.send_signal(signal.SIGINT)
+        recorder.wait()
+        report = ["perf", "report", "-i", f"{folder}/data", "--stdio", "-q", "--sort", "dso", "-t", ";"]
+        lines = subprocess.run(report, capture_output=True, text=True).stdout.splitlines()
+    parts = {
+        name.strip(): float(share.strip(" %")) for share, found, name in (x.partition(";") for x in lines) if found
+    }
+    python = sum(parts[name] for name in parts if name.startswith(("libpython", "python", "libtorch_python")))
+    return {"interpreter_share": python / 100} if parts else {}
 
 
 def seconds(call: Callable[[], Any]) -> float:
