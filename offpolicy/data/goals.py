@@ -111,12 +111,14 @@ class GoalView:
     def places(self, replay: Replay) -> np.ndarray:
         """Places in ``replay.rows`` of the rows that can be drawn: those whose successor is known, int64."""
         _require(replay, ("obs", "action", "terminated"))
-        if not _is_float(replay.steps["action"]):
+        obs, action = replay.steps["obs"], replay.steps["action"]
+        if obs.ndim != 2 or not _is_float(action):
+            found = f"observations of shape {tuple(obs.shape[1:])} and actions of type {action.dtype}"
             raise DataError(
-                f"actions are {replay.steps['action'].dtype}; expected numbers of a continuous action space, which is "
-                "what goal-conditioned methods act in here. Choose another data set."
+                f"the data have {found}; expected vectors of state and continuous actions, all that goal-conditioned "
+                "methods take here. Choose a state-based data set."
             )
-        lost = np.zeros(len(replay.steps["obs"]), dtype=bool)
+        lost = np.zeros(len(obs), dtype=bool)
         lost[replay.unusable] = True
         if "next_obs" not in replay.steps:  # without a termination there is nothing else to learn from such a row
             known = _numpy(replay.tail["valid"]).astype(bool) if "valid" in replay.tail else "obs" in replay.tail

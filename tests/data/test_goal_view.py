@@ -315,8 +315,10 @@ def test_impossible_views(option: str, value: float) -> None:
         GoalView(**{option: value})  # type: ignore[arg-type]
 
 
-def test_discrete_actions_are_refused() -> None:
-    replay = numbered([4])
-    replay.steps["action"] = replay.steps["action"].astype(np.int64)
-    with pytest.raises(DataError, match="continuous action space"):
-        bind(FLAT, replay)
+def test_discrete_actions_and_images_are_refused() -> None:
+    discrete, pixels = numbered([4]), numbered([4])
+    discrete.steps["action"] = discrete.steps["action"].astype(np.int64)
+    pixels.steps["obs"] = np.zeros((4, 8, 8, 3), np.float32)
+    for replay in (discrete, pixels):
+        with pytest.raises(DataError, match="expected vectors of state and continuous actions"):
+            FLAT.rows(replay)
