@@ -95,7 +95,7 @@ def _make(options: argparse.Namespace) -> None:
         return
     if target.kind != "made":
         raise UsageError(
-            f"{describe(target)} Only made sets can be made ({', '.join(_made_names())}), and OGBench's mazes and arms."
+            f"{describe(target)} Only made sets can be made: {', '.join(_made_names())}; and OGBench's mazes and arms."
         )
     for name in ("steps", "seed", "jobs"):
         if getattr(options, name) is not None:
@@ -170,6 +170,11 @@ def _show_texts(target: Target, options: argparse.Namespace) -> None:
     from offpolicy.language.tokens import load_tokenizer
 
     given = _text_options(options) | {"download": not options.no_download}
+    if "hub" in target.info:  # problems, which are no texts to imitate
+        from offpolicy.data.problems import sketch as sketch_problems
+
+        print(sketch_problems(target, **given))
+        return
     if options.tokenizer is None and target.kind != "replay":
         print(sketch(target, **given))
         return

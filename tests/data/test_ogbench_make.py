@@ -291,7 +291,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     [
         (["make", "pendulum-stitch-v0", "--steps", "5"], "--steps was given, but the recipe of pendulum-stitch-v0"),
         (["make", NAVIGATE, "--check"], "has no reference scores"),
-        (["make", "hopper-medium-v2"], "and OGBench's mazes and arms"),
+        (["make", "hopper-medium-v2"], "; and OGBench's mazes and arms"),
     ],
 )
 def test_mistakes_in_the_command(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
