@@ -51,8 +51,8 @@ class HIQL(GoalModule):
         max_grad_norm: limit on the norm of all gradients together, > 0; None for no limit.
     """
 
-    losses = ("value_loss", "low_actor_loss", "high_actor_loss")
-    targets = ("value",)
+    losses: ClassVar[tuple[str, ...]] = ("value_loss", "low_actor_loss", "high_actor_loss")
+    targets: ClassVar[tuple[str, ...]] = ("value",)
     high_heads: ClassVar[str] = "value"  # values that the high policy follows
 
     def __init__(

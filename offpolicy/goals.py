@@ -42,10 +42,11 @@ class GoalModule(OfflineModule):
         return super().params(name)
 
     def update(self, batch: Any, step: int) -> Metrics:
-        total, metrics = None, {}
+        total: Any = 0.0
+        metrics: Metrics = {}
         for name in self.losses:
             loss, found = getattr(self, name)(batch)
-            total = loss if total is None else total + loss
+            total = total + loss
             metrics |= found
         for name in self.targets:
             self.track(name, self.hparams.tau)

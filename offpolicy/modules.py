@@ -314,7 +314,7 @@ class OfflineModule(Module):
     ``normalize_obs`` (True), ``obs_eps`` (1e-3), ``reward_transform`` ("r"), ``max_grad_norm`` (None).
     """
 
-    view: ClassVar[Any] = TransitionView()
+    view: Any = TransitionView()  # of the class, or of an instance where it depends on hyperparameters
     sizes: Sizes = None  # type: ignore[assignment]  # set by `initialize`
     normalizer: Normalizer
 

@@ -160,16 +160,17 @@ class BoundGoals(BoundView):
         u = iter(() if uniforms is None else uniforms.to(self.device).unbind(-1))
         items = items.to(self.device)
         t, end = self.state[items].unbind(-1)
-        states, numbers = {"obs": t}, {}
+        states: dict[str, Tensor] = {"obs": t}
+        numbers: dict[str, Tensor] = {}
         if view.value is not None:
             states |= {"next_obs": t + 1, "value_goal": self.goals(view.value, t, end, next(u), next(u), next(u))}
             numbers |= self.reached("value", t, states["value_goal"])
         if view.actor is not None and view.subgoal_steps is None:
             states["actor_goal"] = self.goals(view.actor, t, end, next(u), next(u), next(u))
-        elif view.actor is not None:
-            states |= self.subgoals(view.actor, t, end, next(u), next(u), next(u))
-        if view.option_steps is not None:
-            option = self.options(t, end, next(u), next(u), next(u), next(u))
+        elif view.actor is not None and view.subgoal_steps is not None:
+            states |= self.subgoals(view.actor, view.subgoal_steps, t, end, next(u), next(u), next(u))
+        if view.value is not None and view.option_steps is not None:
+            option = self.options(view.value, view.option_steps, t, end, next(u), next(u), next(u), next(u))
             states |= option
             option_end, goal = option["high_value_option_obs"], option["high_value_goal"]
             numbers |= self.reached("high_value", option_end, goal)
@@ -190,27 +191,32 @@ class BoundGoals(BoundView):
         return torch.where(u_kind < mix.current, t, goal)
 
     def subgoals(
-        self, mix: GoalMix, t: Tensor, end: Tensor, u_future: Tensor, u_any: Tensor, u_kind: Tensor
+        self, mix: GoalMix, k: int, t: Tensor, end: Tensor, u_future: Tensor, u_any: Tensor, u_kind: Tensor
     ) -> dict[str, Tensor]:
         """k steps ahead: w = min(t + k, e(t)) for the low level, and min(t + k, g) on the way to g for the high one."""
-        ahead = t + self.view.subgoal_steps
-        low, goal, random = torch.minimum(ahead, end), self.future(mix, t, end, u_future), u_kind < mix.random
+        low, goal, random = torch.minimum(t + k, end), self.future(mix, t, end, u_future), u_kind < mix.random
         return {
             "low_goal": low,
             "high_goal": torch.where(random, self.any(u_any), goal),
-            "high_target": torch.where(random, low, torch.minimum(ahead, goal)),
+            "high_target": torch.where(random, low, torch.minimum(t + k, goal)),
         }
 
     def options(
-        self, t: Tensor, end: Tensor, u_future: Tensor, u_any: Tensor, u_kind: Tensor, u_current: Tensor
+        self,
+        mix: GoalMix,
+        n: int,
+        t: Tensor,
+        end: Tensor,
+        u_future: Tensor,
+        u_any: Tensor,
+        u_kind: Tensor,
+        u_current: Tensor,
     ) -> dict[str, Tensor]:
         """The end Ω of an option of n steps, which stops at its goal and at e(t), and the goal (OTA's authors' code).
 
         The goal is Ω itself with probability ``current``; whether the option was on its way to a later state of the
         trajectory is drawn apart from that.
         """
-        mix, n = self.view.value, self.view.option_steps
-        assert mix is not None
         future = self.future(mix, t, end, u_future)
         on_way = u_kind < mix.trajectory / (1.0 - mix.current + 1e-6)
         option_end = torch.minimum(t + n, torch.where(on_way, future, end))

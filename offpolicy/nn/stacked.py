@@ -250,6 +250,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(Linear(i, o, stack, init) for i, o, init in zip(widths, widths[1:], inits))
         self.norms = nn.ModuleList(LayerNorm(h, stack, layer_norm_eps) for h in hidden_dims if layer_norm)
         self.activation, self.layer_norm, self.dropout = activation, layer_norm, dropout
+        self.layer_norm_eps = layer_norm_eps
 
     def forward(self, x: Tensor, member: int | None = None) -> Tensor:
         """(…, B, in_dim) -> (…, B, out_dim).
@@ -259,7 +260,9 @@ class MLP(nn.Module):
             member: compute only this member of the last stack axis, which the output then lacks.
         """
         params: list[Tensor] = [p for layer in self.layers for p in layer._parameters.values() if p is not None]
-        norms: list[Tensor] = [p for norm in self.norms for p in norm._parameters.values() if p is not None]
+        norms: list[Tensor] = []
+        if self.layer_norm:
+            norms = [p for norm in self.norms for p in norm._parameters.values() if p is not None]
         stack = params[0].shape[:-2]
         if member is not None or len(stack) > 1:
             params, norms = ([per_member(p, member) for p in some] for some in (params, norms))
@@ -282,13 +285,14 @@ class MLP(nn.Module):
 
     def network(self, x: Tensor, params: Sequence[Tensor], norms: Sequence[Tensor]) -> Tensor:
         """One network, (B, in_dim) -> (B, out_dim), or several at once with one more axis in front of everything."""
-        for i, (weight, bias) in enumerate(zip(params[:-2:2], params[1::2])):
-            x = product(x, weight, bias)
+        affine = torch.addmm if x.dim() == 2 else torch.baddbmm
+        for i in range(len(params) // 2 - 1):
+            x = affine(params[2 * i + 1], x, params[2 * i])
             if self.layer_norm == "before":
-                x = layer_norm(x, norms[2 * i], norms[2 * i + 1], self.norms[i].eps)
+                x = layer_norm(x, norms[2 * i], norms[2 * i + 1], self.layer_norm_eps)
             x = x.relu_() if self.activation == "relu" else ACTIVATIONS[self.activation](x)
             if self.layer_norm == "after":
-                x = layer_norm(x, norms[2 * i], norms[2 * i + 1], self.norms[i].eps)
+                x = layer_norm(x, norms[2 * i], norms[2 * i + 1], self.layer_norm_eps)
             if self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
         return product(x, *params[-2:])

@@ -67,7 +67,9 @@ def test_options_known_answers() -> None:
     bound = bind(view, numbered([12]))
     t, end = torch.tensor([3, 3, 10, 11]), torch.full((4,), 11)
     future, kind = number(1 - 2**-5.1, 1 - 2**-2.1, 0.0, 0.0), number(0.0, 0.0, 0.9, 0.9)
-    found = bound.options(t, end, future, number(0.45, 0.45, 0.45, 0.45), kind, number(0.5, 0.5, 0.5, 0.5))
+    found = bound.options(
+        view.value, 4, t, end, future, number(0.45, 0.45, 0.45, 0.45), kind, number(0.5, 0.5, 0.5, 0.5)
+    )
     assert found["high_value_goal"].tolist() == [9, 6, 5, 5]
     assert found["high_value_option_obs"].tolist() == [7, 6, 11, 11]
     reached = bound.reached("x", found["high_value_option_obs"], found["high_value_goal"])
@@ -79,7 +81,7 @@ def test_a_current_goal_of_an_option_is_its_end() -> None:
     view = GoalView(discount=0.5, value=GoalMix(0.5, 0.25, 0.25, geometric=True), option_steps=4)
     bound = bind(view, numbered([12]))
     t, end, far = torch.tensor([3, 3]), torch.full((2,), 11), number(1 - 2**-5.1, 1 - 2**-5.1)
-    found = bound.options(t, end, far, number(0.45, 0.45), number(0.0, 0.9), number(0.0, 0.0))
+    found = bound.options(view.value, 4, t, end, far, number(0.45, 0.45), number(0.0, 0.9), number(0.0, 0.0))
     assert found["high_value_option_obs"].tolist() == found["high_value_goal"].tolist() == [7, 7]
 
 
@@ -89,7 +91,7 @@ def test_subgoals_known_answers() -> None:
     view = GoalView(actor=GoalMix(0.0, 0.5, 0.5), subgoal_steps=6)
     bound = bind(view, numbered([12]))
     t, end, half = torch.tensor([3, 9, 3]), torch.full((3,), 11), number(0.5, 0.5, 0.5)
-    found = bound.subgoals(view.actor, t, end, half, number(0.1, 0.1, 0.1), number(0.9, 0.9, 0.0))
+    found = bound.subgoals(view.actor, 6, t, end, half, number(0.1, 0.1, 0.1), number(0.9, 0.9, 0.0))
     assert found["low_goal"].tolist() == [9, 11, 9]
     assert found["high_goal"].tolist() == [8, 10, 1] and found["high_target"].tolist() == [8, 10, 9]
 
