@@ -122,8 +122,8 @@ def oracle_trajectories(meta: Mapping[str, Any], seed: int = EVAL_SEED) -> list[
 
 def held_out_trajectories(meta: Mapping[str, Any], length: int) -> list[np.ndarray]:
     """The last ``length`` states of trajectories of the ``-val.npz`` beside an OGBench file; empty without one."""
-    path = Path(str(meta.get("file", "")))
-    path = path.with_name(f"{path.stem}-val.npz")
+    file = Path(str(meta.get("file") or "none"))  # data from arrays have no file
+    path = file.with_name(f"{file.stem}-val.npz")
     if not path.is_file():
         return []
     from offpolicy.data.sources.ogbench import read
