@@ -254,6 +254,9 @@ class UpdateBar(ProgressBar):
         "train/actor_loss",
         "train/q_mean",
         "eval/rewards/accuracies",
+        "eval/accuracy",
+        "train/reward/own",
+        "train/iteration",
         "eval/loss",
         "train/loss",
         "train/rewards/accuracies",
@@ -333,8 +336,9 @@ class UpdateBar(ProgressBar):
 
 
 def short(name: str) -> str:
-    """A metric's name for the bar: "eval/score" as score, "eval/rewards/accuracies" as eval accuracies."""
-    parts = name.split("/")
+    """A metric's name for the bar: "eval/score" as score, "eval/rewards/accuracies" as eval accuracies,
+    "train/reward/own" as reward."""
+    parts = name.removesuffix("/own").split("/")
     return parts[-1] if len(parts) == 2 and parts[-1] != "loss" else f"{parts[0]} {parts[-1]}"
 
 

@@ -122,11 +122,12 @@ def open_run(run: str, seed: int = 0) -> tuple[Any, Any, dict[str, Any], Path, s
 
 def read_texts(options: dict[str, Any], tokenizer: Any) -> Any:
     """The held-out replay of these data, or all of them when nothing is held out."""
+    from offpolicy.data.problems import ProblemData
     from offpolicy.data.text import TextData
 
     if not options.get("name"):
         raise UsageError("no prompts are known; expected texts. Pass --data FILE.")
-    data = TextData(**options)
+    data = (ProblemData if "template" in options else TextData)(**options)
     data.bind_tokenizer(tokenizer)
     replay = data.load()
     return replay if data.eval_replay is None else data.eval_replay
@@ -137,9 +138,10 @@ def data_options(argv: list[str]) -> dict[str, Any]:
     import inspect
 
     from offpolicy.arguments import split
+    from offpolicy.data.problems import ProblemData
     from offpolicy.data.text import TextData
 
-    known = inspect.signature(TextData).parameters
+    known = {**inspect.signature(ProblemData).parameters, **inspect.signature(TextData).parameters}
     options: dict[str, Any] = {}
     for name, value in split(argv):
         group, _, rest = name.partition(".")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from offpolicy.data.module import DataModule
-from offpolicy.data.names import resolve
+from offpolicy.data.names import Target, resolve
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sampling import permutation
 from offpolicy.data.sources.formats import Faults, Source
@@ -44,7 +44,8 @@ class ProblemData(DataModule):
         download: fetch a set of the hub that is not on disk.
         on_bad: "error" stops at rows without a prompt or an answer; "drop" leaves them out and counts them.
         columns: our name → the source's name, where they differ; None leaves a column out. Ours: prompt, answer,
-            solution (a demonstration). Without an answer, a solution's text after "####" is the answer.
+            solution (a demonstration), solution_logps (log-probability of each of its tokens and of EOS under who
+            wrote it). Without an answer, a solution's text after "####" is the answer.
         split: part of a set that has several; None takes "train" or the only one.
         tokenizer: folder or hub name; None is the policy's.
         template: what a prompt of plain text is put into, with "{prompt}" in it; None is that of the set, if known.
@@ -236,13 +237,8 @@ def open_problems(
             "one. Set its eos_token, or take another policy."
         )
     source = read(target, split, download=download)
-    named = _columns(source, dict(columns or {}))
+    named, prompts, answers, solutions = _contents(source, columns)
     faults = Faults(source.where, source.rows, on_bad, max_bad)
-    prompts = source.column(named["prompt"])
-    solutions = (
-        [_solution(s) for s in source.column(named["solution"])] if "solution" in named else [None] * source.rows
-    )
-    answers = _answers(source, named, solutions)
     template = template or FORMAT_OF.get(target.name, "{prompt}")
     test = known_test() if training else frozenset()
     kept, rows = [], []
@@ -269,8 +265,13 @@ def open_problems(
         left.append(i)
     faults.check()
     demonstrations = _demonstrations([solutions[i] for i in left], tokenizer)
+    logps: list[np.ndarray] | None = None
+    if "solution_logps" in named:
+        given_logps = source.column(named["solution_logps"])
+        logps = [_logps(given_logps[i], d, i, faults) for i, d in zip(left, demonstrations) if d is not None]
+        faults.check()
     kinds = {k: v for k in source.names if k not in named.values() for v in [source.column(k)] if _is_kind(v)}
-    replay = _build(prompt_ids, demonstrations, len(tokenizer))
+    replay = _build(prompt_ids, demonstrations, logps, len(tokenizer))
     replay.tables |= {
         "problems/answer": np.asarray([str(answers[i]).strip() for i in left]),
         "problems/row": np.asarray(left, dtype=np.int64),
@@ -293,6 +294,21 @@ def open_problems(
         "tokenizer": {"name": str(tokenizer.name_or_path), "fingerprint": fingerprint(tokenizer)},
     }
     return replay
+
+
+def sketch(
+    target: Target, *, columns: Mapping[str, str | None] | None = None, split: str | None = None, download: bool = True
+) -> str:
+    """What can be said about problems without a tokenizer: counts, and the first two."""
+    from offpolicy.data.sources.hf import read
+
+    source = read(target, split, download=download)
+    named, prompts, answers, solutions = _contents(source, columns)
+    given = sum(s is not None for s in solutions)
+    lines = [f"{target.name}: {source.rows:,} problems, {given:,} with a demonstration; columns {named}"]
+    for prompt, answer, solution in list(zip(prompts, answers, solutions))[:2]:
+        lines.append(f"  {_text_of(prompt)!r} ▶ {solution!r}, answer {answer!r}")
+    return "\n".join(lines)
 
 
 def addition(split: str | None = None) -> Source:
@@ -339,9 +355,20 @@ def _name(name: str) -> str:
         return name
 
 
+def _contents(
+    source: Source, columns: Mapping[str, str | None] | None
+) -> tuple[dict[str, str], list[Any], list[str | None], list[str | None]]:
+    """Our name → the source's, and the prompts, answers and demonstrations in its rows."""
+    named = _columns(source, dict(columns or {}))
+    solutions: list[str | None] = [None] * source.rows
+    if "solution" in named:
+        solutions = [_solution(value) for value in source.column(named["solution"])]
+    return named, source.column(named["prompt"]), _answers(source, named, solutions), solutions
+
+
 def _columns(source: Source, given: dict[str, str | None]) -> dict[str, str]:
     """Our name → the source's."""
-    wanted = {"prompt": PROMPTS, "answer": ANSWERS, "solution": SOLUTIONS}
+    wanted = {"prompt": PROMPTS, "answer": ANSWERS, "solution": SOLUTIONS, "solution_logps": ("solution_logps",)}
     for ours, theirs in given.items():
         if ours not in wanted:
             raise UsageError(f"`columns` names '{ours}'; expected {', '.join(wanted)}.{nearest(ours, wanted)}")
@@ -403,7 +430,22 @@ def _demonstrations(solutions: list[str | None], tokenizer: Any) -> list[np.ndar
     return [None if s is None else np.append(next(ids), tokenizer.eos_token_id).astype(np.int64) for s in solutions]
 
 
-def _build(prompts: list[np.ndarray], demonstrations: list[np.ndarray | None], vocabulary: int) -> Replay:
+def _logps(value: Any, demonstration: np.ndarray, row: int, faults: Faults) -> np.ndarray:
+    """Log-probabilities of the demonstrator, one per token and one for EOS; NaN where a row has none."""
+    if value is None:
+        return np.full(len(demonstration), np.nan, np.float32)
+    found = np.asarray(value, dtype=np.float32)
+    if found.shape != demonstration.shape or not (found <= 0).all():
+        faults.add(row, "solution_logps", "logps", f"{found.size} numbers for {len(demonstration)} tokens")
+    return found
+
+
+def _build(
+    prompts: list[np.ndarray],
+    demonstrations: list[np.ndarray | None],
+    logps: list[np.ndarray] | None,
+    vocabulary: int,
+) -> Replay:
     from offpolicy.data.sources.hf import _smallest
 
     given = [d for d in demonstrations if d is not None]
@@ -413,8 +455,12 @@ def _build(prompts: list[np.ndarray], demonstrations: list[np.ndarray | None], v
     second[[d is not None for d in demonstrations]] = len(prompts) + np.arange(len(given))
     levels = [0.5, 0.95, 1.0]
     roles = {"prompt": length[: len(prompts)], "demonstration": length[len(prompts) :]}
+    steps: dict[str, Any] = {"token": np.concatenate(parts).astype(_smallest(vocabulary))}
+    if logps is not None:
+        unknown = np.full(int(length[: len(prompts)].sum()), np.nan, np.float32)
+        steps["logp"] = np.concatenate([unknown, *logps])
     return Replay(
-        {"token": np.concatenate(parts).astype(_smallest(vocabulary))},
+        steps,
         start=np.cumsum(length) - length,
         length=length,
         tables={"problems": np.stack([np.arange(len(prompts)), second], axis=1)},
@@ -462,6 +508,14 @@ def token_ids(replay: Replay, episode: int) -> np.ndarray:
     """The tokens of one text, int64."""
     start = replay.start[episode]
     return _numpy(replay.steps["token"])[start : start + replay.length[episode]].astype(np.int64)
+
+
+def step_column(replay: Replay, episode: int, name: str) -> np.ndarray:
+    """A float column of one text; NaN where the replay has no such column."""
+    start, length = replay.start[episode], replay.length[episode]
+    if name not in replay.steps:
+        return np.full(length, np.nan, np.float32)
+    return _numpy(replay.steps[name])[start : start + length]
 
 
 __all__ = ["ProblemData", "addition", "open_problems"]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from offpolicy.data import sampling
 from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.language.generation import draw, positions
+from offpolicy.language.tokens import prompt_ids
 
 
 class Request(NamedTuple):
@@ -72,7 +73,11 @@ class Sampling:
 
 
 class RolloutEngine(Protocol):
-    """What training needs of an engine."""
+    """What training needs of an engine.
+
+    An attribute ``on_policy = False`` says that its answers are not drawn from the weights it is given, so that its
+    log-probabilities are those of the behaviour; else the trainer's own are, and the engine's show how far it is off.
+    """
 
     def sync(self, model: nn.Module, version: int) -> None:
         """Answer with these weights from now on.
@@ -156,7 +161,7 @@ class TransformersEngine:
         stops = torch.tensor(sorted(set(how.stop)), dtype=torch.int64, device=device)
         alive = torch.arange(rows, device=device)  # answers that are not finished, by their place in the cache
         table = torch.zeros(rows, how.max_new_tokens, dtype=torch.int64, device=device)
-        logps = torch.zeros(rows, how.max_new_tokens, device=device)
+        logps = torch.zeros(rows, how.max_new_tokens, dtype=torch.float32, device=device)
         length = torch.full((rows,), how.max_new_tokens, device=device)
         for t in range(how.max_new_tokens):
             token, logp = choose(logits, uniform[alive, t], how.temperature)
@@ -210,7 +215,7 @@ class TinyEngine:
         stops = torch.tensor(sorted(set(how.stop)), dtype=torch.int64, device=device)
         alive = list(range(len(texts)))
         table = torch.zeros(len(texts), how.max_new_tokens, dtype=torch.int64, device=device)
-        logps = torch.zeros(len(texts), how.max_new_tokens, device=device)
+        logps = torch.zeros(len(texts), how.max_new_tokens, dtype=torch.float32, device=device)
         length = torch.full((len(texts),), how.max_new_tokens, device=device)
         for t in range(how.max_new_tokens):
             if not alive or (stopped is not None and stopped()):
@@ -245,19 +250,24 @@ class TinyEngine:
 class ReplayEngine:
     """Answers from a file, for learning from what was drawn before and for tests; weights are never looked at.
 
-    A line is ``{"prompt": [ids], "completions": [[ids], …], "logps": [[…], …], "ended": [true, …]}``; a prompt may have
-    several lines. Every request takes the next answers to its prompt, from the start again after the last.
+    A line is ``{"prompt": [ids], "completions": [[ids], …], "ended": [true, …], "logps": [[…], …]}``; prompt and
+    completions may be texts instead, as :mod:`offpolicy.generate` writes them, and ``logps``, under the policy that
+    drew them, may be missing: then they count as drawn by the policy that learns. A prompt may have several lines.
+    Every request takes the next answers to its prompt, from the start again after the last.
 
     Args:
         path: the file, JSON lines.
+        tokenizer: for texts.
 
     Raises:
         UsageError: no such file.
         DataError: a line is no such record.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    on_policy = False  # the log-probabilities are those of others
+
+    def __init__(self, path: str | Path, tokenizer: Any = None) -> None:
+        self.path, self.tokenizer = Path(path), tokenizer
         if not self.path.is_file():
             raise UsageError(f"`records` is {self.path}, which is no file; expected JSON lines. Check the path.")
         self.records: dict[tuple[int, ...], list[Completion]] = {}
@@ -268,19 +278,27 @@ class ReplayEngine:
     def _read(self, line: str, where: str) -> None:
         try:
             row = json.loads(line)
-            prompt = tuple(int(i) for i in row["prompt"])
+            texts = [self._ids(text, end) for text, end in zip(row["completions"], row["ended"], strict=True)]
+            logps = row.get("logps") or [[np.nan] * len(text) for text in texts]
+            prompt = prompt_ids(row["prompt"], self.tokenizer) if isinstance(row["prompt"], str) else row["prompt"]
             answers = [
                 Completion(np.asarray(token, dtype=np.int64), np.asarray(logp, dtype=np.float32), bool(ended))
-                for token, logp, ended in zip(row["completions"], row["logps"], row["ended"], strict=True)
+                for token, logp, ended in zip(texts, logps, row["ended"], strict=True)
             ]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{where} is no record ({type(error).__name__}: {error}); expected prompt, completions, logps and "
-                "ended of equal length."
+                f"{where} is no record ({type(error).__name__}: {error}); expected prompt, completions and ended, and "
+                "logps of equal length if any."
             ) from None
         if any(not len(a.token) or a.token.shape != a.logp.shape for a in answers):
             raise DataError(f"{where}: an answer has no token, or another number of logps. Correct the record.")
-        self.records.setdefault(prompt, []).extend(answers)
+        self.records.setdefault(tuple(int(i) for i in prompt), []).extend(answers)
+
+    def _ids(self, text: Any, ended: bool) -> list[int]:
+        if not isinstance(text, str):
+            return text
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id] if ended else ids
 
     def sync(self, model: nn.Module, version: int) -> None:
         self.version = version
@@ -304,7 +322,7 @@ class ReplayEngine:
 ENGINES = ("transformers", "tiny", "replay")
 
 
-def make_engine(name: str, *, batch_size: int = 256, records: str | None = None) -> Any:
+def make_engine(name: str, *, batch_size: int = 256, records: str | None = None, tokenizer: Any = None) -> Any:
     """An engine by name, or a class of the user by import path ``package.module.Class``, called with ``batch_size``.
 
     Raises:
@@ -313,7 +331,7 @@ def make_engine(name: str, *, batch_size: int = 256, records: str | None = None)
     if name == "replay":
         if records is None:
             raise UsageError("`engine` is 'replay' without `records`; expected a file. Pass --model.records FILE.")
-        return ReplayEngine(records)
+        return ReplayEngine(records, tokenizer)
     if name in ENGINES:
         return (TransformersEngine if name == "transformers" else TinyEngine)(batch_size)
     if "." not in name:

@@ -196,10 +196,14 @@ def prompts_of(replay: Replay, limit: int = 0) -> list[Prompt]:
     """The distinct prompts of a replay of texts in their order, each with a good answer where the data have one.
 
     Args:
-        replay: with pairs or singles; the chosen answer, or the first desirable one, is the reference.
+        replay: with pairs or singles, where the chosen answer, or the first desirable one, is the reference; or with
+            problems, where the demonstration is.
         limit: how many at most; 0 for all.
     """
-    if "pairs" in replay.tables:
+    if "problems" in replay.tables:
+        table = replay.tables["problems"]
+        good = table[:, 1] >= 0
+    elif "pairs" in replay.tables:
         table, good = replay.tables["pairs"][:, :2], np.ones(len(replay.tables["pairs"]), dtype=bool)
     else:
         table = replay.tables["singles"]

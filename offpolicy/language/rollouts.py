@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from offpolicy.callbacks import Interruption, RunFolder
 from offpolicy.data import rollouts as store_of
 from offpolicy.data.module import DataModule
-from offpolicy.data.problems import ProblemData, token_ids
+from offpolicy.data.problems import ProblemData, step_column, token_ids
 from offpolicy.data.replay import Replay
 from offpolicy.data.rollouts import DEMONSTRATION, OWN, BoundRollouts, Rollouts
 from offpolicy.data.sampling import permutation
@@ -220,6 +220,11 @@ class RolloutModule(LanguageModule):
                 torch.manual_seed(self.seed or 0)
                 self.critic = Critic(policies.base_of(model), self.hparams.critic)
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.critic is not None:
+            self.critic.train()
+
     def configure_optimizers(self) -> Optimizer:
         optimizer = super().configure_optimizers()
         if self.critic is not None:
@@ -283,7 +288,8 @@ class RolloutModule(LanguageModule):
 
     def _make_plan(self) -> None:
         h = self.hparams
-        self.engine = make_engine(h.engine, batch_size=h.generation_batch, records=h.records)
+        settings = {"batch_size": h.generation_batch, "records": h.records, "tokenizer": self.tokenizer}
+        self.engine = make_engine(h.engine, **settings)
 
     def _check_texts(self, replay: Any) -> None:
         largest = int(np.asarray(replay.steps["token"]).max())
@@ -497,8 +503,9 @@ class RolloutModule(LanguageModule):
                 made.append(_row(int(i), int(problems[i]), OWN, answer))
             if shown[i]:
                 token = token_ids(self._problems, given[i])[: self._length]
-                unknown = np.full(len(token), np.nan, np.float32)
-                made.append(_row(int(i), int(problems[i]), DEMONSTRATION, Completion(token, unknown, True)))
+                logp = step_column(self._problems, given[i], "logp")[: self._length]
+                whole = len(token) == self._problems.length[given[i]]
+                made.append(_row(int(i), int(problems[i]), DEMONSTRATION, Completion(token, logp, bool(whole))))
         self._judge(made)
         everyone = [row for part in self._of_all_processes(made) for row in part]
         everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
@@ -615,7 +622,10 @@ class RolloutModule(LanguageModule):
             with self._as_base():
                 fill(rows, self._columns(bound, rows, ("base_logp",)))
         fresh = np.repeat((store.episodes["policy_version"] == k) & (store.episodes["source"] == OWN), store.length)
-        columns["logp"] = np.where(fresh, columns["previous_logp"], np.asarray(columns["logp"]))
+        said = np.asarray(columns["logp"])
+        if not getattr(self.engine, "on_policy", True):
+            fresh &= np.isnan(said)
+        columns["logp"] = np.where(fresh, columns["previous_logp"], said)
         return Replay(columns, start=store.start, length=store.length, episodes=store.episodes)
 
     def _wants_base(self, k: int, steps: int) -> bool:
@@ -691,9 +701,8 @@ class RolloutModule(LanguageModule):
         totals = Totals(len(rows), int(length.sum()), self._length, int(length.max()))
         tokens = self.tokens(self.gather(bound, mine if real else rows[-1:]), real)
         loss, sums = self.objective.loss(tokens, totals, iteration=self.iteration)
-        self.meter.add(
-            {"loss": torch.stack([loss.detach().double(), loss.new_tensor(real / len(rows)).double()]), **sums}
-        )
+        share = loss.new_tensor(len(mine) / len(rows))
+        self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})
         self._tokens += int(bound.lengths[mine].sum()) if real else 0
         self._micro = (j + 1) % self._micro_batches
         self.step_ended = self._micro == 0

@@ -86,6 +86,7 @@ FAULTS = {  # kind → what is wrong, what was expected
     "label": ("no label", "true or false"),
     "template": ("turns that the chat template refuses", "roles in the order it wants"),
     "long_prompt": ("a prompt longer than there is room", "a shorter one; raise --data.max_prompt_length"),
+    "logps": ("log-probabilities that do not fit the demonstration", "one ≤ 0 for each of its tokens and for EOS"),
     "known_test": ("a question of the test set", "questions of the training set alone"),
     "no_prompt_token": ("a prompt without a token of its own", "a prompt that ends before the answer begins"),
     "truncated": ("an answer of which truncation leaves nothing", "room for it; raise --data.max_length"),

@@ -1,0 +1,87 @@
+"""Two processes that learn from their own answers against one: the same answers, the same steps. Run as a script, it
+is what the two do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_rl import fit, make_policy, method
+from toy import differences, run_files
+
+from offpolicy.data.replay import Replay
+
+LAST = 9
+# the last micro-batches of a step have no row on one process, groups do not divide evenly
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "GRPO": ("GRPO", {"beta": 0.1, "micro_batch_size": 3, "batch_size": 12}),
+    "ReMix": ("ReMix", {"base": "ppo", "group_size": 1, "reincarnation": 2, "micro_batch_size": 3}),
+    "RLPlus": ("RLPlus", {"aggregation": "token_mean"}),
+}
+
+
+def train(name: str, root: Path, folder: Path, devices: int, **options: Any) -> Any:
+    kind, settings = CASES[name]
+    strategy = {"strategy": "ddp"} if devices > 1 else {}
+    module = method(kind, root / "policy", **settings)
+    return fit(module, LAST, folder, devices=devices, precision="64-true", **strategy, **options)
+
+
+def main(root: Path) -> None:
+    torch.set_num_threads(1)
+    logging.disable()
+    found = {}
+    for name in CASES:
+        module = train(name, root, root / name / "whole", 2)
+        resumed = root / name / "resumed"
+        if module.global_rank == 0:
+            shutil.copytree(root / name / "whole", resumed)
+        torch.distributed.barrier()
+        train(name, root, resumed, 2, ckpt_path=resumed / "checkpoints" / "step=00000006.ckpt")
+        found[name] = module.eval_row
+    (root / f"rank{module.global_rank}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder in which both processes trained, and what each of them found."""
+    root = tmp_path_factory.mktemp("pair")
+    make_policy(root / "policy")
+    here = Path(__file__).parent
+    paths = [os.getcwd(), str(here), str(here.parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, str(root)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return root, [json.loads((root / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one(name: str, pair: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    root, found = pair
+    assert found[0][name] == found[1][name]
+    two = run_files(root / name / "whole", LAST)
+    assert not differences(two, run_files(root / name / "resumed", LAST))
+    train(name, root, tmp_path, 1)
+    one = run_files(tmp_path, LAST)
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-5, atol=1e-6)
+    for part in ("metrics", "evals"):
+        assert len(one[part]) == len(two[part])
+        for ours, theirs in zip(one[part], two[part]):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    stores = [Replay.load(sorted((folder / "replay").iterdir())[-1]) for folder in (tmp_path, root / name / "whole")]
+    for column in ("group", "prompt", "policy_version", "source", "digest", "reward"):
+        assert (stores[0].episodes[column] == stores[1].episodes[column]).all(), column
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
