@@ -61,9 +61,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "OTA",
         {"batch_size": 16, "hidden_dims": (8, 8), "subgoal_steps": 3, "actor_p_random": 0.3, "max_grad_norm": 0.5},
     ),
-    "GCIVL": ("GCIVL", {}),
+    "GCIVL-geometric": ("GCIVL", {"actor_geometric": True}),
     "GCIQL": ("GCIQL", {}),
-    "GCIQL-awr": ("GCIQL", {"actor_loss_kind": "awr", "alpha": 3.0, "actor_p_random": 0.5, "actor_p_trajectory": 0.5}),
     "GCBC": ("GCBC", {}),
 }
 COMMON = {"batch_size": 16, "hidden_dims": (8, 8)}
