@@ -86,8 +86,8 @@ class Evaluator:
         sizes: `obs_dim` and `action_dim` of the data.
         episodes: per evaluation, at least 1; with tasks, of each task.
         seed: episode k is reset with `seed + k`.
-        num_envs: environments kept open, at most one per episode; 10 if None, with tasks 25. It changes the speed and
-            the batch the policy sees, not the episodes.
+        num_envs: environments kept open, at most one per episode; 10 if None. It changes the speed and the batch the
+            policy sees, not the episodes.
 
     Raises:
         NoEnvironment: no `env_id`, no such environment here, or its package is missing.
@@ -118,7 +118,7 @@ class Evaluator:
             self.envs = [make_environment(meta)]
             self.obs_dim = self._check_obs(meta["env_id"], self.envs[0].observation_space, sizes.obs_dim)
             self.action_dim = self._check_action(meta["env_id"], self.envs[0].action_space, sizes.action_dim)
-            self.envs += [make_environment(meta) for _ in range(min(self.episodes, num_envs or (25 if self.tasks else 10)) - 1)]
+            self.envs += [make_environment(meta) for _ in range(min(self.episodes, num_envs or 10) - 1)]
         self._space = self.envs[0].action_space
 
     def run(self, agent: Agent | Callable[[np.ndarray], np.ndarray]) -> EvalResult:
