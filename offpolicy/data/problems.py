@@ -141,7 +141,7 @@ class ProblemData(DataModule):
             given["tokenizer"] = self.tokenizer
             held_out = self.options["eval_data"]
             if held_out is None and self.options["split"] is None:
-                held_out = HELD_OUT.get(_name(self.name))
+                held_out = HELD_OUT.get(_name(str(self.name)))
             replay = open_problems(str(self.name), training=True, **given)
             if held_out is not None:
                 name, _, part = str(held_out).partition("@")

@@ -648,8 +648,9 @@ class LanguageModule(Module):
             progress.ready = progress.started = progress.processed = count
             progress.completed = count - loop.restarted_on_train_batch_end
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         self._began = time.perf_counter()
+        return None
 
     def stop_clock(self) -> None:
         """Training stands still from here to the next micro-batch: evaluation and files do not count."""

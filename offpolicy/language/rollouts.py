@@ -513,7 +513,7 @@ class RolloutModule(LanguageModule):
 
     def _stored(self, made: list[dict[str, Any]], k: int) -> tuple[Replay, dict[str, float]]:
         column = {name: [row[name] for row in made] for name in made[0]}
-        rewards, source = torch.tensor(column["reward"], dtype=torch.float32), np.asarray(column["source"], np.uint8)
+        rewards, source = torch.tensor(column["reward"], dtype=torch.float64), np.asarray(column["source"], np.uint8)
         group = np.asarray(column["slot"], np.int64) + (k << 32)
         own = torch.from_numpy(source == OWN)
         episodes: dict[str, Any] = {
@@ -527,8 +527,7 @@ class RolloutModule(LanguageModule):
         for name in made[0]["parts"]:
             episodes[f"reward/{name}"] = np.asarray([row["parts"][name] for row in made], np.float32)
         if not self.objective.uses_critic:
-            found = self.objective.advantages(rewards, torch.from_numpy(group), own)
-            episodes["advantage"] = found.numpy().astype(np.float32)
+            episodes["advantage"] = self.objective.advantages(rewards, torch.from_numpy(group), own).numpy()
         logp = column["logp"]
         steps = {"logp": logp, "sampler_logp": logp}
         store = store_of.make_store(column["token"], steps, episodes, self._problems.steps["token"].dtype)
@@ -735,7 +734,7 @@ class RolloutModule(LanguageModule):
             behavior_logp=behavior,
             previous_logp=previous,
             base_logp=steps.get("base_logp"),
-            sampler_logp=steps["sampler_logp"],
+            sampler_logp=torch.where(steps["sampler_logp"].isnan(), behavior.detach(), steps["sampler_logp"]),
             external=external if self.hparams.demonstrations else None,
             entropy=None if scores.entropy is None else padded(scores.entropy),
             lag=self.iteration - facts["policy_version"],

@@ -1,0 +1,343 @@
+"""GRPO, ReMix and RL-PLUS: whole updates against obvious ones, what an iteration takes, the base, demonstrations."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from offpolicy.data.problems import token_ids
+from offpolicy.data.rollouts import DEMONSTRATION, OWN
+from offpolicy.errors import DataError, UsageError
+from offpolicy.files import Table
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "language")]
+from tiny_rl import SMALL, fit, make_policy, method, toy_problems  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_policy(tmp_path_factory.mktemp("rlvr") / "policy")
+
+
+class Stores(Callback):
+    """Keeps the store of answers, and what the steps take, of every iteration."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Any] = {}
+        self.taken: dict[int, list[np.ndarray]] = {}
+        self.begins: dict[int, int] = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        k = pl_module.iteration
+        self.seen[k], self.taken[k] = trainer.datamodule.rollouts, list(pl_module._steps)
+        self.begins[k] = pl_module._first_step
+
+
+def reference_policy(policy: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float64).train()
+
+
+def logps_of(model: Any, prompt: np.ndarray, token: np.ndarray, temperature: float) -> tuple[Any, Any]:
+    """Log-probabilities of an answer and entropies, from the model's own logits."""
+    ids = torch.from_numpy(np.concatenate([prompt, token]))[None]
+    logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
+    whole = logits.log_softmax(-1)
+    return whole.gather(1, torch.from_numpy(token)[:, None])[:, 0], -(whole.exp() * whole).sum(-1)
+
+
+def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores, rows: np.ndarray, k: int) -> Any:
+    """The loss of a step written out answer by answer, with π_k given by ``start``."""
+    store, problems = stores.seen[k], module._problems
+    total: Any = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        span = slice(store.start[row], store.start[row] + store.length[row])
+        token = store.steps["token"][span].astype(np.int64)
+        prompt = token_ids(problems, problems.tables["problems"][store.episodes["prompt"][row], 0])
+        logp, entropy = logps_of(model, prompt, token, module.hparams.temperature)
+        with torch.no_grad():
+            previous, _ = logps_of(start[k], prompt, token, module.hparams.temperature)
+            behavior, _ = logps_of(start[store.episodes["policy_version"][row]], prompt, token, 1.0)
+        group = store.episodes["group"] == store.episodes["group"][row]
+        rewards = store.episodes["reward"][group]
+        centred = store.episodes["reward"][row] - rewards.mean()
+        if name == "GRPO":
+            a, ratio = centred / (rewards.std(ddof=1) + 1e-4), (logp - previous).exp()
+            gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+            base, _ = logps_of(start[1], prompt, token, module.hparams.temperature)
+            delta = base.detach() - logp
+            total = total - (gain - 0.1 * (delta.exp() - delta - 1)).mean() / len(rows)
+        elif name == "ReMix":
+            a, ratio = centred / (rewards.std(ddof=1) + 1e-4), (logp - behavior).exp()
+            c = (previous - behavior).exp()
+            clipped = torch.minimum(torch.maximum(ratio, (c - 0.2).clamp(min=0)), c + 0.2)
+            gain = torch.minimum(ratio * a, clipped * a)
+            base, _ = logps_of(start[1], prompt, token, 1.0)
+            kl = [(other.detach() - logp).exp() - (other.detach() - logp) - 1 for other in (base, previous)]
+            share = max(1 - 0.1 * max(k - 1, 0), 0.5)  # start 1, every 1
+            convex = share * kl[0] + (1 - share) * kl[1]
+            total = total - (gain - 1e-3 * convex + 1e-3 * entropy).mean() / len(rows)
+        else:
+            external = store.episodes["source"][row] == DEMONSTRATION
+            ratio = (logp - previous).exp()
+            if external:
+                ratio = 2 * logp.exp() / (1.5 * previous.exp() + 0.5 / 64) * (1 - logp.detach().exp()) ** 0.5
+            longest = module.hparams.max_new_tokens
+            total = total - (ratio * centred + 1e-3 * entropy).sum() / (len(rows) * longest)
+    return total
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "GRPO": {"beta": 0.1, "temperature": 0.7},
+    "ReMix": {"kl_start": 1, "kl_every": 1, "beta": 1e-3},
+    "RLPlus": {},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_updates_equal_obvious_ones(name: str, policy: Path) -> None:
+    """Five iterations in float64, replayed by hand from the answers that were drawn, with plain AdamW."""
+    stores = Stores()
+    module = method(name, policy, micro_batch_size=3, **CASES[name])
+    steps = 10 if name != "ReMix" else 14
+    module = fit(module, steps, callbacks=[stores], precision="64-true", held_out=False)
+    model, start, done = reference_policy(policy), {}, 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=SMALL["lr"], weight_decay=0.0)
+    for k in sorted(stores.seen):
+        start[k] = reference_policy(policy)
+        start[k].load_state_dict(model.state_dict())
+        for rows in stores.taken[k][: steps - stores.begins[k]]:
+            optimizer.zero_grad()
+            obvious_loss(name, model, start, module, stores, rows, k).backward()
+            optimizer.step()
+            done += 1
+    assert done == steps
+    for ours, theirs in zip(module.model.state_dict().values(), model.state_dict().values()):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)  # norms are float32 in any case; Adam moves by 1e-1
+
+
+def test_how_a_step_is_split_does_not_matter(policy: Path) -> None:
+    whole, split = (
+        fit(method("ReMix", policy, micro_batch_size=size), 6, precision="64-true", held_out=False) for size in (8, 1)
+    )
+    for ours, theirs in zip(whole.state_dict().values(), split.state_dict().values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_iterations_of_remix(policy: Path, tmp_path: Path) -> None:
+    """B = 40, p = 0.4, G = 4: 6 fresh groups and 4 of the two versions before, over which it goes twice; from T on
+    fresh ones alone, once, around a base that is the policy of that time."""
+    stores = Stores()
+    module = method("ReMix", policy, batch_size=20, reincarnation=4, kl_start=1, save_seconds=1e9)
+    module.run.log_every = 1
+    module = fit(module, 19, tmp_path, callbacks=[stores])
+    assert [stores.begins[k] for k in range(1, 8)] == [0, 2, 6, 10, 14, 16, 18]
+    assert [steps for steps, _ in zip((s for s, _ in module.schedule()), range(6))] == [2, 6, 10, 14, 16, 18]
+    for k, store in stores.seen.items():
+        version, group = store.episodes["policy_version"], store.episodes["group"]
+        fresh = len(np.unique(group[version == k]))
+        assert fresh == (6 if 2 <= k <= 4 else 10)
+        assert version.min() >= (max(1, k - 2) if k <= 4 else k)
+        for rows in stores.taken[k]:
+            assert len(rows) == 20
+            assert {int(v) for v in version[rows]} <= set(range(max(1, k - 2), k + 1))
+        sweeps = [np.concatenate(stores.taken[k][i : i + 2]) for i in range(0, len(stores.taken[k]), 2)]
+        assert all(len(np.unique(rows)) == 40 for rows in sweeps)
+    rows = Table(tmp_path / "metrics.csv").rows()
+    by_step = {int(row["step"]): row for row in rows}
+    assert by_step[15]["train/kl/base"] < 1e-9 < 1e-6 < by_step[14]["train/kl/base"]
+    assert by_step[15]["train/iteration"] == 5 and by_step[19]["train/answers"] == 40 + 3 * 24 + 3 * 40
+    clipped = [by_step[s]["train/ratio/clipped"] for s in (1, 3, 7, 11)]
+    assert clipped == [0.0] * 4  # at the start of an iteration no token is clipped, whatever its age
+    assert by_step[7]["train/ratio/mean_lag1"] != 1.0 and by_step[7]["train/kl/previous"] < 1e-9
+
+
+def test_answers_far_from_the_policy_are_forgotten(policy: Path) -> None:
+    stores = Stores()
+    module = method("ReMix", policy, min_ess=1.0, replay_window=3)
+    fit(module, 6, callbacks=[stores], held_out=False)
+    for k, store in stores.seen.items():
+        assert (store.episodes["policy_version"] == k).all() and len(stores.taken[k]) == 2
+        assert store.num_episodes == 16
+
+
+def test_groups_of_rl_plus(policy: Path) -> None:
+    """One demonstration per group where there is one, judged like the others, never kept, never counted as written."""
+    problems, stores = toy_problems(), Stores()
+    problems.tables["problems"][:3, 1] = -1
+    module = method("RLPlus", policy, max_new_tokens=3)
+    module = fit(module, 8, callbacks=[stores], problems=problems)
+    whole = cut = 0
+    for store in stores.seen.values():
+        for group in np.unique(store.episodes["group"]):
+            rows = store.episodes["group"] == group
+            prompt = store.episodes["prompt"][rows][0]
+            shown = store.episodes["source"][rows] == DEMONSTRATION
+            assert rows.sum() == 4 and shown.sum() == (problems.tables["problems"][prompt, 1] >= 0)
+            rewards = store.episodes["reward"][rows]
+            np.testing.assert_allclose(store.episodes["advantage"][rows], rewards - rewards.mean(), atol=1e-6)
+            if shown.any():
+                row = np.flatnonzero(rows)[shown][0]
+                text = token_ids(problems, problems.tables["problems"][prompt, 1])
+                token = store.steps["token"][store.start[row] :][: store.length[row]]
+                assert token.tolist() == text[:3].tolist()
+                whole, cut = whole + (len(text) <= 3), cut + (len(text) > 3)
+                assert store.episodes["ended"][row] == (len(text) <= 3)
+    assert whole and cut
+    written = sum(int((s.episodes["source"] == OWN).sum()) for s in stores.seen.values())
+    assert module.generated == written < 16 * len(stores.seen)
+
+
+def test_a_lone_right_demonstration() -> None:
+    """Rewards 1 and seven times 0: A = 7/8 and −1/8, and 2.475 and −0.354 with the deviation."""
+    from lightning_modules.rl_plus import RLPlus
+
+    rewards, group = torch.tensor([1.0] + [0.0] * 7, dtype=torch.float64), torch.zeros(8, dtype=torch.int64)
+    own = torch.arange(8) > 0
+    plain, divided = (RLPlus(policy="x", advantage_std=std).objective.advantages(rewards, group, own) for std in (0, 1))
+    assert plain.tolist() == pytest.approx([0.875] + [-0.125] * 7)
+    assert divided.tolist() == pytest.approx([2.475] + [-0.3536] * 7, abs=1e-3)
+
+
+def test_rewards_of_random_answers_rise(policy: Path, tmp_path: Path) -> None:
+    """On-policy, on old answers and with a critic."""
+    for name, options in (("GRPO", {}), ("ReMix", {"reincarnation": 6}), ("ReMix", {"base": "ppo", "group_size": 1})):
+        module = method(name, policy, batch_size=32, minibatches=1, **options, critic_lr=1e-2, lr=5e-3)
+        module.run.eval_every = 0
+        folder = tmp_path / f"{name}{len(options)}{'base' in options}"
+        fit(module, 24, folder, held_out=False)
+        rewards = [row["train/reward/own"] for row in Table(folder / "metrics.csv").rows() if "train/reward/own" in row]
+        rewards = [r for r in rewards if isinstance(r, float)]
+        assert rewards[-1] > rewards[0] + 0.1, (name, rewards)
+
+
+def test_held_out_numbers(policy: Path, tmp_path: Path) -> None:
+    module = method("GRPO", policy, eval_samples=3, rewards=["test_rlvr_methods.odd_small"])
+    fit(module, 3, tmp_path)
+    row = Table(tmp_path / "evals.csv").rows()[-1]
+    # problems 0 … 4, of which 1 and 3 are odd; the reward says that those are solved
+    assert row["eval/accuracy"] == row["eval/mean@3"] == row["eval/pass@3"] == 0.4
+    assert row["eval/odd/accuracy"] == 1.0 and row["eval/accuracy_best"] == 0.4
+
+
+def odd_small(prompt: str, answer: str, reference: str | None) -> float:
+    return float(reference in ("1", "3"))
+
+
+def broken(prompt: str, answer: str, reference: str | None) -> float:
+    if reference == "1":
+        raise KeyError("gone")
+    return float("nan") if reference == "2" else 1.0
+
+
+def test_rewards_that_fail_are_counted_and_shown(policy: Path, tmp_path: Path) -> None:
+    module = method("GRPO", policy, rewards=["test_rlvr_methods.broken"], batch_size=48, minibatches=1)
+    with pytest.warns(UserWarning, match="reward 'broken'"):
+        fit(module, 2, tmp_path, held_out=False)
+    row = Table(tmp_path / "metrics.csv").rows()[-1]
+    assert row["train/reward/problems"] == pytest.approx(8)  # two of twelve problems, four answers each
+    assert row["train/reward/own"] == pytest.approx(10 / 12)
+
+
+def test_the_base_is_looked_at_without_a_second_model(policy: Path) -> None:
+    module = fit(method("GRPO", policy), 2, held_out=False)
+    before = {name: p.clone() for name, p in module.model.named_parameters()}
+    original = dict(reference_policy(policy).float().named_parameters())
+    with pytest.raises(ZeroDivisionError), module._as_base():
+        assert all(torch.equal(p, original[name]) for name, p in module.model.named_parameters())
+        raise ZeroDivisionError
+    assert all(torch.equal(p, before[name]) for name, p in module.model.named_parameters())
+
+
+def test_answers_of_others_keep_the_log_probabilities_they_were_drawn_with(policy: Path, tmp_path: Path) -> None:
+    problems, stores = toy_problems(4), Stores()
+    lines = []
+    for row in range(4):
+        prompt = token_ids(problems, problems.tables["problems"][row, 0]).tolist()
+        answers = [[5 + k, 6, 2] for k in range(4)]
+        logps = [[-1.0 - k, -2.0, -0.5] for k in range(4)] if row else None
+        lines.append({"prompt": prompt, "completions": answers, "ended": [True] * 4, "logps": logps})
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"engine": "replay", "records": str(tmp_path / "records.jsonl"), "minibatches": 1, "batch_size": 16}
+    module = method("GRPO", policy, **options)
+    module.run.log_every = 1
+    fit(module, 1, tmp_path, callbacks=[stores], problems=problems, held_out=False)
+    store = stores.seen[1]
+    for row in range(store.num_episodes):
+        span = slice(store.start[row], store.start[row] + 3)
+        unknown = store.episodes["prompt"][row] == 0
+        assert np.isnan(store.steps["logp"][span]).all() == unknown
+        first = store.steps["token"][store.start[row]] - 5
+        assert unknown or store.steps["logp"][span].tolist() == [-1.0 - first, -2.0, -0.5]
+    metrics = Table(tmp_path / "metrics.csv").rows()[0]
+    assert np.isfinite(metrics["train/loss"]) and metrics["train/ratio/ess"] < 1.0
+
+
+def test_adapters(policy: Path, tmp_path: Path) -> None:
+    """The base is the policy with its adapters as they began; answers come from the adapted model."""
+    pytest.importorskip("peft")
+    module = method("ReMix", policy, lora_rank=2, reincarnation=2)
+    module.run.log_every = 1
+    module = fit(module, 8, tmp_path, held_out=False)
+    rows = Table(tmp_path / "metrics.csv").rows()
+    assert rows[0]["train/kl/base"] < 1e-9 < rows[5]["train/kl/base"] and rows[6]["train/kl/base"] < 1e-9
+    assert set(module._base) == {name for name, p in module.model.named_parameters() if p.requires_grad}
+
+
+def test_objectives_are_data(policy: Path) -> None:
+    from lightning_modules.grpo import GRPO, VARIANTS
+    from lightning_modules.rl_plus import RLPlus
+
+    found = {name: GRPO(policy="x", variant=name).objective for name in VARIANTS}
+    assert len(set(map(repr, found.values()))) == len(VARIANTS)
+    assert found["dapo"].trust == {"name": "ppo", "low": 0.2, "high": 0.28}
+    assert GRPO(policy="x", variant="gspo", clip=1e-3).objective.trust["high"] == 1e-3  # type: ignore[index]
+    changed = GRPO(policy="x", objective={"trust": "none", "anchors": [{"name": "k2", "coef": 0.5}]}).objective
+    assert changed.trust == "none" and changed.advantage == "grpo"
+    own = RLPlus(policy="x", own_weight=0.5, uniform="one")
+    assert own.objective.weight[1] == {"name": "source", "own": 0.5, "external": 1.0}
+    assert fit(method("RLPlus", policy), 1, held_out=False).objective.ratio["vocabulary"] == 64
+
+
+MISTAKES: list[tuple[str, dict[str, Any], str]] = [
+    ("GRPO", {"variant": "gpso"}, "Did you mean 'gspo'"),
+    ("GRPO", {"batch_size": 9}, "expected a multiple, as groups stay whole. Pass --model.batch_size 8"),
+    ("GRPO", {"objective": {"trsut": "none"}}, "Did you mean 'trust'"),
+    ("GRPO", {"replay_fraction": 0.4}, "`replay_window` is 0"),
+    ("GRPO", {"temperature": 0.0}, "`temperature` is 0.0"),
+    ("GRPO", {"reference": "live"}, "`reference` is for preference methods"),
+    ("GRPO", {"demonstrations": 2}, "`demonstrations` is 2"),
+    ("ReMix", {"base": "trpo"}, "`base` is 'trpo'"),
+    ("ReMix", {"clip_center": "both"}, "`clip_center` is 'both'"),
+    ("ReMix", {"critic": "tail"}, "`critic` is 'tail'"),
+    ("RLPlus", {"uniform": "none"}, "`uniform` is 'none'"),
+    ("RLPlus", {"gamma": -1.0}, "`gamma` is -1.0"),
+]
+
+
+@pytest.mark.parametrize("name, options, words", MISTAKES)
+def test_impossible_options(name: str, options: dict[str, Any], words: str, policy: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        method(name, policy, **options)
+    assert words in str(caught.value)
+
+
+def test_impossible_data(policy: Path) -> None:
+    from tiny import toy_pairs
+
+    with pytest.raises(DataError, match="has none; expected a column `solution`"):
+        fit(method("RLPlus", policy), 1, problems=toy_problems(demonstrations=False))
+    with pytest.raises(DataError, match="holds no problems"):
+        fit(method("GRPO", policy), 1, problems=toy_pairs())
+    with pytest.raises(UsageError, match="fsdp2"):
+        from offpolicy.language.sharding import FullySharded
+
+        fit(method("GRPO", policy), 1, strategy=FullySharded())
