@@ -305,13 +305,14 @@ def refuse(url: str, path: Path) -> None:
 
 @ogbench
 def test_without_a_network_mazes_are_made_and_arms_name_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path))
     monkeypatch.setattr(fetch, "fetch", refuse)
     full = ogbench_make.recipe_of
     monkeypatch.setattr(ogbench_make, "recipe_of", lambda name, env_id: {**full(name, env_id), "episodes": 1})
     assert open_source(STITCH).num_steps == 200
+    assert "could not be downloaded: making a set like it" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"no network.*python -m offpolicy.data make scene-play-v0"):
         open_source("scene-play-v0")
     with pytest.raises(DataError, match=r"no network\.$"):
