@@ -42,7 +42,7 @@ from offpolicy.losses.td import td_target
 from offpolicy.modules import Metrics, OfflineModule, Rate, Sizes
 from offpolicy.nn.policies import GaussianPolicy
 from offpolicy.nn.stacked import MLP
-from offpolicy.optim import FusedAdam
+from offpolicy.optim import FusedAdam, gradients
 
 
 class ValueTerms(NamedTuple):
@@ -190,7 +190,7 @@ class ODICE(OfflineModule):
         seed_axes = len(self.seeds) > 0
 
         def gradient(term: Tensor, keep_graph: bool = False) -> Tensor:
-            parts = torch.autograd.grad(term.sum(), params, retain_graph=keep_graph)
+            parts = gradients(term.sum(), params, keep_graph=keep_graph)
             return torch.cat([part.flatten(int(seed_axes)) for part in parts], -1)
 
         linear = gradient(terms.linear, keep_graph=True)  # shares v(s) with the forward term

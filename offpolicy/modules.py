@@ -34,7 +34,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.views import BoundView, Noise, TransitionView, WindowView
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.memory import keep_freed_memory
-from offpolicy.optim import FusedAdam, polyak_
+from offpolicy.optim import FusedAdam, gradients, polyak_
 from offpolicy.options import RunOptions
 
 log = logging.getLogger(__name__)
@@ -480,7 +480,7 @@ class OfflineModule(Module):
         params = self.params(name)
         if grads is None:
             assert loss is not None
-            grads = list(torch.autograd.grad(loss.sum() if loss.dim() else loss, params))
+            grads = gradients(loss.sum() if loss.dim() else loss, params)
         if self.world_size > 1:
             grads = self.reduce_gradients(grads)
         limit = self.option("max_grad_norm", None)

@@ -1,4 +1,4 @@
-"""Adam in one call per network, and the update of target networks."""
+"""Gradients and Adam in one call per network, and the update of target networks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.variable import Variable
 from torch.optim.adam import adam
 
 from offpolicy.errors import check_range
@@ -14,6 +15,24 @@ from offpolicy.errors import check_range
 FUSED_DEVICES = ("cpu", "cuda")
 ONE = torch.ones(())  # on the CPU a Python number would be made a tensor once per parameter
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def gradients(loss: Tensor, params: Sequence[Tensor], *, keep_graph: bool = False) -> list[Tensor]:
+    """The derivative of a loss by each parameter, as `torch.autograd.grad` gives it.
+
+    It calls the engine below that function, whose checks of every argument in Python take as long as a small layer.
+
+    Args:
+        loss: ().
+        params: tensors that the loss depends on.
+        keep_graph: leave the graph for another call.
+
+    Raises:
+        RuntimeError: the loss does not depend on a parameter.
+    """
+    engine: Any = Variable._execution_engine
+    start = (torch.ones_like(loss),)
+    return list(engine.run_backward((loss,), start, keep_graph, False, tuple(params), False, accumulate_grad=False))
 
 
 class FusedAdam(torch.optim.Optimizer):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offpolicy.errors import UsageError
-from offpolicy.optim import FusedAdam, polyak_
+from offpolicy.optim import FusedAdam, gradients, polyak_
 
 SHAPES = [(4, 5), (2, 1, 5), (1,)]
 
@@ -19,7 +19,7 @@ def start(dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(s, dtype=dtype, generator=generator).requires_grad_() for s in SHAPES]
 
 
-def gradients(steps: int, dtype: torch.dtype) -> list[list[torch.Tensor]]:
+def random_gradients(steps: int, dtype: torch.dtype) -> list[list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [[torch.randn(s, dtype=dtype, generator=generator) for s in SHAPES] for _ in range(steps)]
 
@@ -38,7 +38,7 @@ def test_equals_torch_over_100_steps(weight_decay, decoupled, fused, monkeypatch
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     reference = kind(theirs, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay, foreach=False)
     optimiser = FusedAdam(ours, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay, decoupled=decoupled)
-    for grads in gradients(100, torch.float64):
+    for grads in random_gradients(100, torch.float64):
         optimiser.apply(ours, grads, 1e-2)
         for p, g in zip(theirs, grads):
             p.grad = g.clone()
@@ -56,14 +56,14 @@ def test_first_step_by_hand() -> None:
 def test_rate_of_the_call_wins_over_the_group() -> None:
     params = start(torch.float64)
     before = [p.detach().clone() for p in params]
-    FusedAdam(params, lr=1.0).apply(params, gradients(1, torch.float64)[0], 0.0)
+    FusedAdam(params, lr=1.0).apply(params, random_gradients(1, torch.float64)[0], 0.0)
     torch.testing.assert_close([p.detach() for p in params], before)
 
 
 def test_step_uses_grad_fields() -> None:
     a, b = start(torch.float64), start(torch.float64)
     fields, arguments = FusedAdam(a, lr=1e-2), FusedAdam(b, lr=1e-2)
-    for grads in gradients(3, torch.float64):
+    for grads in random_gradients(3, torch.float64):
         for p, g in zip(a, grads):
             p.grad = g
         fields.step()
@@ -81,7 +81,7 @@ def test_gradient_with_other_strides() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_resume_is_bit_exact_through_a_safe_file(dtype) -> None:
-    grads = gradients(20, dtype)
+    grads = random_gradients(20, dtype)
     whole = start(dtype)
     run(FusedAdam(whole), whole, grads)
 
@@ -105,7 +105,7 @@ def test_resume_is_bit_exact_through_a_safe_file(dtype) -> None:
 
 
 def test_state_has_the_layout_of_torch_and_moves_both_ways() -> None:
-    grads = gradients(6, torch.float64)
+    grads = random_gradients(6, torch.float64)
     ours, theirs = start(torch.float64), start(torch.float64)
     optimiser, reference = FusedAdam(ours, lr=1e-2), torch.optim.Adam(theirs, lr=1e-2)
     run(optimiser, ours, grads[:3])
@@ -129,7 +129,7 @@ def test_state_has_the_layout_of_torch_and_moves_both_ways() -> None:
 def test_two_networks_in_one_optimiser() -> None:
     a, b = start(torch.float64), start(torch.float64)
     optimiser = FusedAdam([{"params": a}, {"params": b, "weight_decay": 0.1}])
-    grads = gradients(1, torch.float64)[0]
+    grads = random_gradients(1, torch.float64)[0]
     optimiser.apply(a, grads, 1e-2)
     optimiser.apply(b, grads, 1e-2)
     assert optimiser.state[a[0]]["step"] == optimiser.state[b[0]]["step"] == 1
@@ -148,3 +148,21 @@ def test_polyak() -> None:
     torch.testing.assert_close(target, [torch.full((2,), 1.2), torch.full((1, 3), 1.2)])
     polyak_(target, source, 1.0)
     assert all(torch.equal(t, s) for t, s in zip(target, source))
+
+
+def test_gradients_are_those_of_torch_and_the_graph_may_be_kept() -> None:
+    params = start(torch.float64)
+    loss = torch.stack([(p.square() * p.exp()).sum() for p in params]).sum()
+    expected = torch.autograd.grad(loss, params, retain_graph=True)
+    for keep_graph in (True, False):
+        found = gradients(loss, params, keep_graph=keep_graph)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(p.grad is None for p in params)
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients(loss, params)
+
+
+def test_a_parameter_that_the_loss_does_not_depend_on_is_told() -> None:
+    used, unused = start(torch.float64)[:2]
+    with pytest.raises(RuntimeError, match="not have been used"):
+        gradients(used.sum(), [used, unused])
