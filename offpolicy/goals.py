@@ -41,6 +41,12 @@ class GoalModule(OfflineModule):
             self._params[name] = [p for p in self.parameters() if p.requires_grad]
         return super().params(name)
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        meta, own = self.data_meta, getattr(self.agent, "__func__", None) is not GoalModule.agent
+        if self.run.eval_episodes and meta.get("env_id") and not meta.get("tasks") and not own:
+            raise no_goal(self)  # now, not at the first evaluation
+
     def update(self, batch: Any, step: int) -> Metrics:
         total: Any = 0.0
         metrics: Metrics = {}
@@ -189,8 +195,14 @@ class GoalAgent:
     def act(self, obs: Any) -> Any:
         """Actions (n, A) in environment units for raw observations (n, O)."""
         if self.goals is None:
-            raise UsageError(
-                f"{type(self.method).__name__} acts towards goals and was given none; expected an environment that "
-                "names a goal when it is reset (`info['goal']`). Use one of OGBench's, or `--run.eval_episodes=0`."
-            )
+            raise no_goal(self.method)
         return self.method.act_goal(obs, self.goals, temperature=self.temperature)
+
+
+def no_goal(method: GoalModule) -> UsageError:
+    """The error of an episode without a goal."""
+    return UsageError(
+        f"{type(method).__name__} acts towards goals and was given none; expected an environment that names a goal "
+        "when it is reset (`info['goal']`), as OGBench's do. Choose one of its data sets, or train without evaluation: "
+        "`--run.eval_episodes=0`."
+    )

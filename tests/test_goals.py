@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy import method
+from toy import fit, method
 
 from offpolicy.data.replay import Replay
 from offpolicy.errors import UsageError
@@ -75,6 +75,10 @@ def test_what_cannot_be_asked(ota: Any, replay: Replay) -> None:
         ota.act_goal(obs, obs[:3])
     with pytest.raises(UsageError, match="temperature"):
         ota.act_goal(obs, obs, temperature=-1.0)
+    without = method("GCBC")
+    del without.agent  # of the tests, see toy.py
+    with pytest.raises(UsageError, match="GCBC acts towards goals and was given none"):
+        fit(without, replay, 2)  # Pendulum has no goals; told before training
     flat = method("GCBC").prepare(replay)
     assert flat.value_of(obs, obs) == {}
     for question in (flat.subgoal, flat.represent):

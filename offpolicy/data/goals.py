@@ -79,7 +79,7 @@ class GoalMix:
         if not (all(0.0 <= p <= 1.0 for p in found) and math.isclose(sum(found), 1.0, abs_tol=1e-6)):
             raise UsageError(
                 f"goals are current, trajectory and random ones with probabilities {found}; expected three numbers in "
-                "[0, 1] with the sum 1. Change all of `p_current`, `p_trajectory` and `p_random` together."
+                "[0, 1] with the sum 1. Change `…p_current`, `…p_trajectory` and `…p_random` together."
             )
 
 
