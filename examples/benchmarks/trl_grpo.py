@@ -81,7 +81,7 @@ print(
     json.dumps(
         {
             "seconds": [b - a for a, b in pairwise(began)],
-            "rewards": rewards,
+            "rewards": [sum(ten) / len(ten) for ten in (rewards[i : i + 10] for i in range(0, len(rewards), 10))],
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "versions": {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
         }
