@@ -127,10 +127,10 @@ def make_method(label: str, policy: Path, answers: int) -> Any:
     if name != "ReMix":
         return method
     for last in range(1, 10_000):
-        method = op.ReMix(policy=str(policy), **COMMON, reincarnation=last)
+        method.hparams.reincarnation = last
         iterations = next(i for i, (_, problems) in enumerate(method.schedule(), 1) if problems * 8 >= answers)
         if last >= 0.4 * iterations:
-            return method
+            return op.ReMix(policy=str(policy), **COMMON, **settings, reincarnation=last)
     raise ValueError(f"`answers` is {answers}; expected fewer.")
 
 

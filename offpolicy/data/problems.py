@@ -23,16 +23,13 @@ from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sampling import permutation
 from offpolicy.data.sources.formats import Faults, Source
 from offpolicy.errors import DataError, UsageError, check_range, nearest
-from offpolicy.language.tokens import Limits, Row, encode, fingerprint, load_tokenizer
+from offpolicy.language.tokens import Limits, Row, encode, fingerprint, load_tokenizer, tokenise
 
 PROMPTS = ("prompt", "question", "problem")
 ANSWERS = ("answer", "ground_truth", "reward_model")
 SOLUTIONS = ("solution", "target", "completion")
 MARK = "####"  # of GSM8K, before the final answer
-FORMAT_OF = {  # set → how its questions are put to a policy
-    "gsm8k": "{prompt}\nSolve the problem step by step and end with the number alone after ####.\n",
-}
-HELD_OUT = {"addition": "addition@test", "gsm8k": "gsm8k@test"}
+MARKED = "{prompt}\nSolve the problem step by step and end with the number alone after ####.\n"  # put to a policy
 
 
 class ProblemData(DataModule):
@@ -48,7 +45,8 @@ class ProblemData(DataModule):
             wrote it). Without an answer, a solution's text after "####" is the answer.
         split: part of a set that has several; None takes "train" or the only one.
         tokenizer: folder or hub name; None is the policy's.
-        template: what a prompt of plain text is put into, with "{prompt}" in it; None is that of the set, if known.
+        template: what a prompt of plain text is put into, with "{prompt}" in it; None asks for "####" before the
+            number where solutions have it.
         chat: put prompts of plain text into the tokenizer's chat template, as a turn of the user.
         chat_template_kwargs: passed to the chat template.
         max_prompt_length: longest prompt in tokens, ≥ 1; longer ones are faulty rows.
@@ -141,7 +139,7 @@ class ProblemData(DataModule):
             given["tokenizer"] = self.tokenizer
             held_out = self.options["eval_data"]
             if held_out is None and self.options["split"] is None:
-                held_out = HELD_OUT.get(_name(str(self.name)))
+                held_out = _test_split(str(self.name))
             replay = open_problems(str(self.name), training=True, **given)
             if held_out is not None:
                 name, _, part = str(held_out).partition("@")
@@ -239,7 +237,8 @@ def open_problems(
     source = read(target, split, download=download)
     named, prompts, answers, solutions = _contents(source, columns)
     faults = Faults(source.where, source.rows, on_bad, max_bad)
-    template = template or FORMAT_OF.get(target.name, "{prompt}")
+    marked = any(s is not None and MARK in s for s in solutions)
+    template = template or (MARKED if marked else "{prompt}")
     test = known_test() if training else frozenset()
     kept, rows = [], []
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
@@ -288,6 +287,7 @@ def open_problems(
         "demonstrations": given,
         "columns": named,
         "template": template,
+        "reward": "math" if marked else "exact",
         "dropped": faults.counts(),
         "notes": [] if given in (0, len(left)) else [f"problems without a demonstration: {len(left) - given:,}"],
         "warnings": [f"{faults.bad} of {source.rows} rows were dropped: {faults.table()}"] if faults.bad else [],
@@ -348,11 +348,10 @@ def without_annotations(solution: str) -> str:
     return re.sub(r"<<[^<>]*>>", "", solution)
 
 
-def _name(name: str) -> str:
-    try:
-        return resolve(name, language=True).name
-    except UsageError:
-        return name
+def _test_split(name: str) -> str | None:
+    """The held-out part of a known set."""
+    target = resolve(name, language=True)
+    return f"{target.name}@test" if "hub" in target.info else None
 
 
 def _contents(
@@ -424,10 +423,8 @@ def _is_kind(values: list[Any]) -> bool:
 
 def _demonstrations(solutions: list[str | None], tokenizer: Any) -> list[np.ndarray | None]:
     """Tokens of each demonstration with EOS."""
-    texts = [s for s in solutions if s is not None]
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    ids = iter(tokenizer(texts, **options)["input_ids"] if texts else [])
-    return [None if s is None else np.append(next(ids), tokenizer.eos_token_id).astype(np.int64) for s in solutions]
+    ids = tokenise([s for s in solutions if s is not None], tokenizer)
+    return [None if s is None else np.append(ids[s], tokenizer.eos_token_id).astype(np.int64) for s in solutions]
 
 
 def _logps(value: Any, demonstration: np.ndarray, row: int, faults: Faults) -> np.ndarray:

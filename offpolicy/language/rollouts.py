@@ -45,7 +45,6 @@ from offpolicy.losses.health import effective_sample_size, group_metrics, summar
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Tokens, Totals
 
 LANE = 1024  # tokens of a prompt with several answers behind it: attention to more costs what the prompt saves
-REWARDS = {"gsm8k": ["math"]}  # set → what its answers are judged by, where that is not "exact"
 
 
 class RolloutModule(LanguageModule):
@@ -58,7 +57,8 @@ class RolloutModule(LanguageModule):
             "uniform": "one"}}``, or an import path of one's own component; the slots are those of
             :class:`offpolicy.losses.policy_gradient.Objective`.
         rewards: names (exact, math, final_number, format, length), import paths ``package.module.function`` or
-            ``{"name": …, "weight": …}``; their weighted sum is the reward. None is what fits the data.
+            ``{"name": …, "weight": …}``; their weighted sum is the reward. None is "math" where solutions end with
+            "####", else "exact".
         group_size: answers per problem, ≥ 1, a demonstration included.
         minibatches: optimiser steps per sweep, ≥ 1; an iteration has ``batch_size · minibatches`` answers.
         sweeps: times that an iteration goes over its answers, ≥ 1.
@@ -274,7 +274,7 @@ class RolloutModule(LanguageModule):
         held_out = getattr(data, "eval_replay", None)
         self.eval_problems = held_out if held_out is not None and self.run.eval_episodes > 0 else None
         self.tokenizer = data.tokenizer if self.tokenizer is None else self.tokenizer
-        self.rewards = Rewards(h.rewards or REWARDS.get(data.replay.meta.get("name", ""), ["exact"]))
+        self.rewards = Rewards(h.rewards or [data.replay.meta.get("reward", "exact")])
         if h.demonstrations and not (self._problems.tables["problems"][:, 1] >= 0).any():
             raise DataError(
                 f"{type(self).__name__} learns from demonstrations, and {data.replay.meta.get('name', 'the data')} has "

@@ -144,7 +144,7 @@ def encode(rows: Iterable[Row], tokenizer: Any, limits: Limits | None = None) ->
     limits, rows = limits or Limits(), iter(rows)
     while chunk := list(islice(rows, CHUNK)):
         texts = [_render(row, tokenizer) for row in chunk]
-        ids = _tokenise([text for row in texts if isinstance(row, list) for text in row], tokenizer)
+        ids = tokenise([text for row in texts if isinstance(row, list) for text in row], tokenizer)
         for row, rendered in zip(chunk, texts):
             if isinstance(rendered, str):
                 yield Encoded(np.zeros(0, dtype=np.int64), [], "template", rendered)
@@ -158,7 +158,7 @@ def prompt_ids(prompt: Text, tokenizer: Any, template: Mapping[str, Any] | None 
     rendered = _render(Row(prompt, (), template or {}), tokenizer)
     if isinstance(rendered, str):
         raise DataError(f"the chat template refuses the prompt: {rendered}. Correct the roles of its messages.")
-    ids = _tokenise(rendered, tokenizer)[rendered[0]]
+    ids = tokenise(rendered, tokenizer)[rendered[0]]
     return _with_bos(ids, tokenizer) if isinstance(prompt, str) else ids
 
 
@@ -191,7 +191,7 @@ def _render(row: Row, tokenizer: Any) -> list[str] | str:
         return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _tokenise(texts: Sequence[str], tokenizer: Any) -> dict[str, np.ndarray]:
+def tokenise(texts: Sequence[str], tokenizer: Any) -> dict[str, np.ndarray]:
     """Ids of each distinct text, int64, without special tokens beyond those written in it."""
     distinct = list(dict.fromkeys(texts))
     if not distinct:

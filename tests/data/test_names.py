@@ -44,7 +44,7 @@ def test_known_names_are_distinct_when_folded_and_in_order() -> None:
     assert len({fold(name) for name in everything}) == len(everything)
     assert everything[0] == "pendulum-stitch-v0"
     assert sum(resolve(n).kind == "ogbench" for n in everything) == 85  # as OGBench counts its data sets
-    assert {resolve(n).kind for n in everything} == {"made", "d4rl", "minari", "ogbench"}
+    assert {resolve(n).kind for n in everything} == {"made", "d4rl", "minari", "ogbench", "language"}
 
 
 @pytest.mark.parametrize(
