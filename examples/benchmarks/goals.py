@@ -1,6 +1,7 @@
 """Updates per second of goal-conditioned methods, and what sampling their batches costs.
 
 usage: python examples/benchmarks/goals.py [--methods OTA HIQL | all] [--threads 1 2] [--rounds 3] [--updates 20]
+                                           [--jax PATH/TO/python]
 
 Random data: observation 29, action 8, episodes of 1,000 steps, one million steps; batch 1024, networks 3x512. Every
 figure is a process of its own, and the figures of a round are taken in turn, so that a drift of the machine hits all
@@ -10,6 +11,8 @@ alike. Per method and threads:
   float32_share    the arithmetic of the matrix products at this rate, as a share of the rate of one large product,
                    measured just before and after
   sampling_ms      drawing one batch, as a share of an update in sampling_share
+  over_jax         updates per second over those of goals_jax.py, which draws nothing, in the same round; OTA and HIQL
+                   only, when the interpreter of an environment that has jax is named
 
 Prints one JSON object: versions, processor, settings, medians over the rounds.
 """
@@ -26,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,8 +98,16 @@ def worker(method: str, threads: int, updates: int, steps: int) -> dict[str, flo
 
 
 def measure(method: str, threads: int, args: argparse.Namespace) -> dict[str, float]:
-    """One figure in a process of its own."""
-    command = [sys.executable, __file__, "--worker", method, str(threads), str(args.updates), str(args.steps)]
+    """One row of figures, the library's and its yardstick's, each in a process of its own."""
+    numbers = [method, str(threads), str(args.updates)]
+    figure = output([sys.executable, __file__, "--worker", *numbers, str(args.steps)], threads)
+    if args.jax and method in ("OTA", "HIQL"):
+        rate = output([args.jax, str(Path(__file__).with_name("goals_jax.py")), *numbers], threads)["updates_per_s"]
+        figure |= {"jax_updates_per_s": rate, "over_jax": figure["updates_per_s"] / rate}
+    return figure
+
+
+def output(command: list[str], threads: int) -> dict[str, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -110,6 +122,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--steps", type=int, default=1_000_000, help="of the data")
+    parser.add_argument("--jax", help="Python interpreter of an environment with jax")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
