@@ -27,7 +27,7 @@ from offpolicy.data.sequences import Ragged
 from offpolicy.errors import DataError
 
 OWN, DEMONSTRATION = 0, 1
-DERIVED = ("previous_logp", "base_logp", "old_value", "advantage", "returns")  # of the current iteration alone
+DERIVED = ("previous_logp", "old_value", "advantage", "returns")  # of the current iteration alone
 
 
 class Rollouts(NamedTuple):

@@ -170,6 +170,7 @@ class RolloutModule(LanguageModule):
         self._base_moved = False
         self._facts: dict[str, list[float]] = {}  # of iterations since the last row: sum, count
         self._saved = 0.0
+        self._said: list[Any] = []  # by the first step: rows, and log-probabilities of their tokens
         self._problems: Replay = None  # type: ignore[assignment]
         self._length = 0  # longest answer
 
@@ -313,7 +314,7 @@ class RolloutModule(LanguageModule):
         return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def move_base(self) -> None:
-        """Take the policy as it is now for the base of the divergence."""
+        """Take the policy as it is now for the base of the divergence; no answer may stay in the store then."""
         self._base, self._base_moved = self._snapshot(), True
 
     @contextlib.contextmanager
@@ -393,7 +394,7 @@ class RolloutModule(LanguageModule):
         super().on_train_start()
         self._saved = time.monotonic()
         store = self.trainer.datamodule.rollouts  # type: ignore[attr-defined]
-        self._steps, self._rollouts = [], None
+        self._steps, self._rollouts, self._said = [], None, []
         if store is not None and self.iteration:
             self._go_on(store)
 
@@ -600,13 +601,12 @@ class RolloutModule(LanguageModule):
     def _score(self, store: Replay, k: int, old: Sequence[np.ndarray]) -> Replay:
         """The store with the columns of this iteration, filled in for the rows of its steps.
 
-        The first step is made by π_k itself, so where its rows come only once and are not kept for later iterations,
-        its own forward pass says what π_k thinks of them.
+        The first step is made by π_k itself, so its own forward pass says what π_k thinks of its rows
+        (:meth:`_keep_first`), except where a critic needs all of them at once.
         """
         bound, steps = BoundRollouts(self._problems, store), self._plan_steps(store, k, old)
-        once = len(old) == 1 and not self.hparams.replay_window and not self.objective.uses_critic
-        rows = np.unique(np.concatenate(steps))
-        known = np.unique(np.concatenate(steps[1:])) if once and len(steps) > 1 else rows[:0] if once else rows
+        rows, critic = np.unique(np.concatenate(steps)), self.objective.uses_critic
+        known = rows if critic else np.setdiff1d(rows, steps[0])
         columns: dict[str, Any] = dict(store.steps)
 
         def fill(where: np.ndarray, found: dict[str, np.ndarray]) -> None:
@@ -614,18 +614,36 @@ class RolloutModule(LanguageModule):
                 columns.setdefault(name, np.full(store.num_steps, np.nan, values.dtype))
                 columns[name][store_of.spans(store, where)] = values
 
-        critic = ("old_value",) if self.objective.uses_critic else ()
-        found = self._columns(bound, known, ("previous_logp", *critic))
+        found = self._columns(bound, known, ("previous_logp", *(("old_value",) if critic else ())))
         fill(known, found | (self._critic_advantages(store, rows, found["old_value"]) if critic else {}))
         if self._wants_base(k, len(steps)):
+            said = columns.get("base_logp", np.full(store.num_steps, np.nan))
+            new = rows[np.isnan(said[store.start[rows]])]  # the base stays the same as long as answers are kept
             with self._as_base():
-                fill(rows, self._columns(bound, rows, ("base_logp",)))
-        fresh = np.repeat((store.episodes["policy_version"] == k) & (store.episodes["source"] == OWN), store.length)
-        said = np.asarray(columns["logp"])
-        if not getattr(self.engine, "on_policy", True):
-            fresh &= np.isnan(said)
-        columns["logp"] = np.where(fresh, columns["previous_logp"], said)
+                fill(new, self._columns(bound, new, ("base_logp",)))
+        else:
+            columns.pop("base_logp", None)
+        columns["logp"] = np.where(self._drawn_now(store, k), columns["previous_logp"], columns["logp"])
         return Replay(columns, start=store.start, length=store.length, episodes=store.episodes)
+
+    def _drawn_now(self, store: Replay, k: int) -> np.ndarray:
+        """Tokens that π_k drew, so that what it thinks of them is the behaviour; (tokens of the store,) bool."""
+        fresh = np.repeat((store.episodes["policy_version"] == k) & (store.episodes["source"] == OWN), store.length)
+        return fresh if getattr(self.engine, "on_policy", True) else fresh & np.isnan(np.asarray(store.steps["logp"]))
+
+    def _keep_first(self) -> None:
+        """Put into the store what π_k said of the rows of the first step, for the steps and iterations to come."""
+        assert self._rollouts is not None
+        store: Any = self._rollouts.store
+        drawn = self._drawn_now(store, self.iteration)
+        for rows, logps in (part for parts in self._of_all_processes(self._said) for part in parts):
+            place = store_of.spans(store, rows)
+            for name in ("previous_logp", "logp"):
+                store.steps[name] = store.steps[name].astype(logps.dtype, copy=False)
+            store.steps["previous_logp"][place] = logps
+            store.steps["logp"][place] = np.where(drawn[place], logps, store.steps["logp"][place])
+        self._said = []
+        store.__dict__.pop("_fingerprint", None)
 
     def _wants_base(self, k: int, steps: int) -> bool:
         if "base_logp" in self.objective.reads:
@@ -698,14 +716,23 @@ class RolloutModule(LanguageModule):
         real = len(mine) > 0
         length = bound.store.length[rows]
         totals = Totals(len(rows), int(length.sum()), self._length, int(length.max()))
-        tokens = self.tokens(self.gather(bound, mine if real else rows[-1:]), real)
+        batch = self.gather(bound, mine if real else rows[-1:])
+        tokens = self.tokens(batch, real)
         loss, sums = self.objective.loss(tokens, totals, iteration=self.iteration)
         share = loss.new_tensor(len(mine) / len(rows))
+        if real and t == self._first_step and not self.objective.uses_critic:
+            kept = tokens.mask > 0
+            self._said.append((batch.row.numpy(), tokens.logp.detach()[kept].cpu().numpy()))
         self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})
         self._tokens += int(bound.lengths[mine].sum()) if real else 0
         self._micro = (j + 1) % self._micro_batches
         self.step_ended = self._micro == 0
         return loss * (self._micro_batches * world)  # Lightning takes the mean over micro-batches and processes
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        if self.global_step == self._first_step and not self.objective.uses_critic:
+            self._keep_first()
 
     def tokens(self, batch: Rollouts, real: bool = True) -> Tokens:
         """What the objective sees of a batch of answers; all of it padding unless ``real``."""

@@ -17,13 +17,18 @@ from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError
 from offpolicy.files import Table
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "GRPO": ("GRPO", {"beta": 0.01, "micro_batch_size": 3}),
-    "ReMix": ("ReMix", {"reincarnation": 3, "kl_start": 1, "kl_every": 1}),
-    "ReMix-PPO": ("ReMix", {"base": "ppo", "group_size": 1, "reincarnation": 3, "critic": "head", "critic_lr": 1e-2}),
-    "RLPlus": ("RLPlus", {"temperature": 0.7}),
+# method, options, updates after which the run is cut, and in all; iterations of ReMix begin at 0, 2, 6, 10 and 12
+CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
+    "GRPO": ("GRPO", {"beta": 0.01, "micro_batch_size": 3}, (3,), 6),
+    "ReMix": ("ReMix", {"reincarnation": 3, "kl_start": 1, "kl_every": 1}, (3, 9, 12), 15),
+    "ReMix-PPO": (
+        "ReMix",
+        {"base": "ppo", "group_size": 1, "reincarnation": 3, "critic": "head", "critic_lr": 1e-2},
+        (9,),
+        12,
+    ),
+    "RLPlus": ("RLPlus", {"temperature": 0.7}, (3,), 6),
 }
-LAST = 15
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +39,18 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_crash_and_resume_equals_an_uninterrupted_run(name: str, policy: Path, tmp_path: Path) -> None:
     """From checkpoints at the start, in the middle and at the end of an iteration, before and after reincarnation."""
-    kind, options = CASES[name]
+    kind, options, cuts, last = CASES[name]
     whole = tmp_path / "whole"
-    fit(method(kind, policy, **options), LAST, whole)
-    expected = run_files(whole, LAST)
-    for first in (3, 9, 12) if kind == "ReMix" else (3,):
+    fit(method(kind, policy, **options), last, whole)
+    expected = run_files(whole, last)
+    for first in cuts:
         cut = tmp_path / str(first)
         fit(method(kind, policy, **options), first, cut)
         resumed = method(kind, policy, **options)
         torch.manual_seed(99)
         resumed.seed = None
-        fit(resumed, LAST, cut, ckpt_path=newest_checkpoint(cut))
-        found = run_files(cut, LAST)
+        fit(resumed, last, cut, ckpt_path=newest_checkpoint(cut))
+        found = run_files(cut, last)
         # at its end the short run wrote a row and an evaluation of its own
         steps = [{row["step"] for row in files["metrics"]} for files in (found, expected)]
         rows = [[r for r in f["metrics"] if r["step"] in steps[1] and r["step"] > first + 2] for f in (found, expected)]

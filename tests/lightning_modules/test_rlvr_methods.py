@@ -104,10 +104,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_updates_equal_obvious_ones(name: str, policy: Path) -> None:
-    """Five iterations in float64, replayed by hand from the answers that were drawn, with plain AdamW."""
+    """A few iterations in float64, replayed by hand from the answers that were drawn, with plain AdamW."""
     stores = Stores()
     module = method(name, policy, micro_batch_size=3, **CASES[name])
-    steps = 10 if name != "ReMix" else 14
+    steps = 6 if name != "ReMix" else 10
     module = fit(module, steps, callbacks=[stores], precision="64-true", held_out=False)
     model, start, done = reference_policy(policy), {}, 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=SMALL["lr"], weight_decay=0.0)
@@ -208,12 +208,12 @@ def test_a_lone_right_demonstration() -> None:
 
 
 def test_rewards_of_random_answers_rise(policy: Path, tmp_path: Path) -> None:
-    """On-policy, on old answers and with a critic."""
-    for name, options in (("GRPO", {}), ("ReMix", {"reincarnation": 6}), ("ReMix", {"base": "ppo", "group_size": 1})):
+    """On-policy, and on old answers with a critic."""
+    for name, options in (("GRPO", {}), ("ReMix", {"base": "ppo", "group_size": 1})):
         module = method(name, policy, batch_size=32, minibatches=1, **options, critic_lr=1e-2, lr=5e-3)
         module.run.eval_every = 0
         folder = tmp_path / f"{name}{len(options)}{'base' in options}"
-        fit(module, 24, folder, held_out=False)
+        fit(module, 20, folder, held_out=False)
         rewards = [row["train/reward/own"] for row in Table(folder / "metrics.csv").rows() if "train/reward/own" in row]
         rewards = [r for r in rewards if isinstance(r, float)]
         assert rewards[-1] > rewards[0] + 0.1, (name, rewards)
@@ -274,9 +274,9 @@ def test_answers_of_others_keep_the_log_probabilities_they_were_drawn_with(polic
     for row in range(store.num_episodes):
         span = slice(store.start[row], store.start[row] + 3)
         unknown = store.episodes["prompt"][row] == 0
-        assert np.isnan(store.steps["logp"][span]).all() == unknown
         first = store.steps["token"][store.start[row]] - 5
-        assert unknown or store.steps["logp"][span].tolist() == [-1.0 - first, -2.0, -0.5]
+        expected = store.steps["previous_logp"][span] if unknown else [-1.0 - first, -2.0, -0.5]
+        assert store.steps["logp"][span].tolist() == list(expected)
     metrics = Table(tmp_path / "metrics.csv").rows()[0]
     assert np.isfinite(metrics["train/loss"]) and metrics["train/ratio/ess"] < 1.0
 
