@@ -29,8 +29,9 @@ def commands(text: str) -> list[list[str]]:
 
 
 def is_short(command: list[str]) -> bool:
-    """Whether the command itself asks for few updates."""
-    return "--trainer.max_steps" in command and int(command[command.index("--trainer.max_steps") + 1]) <= 40
+    """Whether the command itself asks for few updates or iterations."""
+    limits = {"--trainer.max_steps": 40, "--model.iterations": 3}
+    return any(o in command and int(command[command.index(o) + 1]) <= most for o, most in limits.items())
 
 
 def test_the_two_set_up_commands_are_what_ci_relies_on() -> None:
