@@ -92,8 +92,8 @@ def test_all_options_reach_the_checkpoint() -> None:
     assert hparams["abstraction_factor"] == 3 and hparams["subgoal_steps"] == 7 and "options" not in hparams
 
 
-def test_cloning_learns_to_reach_goals() -> None:
-    """On a line a step of a moves by a; data walk left or right at random and the cloned policy walks to the goal."""
+def line() -> Replay:
+    """On a line a step of a moves by a/10; each episode walks 20 steps to the left or to the right."""
     rng = np.random.default_rng(0)
     length, episodes = 20, 60
     action = rng.choice([-1.0, 1.0], episodes).repeat(length)[:, None].astype(np.float32)
@@ -102,8 +102,21 @@ def test_cloning_learns_to_reach_goals() -> None:
     obs = obs.astype(np.float32) - action / 10  # the state before the action
     tail = obs[start + length - 1] + action[start + length - 1] / 10
     steps = {"obs": obs, "action": action, "terminated": np.zeros(len(obs), bool)}
-    data = Replay(steps, start=start, length=np.full(episodes, length), tail={"obs": tail})
-    module = method("GCBC", batch_size=128, hidden_dims=(32,), lr=1e-2).prepare(data)
-    module.run_block(0, 150)
+    return Replay(steps, start=start, length=np.full(episodes, length), tail={"obs": tail})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GCBC", {"hidden_dims": (32,), "lr": 1e-2}),
+        ("OTA-clipped", {"hidden_dims": (32, 32), "lr": 3e-3, "tau": 0.05, "discount": 0.95, "actor_p_random": 0.0}),
+    ],
+)
+def test_the_way_to_a_goal_is_learnt(name: str, options: dict[str, Any]) -> None:
+    module = method(name, batch_size=128, max_grad_norm=None, **options).prepare(line())
+    module.run_block(0, 200)
     here = np.linspace(-0.5, 0.5, 11)[:, None]
     assert (module.act_goal(here, here + 0.8) > 0.2).all() and (module.act_goal(here, here - 0.8) < -0.2).all()
+    way = np.linspace(-0.3, 0.6, 10)[:, None]
+    for value in module.value_of(way, way[-1]).values():  # grows on the way; over options it is not learnt at the goal
+        assert (np.diff(value)[:6] > 0).mean() > 0.8
