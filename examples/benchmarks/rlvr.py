@@ -98,7 +98,8 @@ def run(kind: str, folder: Path, steps: int, length: int) -> dict[str, Any]:
     from offpolicy.data.problems import ProblemData
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    sys.path.insert(0, str(HERE))
+    if str(HERE) not in sys.path:
+        sys.path.insert(0, str(HERE))
     began: list[float] = []
 
     class Clock(Callback):

@@ -1,12 +1,13 @@
-"""The parts that the benchmark of DPO adds to a plain loop change its speed and not its losses."""
+"""The parts that the benchmark of DPO adds to a plain loop change its speed and not its losses; that of GRPO runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from examples.benchmarks import preference
+from examples.benchmarks import preference, rlvr
 
 
 def test_every_part_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,3 +19,16 @@ def test_every_part_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.Mo
     assert plain[0] == pytest.approx(0.693147, abs=1e-5) and abs(plain[2] - plain[0]) > 1e-3
     for losses in faster:
         assert losses == pytest.approx(plain, abs=1e-4)
+
+
+def test_the_benchmark_of_grpo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of it at a small size: times of every step, and rewards that are shares."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    monkeypatch.syspath_prepend(rlvr.HERE)  # where the reward is imported from
+    monkeypatch.setattr(rlvr, "PROMPTS", 2)
+    monkeypatch.setattr(rlvr, "WIDTH", 16)
+    rlvr.prepare(tmp_path, 6)
+    found = rlvr.run("grpo", tmp_path, 3, rlvr.LENGTH)
+    assert len(found["seconds"]) == 3 and min(found["seconds"]) > 0
+    assert all(0 <= reward <= 1 for reward in found["rewards"])
+    assert rlvr.evenness("", "w2 w3 w4", None) == 2 / 3 and rlvr.evenness("", "", None) == 0
