@@ -119,10 +119,8 @@ class HIQL(GoalModule):
         rep = self.phi(obs, goal)
         v = getattr(self, heads)(obs, rep)
         with torch.no_grad():
-            reps = torch.cat((rep, self.phi(next_obs, goal)), -2)
-            target_v, target_next_v = getattr(self, f"target_{heads}")(torch.cat((obs, next_obs), -2), reps).chunk(
-                2, -1
-            )
+            both, reps = torch.cat((obs, next_obs), -2), torch.cat((rep, self.phi(next_obs, goal)), -2)
+            target_v, target_next_v = getattr(self, f"target_{heads}")(both, reps).chunk(2, -1)
         h = self.hparams
         loss = implicit_value_loss(
             v, target_v, target_next_v, reward, mask, discount=h.discount, expectile=h.expectile, weight=weight
@@ -132,8 +130,9 @@ class HIQL(GoalModule):
     @torch.no_grad()
     def progress(self, heads: str, obs: Tensor, later: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """A = V(later, g) - V(obs, g), the mean over the heads, (…, B); and φ(obs, g)."""
-        reps = self.phi(torch.cat((obs, later), -2), torch.cat((goal, goal), -2))
-        now, then = getattr(self, heads)(torch.cat((obs, later), -2), reps).mean(-2).chunk(2, -1)
+        both = torch.cat((obs, later), -2)
+        reps = self.phi(both, torch.cat((goal, goal), -2))
+        now, then = getattr(self, heads)(both, reps).mean(-2).chunk(2, -1)
         return then - now, reps.chunk(2, -2)[0]
 
     def value_loss(self, batch: GoalTransitions) -> tuple[Tensor, Metrics]:
