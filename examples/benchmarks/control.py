@@ -138,9 +138,9 @@ def run_prdc(rows: int) -> dict[str, float]:
 
 
 def blocks(learner: Any, updates: int) -> list[tuple[int, float]]:
-    """(Updates made, seconds) after every block of 64, from the first tenth on."""
+    """(Updates made, seconds) around every block of 64, one at least, after a tenth of warm-up."""
     marks = []
-    for t in range(0, updates + updates // 10, 64):
+    for t in range(0, max(65, updates + updates // 10), 64):
         if t >= updates // 10:
             marks.append((t, time.perf_counter()))
         learner.run_block(t, 64)
