@@ -252,7 +252,7 @@ def test_texts_of_options_stay_as_they_are() -> None:
     [
         (["--data.max_lenght", "4"], "Did you mean '--data.max_length'"),
         (["--num_sample", "many"], "num_samples|num_sample"),
-        (["--verifier", "exact"], "no verifier"),
+        (["--verifier", "exactly"], "no verifier"),
         (["--frobnicate", "1"], "not an option"),
     ],
 )
