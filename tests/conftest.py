@@ -7,7 +7,11 @@ from toy import toy_replay
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 
-torch.set_num_threads(1)  # bits depend on the number of threads, and tests share the machine
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Bits depend on the number of threads, and tests share the machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
