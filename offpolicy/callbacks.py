@@ -120,6 +120,27 @@ class Evaluation(Callback):
             self.evaluator = None
 
 
+class HeldOut(Evaluation):
+    """Instead of episodes, what the method itself measures on data held out of its training.
+
+    ``held_out() -> {"loss": …}`` of the method is called on every process every ``run.eval_every`` updates and after the
+    last; numbers arrive as ``eval/…``.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.eval_row = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        updates = trainer.global_step
+        if not due(updates, pl_module.run.eval_every, trainer.max_steps):
+            return
+        numbers = trainer.strategy.broadcast({f"eval/{name}": value for name, value in pl_module.held_out().items()})
+        if numbers:
+            pl_module.log_dict(numbers, logger=False)
+            pl_module.log_to_loggers(numbers, updates)
+            pl_module.eval_row = {"step": updates, **numbers}
+
+
 class Interruption(Callback):
     """The first Ctrl-C or SIGTERM ends the run after the current block, with a whole checkpoint; the second at once."""
 
