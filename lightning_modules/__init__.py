@@ -18,6 +18,7 @@ METHODS = {
     "EDAC": "edac",
     "SACN": "edac",
     "DecisionTransformer": "decision_transformer",
+    "WorldModel": "world_model",
     "OTA": "ota",
     "HIQL": "hiql",
     "GCIVL": "gcivl",
