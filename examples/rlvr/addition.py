@@ -78,7 +78,8 @@ def warm_up(folder: Path, seed: int, until: float = 0.45) -> Path:
     from lightning.pytorch import Callback
 
     import offpolicy as op
-    from offpolicy.data.problems import ProblemData, token_ids
+    from offpolicy.data.problems import ProblemData
+    from offpolicy.data.sequences import token_ids
     from offpolicy.data.text import TextData
     from offpolicy.export import export
     from offpolicy.language.engines import Request, Sampling, TransformersEngine

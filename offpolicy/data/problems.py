@@ -501,12 +501,6 @@ def _check_overlap(training: Replay, held_out: Replay) -> None:
         )
 
 
-def token_ids(replay: Replay, episode: int) -> np.ndarray:
-    """The tokens of one text, int64."""
-    start = replay.start[episode]
-    return _numpy(replay.steps["token"])[start : start + replay.length[episode]].astype(np.int64)
-
-
 def step_column(replay: Replay, episode: int, name: str) -> np.ndarray:
     """A float column of one text; NaN where the replay has no such column."""
     start, length = replay.start[episode], replay.length[episode]

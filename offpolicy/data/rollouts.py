@@ -23,7 +23,7 @@ from torch import Tensor
 
 from offpolicy.data import sampling
 from offpolicy.data.replay import Column, Replay, _numpy
-from offpolicy.data.sequences import Ragged
+from offpolicy.data.sequences import Ragged, spans, texts
 from offpolicy.errors import DataError
 
 OWN, DEMONSTRATION = 0, 1
@@ -75,11 +75,7 @@ class BoundRollouts:
         order = np.lexsort((lane, turn))
         rows, lane, turn = rows[order], lane[order], turn[order]
         index = spans(self.store, rows)
-        answer = Ragged(_tokens(self.store, index), torch.from_numpy(self.store.length[rows]))
-        prompts = self.prompts[rows]
-        prompt = Ragged(
-            _tokens(self.problems, spans(self.problems, prompts)), torch.from_numpy(self.problems.length[prompts])
-        )
+        prompt, answer = texts(self.problems, self.prompts[rows]), texts(self.store, rows)
         steps = {k: torch.from_numpy(_numpy(v)[index]) for k, v in self.store.steps.items() if k != "token"}
         facts = {k: torch.from_numpy(v[rows]) for k, v in self.store.episodes.items()}
         return Rollouts(prompt, answer, steps, facts, *map(torch.from_numpy, (rows, lane, turn)))
@@ -98,16 +94,6 @@ class BoundRollouts:
             lane[i], turn[i] = mine, count
             filled[group] = mine, count + 1, tokens + answer
         return lane, turn
-
-
-def spans(replay: Replay, episodes: np.ndarray) -> np.ndarray:
-    """The rows of the steps of these episodes, end to end."""
-    start, length = replay.start[episodes], replay.length[episodes]
-    return np.arange(length.sum()) - np.repeat(np.cumsum(length) - length - start, length)
-
-
-def _tokens(replay: Replay, index: np.ndarray) -> Tensor:
-    return torch.from_numpy(_numpy(replay.steps["token"])[index].astype(np.int64))
 
 
 def make_store(

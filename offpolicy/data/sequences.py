@@ -58,6 +58,34 @@ class Singles(NamedTuple):
     row: Tensor
 
 
+def spread(length: Tensor) -> tuple[Tensor, Tensor]:
+    """For texts laid end to end: which text each token belongs to, and its place in it."""
+    owner = torch.repeat_interleave(torch.arange(len(length)), length)
+    return owner, torch.arange(len(owner)) - (torch.cumsum(length, 0) - length)[owner]
+
+
+def runs(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """``start[i], start[i] + 1, …`` (``length[i]`` numbers) for every i, end to end."""
+    return np.arange(length.sum()) - np.repeat(np.cumsum(length) - length - start, length)
+
+
+def spans(replay: Replay, episodes: np.ndarray) -> np.ndarray:
+    """The rows of the steps of these episodes, end to end."""
+    return runs(replay.start[episodes], replay.length[episodes])
+
+
+def texts(replay: Replay, episodes: np.ndarray) -> Ragged:
+    """The tokens of these episodes (B,)."""
+    token = _numpy(replay.steps["token"])[spans(replay, episodes)]
+    return Ragged(torch.from_numpy(token.astype(np.int64)), torch.from_numpy(replay.length[episodes]))
+
+
+def token_ids(replay: Replay, episode: int) -> np.ndarray:
+    """The tokens of one text, int64."""
+    start = replay.start[episode]
+    return _numpy(replay.steps["token"])[start : start + replay.length[episode]].astype(np.int64)
+
+
 class BoundTexts:
     """A view of texts bound to a replay: gathers any rows of its index table at once.
 
@@ -77,17 +105,10 @@ class BoundTexts:
     def __len__(self) -> int:
         return len(self.index)
 
-    def texts(self, episodes: np.ndarray) -> Ragged:
-        """The token sequences of these episodes (B,)."""
-        start, length = self.replay.start[episodes], self.replay.length[episodes]
-        offset = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-        token = _numpy(self.replay.steps["token"])[np.repeat(start, length) + offset]
-        return Ragged(torch.from_numpy(token.astype(np.int64)), torch.from_numpy(length))
-
     def gather(self, rows: np.ndarray | Tensor) -> Any:
         """The batch of these rows (B,) of the table, on the CPU."""
         rows = np.asarray(rows, dtype=np.int64)
-        parts = [self.texts(column) for column in self.index[rows].T]
+        parts = [texts(self.replay, column) for column in self.index[rows].T]
         facts = {name: torch.from_numpy(np.asarray(column[rows])) for name, column in self.facts.items()}
         return self.kind(*parts, facts=facts, row=torch.from_numpy(rows))
 

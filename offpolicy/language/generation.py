@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from offpolicy.data import sampling
 from offpolicy.data.replay import Replay
+from offpolicy.data.sequences import token_ids
 from offpolicy.errors import UsageError, check_range
 from offpolicy.language.rewards import Verifier
 
@@ -212,14 +213,11 @@ def prompts_of(replay: Replay, limit: int = 0) -> list[Prompt]:
     for (prompt, answer), fine in zip(table.tolist(), good.tolist()):
         if references.get(prompt) is None:
             references[prompt] = answer if fine else None
-    token = replay.steps["token"]
-
-    def ids(episode: int) -> np.ndarray:
-        start = replay.start[episode]
-        return np.asarray(token[start : start + replay.length[episode]]).astype(np.int64)
-
     chosen = list(references.items())[: limit or None]
-    return [Prompt(ids(prompt), None if answer is None else ids(answer)) for prompt, answer in chosen]
+    return [
+        Prompt(token_ids(replay, prompt), None if answer is None else token_ids(replay, answer))
+        for prompt, answer in chosen
+    ]
 
 
 def statistics(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:

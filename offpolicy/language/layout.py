@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from offpolicy.data.rollouts import Rollouts
-from offpolicy.data.sequences import Pairs, Ragged, Singles
+from offpolicy.data.sequences import Pairs, Ragged, Singles, spread
 from offpolicy.errors import UsageError
 from offpolicy.language.logprobs import token_logps
 
@@ -409,7 +409,7 @@ class _Rows:
         self, text: Ragged, row: Tensor, column: Tensor, position: Tensor, segment: int, keep: Tensor | None = None
     ) -> None:
         """Lay text i into its row from a column on, its positions counting from ``position``."""
-        owner, place = _spread(text.length)
+        owner, place = spread(text.length)
         piece = (row[owner], column[owner] + place, position[owner] + place, text.token)
         if keep is not None:
             piece = tuple(x[keep[owner]] for x in piece)  # type: ignore[assignment]
@@ -418,13 +418,13 @@ class _Rows:
     def answer(self, text: Ragged, row: Tensor, column: Tensor, prompt: Tensor, segment: int) -> None:
         """Lay an answer and score it; its first token is predicted by the last of the prompt's ``prompt`` tokens."""
         self.put(text, row, column, prompt, segment)
-        owner, place = _spread(text.length)
+        owner, place = spread(text.length)
         before = torch.where(place == 0, prompt[owner], column[owner] + place) - 1
         self._score(row[owner], before, text.token, owner, len(text.length))
 
     def score_prompt(self, prompt: Ragged, row: Tensor) -> None:
         """Score a prompt that was laid at the start of its row."""
-        owner, place = _spread(prompt.length)
+        owner, place = spread(prompt.length)
         self._score(row[owner], place - 1, prompt.token, owner, len(prompt.length))
 
     def _score(self, row: Tensor, before: Tensor, token: Tensor, owner: Tensor, answers: int) -> None:
@@ -457,16 +457,10 @@ class _Rows:
         )
 
 
-def _spread(length: Tensor) -> tuple[Tensor, Tensor]:
-    """For texts laid end to end: which text each token belongs to, and its place in it."""
-    owner = torch.repeat_interleave(torch.arange(len(length)), length)
-    return owner, torch.arange(len(owner)) - (torch.cumsum(length, 0) - length)[owner]
-
-
 def _equal(a: Ragged, b: Ragged) -> Tensor:
     """(B,) bool: which texts are the same in both."""
     same = a.length == b.length
-    owner_a, place = _spread(a.length)
+    owner_a, place = spread(a.length)
     start_b = torch.cumsum(b.length, 0) - b.length
     comparable = same[owner_a]
     differs = torch.zeros(len(a.token), dtype=torch.bool)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from offpolicy.data.replay import Replay, _numpy
+from offpolicy.data.replay import Replay
+from offpolicy.data.sequences import token_ids
 
 BOUNDARY = " ▶ "  # what stands before it is read, what stands after it is scored
 WIDTH = 10  # of the labels
@@ -41,19 +42,13 @@ def samples(replay: Replay, tokenizer: Any, n: int = 2) -> str:
     Each answer comes with the ids of the last five tokens of the prompt and its own first five.
     """
     table = _table(replay)
-    token = _numpy(replay.steps["token"])
-
-    def ids(episode: int) -> list[int]:
-        start = replay.start[episode]
-        return [int(i) for i in token[start : start + replay.length[episode]]]
-
     names = ("chosen", "rejected") if table == "pairs" else ("answer",)
     lines = []
     for number, row in enumerate(replay.tables[table][:n].tolist()):
         source = replay.tables.get(f"{table}/row")
         lines.append(f"{table.removesuffix('s')} {number}" + (f" (row {source[number]})" if source is not None else ""))
         for side, name in enumerate(names):
-            prompt, answer = ids(row[2 * side]), ids(row[2 * side + 1])
+            prompt, answer = (token_ids(replay, row[2 * side + i]).tolist() for i in (0, 1))
             text = tokenizer.decode(prompt) + BOUNDARY + tokenizer.decode(answer)
             lines.append(_line(name, text.replace("\n", "\n" + " " * (WIDTH + 2))))
             lines.append(_line("", f"ids … {prompt[-5:]} ▶ {answer[:5]} …, {len(answer)} tokens scored"))

@@ -27,10 +27,11 @@ from torch.optim import Optimizer
 from offpolicy.callbacks import Interruption, RunFolder
 from offpolicy.data import rollouts as store_of
 from offpolicy.data.module import DataModule
-from offpolicy.data.problems import ProblemData, step_column, token_ids
+from offpolicy.data.problems import ProblemData, step_column
 from offpolicy.data.replay import Replay
 from offpolicy.data.rollouts import DEMONSTRATION, OWN, BoundRollouts, Rollouts
 from offpolicy.data.sampling import permutation
+from offpolicy.data.sequences import token_ids
 from offpolicy.errors import DataError, UsageError, check_range, nearest
 from offpolicy.language import policy as policies
 from offpolicy.language.critic import CRITICS, Critic

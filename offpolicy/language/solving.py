@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from offpolicy.callbacks import due, keep_best
-from offpolicy.data.problems import token_ids
+from offpolicy.data.sequences import token_ids
 from offpolicy.language.engines import Request, TransformersEngine
 from offpolicy.language.evaluation import eval_sample
 from offpolicy.language.reference import evaluating

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from offpolicy.data.names import describe, resolve
-from offpolicy.data.problems import ProblemData, addition, known_test, question_hash, step_column, token_ids
+from offpolicy.data.problems import ProblemData, addition, known_test, question_hash, step_column
 from offpolicy.data.replay import Replay
+from offpolicy.data.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 
 sys.path.append(str(Path(__file__).parents[1] / "language"))
