@@ -1,8 +1,8 @@
-"""Held-out numbers of a language method, and means of metrics over rows."""
+"""Numbers that a language method in training has on held-out data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,56 +12,9 @@ from torch import Tensor
 
 from offpolicy.callbacks import due, keep_best
 from offpolicy.data.sampling import permutation
+from offpolicy.language.meters import RowMeter
 from offpolicy.language.reference import evaluating
 from offpolicy.losses.preference import idealised_ranking_accuracy
-
-
-class RowMeter:
-    """Means of metrics over rows, weighted, over micro-batches and processes; NaN is a row that does not count."""
-
-    def __init__(self) -> None:
-        self.sums: dict[tuple[str, ...], Tensor] = {}  # M names → (M, 2) float64: weighted sums, sums of weights
-
-    @torch.no_grad()
-    def add(self, metrics: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Add rows: name → (B,), and their weights (B,)."""
-        names, values = tuple(metrics), torch.stack(list(metrics.values())).double()
-        counts = ~torch.isnan(values)
-        w = weight.double() * counts
-        both = torch.stack([(torch.where(counts, values, 0.0) * w).sum(-1), w.sum(-1)], -1)
-        self.sums[names] = self.sums[names] + both if names in self.sums else both
-
-    def _by_name(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for names, both in self.sums.items():
-            for name, value in zip(names, both):
-                found[name] = found[name] + value if name in found else value
-        return found
-
-    def read(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means since the last call, in one transfer; starts anew. A metric without rows is left out."""
-        found = self._by_name()
-        names = sorted(found)
-        if not names:
-            return {}
-        sums = sum_over_processes(torch.stack([found[name] for name in names])).tolist()
-        self.sums = {}
-        return {name: total / weight for name, (total, weight) in zip(names, sums) if weight}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: value.cpu() for name, value in self._by_name().items()}
-
-    def load_state_dict(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
-        """Take this process's own sums; where the number of processes has changed, the first takes all."""
-        if len(states) == world_size:
-            mine = dict(states[rank])
-        else:
-            everything = set().union(*states) if rank == 0 else set()
-            mine = {n: torch.stack([state[n] for state in states if n in state]).sum(0) for n in everything}
-        self.sums = {(name,): value[None] for name, value in mine.items()}
-
-    def to(self, device: torch.device) -> None:
-        self.sums = {name: value.to(device) for name, value in self.sums.items()}
 
 
 class HeldOut(Callback):
@@ -71,6 +24,10 @@ class HeldOut(Callback):
     all of them, or a fixed sample of ``eval_rows``. Processes share them.
     """
 
+    def measure(self, method: Any) -> dict[str, float]:
+        """The numbers, on every process; none where nothing is held out."""
+        return {} if method.eval_table is None else evaluate(method)
+
     def __init__(self) -> None:
         self.best: float | None = None
 
@@ -79,9 +36,9 @@ class HeldOut(Callback):
         updates = trainer.global_step
         if not pl_module.step_ended or not due(updates, pl_module.run.eval_every, trainer.max_steps):
             return
-        if pl_module.eval_table is None:
+        numbers = {f"eval/{name}": value for name, value in self.measure(pl_module).items()}
+        if not numbers:
             return
-        numbers = {f"eval/{name}": value for name, value in evaluate(pl_module).items()}
         self.best = keep_best(numbers, self.best)
         pl_module.log_dict(numbers, logger=False)
         pl_module.log_to_loggers(numbers, updates)

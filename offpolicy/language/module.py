@@ -29,9 +29,10 @@ from offpolicy.data.module import DataModule
 from offpolicy.data.sequences import BoundTexts, PairView
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.language import policy as policies
-from offpolicy.language.evaluation import HeldOut, RowMeter, eval_sample
+from offpolicy.language.evaluation import HeldOut, eval_sample
 from offpolicy.language.generation import positions
 from offpolicy.language.layout import Answers, Layout, check_head, pair_layout, score, shares_prompt, single_layout
+from offpolicy.language.meters import RowMeter
 from offpolicy.language.plan import Plan
 from offpolicy.language.reference import Reference, Table, evaluating
 from offpolicy.language.scores import PairScores, Scores, SingleScores

@@ -38,11 +38,12 @@ from offpolicy.language.critic import CRITICS, Critic
 from offpolicy.language.engines import Completion, Request, Sampling, make_engine, room
 from offpolicy.language.generation import prompt_text, stop_ids
 from offpolicy.language.layout import Layout, TokenScores, group_layout, score_tokens
+from offpolicy.language.meters import SumMeter
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rewards import Rewards, Scored
 from offpolicy.language.solving import Solving
-from offpolicy.losses.health import effective_sample_size, group_metrics, summarise
+from offpolicy.losses.health import effective_sample_size, group_metrics
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Tokens, Totals
 
 LANE = 1024  # tokens of a prompt with several answers behind it: attention to more costs what the prompt saves
@@ -820,37 +821,6 @@ class Stopped(Exception):
 def _row(slot: int, problem: int, source: int, answer: Completion) -> dict[str, Any]:
     token, logp, ended = answer
     return {"slot": slot, "problem": problem, "source": source, "token": token, "logp": logp, "ended": ended}
-
-
-class SumMeter:
-    """Sums of vectors over micro-batches, steps and processes, and the metrics they make."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def add(self, sums: Mapping[str, Tensor]) -> None:
-        for name, value in sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-
-    def read(self, sum_over_processes: Any) -> dict[str, float]:
-        """The metrics since the last call; starts anew."""
-        sums, self.sums = self.sums, {}
-        return summarise({name: sum_over_processes(sums[name]) for name in sorted(sums)})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: value.cpu() for name, value in self.sums.items()}
-
-    def load_state_dict(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
-        """Take this process's own sums; where the number of processes has changed, the first takes all."""
-        if len(states) == world_size:
-            self.sums = {name: value.clone() for name, value in states[rank].items()}
-            return
-        names = {name for state in states for name in state} if rank == 0 else set()
-        self.sums = {n: torch.stack([state[n] for state in states if n in state]).sum(0) for n in names}
-
-    def to(self, device: torch.device) -> None:
-        self.sums = {name: value.to(device) for name, value in self.sums.items()}
 
 
 __all__ = ["RolloutModule", "Stopped"]

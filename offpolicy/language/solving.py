@@ -2,53 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Callback, LightningModule, Trainer
 
-from offpolicy.callbacks import due, keep_best
 from offpolicy.data.sequences import token_ids
 from offpolicy.language.engines import Request, TransformersEngine
-from offpolicy.language.evaluation import eval_sample
+from offpolicy.language.evaluation import HeldOut, eval_sample
 from offpolicy.language.reference import evaluating
 
 SOLVED = 1.0  # a reward of at least this is a solved problem
 
 
-class Solving(Callback):
+class Solving(HeldOut):
     """Solves held-out problems every ``run.eval_every`` steps and after the last; the same draws every time.
 
-    Numbers arrive as ``eval/…`` in the Trainer's metrics and as the method's ``eval_row``: ``accuracy`` of the most
-    likely answer, ``mean@k`` and ``pass@k`` of k drawn ones, and each again below the name of every kind of problem
-    (``eval/carry/accuracy``). Processes share the problems.
+    Numbers: ``accuracy`` of the most likely answer, ``mean@k`` and ``pass@k`` of k drawn ones, and each again below the
+    name of every kind of problem (``eval/carry/accuracy``). Processes share the problems.
     """
 
-    def __init__(self) -> None:
-        self.best: float | None = None
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        pl_module.stop_clock()
-        updates = trainer.global_step
-        if not pl_module.step_ended or not due(updates, pl_module.run.eval_every, trainer.max_steps):
-            return
-        if pl_module.eval_problems is None:
-            return
-        numbers = {f"eval/{name}": value for name, value in solve(pl_module).items()}
-        self.best = keep_best(numbers, self.best)
-        pl_module.log_dict(numbers, logger=False)
-        pl_module.log_to_loggers(numbers, updates)
-        pl_module.eval_row = {"step": updates, **numbers}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.best = state_dict["best"]
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.best = None
+    def measure(self, method: Any) -> dict[str, float]:
+        return {} if method.eval_problems is None else solve(method)
 
 
 def solve(method: Any) -> dict[str, float]:

@@ -15,7 +15,7 @@ from tiny import fit, make_policy, method, toy_pairs, write_pairs
 import offpolicy as op
 from offpolicy.data.text import TextData
 from offpolicy.errors import DataError, UsageError
-from offpolicy.language.evaluation import RowMeter
+from offpolicy.language.meters import RowMeter
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.plan import Plan
 

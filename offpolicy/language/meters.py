@@ -1,0 +1,87 @@
+"""Metrics of language methods between two rows: sums over micro-batches, steps and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offpolicy.losses.health import summarise
+
+
+class Sums:
+    """Vectors that are added up by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Any, Tensor] = {}
+
+    @torch.no_grad()
+    def put(self, name: Any, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+
+    def by_name(self) -> dict[str, Tensor]:
+        return self.sums
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value.cpu() for name, value in self.by_name().items()}
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
+        """Take this process's own sums; where the number of processes has changed, the first takes all."""
+        self.sums = {}
+        mine = states[rank : rank + 1] if len(states) == world_size else states if rank == 0 else []
+        for state in mine:
+            for name, value in state.items():
+                self.put(name, value)
+
+    def to(self, device: torch.device) -> None:
+        self.sums = {name: value.to(device) for name, value in self.sums.items()}
+
+
+class SumMeter(Sums):
+    """Sums of vectors, and the metrics that :func:`summarise` makes of them."""
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        for name, value in sums.items():
+            self.put(name, value)
+
+    def read(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The metrics since the last call; starts anew."""
+        sums, self.sums = self.sums, {}
+        return summarise({name: sum_over_processes(sums[name]) for name in sorted(sums)})
+
+
+class RowMeter(Sums):
+    """Means of metrics over rows, weighted; NaN is a row that does not count.
+
+    Names that come together are kept together: M names → (M, 2) float64, weighted sums and sums of weights.
+    """
+
+    @torch.no_grad()
+    def add(self, metrics: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Add rows: name → (B,), and their weights (B,)."""
+        values = torch.stack(list(metrics.values())).double()
+        counts = ~torch.isnan(values)
+        w = weight.double() * counts
+        self.put(tuple(metrics), torch.stack([(torch.where(counts, values, 0.0) * w).sum(-1), w.sum(-1)], -1))
+
+    def by_name(self) -> dict[str, Tensor]:
+        single = Sums()
+        for names, both in self.sums.items():
+            for name, value in zip(names, both):
+                single.put(name, value)
+        return single.sums
+
+    def read(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means since the last call, in one transfer; starts anew. A metric without rows is left out."""
+        found, self.sums = self.by_name(), {}
+        names = sorted(found)
+        if not names:
+            return {}
+        sums = sum_over_processes(torch.stack([found[name] for name in names])).tolist()
+        return {name: total / weight for name, (total, weight) in zip(names, sums) if weight}
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
+        super().load_state_dict(states, rank, world_size)
+        self.sums = {(name,): value[None] for name, value in self.sums.items()}
