@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from offpolicy.data.module import DataModule
 from offpolicy.data.names import Target, resolve
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sampling import permutation
 from offpolicy.data.sources.formats import Faults, Source
+from offpolicy.data.tokenised import TokenisedData
 from offpolicy.errors import DataError, UsageError, check_range, nearest
 from offpolicy.language.tokens import Limits, Row, encode, fingerprint, load_tokenizer, tokenise
 
@@ -32,7 +32,7 @@ MARK = "####"  # of GSM8K, before the final answer
 MARKED = "{prompt}\nSolve the problem step by step and end with the number alone after ####.\n"  # put to a policy
 
 
-class ProblemData(DataModule):
+class ProblemData(TokenisedData):
     """Problems for the Trainer; ``.replay`` is the training part, ``.eval_replay`` the held-out part or None.
 
     Args:
@@ -57,6 +57,8 @@ class ProblemData(DataModule):
         show: problems printed before training.
     """
 
+    content = "problems"
+
     def __init__(
         self,
         name: str = "addition",
@@ -75,14 +77,10 @@ class ProblemData(DataModule):
         eval_fraction: float = 0.05,
         show: int = 2,
     ) -> None:
-        super().__init__(name)
         check_range("data.max_prompt_length", max_prompt_length, 1)
-        check_range("data.max_bad", max_bad, 0.0, 1.0)
-        check_range("data.eval_fraction", eval_fraction, 0.0, 1.0, upper_open=True)
-        check_range("data.show", show, 0)
         if template is not None and "{prompt}" not in template:
             raise UsageError(f"`template` is '{template}'; expected a text with {{prompt}} in it. Add it.")
-        self.options = {
+        options = {
             "download": download,
             "on_bad": on_bad,
             "columns": columns,
@@ -97,40 +95,8 @@ class ProblemData(DataModule):
             "eval_fraction": eval_fraction,
             "show": show,
         }
-        self.eval_replay: Replay | None = None
+        super().__init__(name, options)
         self.rollouts: Replay | None = None  # answers of the policy: the part that changes during training
-        self._tokenizer: Any = None
-
-    @classmethod
-    def of(cls, replay: Replay, eval_replay: Replay | None = None) -> ProblemData:
-        """A data module around replays of problems at hand."""
-        module = cls(str(replay.meta.get("name", "problems")))
-        module.replay, module.eval_replay = replay, eval_replay
-        return module
-
-    def bind_tokenizer(self, tokenizer: Any) -> None:
-        """Say how texts become tokens, before :meth:`load`; without effect where ``tokenizer`` was given by name.
-
-        Args:
-            tokenizer: a tokenizer of ``transformers``, or its folder or name.
-        """
-        if self.options["tokenizer"] is None:
-            self._tokenizer = tokenizer
-        if self.replay is not None:
-            self._check_tokenizer(self.replay)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of these problems.
-
-        Raises:
-            UsageError: neither ``tokenizer`` nor a policy names one.
-        """
-        chosen = self.options["tokenizer"] if self._tokenizer is None else self._tokenizer
-        if chosen is None:
-            raise UsageError("no tokenizer is known for the problems; expected one. Pass `--data.tokenizer DIR`.")
-        self._tokenizer = load_tokenizer(chosen)
-        return self._tokenizer
 
     def load(self) -> Replay:
         """Open, check and tokenise the problems if that has not happened yet, and hold some out."""
@@ -149,11 +115,6 @@ class ProblemData(DataModule):
                 replay, self.eval_replay = _split(replay, self.options["eval_fraction"])
             self.replay = replay
         return self.replay
-
-    def _check_tokenizer(self, replay: Replay) -> None:
-        made = replay.meta.get("tokenizer", {}).get("fingerprint")
-        if made is not None and made != fingerprint(self.tokenizer):
-            raise DataError(f"{replay.meta.get('name')} was tokenised with another tokenizer. Open it again.")
 
     # -- answers of the policy -----------------------------------------------------------------------------------------
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
-from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.data.tokenised import TokenisedData
 from offpolicy.language.preview import report, samples
 
 __all__ = ["TextData", "report", "samples"]
 
 
-class TextData(DataModule):
+class TextData(TokenisedData):
     """Texts for the Trainer; ``.replay`` is the training part, ``.eval_replay`` the held-out part or None.
 
     Args:
@@ -65,11 +64,7 @@ class TextData(DataModule):
         separator: str = "",
         show: int = 2,
     ) -> None:
-        super().__init__(name)
-        check_range("data.max_bad", max_bad, 0.0, 1.0)
-        check_range("data.eval_fraction", eval_fraction, 0.0, 1.0, upper_open=True)
-        check_range("data.show", show, 0)
-        self.options = {
+        options = {
             "download": download,
             "on_bad": on_bad,
             "columns": columns,
@@ -87,48 +82,7 @@ class TextData(DataModule):
             "separator": separator,
             "show": show,
         }
-        self.eval_replay: Replay | None = None
-        self._tokenizer: Any = None
-
-    @classmethod
-    def of(cls, replay: Replay, eval_replay: Replay | None = None) -> TextData:
-        """A data module around replays of language data at hand."""
-        module = cls(str(replay.meta.get("name", "texts")))
-        module.replay, module.eval_replay = replay, eval_replay
-        return module
-
-    def bind_tokenizer(self, tokenizer: Any) -> None:
-        """Say how texts become tokens, before :meth:`load`; without effect where ``tokenizer`` was given by name.
-
-        Args:
-            tokenizer: a tokenizer of ``transformers``, or its folder or name.
-
-        Raises:
-            DataError: the data are open already and were made with another tokenizer.
-        """
-        if self.options["tokenizer"] is None:
-            self._tokenizer = tokenizer
-        if self.replay is not None:
-            self._check_tokenizer(self.replay)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of these data, a ``PreTrainedTokenizerBase``.
-
-        Raises:
-            UsageError: neither ``tokenizer`` nor a policy names one.
-        """
-        from offpolicy.language.tokens import load_tokenizer
-
-        if self._tokenizer is None:
-            self._tokenizer = self.options["tokenizer"]
-        if self._tokenizer is None:
-            raise UsageError(
-                "no tokenizer is known for the texts; expected the policy's or one by name. Pass `--data.tokenizer "
-                "DIR`."
-            )
-        self._tokenizer = load_tokenizer(self._tokenizer)
-        return self._tokenizer
+        super().__init__(name, options)
 
     def load(self) -> Replay:
         """Open, check and tokenise the texts if that has not happened yet, and hold some out."""
@@ -150,14 +104,3 @@ class TextData(DataModule):
                 replay, self.eval_replay = split_by_prompt(replay, self.options["eval_fraction"])
             self.replay = replay
         return self.replay
-
-    def _check_tokenizer(self, replay: Replay) -> None:
-        from offpolicy.language.tokens import fingerprint
-
-        made = replay.meta.get("tokenizer", {}).get("fingerprint")
-        if made is not None and made != fingerprint(self.tokenizer):
-            raise DataError(
-                f"{replay.meta.get('name')} was tokenised with {replay.meta['tokenizer'].get('name')}, which differs "
-                f"from {getattr(self.tokenizer, 'name_or_path', 'the tokenizer')} of the policy. Convert the texts "
-                "again with the tokenizer of the policy."
-            )
