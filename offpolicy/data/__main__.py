@@ -1,4 +1,4 @@
-"""``python -m offpolicy.data make NAME | show X | convert X OUT``: data sets on the command line.
+"""``python -m offpolicy.data make NAME | show X | convert X OUT | compare X Y``: data sets on the command line.
 
 Exit codes: 0 done, 2 a mistake in the command, 3 data that cannot be used or written.
 """
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from offpolicy.data.names import Target, describe, known_names, resolve
 from offpolicy.errors import DataError, UsageError, nearest
 
-COMMANDS = ("make", "show", "convert")
+COMMANDS = ("make", "show", "convert", "compare")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m offpolicy.data", description="Make, look at and convert data sets.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="make|show|convert")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     make = commands.add_parser("make", help="make a set from its real environment and keep it")
     make.add_argument("name", help="a made set, such as pendulum-stitch-v0, or one of OGBench's mazes and arms")
     ogbench = make.add_argument_group("sets of OGBench")
@@ -76,6 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--timeout-step", metavar="drop|keep|self", help="the last step before a time limit")
     _add_text_options(convert)
     convert.set_defaults(run=_convert)
+    compare = commands.add_parser("compare", help="measure synthetic sets against the data that they imitate")
+    compare.add_argument("real", help="a known name, a file or a folder")
+    compare.add_argument("synthetic", nargs="+", help="files or folders; several are shown side by side")
+    compare.add_argument(
+        "--policy", metavar="RUN", help="run folder or checkpoint: how likely are the actions under it?"
+    )
+    compare.add_argument("--rows", type=int, default=4000, metavar="N", help="transitions measured of each set (4000)")
+    compare.add_argument("--plot", metavar="FILE", help="draw quantiles, likelihood and dynamics error as a PNG")
+    compare.add_argument("--json", metavar="FILE", help="write all numbers there; - prints them instead of the table")
+    compare.set_defaults(run=_compare)
     return parser
 
 
@@ -223,6 +233,35 @@ def _convert(options: argparse.Namespace) -> None:
     else:
         replay.save(out)
     print(f"wrote {replay.num_steps:,} steps in {replay.num_episodes:,} episodes to {out}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    targets = [resolve(name) for name in (options.real, *options.synthetic)]
+    texts = next((target for target in targets if _is_text(target)), None)
+    if texts is not None:
+        raise UsageError(f"{texts.name} holds texts; expected steps of an environment. Compare sets of one task.")
+    from offpolicy.data.sources import open_source
+    from offpolicy.evaluation.synthetic import compare, plot
+    from offpolicy.files import atomic_write
+
+    policy = None
+    if options.policy:
+        from offpolicy.api import load
+        from offpolicy.modules import OfflineModule
+
+        policy = load(options.policy)
+        if not isinstance(policy, OfflineModule):
+            raise UsageError(f"{options.policy} is a language model; expected a policy of an environment.")
+    real, *sets = (open_source(target) for target in targets)
+    names = [Path(name).name for name in options.synthetic]
+    names = names if len(set(names)) == len(names) else options.synthetic
+    found = compare(real, dict(zip(names, sets)), policy, rows=options.rows)
+    text = json.dumps(found.as_dict(), indent=1)
+    print(text if options.json == "-" else found)
+    if options.json not in (None, "-"):
+        atomic_write(options.json, text + "\n")
+    if options.plot:
+        plot(found, options.plot)
 
 
 def _made_names() -> list[str]:
