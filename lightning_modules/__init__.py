@@ -19,6 +19,7 @@ METHODS = {
     "SACN": "edac",
     "DecisionTransformer": "decision_transformer",
     "WorldModel": "world_model",
+    "TrajectoryDiffusion": "trajectory_diffusion",
     "OTA": "ota",
     "HIQL": "hiql",
     "GCIVL": "gcivl",

@@ -110,3 +110,6 @@ class AWAC(OfflineModule):
 
     def policy(self, obs: Tensor) -> Tensor:
         return self.actor(obs).clamp(-1.0, 1.0)
+
+    def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self.actor.log_prob(obs, action)

@@ -263,6 +263,9 @@ class CQL(OfflineModule):
     def policy(self, obs: Tensor) -> Tensor:
         return self.actor.mode(obs)
 
+    def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self.actor.log_prob(obs, action)
+
 
 class UnlikeCritics(nn.Module):
     """Critics of different depth behind the interface of an ensemble."""

@@ -130,6 +130,12 @@ class DecisionTransformer(OfflineModule):
     def policy(self, obs: Tensor) -> Tensor:
         return HistoryAgent(self).predict(obs)
 
+    def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
+        raise UsageError(
+            "DecisionTransformer acts by the history of an episode; expected a policy of one observation, whose actions"
+            " have a probability. Choose another method, such as TD3BC."
+        )
+
     def agent(self, target_return: float | None = None) -> HistoryAgent:
         """Plays episodes: remembers the last steps and what is left of the return asked for.
 

@@ -169,6 +169,9 @@ class EDAC(OfflineModule):
     def policy(self, obs: Tensor) -> Tensor:
         return self.actor.mode(obs)
 
+    def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self.actor.log_prob(obs, action)
+
 
 class SACN(EDAC):
     """SAC-N: EDAC without the diversity loss, hence with more critics. Arguments as of EDAC."""

@@ -171,6 +171,11 @@ class IQL(OfflineModule):
     def policy(self, obs: Tensor) -> Tensor:
         return self.actor(obs)
 
+    def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
+        if self.hparams.deterministic:
+            return super().log_density(obs, action)
+        return self.actor.log_prob(obs, action)
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.horizon is None:

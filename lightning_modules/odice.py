@@ -228,6 +228,9 @@ class ODICE(OfflineModule):
     def policy(self, obs: Tensor) -> Tensor:
         return self.actor(obs)
 
+    def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self.actor.log_prob(obs, action)
+
 
 def heads(value: MLP, obs: Tensor) -> Tensor:
     """v (…, E, B) of every head, of obs (…, B, O)."""

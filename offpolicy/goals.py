@@ -113,6 +113,12 @@ class GoalModule(OfflineModule):
             "`set_goals(goals)` for episodes."
         )
 
+    def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
+        raise UsageError(
+            f"{type(self).__name__} acts towards a goal, so actions have no probability without one; expected a policy "
+            "of one observation. Choose another method, such as TD3BC."
+        )
+
     def agent(self, temperature: float = 0.0) -> GoalAgent:
         """What evaluation plays with: give it goals by ``set_goals`` after every ``reset``."""
         return GoalAgent(self, temperature)

@@ -28,12 +28,14 @@ from offpolicy import matmul
 from offpolicy.callbacks import Evaluation, Interruption, RestoreSettings
 from offpolicy.checkpoint import plain_hparams, to_plain
 from offpolicy.data import sampling
+from offpolicy.data.mixing import SHARE
 from offpolicy.data.module import DataModule
 from offpolicy.data.normalize import Normalizer, parse_reward_transform
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import BoundView, Noise, TransitionView, WindowView
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.memory import keep_freed_memory
+from offpolicy.nn.policies import normal_log_prob
 from offpolicy.optim import FusedAdam, gradients, polyak_
 from offpolicy.options import RunOptions
 
@@ -353,6 +355,14 @@ class OfflineModule(Module):
         """Deterministic action in [-1, 1] for normalised observations: (…, B, O) → (…, B, A)."""
         raise NotImplementedError(f"{type(self).__name__} must define policy(obs), used by act() and evaluation.")
 
+    def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
+        """log π(a|s), nats, (B,), of actions (B, A) in [-1, 1] for normalised observations (B, O).
+
+        A normal of unit variance around :meth:`policy`, as Policy-Guided Diffusion (arXiv:2404.06356, authors' code)
+        takes it for deterministic actors; a method with a stochastic actor gives that one's law.
+        """
+        return normal_log_prob(action, self.policy(obs).clamp(-1.0, 1.0), action.new_zeros(()).expand_as(action))
+
     def select(self, replay: Replay) -> Replay:
         """The episodes this method trains on; all by default."""
         return replay
@@ -403,11 +413,14 @@ class OfflineModule(Module):
         self.initialize(Sizes(**state["sizes"]), seed=state["seed"])
 
     def facts(self) -> list[tuple[str, str]]:
-        replay, meta, sizes = self.trainer.datamodule.replay, self.data_meta, self.sizes  # type: ignore[attr-defined]
+        data, meta, sizes = self.trainer.datamodule, self.data_meta, self.sizes  # type: ignore[attr-defined]
+        pool = getattr(data, "pool", None)  # of synthetic trajectories beside the real data
+        replay = data.replay if pool is None else pool.real
         limits = f", {sizes.max_steps} steps at most" if sizes.max_steps else ""
         return [
             ("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({origin(meta)})"),
             ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
+            *([] if pool is None else pool.facts()),
         ]
 
     # -- acting --------------------------------------------------------------------------------------------------------
@@ -430,6 +443,28 @@ class OfflineModule(Module):
         action = self.normalizer.environment_action(action)
         action = action[..., 0, :] if torch.as_tensor(obs).dim() == 1 else action
         return action if isinstance(obs, Tensor) else action.float().cpu().numpy()
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        """log π(action | obs) under the policy as trained, summed over the dimensions of the action.
+
+        Deterministic policies count as normals of unit variance around their action. Differentiable.
+
+        Args:
+            obs: raw observations (…, O).
+            action: (…, A) in [-1, 1].
+
+        Returns:
+            Nats, (…,).
+
+        Raises:
+            UsageError: the method is no policy of one observation.
+        """
+        x = self.normalized(obs.reshape(-1, obs.shape[-1]))
+        training = self.training
+        self.eval()
+        found = self.log_density(x, action.to(x).reshape(len(x), -1))
+        self.train(training)
+        return found.reshape(obs.shape[:-1])
 
     def normalized(self, obs: Any, name: str = "obs") -> Tensor:
         """Raw observation(s), NumPy or tensor, (O,) or (n, O), as normalised ones (n, O) on the method's device."""
@@ -604,6 +639,11 @@ class OfflineModule(Module):
         version = (id(replay), replay.version)
         if self._bound is None or version != self._bound_version:
             self._bound = self.view.bind(self.select(replay), self.normalizer, self.device)
+            if SHARE in replay.meta and self._bound.cumulative is None:
+                raise UsageError(
+                    f"{type(self.view).__name__} draws all rows alike; expected a view that keeps the synthetic share. "
+                    "Pass `mixture_weights(replay, rows)` to its BoundView, or take --data.synthetic.share 1."
+                )
             self._bound_version = version
             self.on_bind(self._bound)
 
@@ -646,9 +686,9 @@ class OfflineModule(Module):
         uniforms = [sampling.uniforms(sampling.keys(seeds, "view", steps), rows, (more,))] if more else []
         batch = self._bound.gather(self._bound.pick(words), *uniforms)
         rows, steps = rows.to(self.device), steps.to(self.device)
-        laws = {"normal": sampling.normals, "uniform": sampling.uniforms}
+        laws, dtype = {"normal": sampling.normals, "uniform": sampling.uniforms}, self.normalizer.obs_scale.dtype
         noise = {
-            name: laws[draw.law](sampling.keys(seeds, name, steps), rows, draw.shape).to(batch.obs.dtype).unbind(0)
+            name: laws[draw.law](sampling.keys(seeds, name, steps), rows, draw.shape).to(dtype).unbind(0)
             for name, draw in self.draws().items()
         }
         parts = {name: value.unbind(0) for name, value in batch._asdict().items() if isinstance(value, Tensor)}
@@ -694,7 +734,8 @@ class OfflineModule(Module):
 
     def _write_row(self, updates: int) -> None:
         """One row of metrics: means since the last row, read back once."""
-        row: dict[str, Any] = {f"train/{k}": v for k, v in self.meter.read(self._mean_over_processes).items()}
+        means = self.meter.read(self._mean_over_processes)
+        row: dict[str, Any] = {k if k.startswith("synthetic/") else f"train/{k}": v for k, v in means.items()}
         speed = self._updates_timed / max(self._update_time, 1e-9)
         self._update_time, self._updates_timed = 0.0, 0
         self.log_row({"step": updates, **row, "perf/updates_per_s": speed}, updates)

@@ -1,0 +1,321 @@
+"""Trajectory diffusion — Jackson et al. 2024, Policy-Guided Diffusion (arXiv:2404.06356), with EDM (arXiv:2206.00364).
+
+A denoiser D of sub-trajectories x = [s, arctanh a, r, terminated]₁…T, trained on the offline data:
+  mean w(σ)·(D(x + σε; σ) - x)², ln σ ~ N(P_mean, P_std²), w the weight of EDM.
+New trajectories come from EDM's sampler on the averaged weights. With a policy π their actions are moved along
+∇ log π(a|s), so that they follow p(τ) ∝ p_data(τ)·Π π(a|s)^λ: what π would do, where the data can tell what follows.
+
+Differs from the authors' code: the sampler's predictor (see :mod:`offpolicy.diffusion`), episodes held out by a hash,
+a last step that terminates is kept, and constant channels are generated exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from offpolicy.callbacks import Evaluation, due
+from offpolicy.data import sampling
+from offpolicy.data.replay import Replay
+from offpolicy.data.trajectories import ACTION_LIMIT, BoundTrajectories, Channels, Trajectories, TrajectoryView
+from offpolicy.data.views import BoundView
+from offpolicy.diffusion import EDM, UNGUIDED, GuidanceOptions, SamplerOptions, policy_score, sample
+from offpolicy.errors import UsageError, check_range
+from offpolicy.losses.diffusion import denoise, denoising_loss, noise_level
+from offpolicy.modules import Draw, Metrics, Noise, OfflineModule, Rate, Sizes
+from offpolicy.nn.unet import TrajectoryUNet
+
+HELD_OUT_ROWS = 1024  # sub-trajectories of an evaluation at most
+
+
+class TrajectoryDiffusion(OfflineModule):
+    """Diffusion model of sub-trajectories. It generates data and is no policy; one seed per process.
+
+    Args:
+        horizon: T, steps of a sub-trajectory, ≥ 2^(num_blocks - 1).
+        stride: spacing of their starts, ≥ 1.
+        num_features: F, width of the first block, a multiple of 8, ≥ 16; the authors' 1024 gives 178 M parameters.
+        num_blocks: B, blocks of widths F, 2F, 4F, …, ≥ 1.
+        groupnorm_over_time: let group norms average over time as well; the authors' do not.
+        p_mean: mean of ln σ in training.
+        p_std: standard deviation of ln σ, > 0.
+        held_out: share of the episodes kept for the evaluation loss, in [0, 1).
+        lr: Adam's learning rate at its peak.
+        lr_decay_steps: updates over which the rate rises from a tenth (the first 10 %) and falls to 0 along a cosine;
+            None takes ``max_steps`` of the run that started, 0 keeps the rate constant.
+        ema_decay: of the averaged weights that generate, in [0, 1].
+        ema_every: updates between two steps of the average, ≥ 1.
+        batch_size: sub-trajectories per update over all processes.
+        max_grad_norm: limit on the gradient norm, > 0; None for no limit.
+    """
+
+    look_command: ClassVar[str] = "python -m offpolicy.sample {folder} synthetic"
+
+    def __init__(
+        self,
+        *,
+        horizon: int = 32,
+        stride: int = 8,
+        num_features: int = 128,
+        num_blocks: int = 3,
+        groupnorm_over_time: bool = False,
+        p_mean: float = -1.2,
+        p_std: float = 1.2,
+        held_out: float = 0.05,
+        lr: float = 2e-3,
+        lr_decay_steps: int | None = None,
+        ema_decay: float = 0.995,
+        ema_every: int = 10,
+        batch_size: int = 32,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_range("num_blocks", num_blocks, 1)
+        check_range("horizon", horizon, 2 ** (num_blocks - 1))
+        check_range("p_std", p_std, 0.0, lower_open=True)
+        check_range("held_out", held_out, 0.0, 1.0, upper_open=True)
+        check_range("lr", lr, 0.0)
+        check_range("ema_decay", ema_decay, 0.0, 1.0)
+        check_range("ema_every", ema_every, 1)
+        if lr_decay_steps is not None:
+            check_range("lr_decay_steps", lr_decay_steps, 0)
+        self.save_hyperparameters()
+        self.view = TrajectoryView(horizon, stride)
+        self.decay_steps = lr_decay_steps
+        self.clipped = 0.0  # share of the actions
+
+    def build(self, sizes: Sizes) -> None:
+        if self.seeds:
+            raise UsageError("TrajectoryDiffusion trains one seed per process; expected `seeds` empty. Start one each.")
+        h = self.hparams
+        self.channels = Channels(sizes.obs_dim, sizes.action_dim)
+        self.denoiser = TrajectoryUNet(
+            self.channels.count, h.num_features, h.num_blocks, groupnorm_over_time=h.groupnorm_over_time
+        )
+        self.target_denoiser = self.target_of(self.denoiser)  # the averaged weights
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def split(self, replay: Replay) -> tuple[Replay, Replay | None]:
+        """The episodes to train on and those held out; None where the share makes less than one episode."""
+        share = self.hparams.held_out
+        return replay.split(share) if round(share * replay.num_episodes) else (replay, None)
+
+    def select(self, replay: Replay) -> Replay:
+        return self.split(replay)[0]
+
+    def fit_normalizer(self, replay: Replay) -> None:
+        """Bounds of actions, and the statistics of the channels over all sub-trajectories and their steps."""
+        self.normalizer.fit(replay, None, normalize_obs=False, reward_transform="r", eps=0.0)
+        self.clipped = self.channels.fit(replay, replay.rows, self.view.coverage(replay), self.normalizer)
+        for name, at in (("action_low", -1.0), ("action_high", 1.0)):  # what generated actions are scaled back by
+            bound = self.normalizer.environment_action(torch.full_like(self.normalizer.action_scale, at))
+            self.data_meta.setdefault(name, bound.tolist())
+
+    def on_bind(self, bound: BoundView) -> None:
+        assert isinstance(bound, BoundTrajectories)
+        bound.channels = self.channels
+
+    def held_out(self, replay: Replay) -> Trajectories | None:
+        """Sub-trajectories of held-out episodes with noise, the same in every run; None where there are none."""
+        rest = self.split(replay)[1]
+        if rest is None or not len(self.view.places(rest)):
+            return None
+        bound = self.view.bind(rest, self.normalizer, self.device)
+        self.on_bind(bound)
+        chosen = sampling.permutation(0, 0, len(bound))[:HELD_OUT_ROWS].sort().values
+        batch, rows = bound.gather(chosen), torch.arange(len(chosen))
+        noise = {}
+        for name, draw in self.draws().items():
+            key = sampling.keys(0, name, torch.zeros(1, dtype=torch.int64))
+            noise[name] = sampling.normals(key, rows, draw.shape)[0].to(batch.x)
+        return batch._replace(noise=Noise(**noise))
+
+    def notes(self) -> list[str]:
+        found = []
+        if self.clipped:
+            found.append(
+                f"{100 * self.clipped:.2g} % of the actions lie beyond ±{ACTION_LIMIT} of their bounds and are moved "
+                "there, as arctanh is infinite at ±1"
+            )
+        if self.split(self.trainer.datamodule.replay)[1] is None:  # type: ignore[attr-defined]
+            found.append("too few episodes to hold one out: no evaluation loss")
+        return found
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def learning_rates(self) -> dict[str, Rate]:
+        return {"denoiser": self.decayed_lr}
+
+    def decayed_lr(self, step: int) -> float:
+        """From a tenth of ``lr`` to ``lr`` over the first tenth of the stored horizon, then a cosine to 0."""
+        peak = self.hparams.lr
+        if not self.decay_steps:
+            return peak
+        warm = self.decay_steps // 10
+        if step <= warm:
+            return peak * (0.1 + 0.9 * (step - 1) / warm)
+        progress = min((step - 1 - warm) / (self.decay_steps - warm), 1.0)
+        return 0.5 * (1.0 + math.cos(math.pi * progress)) * peak
+
+    def draws(self) -> dict[str, Draw]:
+        return {"sigma": Draw(()), "data": Draw((self.hparams.horizon, self.channels.count))}
+
+    def denoiser_loss(self, batch: Trajectories) -> tuple[Tensor, Metrics]:
+        """Mean over batch, steps and channels of w(σ)·(D(x; σ) - x₀)²."""
+        loss = self.losses(self.denoiser, batch).mean()
+        return loss, {"loss": loss.detach()}
+
+    def losses(self, network: TrajectoryUNet, batch: Trajectories) -> Tensor:
+        """Loss of each sub-trajectory (B,)."""
+        sigma = noise_level(batch.noise.sigma, self.hparams.p_mean, self.hparams.p_std)
+        noisy = torch.addcmul(batch.x, sigma[:, None, None], batch.noise.data)
+        return denoising_loss(denoise(network, noisy, sigma), batch.x, sigma)
+
+    def update(self, batch: Trajectories, step: int) -> Metrics:
+        loss, metrics = self.denoiser_loss(batch)
+        self.step("denoiser", loss)
+        if step % self.hparams.ema_every == 0:
+            self.track("denoiser", 1.0 - self.hparams.ema_decay)
+        return metrics
+
+    # -- generating ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        count: int,
+        *,
+        first: int = 0,
+        seed: int = 0,
+        horizon: int | None = None,
+        policy: OfflineModule | None = None,
+        sampler: SamplerOptions = EDM,
+        guidance: GuidanceOptions = UNGUIDED,
+        batch_size: int = 1024,
+        bf16: bool = False,
+        compile: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[str, Tensor]:
+        """Trajectories ``first`` … ``first + count - 1`` of the stream ``seed``.
+
+        A trajectory is a function of its number, the seed, the weights, the options and the policy; the batches in
+        which it is made change the last bits of products at most.
+
+        Args:
+            count: n ≥ 1.
+            first: number of the first one, ≥ 0.
+            seed: of the noise.
+            horizon: T, steps of each; None for that of training.
+            policy: whose log-probability guides the actions, with ``guidance.coefficient`` > 0.
+            sampler: how noise becomes data.
+            guidance: how far the policy pulls.
+            batch_size: trajectories made at once; changes speed and memory.
+            bf16: compute the network's products in bfloat16, which GPUs do faster.
+            compile: compile the network with ``torch.compile``; pays on GPUs.
+            progress: called with the number of trajectories made by each batch.
+
+        Returns:
+            On the CPU: ``obs (n, T, O)`` in environment units, ``action (n, T, A)`` in [-1, 1], ``reward (n, T)``,
+            ``terminated (n, T)`` bool.
+
+        Raises:
+            UsageError: a count or horizon out of range, or a policy of other sizes.
+        """
+        check_range("count", count, 1)
+        check_range("batch_size", batch_size, 1)
+        horizon = self.hparams.horizon if horizon is None else horizon
+        check_range("horizon", horizon, self.denoiser.shortest)
+        score = None
+        if policy is not None and guidance.coefficient:
+            mine, its = (self.sizes.obs_dim, self.sizes.action_dim), (policy.sizes.obs_dim, policy.sizes.action_dim)
+            if mine != its:
+                raise UsageError(
+                    f"the policy has observations and actions of {its} numbers, the diffusion model of {mine}; "
+                    "expected the same. Pass a policy for the data that the model was trained on."
+                )
+            score = policy_score(self.channels, policy)
+        network = torch.compile(self.target_denoiser, dynamic=False) if compile else self.target_denoiser
+        parts: list[dict[str, Tensor]] = []
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            for start in range(first, first + count, batch_size):
+                rows = torch.arange(start, min(start + batch_size, first + count), device=self.device)
+                shape = (len(rows), horizon, self.channels.count)
+
+                def noise(i: int, rows: Tensor = rows, shape: tuple[int, ...] = shape) -> Tensor:
+                    key = sampling.keys(seed, "sampler", torch.tensor([i + 1], device=self.device))
+                    return sampling.normals(key, rows, shape[1:])[0].to(self.dtype_of_weights)
+
+                def denoised(x: Tensor, sigma: Tensor) -> Tensor:
+                    return denoise(network, x, sigma)
+
+                x = sample(denoised, shape, sampler, score=score, guidance=guidance, noise=noise)
+                parts.append({name: value.cpu() for name, value in self.channels.decode(x).items()})
+                if progress is not None:
+                    progress(len(rows))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def policy(self, obs: Tensor) -> Tensor:
+        raise UsageError(
+            "TrajectoryDiffusion generates data and is no policy; expected a method that acts. Train one on its data."
+        )
+
+    def agent(self) -> Any:
+        return self.policy(torch.empty(0))
+
+    # -- a run ---------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.decay_steps is None:
+            self.decay_steps = self.trainer.max_steps
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"lr_decay_steps": self.decay_steps}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self.decay_steps = state["lr_decay_steps"]
+
+    def evaluates(self) -> str:
+        return "loss of held-out episodes" if self.hparams.held_out else ""
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [HeldOutLoss() if isinstance(c, Evaluation) else c for c in super().configure_callbacks()]
+
+
+class HeldOutLoss(Callback):
+    """The loss of the averaged weights on held-out episodes every ``run.eval_every`` updates, on one process.
+
+    Sub-trajectories and noise are the same every time. Arrives as ``eval/loss`` and as the method's ``eval_row``.
+    """
+
+    def __init__(self) -> None:
+        self.batch: Trajectories | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.eval_row = {}
+        if trainer.is_global_zero:
+            self.batch = pl_module.held_out(trainer.datamodule.replay)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        updates = trainer.global_step
+        if not due(updates, pl_module.run.eval_every, trainer.max_steps):
+            return
+        numbers: dict[str, float] = {}
+        if self.batch is not None:
+            with trainer.precision_plugin.forward_context():
+                numbers = {"eval/loss": float(pl_module.losses(pl_module.target_denoiser, self.batch).mean())}
+        numbers = trainer.strategy.broadcast(numbers)
+        if numbers:
+            pl_module.log_dict(numbers, logger=False)
+            pl_module.log_to_loggers(numbers, updates)
+            pl_module.eval_row = {"step": updates, **numbers}
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.batch = None
