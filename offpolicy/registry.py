@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any
 
 from offpolicy.errors import UsageError, fold, nearest
@@ -72,20 +73,13 @@ def import_class(path: str) -> Any:
     Raises:
         UsageError: no such module or no such class in it. An ImportError *inside* a module that exists is passed on.
     """
-    module, _, attribute = path.rpartition(".")
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
-            raise
+    module, attribute = _imported(path, "model", "package.module.Class")
+    if not hasattr(module, attribute):
+        classes = [name for name, value in vars(module).items() if isinstance(value, type)]
         raise UsageError(
-            f"`model` is '{path}', but there is no module '{error.name}' in this folder or on the Python path; "
-            "expected package.module.Class. Run from the folder that holds it, or install it."
-        ) from None
-    if not hasattr(found, attribute):
-        classes = [name for name, value in vars(found).items() if isinstance(value, type)]
-        raise UsageError(f"`model` is '{path}', but {module} has no '{attribute}'.{nearest(attribute, classes)}")
-    return getattr(found, attribute)
+            f"`model` is '{path}', but {module.__name__} has no '{attribute}'.{nearest(attribute, classes)}"
+        )
+    return getattr(module, attribute)
 
 
 def import_callable(path: str, option: str) -> Any:
@@ -99,21 +93,27 @@ def import_callable(path: str, option: str) -> Any:
         UsageError: no such module, or nothing in it that can be called. An ImportError inside a module that exists is
             passed on.
     """
-    module, _, attribute = path.replace(":", ".").rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
-            raise
-        raise UsageError(
-            f"`{option}` is '{path}', but there is no module '{error.name}' in this folder or on the Python path; "
-            "expected package.module.function. Run from the folder that holds it, or install it."
-        ) from None
-    except AttributeError:
-        raise UsageError(f"`{option}` is '{path}', but {module} has no '{attribute}'; expected a function.") from None
+    module, attribute = _imported(path.replace(":", "."), option, "package.module.function")
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise UsageError(f"`{option}` is '{path}', but {module.__name__} has no '{attribute}'; expected a function.")
     if not callable(found):
         raise UsageError(f"`{option}` is '{path}', a {type(found).__name__}; expected a function.")
     return found
+
+
+def _imported(path: str, option: str, expected: str) -> tuple[ModuleType, str]:
+    """The module of an import path, and the name in it."""
+    name, _, attribute = path.rpartition(".")
+    try:
+        return importlib.import_module(name), attribute
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+            raise
+        raise UsageError(
+            f"`{option}` is '{path}', but there is no module '{error.name}' in this folder or on the Python path; "
+            f"expected {expected}. Run from the folder that holds it, or install it."
+        ) from None
 
 
 def make(option: str, spec: Spec, known: Mapping[str, Callable[..., Any]], *, at_call: Collection[str] = ()) -> Any:

@@ -93,11 +93,11 @@ class RolloutEngine(Protocol):
         """The answers to each request, in order; fewer requests than given once ``stopped()`` says so."""
 
 
-class TransformersEngine:
-    """Generation with a cache of keys and values: a prompt is read once for all answers to it.
+class LocalEngine:
+    """An engine that draws from the model in training itself.
 
     Args:
-        batch_size: answers drawn at once, ≥ 1.
+        batch_size: how much is computed at once, ≥ 1.
     """
 
     def __init__(self, batch_size: int = 256) -> None:
@@ -106,6 +106,14 @@ class TransformersEngine:
 
     def sync(self, model: nn.Module, version: int) -> None:
         self.model = model
+
+
+class TransformersEngine(LocalEngine):
+    """Generation with a cache of keys and values: a prompt is read once for all answers to it.
+
+    Args:
+        batch_size: answers drawn at once, ≥ 1.
+    """
 
     def generate(
         self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
@@ -189,19 +197,12 @@ class TransformersEngine:
         return completions(table, logps, length, stops, samples.tolist())
 
 
-class TinyEngine:
+class TinyEngine(LocalEngine):
     """Whole forward passes without a cache, over the distinct beginnings of answers; for small models and any kind.
 
     Args:
         batch_size: beginnings computed at once, ≥ 1.
     """
-
-    def __init__(self, batch_size: int = 256) -> None:
-        self.batch_size = batch_size
-        self.model: Any = None
-
-    def sync(self, model: nn.Module, version: int) -> None:
-        self.model = model
 
     def generate(
         self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None

@@ -96,7 +96,11 @@ class GRPO(GroupAdvantage):
 
     def __call__(self, rewards: Tensor, group: Tensor, own: Tensor) -> Tensor:
         found = self.groups(rewards, group, own)
-        return (found.centred / (found.std + self.eps)).to(rewards.dtype)
+        return (found.centred / (self.deviation(found, own) + self.eps)).to(rewards.dtype)
+
+    def deviation(self, found: Groups, own: Tensor) -> Tensor:
+        """s of each row, (B,), or one for all."""
+        return found.std
 
 
 @dataclass(frozen=True)
@@ -116,25 +120,12 @@ class RLOO(GroupAdvantage):
         return (found.centred * found.size / (found.size - 1.0).clamp(min=1.0)).to(rewards.dtype)
 
 
-@dataclass(frozen=True)
-class BatchStd(GroupAdvantage):
-    """(R − μ)/(s + ε), with μ of the group and the sample deviation s of all counted rewards of the batch.
+class BatchStd(GRPO):
+    """(R − μ)/(s + ε), with μ of the group and the sample deviation s of all counted rewards of the batch."""
 
-    Args:
-        eps: ε, > 0.
-    """
-
-    eps: float = 1e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("eps", self.eps, 0.0, lower_open=True)
-
-    def __call__(self, rewards: Tensor, group: Tensor, own: Tensor) -> Tensor:
-        found = self.groups(rewards, group, own)
+    def deviation(self, found: Groups, own: Tensor) -> Tensor:
         counted = found.reward[own] if self.statistics == "own" else found.reward
-        std = counted.std() if len(counted) > 1 else torch.zeros_like(found.mean[:1])
-        return (found.centred / (std + self.eps)).to(rewards.dtype)
+        return counted.std() if len(counted) > 1 else torch.zeros_like(found.mean[:1])
 
 
 @dataclass(frozen=True)
