@@ -238,8 +238,8 @@ class Judge:
         """Distance (n,) to the nearest pair of the real data; of real ones, to the nearest other."""
         if self._index is None:
             taken = self.real.take(self.real.rows, ("obs", "action"))
-            pairs = self.normalizer.obs(taken["obs"].float()), self.normalizer.action(taken["action"].float())
-            self._index = NeighborIndex(*(x.cpu() for x in pairs), 1.0, search="tree")
+            obs, action = (taken[k].float().cpu() for k in ("obs", "action"))
+            self._index = NeighborIndex(self.normalizer.obs(obs), self.normalizer.action(action), 1.0, search="tree")
         taken = replay.take(rows, ("obs", "action"))
         obs, action = (taken[k].float().cpu() for k in ("obs", "action"))
         own = replay is self.real
@@ -255,7 +255,7 @@ def sampled(replay: Replay, count: int) -> np.ndarray:
 
 def column_quantiles(replay: Replay) -> dict[str, list[float]]:
     """Quantiles at ``LEVELS`` of every dimension of observations and actions, and of rewards."""
-    found = {}
+    found: dict[str, list[float]] = {}
     for name in ("obs", "action", "reward"):
         column = _numpy(replay.steps[name])
         values = column if replay.is_whole else column[replay.rows]

@@ -94,7 +94,7 @@ def test_convert_to_d4rl_and_back(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "code", "words"),
     [
         ([], 2, "required: make|show|convert"),
-        (["mak", "x"], 2, "'mak' is no command; expected make, show, convert. Did you mean 'make'?"),
+        (["mak", "x"], 2, "'mak' is no command; expected make, show, convert, compare. Did you mean 'make'?"),
         (["show", "hoper-medium-v2"], 2, "Did you mean 'hopper-medium-v2'?"),
         (["show", "walks.hdf5", "--fast"], 2, "unrecognized arguments: --fast"),
         (["make", "hopper-medium-v2"], 2, "Only made sets can be made: pendulum-stitch-v0"),
