@@ -346,7 +346,7 @@ def python_config(method: Module, data: DataModule, max_steps: int, options: Map
     settings = {
         "seed_everything": method.seed,
         "model": {"class_path": path, "init_args": hparams},
-        "data": {"name": data.name, **data.options},
+        "data": data.settings(),
         "run": asdict(method.run),
         "trainer": {**plain, "max_steps": max_steps},
         "recipe": "none",

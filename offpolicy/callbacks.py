@@ -336,6 +336,11 @@ class UpdateBar(ProgressBar):
             count = f"{updates:>{len(str(trainer.max_steps))}}/{trainer.max_steps}"
             print(f"{count}  {self.rate(updates, now)}  {self.numbers(trainer)}", file=sys.stderr, flush=True)
 
+    def say(self, text: str) -> None:
+        """Show what keeps the run from its updates."""
+        if self._bar is not None:
+            self._bar.update(self._task, numbers=text, refresh=True)
+
     def rate(self, updates: int, now: float) -> str:
         return f"{(updates - self._first) / max(now - self._began, 1e-9):,.0f} updates/s"
 

@@ -38,3 +38,43 @@ class RunOptions:
             check_range("run.threads", self.threads, 1)
         if self.matmul not in ("auto", "mkl", "onednn"):
             raise UsageError(f"`run.matmul` is {self.matmul!r}; expected 'auto', 'mkl' or 'onednn'.")
+
+
+@dataclass(frozen=True)
+class SyntheticOptions:
+    """Trajectories of a diffusion model that control methods train on (``--data.synthetic.*``).
+
+    Args:
+        model: run folder or checkpoint of a trained trajectory diffusion model.
+        guidance: κ ≥ 0, how far actions are pulled to the policy; the sum of all pulls on a trajectory is about κ·N/2
+            in units of its normalised actions, for N sampling steps.
+        cosine: weight ≥ 0 of a bump of guidance in the middle of sampling.
+        trajectories: in the pool, ≥ 1.
+        horizon: steps of each, ≥ 2, one more than its transitions; None for that of the model's training.
+        every: updates after which the pool is drawn anew under the policy of then, ≥ 1.
+        share: probability that a row of a batch is synthetic, in (0, 1]; published 240 of 256.
+        sampling_steps: noise levels of the sampler, ≥ 2; published 256, of which an eighth is nearly as good.
+        batch_size: trajectories drawn at once, ≥ 1; other values change last bits.
+        seed: of the trajectories; None for that of the run.
+    """
+
+    model: str | None = None
+    guidance: float = 1.0
+    cosine: float = 0.3
+    trajectories: int = 2048
+    horizon: int | None = None
+    every: int = 10_000
+    share: float = 0.9375
+    sampling_steps: int = 32
+    batch_size: int = 256
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        lows = {"guidance": 0, "cosine": 0, "trajectories": 1, "horizon": 2, "every": 1}
+        for name, low in {**lows, "sampling_steps": 2, "batch_size": 1}.items():
+            if getattr(self, name) is not None:
+                check_range(f"data.synthetic.{name}", getattr(self, name), low)
+        check_range("data.synthetic.share", self.share, 0.0, 1.0, lower_open=True)
+
+
+SOURCES = ("real", "policy-guided", "unguided")  # what a control method may train on

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.data.mixing import mixture_weights
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.views import CHUNK, PACK_LIMIT, BoundView, _is_float, _require, _width
@@ -143,7 +144,8 @@ class BoundGoals(BoundView):
         places = view.places(replay)
         self.states = States(replay, normalizer, device)
         rows = replay.rows[places]
-        super().__init__(rows, device if self.states.table is not None else torch.device("cpu"))
+        where = device if self.states.table is not None else torch.device("cpu")
+        super().__init__(rows, where, mixture_weights(replay, rows))
         self.view, self.target, self.dtype = view, device, normalizer.obs_scale.dtype
         self.uniforms = (
             3 * (view.value is not None) + 3 * (view.actor is not None) + 4 * (view.option_steps is not None)
@@ -235,7 +237,7 @@ class BoundGoals(BoundView):
 
     def any(self, u: Tensor) -> Tensor:
         """Any state that can be drawn."""
-        return self.state[:, 0][(u * len(self)).long()]
+        return self.state[:, 0][self.items(u)]
 
     def reached(self, name: str, at: Tensor, goal: Tensor) -> dict[str, Tensor]:
         """Reward and mask: 0 and 0 at the goal, -1 and 1 elsewhere."""

@@ -3,16 +3,25 @@ device by the method."""
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from offpolicy.data.replay import Replay, Ring
-from offpolicy.errors import DataError
+from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.options import SOURCES, SyntheticOptions
+
+if TYPE_CHECKING:
+    from offpolicy.synthetic import Pool
+
+NONE_DRAWN = SyntheticOptions()
 
 
 class Ticks(IterableDataset[int]):
@@ -39,6 +48,9 @@ class DataModule(LightningDataModule):
         env_kwargs: its arguments.
         obs_keys: parts of a dict observation that ``obs`` consists of, in order.
         max_episode_steps: its step limit; in files without end marks, longer episodes are cut there.
+        source: "real" trains on the data alone; "policy-guided" mostly on trajectories of a diffusion model, drawn anew
+            under the policy's guidance as it improves; "unguided" mostly on trajectories drawn once without a policy.
+        synthetic: of the two latter: the model, and how it is used.
 
     For data that change during training set ``change_every`` (updates) and override :meth:`on_block_start`.
     """
@@ -58,9 +70,19 @@ class DataModule(LightningDataModule):
         env_kwargs: dict[str, Any] | None = None,
         obs_keys: list[str] | None = None,
         max_episode_steps: int | None = None,
+        source: str = "real",
+        synthetic: SyntheticOptions = NONE_DRAWN,
     ) -> None:
         super().__init__()
-        self.name = name
+        if source not in SOURCES:
+            guess = nearest(source, SOURCES)
+            raise UsageError(f"`data.source` is {source!r}; expected one of {', '.join(SOURCES)}.{guess}")
+        if source == "real" and synthetic.model is not None:
+            raise UsageError(
+                f"`data.synthetic.model` is {synthetic.model}, but `data.source` is 'real'; expected 'policy-guided' "
+                "or 'unguided'. Add --data.source policy-guided."
+            )
+        self.name, self.source, self.synthetic = name, source, synthetic
         self.options: dict[str, Any] = {
             "download": download,
             "on_bad": on_bad,
@@ -73,7 +95,10 @@ class DataModule(LightningDataModule):
             "max_episode_steps": max_episode_steps,
         }
         self.replay: Replay | None = None
+        self.pool: Pool | None = None  # synthetic trajectories
         self._saved_version = 0
+        if source != "real":
+            self.change_every = synthetic.every if source == "policy-guided" else sys.maxsize
 
     @classmethod
     def of(cls, replay: Replay) -> DataModule:
@@ -82,12 +107,21 @@ class DataModule(LightningDataModule):
         module.replay = replay
         return module
 
+    def settings(self) -> dict[str, Any]:
+        """The arguments this was made with, as plain values."""
+        drawn = {} if self.source == "real" else {"source": self.source, "synthetic": asdict(self.synthetic)}
+        return {"name": self.name, **self.options, **drawn}
+
     def load(self) -> Replay:
         """Open the data if they are not open yet; downloads, makes, validates."""
         if self.replay is None:
             from offpolicy.data.sources import open_source
 
             self.replay = open_source(str(self.name), **self.options)
+        if self.source != "real" and self.pool is None:
+            from offpolicy.synthetic import Pool
+
+            self.pool = Pool(self.replay, self.source, self.synthetic)
         return self.replay
 
     def prepare_data(self) -> None:
@@ -95,6 +129,8 @@ class DataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.load()
+        if self.pool is not None:  # an earlier fit may have left its own
+            self.replay, self.pool.replay = self.pool.real, None
 
     def train_dataloader(self) -> DataLoader[int]:
         return DataLoader(Ticks(), batch_size=None)
@@ -109,32 +145,63 @@ class DataModule(LightningDataModule):
         Args:
             policy: the method being trained; ``policy.act(obs)`` is its current behaviour.
         """
+        if self.pool is not None:
+            self.replay = self.pool.renew(policy, self._versions_folder())
 
     # -- what a checkpoint knows of data that change -------------------------------------------------------------------
 
+    def _versions_folder(self) -> Path:
+        return Path(self.trainer.default_root_dir if self.trainer is not None else ".") / "replay"
+
     def _version_folder(self, state: Mapping[str, Any]) -> Path:
-        root = self.trainer.default_root_dir if self.trainer is not None else "."
-        return Path(root) / "replay" / f"v{state['version']}-{state['fingerprint'][:12]}"
+        return self._versions_folder() / f"v{state['version']}-{state['fingerprint'][:12]}"
 
     def state_dict(self) -> dict[str, Any]:
         """Version and fingerprint; the data of a changed replay are written beside the checkpoint first."""
         replay = self.load()
+        if self.pool is not None and self.pool.replay is not None:
+            replay = self.pool.replay  # the real data do not change
+        drawn = {} if self.source == "real" else {"source": self.source}
         if replay.version == 0 and self._saved_version == 0:
-            return {"version": 0}
-        state = {"version": replay.version, "fingerprint": replay.fingerprint()}
+            return {"version": 0, **drawn}
+        state = {"version": replay.version, "fingerprint": replay.fingerprint(), **drawn}
         if isinstance(replay, Ring):
             state["head"] = replay.head
-        folder = self._version_folder(state)
-        if (self.trainer is None or self.trainer.is_global_zero) and not folder.exists():
-            replay.save(folder)
+        if self.trainer is None or self.trainer.is_global_zero:
+            folder = self._version_folder(state)
+            if not folder.exists():
+                replay.save(folder)
+            if self.trainer is not None:
+                (folder / f"step={self.trainer.global_step:08d}").touch()  # of the checkpoint that needs it
+                self._sweep(folder)
         self._saved_version = replay.version
         return state
 
+    def _sweep(self, newest: Path) -> None:
+        """Remove versions of which no checkpoint of the run folder is left; none when others may have been written."""
+        from offpolicy.callbacks import RunFolder
+
+        if not all(isinstance(callback, RunFolder) for callback in self.trainer.checkpoint_callbacks):  # type: ignore[union-attr]
+            return
+        checkpoints = newest.parent.parent / "checkpoints"
+        for folder in newest.parent.glob("v*-*"):
+            steps = [mark.name for mark in folder.glob("step=*")]
+            if folder != newest and steps and not any(any(checkpoints.glob(f"{step}.ckpt*")) for step in steps):
+                shutil.rmtree(folder, ignore_errors=True)
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        version = state_dict["version"]
+        version, source = state_dict["version"], state_dict.get("source", "real")
+        if source != self.source:
+            raise UsageError(
+                f"the checkpoint was trained with `data.source` {source!r}, which is {self.source!r} now; expected the "
+                f"same. Pass --data.source {source} and its options, or start a fresh run."
+            )
         if version == 0:
             return
         replay = self._stored(state_dict)
+        if self.pool is not None:
+            self.replay, self._saved_version = self.pool.take(replay), version
+            return
         self.replay = Ring.reopen(replay, state_dict["head"]) if "head" in state_dict else replay
         self.replay.version = self._saved_version = version
 
@@ -162,7 +229,7 @@ def load_data(data: Loadable = "pendulum-stitch-v0", **options: Any) -> DataModu
     Args:
         data: a known name, a file or folder, a :class:`Replay`, or a dict of NumPy arrays (``obs action reward
             terminated`` and optionally ``next_obs episode_end``; D4RL's names work too).
-        options: as of :class:`DataModule`, or of ``from_arrays`` for a dict.
+        options: as of :class:`DataModule` (``source`` and ``synthetic`` for a replay), for a dict of ``from_arrays``.
 
     Returns:
         A data module; ``.replay`` is the open replay.
@@ -173,7 +240,9 @@ def load_data(data: Loadable = "pendulum-stitch-v0", **options: Any) -> DataModu
     if isinstance(data, DataModule):
         return data
     if isinstance(data, Replay):
-        return DataModule.of(data)
+        module = DataModule(str(data.meta.get("name", "arrays")), **options)
+        module.replay = data
+        return module
     if isinstance(data, Mapping):
         from offpolicy.data.sources import from_arrays
 

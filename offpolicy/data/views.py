@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.data.mixing import mixture_weights
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sampling import unit
@@ -102,7 +103,10 @@ class BoundView:
 
     def pick(self, word: Tensor) -> Tensor:
         """Item numbers from 64 random bits each: uniform, or by weight."""
-        u = unit(word)
+        return self.items(unit(word))
+
+    def items(self, u: Tensor) -> Tensor:
+        """The same from float64 uniforms in [0, 1)."""
         if self.cumulative is None:
             return (u * self.count).long()
         return torch.searchsorted(self.cumulative, u, right=True).clamp_(max=self.count - 1)
@@ -152,11 +156,10 @@ class TransitionView:
         return ColumnTransitions(self, replay, normalizer, device)
 
     def weights(self, replay: Replay) -> np.ndarray | None:
-        """Sampling weights of the rows that can be drawn."""
-        if self.weight is None:
-            return None
-        column, rows = _numpy(replay.steps[self.weight]), self.rows(replay)
-        return column if rows is None else column[rows]
+        """Sampling weights of the rows that can be drawn; None for uniform."""
+        rows = self.rows(replay)
+        column = None if self.weight is None else _numpy(replay.steps[self.weight])
+        return mixture_weights(replay, rows, column if column is None or rows is None else column[rows])
 
     def fields(self, replay: Replay, rows: np.ndarray, normalizer: Normalizer) -> dict[str, Tensor]:
         """Normalised fields of the transitions that start at these rows (n,), on the normaliser's device."""
@@ -294,7 +297,8 @@ class WindowView:
 class BoundWindows(BoundView):
     def __init__(self, view: WindowView, replay: Replay, normalizer: Normalizer, device: torch.device) -> None:
         rows, on_disk = view.rows(replay), replay.is_mapped
-        super().__init__(replay.num_steps if rows is None else rows, torch.device("cpu") if on_disk else device)
+        where = torch.device("cpu") if on_disk else device
+        super().__init__(replay.num_steps if rows is None else rows, where, mixture_weights(replay, rows))
         self.view, self.normalizer, self.target = view, normalizer, device
         self.replay = replay if on_disk else replay.to(device)
         order = np.argsort(replay.start)
