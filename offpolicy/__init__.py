@@ -31,6 +31,7 @@ _NAMES = {
     "GoalTransitions": "offpolicy.data.goals",
     "GoalView": "offpolicy.data.goals",
     "RunOptions": "offpolicy.options",
+    "SyntheticOptions": "offpolicy.options",
     "TextData": "offpolicy.data.text",
     "LanguageModule": "offpolicy.language.module",
     "PairView": "offpolicy.data.sequences",
@@ -39,7 +40,7 @@ _NAMES = {
     "load": "offpolicy.api",
     "recipe": "offpolicy.recipes",
 }
-_COMMANDS = ("fit", "evaluate")  # modules behind `python -m`, callable as functions
+_COMMANDS = ("fit", "evaluate", "sample")  # modules behind `python -m`, callable as functions
 
 
 def __getattr__(name: str) -> Any:

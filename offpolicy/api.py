@@ -1,4 +1,4 @@
-"""The Python interface: ``fit``, ``load`` and ``evaluate``. The command line takes the same path."""
+"""The Python interface: ``fit``, ``load``, ``evaluate`` and ``sample``. The command line takes the same path."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from offpolicy.goals import GoalModule
 from offpolicy.modules import KEY, Module, OfflineModule
 from offpolicy.options import RunOptions
 from offpolicy.registry import import_class
+from offpolicy.synthetic import sample
 
 TRAINER_DEFAULTS: dict[str, Any] = {  # one device unless asked; rows and batches are the method's own affair
     "devices": 1,
@@ -479,4 +480,4 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
-__all__ = ["FitResult", "evaluate", "fit", "load", "make_trainer"]
+__all__ = ["FitResult", "evaluate", "fit", "load", "make_trainer", "sample"]

@@ -47,6 +47,8 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
   --data.OPTION X       reading the data: download, on_bad, clip_actions, timeout_step, sha256;
                         for your own files: env_id, env_kwargs, obs_keys, max_episode_steps
                         texts: columns, split, tokenizer, max_length, eval_data, eval_fraction, show
+  --data.source WHAT    real, or mostly trajectories of a diffusion model: policy-guided, unguided
+  --data.synthetic.X Y  of those: model (its run), guidance, trajectories, every, share, ...
   --trainer.OPTION X    Lightning's Trainer: accelerator, devices, strategy, precision, logger, ...
 
   --print_config        print the settings that result, and stop
@@ -54,6 +56,7 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
 
 A class default gives way to the recipe, the recipe to --config, and that to the flags.
 Look at a run: python -m offpolicy.evaluate RUN        Data: python -m offpolicy.data show NAME
+Draw data from a diffusion model: python -m offpolicy.sample RUN OUT
 A language model answers: python -m offpolicy.generate RUN
 and becomes a folder for transformers: python -m offpolicy.export RUN OUT
 """

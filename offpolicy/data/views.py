@@ -109,7 +109,7 @@ class BoundView:
         """The same from float64 uniforms in [0, 1)."""
         if self.cumulative is None:
             return (u * self.count).long()
-        return torch.searchsorted(self.cumulative, u, right=True).clamp_(max=self.count - 1)
+        return torch.searchsorted(self.cumulative, u.contiguous(), right=True).clamp_(max=self.count - 1)
 
     def gather(self, items: Tensor) -> Any:
         """The batch of these items, with fields of shape ``items.shape + …``."""
