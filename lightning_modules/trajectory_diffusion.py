@@ -299,7 +299,7 @@ class HeldOutLoss(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         pl_module.eval_row = {}
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and pl_module.run.eval_episodes:
             self.batch = pl_module.held_out(trainer.datamodule.replay)  # type: ignore[attr-defined]
 
     @torch.no_grad()

@@ -64,6 +64,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "GCIVL-geometric": ("GCIVL", {"actor_geometric": True}),
     "GCIQL": ("GCIQL", {}),
     "GCBC": ("GCBC", {}),
+    "TrajectoryDiffusion": (
+        "TrajectoryDiffusion",
+        {"horizon": 6, "stride": 2, "num_features": 16, "num_blocks": 2, "ema_every": 3},
+    ),
 }
 COMMON = {"batch_size": 16, "hidden_dims": (8, 8)}
 
