@@ -406,12 +406,13 @@ class Pool:
             out = done[0] if done else folder / f"v{version}"
             found = draw(self.model, out, plan, policy=guide, fresh=True, progress=progress)
         named = folder / f"v{version}-{found.fingerprint()[:12]}"
+        _wait()  # until all have opened it under the name it loses
         if trainer.is_global_zero:
             if out != named:
                 shutil.rmtree(named, ignore_errors=True)
                 out.rename(named)
-            for one in folder.glob("v*-*"):  # without a mark no checkpoint needs it
-                if one != named and not any(one.glob("step=*")):
+            for one in folder.glob("v*-*"):  # without a mark no checkpoint needs it; later ones may come up again
+                if int(one.name[1:].split("-")[0]) <= version and one != named and not any(one.glob("step=*")):
                     shutil.rmtree(one, ignore_errors=True)
         _wait()
         found = opened(named)

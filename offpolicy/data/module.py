@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from offpolicy.data.replay import Replay, Ring
-from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.errors import DataError, UsageError, fold, nearest
 from offpolicy.options import SOURCES, SyntheticOptions
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class DataModule(LightningDataModule):
         synthetic: SyntheticOptions = NONE_DRAWN,
     ) -> None:
         super().__init__()
+        source = next((known for known in SOURCES if fold(known) == fold(source)), source)
         if source not in SOURCES:
             guess = nearest(source, SOURCES)
             raise UsageError(f"`data.source` is {source!r}; expected one of {', '.join(SOURCES)}.{guess}")
