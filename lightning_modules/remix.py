@@ -122,5 +122,5 @@ class ReMix(RolloutModule):
         if self.mixes(iteration):
             return super().before_iteration(iteration, store)
         if iteration == self.hparams.reincarnation + 1:
-            self.move_base()
+            self.scoring.move_base()
         return None

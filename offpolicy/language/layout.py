@@ -7,6 +7,7 @@ second computes the prompt once. Padding stands on the right, where causal atten
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from offpolicy.data.rollouts import Rollouts
 from offpolicy.data.sequences import Pairs, Ragged, Singles, spread
 from offpolicy.errors import UsageError
-from offpolicy.language.logprobs import token_logps
+from offpolicy.language.logprobs import token_divergence, token_logps
 
 # kinds of attention layers (``config.layer_types``) that see the whole past, and no more
 WHOLE_PAST = ("full_attention", "attention")
@@ -215,6 +216,27 @@ def _hidden(head: Head, layout: Layout) -> Tensor:
     return output.last_hidden_state.flatten(0, 1).index_select(0, layout.predict)
 
 
+class States(NamedTuple):
+    """What the last layer of a policy makes the probabilities of n places from, without gradient.
+
+    Attributes:
+        hidden: (n, D).
+        weight: (V, D).
+        bias: (V,), or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+@torch.no_grad()
+def states(model: nn.Module, layout: Layout) -> States:
+    """The states that predict the scored tokens of a layout under the weights of now, to be compared with later."""
+    head = Head(model)
+    return States(_hidden(head, layout), head.weight.detach(), None if head.bias is None else head.bias.detach())
+
+
 class TokenScores(NamedTuple):
     """Scores of the n scored tokens of a layout, in its order.
 
@@ -222,11 +244,13 @@ class TokenScores(NamedTuple):
         logps: log-probabilities, nats, (n,).
         entropy: of the policy at each place, nats, (n,); None unless asked for.
         hidden: the states that predict the tokens, (n, D).
+        divergence: KL(policy ‖ other) at each place, nats, (n,), by the name of the other; with gradient.
     """
 
     logps: Tensor
     entropy: Tensor | None
     hidden: Tensor
+    divergence: dict[str, Tensor]
 
 
 def score_tokens(
@@ -237,6 +261,7 @@ def score_tokens(
     temperature: float = 1.0,
     entropy: bool = False,
     entropy_gradient: bool = False,
+    others: Mapping[str, States] | None = None,
 ) -> TokenScores:
     """Log-probability of every scored token at a temperature, differentiable in the model's parameters.
 
@@ -247,6 +272,7 @@ def score_tokens(
         temperature: τ > 0 that divides the logits.
         entropy: also give the entropy.
         entropy_gradient: with gradient.
+        others: name → what the exact divergence to is wanted, by `states` of the same layout.
     """
     check_head(model)
     if layout.shared:
@@ -262,7 +288,8 @@ def score_tokens(
         entropy=entropy_gradient,
     )
     logps, facts = found if isinstance(found, tuple) else (found, {})
-    return TokenScores(logps, facts.get("entropy"), hidden)
+    apart = {name: head.divergence(hidden, other, chunk, temperature) for name, other in (others or {}).items()}
+    return TokenScores(logps, facts.get("entropy"), hidden, apart)
 
 
 class Head:
@@ -324,6 +351,21 @@ class Head:
             chunk=chunk,
             stats=stats,
             entropy=entropy,
+        )
+
+    def divergence(self, hidden: Tensor, other: States, chunk: int = 256, temperature: float = 1.0) -> Tensor:
+        """`token_divergence` of this head from another of the same kind."""
+        return token_divergence(
+            hidden,
+            self.weight,
+            other.hidden,
+            other.weight,
+            bias=self.bias,
+            other_bias=other.bias,
+            softcap=self.softcap,
+            scale=self.scale,
+            temperature=temperature,
+            chunk=chunk,
         )
 
 

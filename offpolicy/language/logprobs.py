@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # logits of one tile on a CPU: 4 MB in float32, which the processor's cache still holds
 CPU_TILE = 2**20
@@ -59,11 +60,7 @@ def token_logps(
         ``hits`` (1 where the target is the most probable token).
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    hidden = hidden.to(dtype)
+    hidden = hidden.to(_product_type(hidden, weight))
     if softcap is None:
         scale, temperature = scale / temperature, 1.0
     if scale != 1.0:
@@ -73,6 +70,67 @@ def token_logps(
         cap = None if softcap is None else (softcap, temperature)
         logps, *facts = _TokenLogps.apply(hidden, weight, bias, target, cap, chunk, stats, entropy)
     return (logps, dict(zip(("entropy", "logits", "hits"), facts))) if facts else logps
+
+
+def token_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    other_hidden: Tensor,
+    other_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    other_bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    chunk: int = 256,
+) -> Tensor:
+    """KL(p ‖ q) = Σ_v p(v)·(log p(v) − log q(v)) at each place, exact, over the whole vocabulary.
+
+    Differentiable in what p is made of. The logits of some places at a time are made in the forward and made again in
+    the backward pass; nothing of the size of the vocabulary is kept between the two.
+
+    Args:
+        hidden: states of p, (n, D); n may be 0.
+        weight: the head of p, (V, D).
+        other_hidden: states of q at the same places, (n, D), without gradient.
+        other_weight: the head of q, (V, D), likewise.
+        bias: of p, (V,).
+        other_bias: of q, (V,), without gradient.
+        softcap: as in `token_logps`, of both; so are the next two.
+        scale: likewise.
+        temperature: likewise.
+        chunk: at most about ``chunk * V`` logits of each exist at a time, ≥ 1.
+
+    Returns:
+        Nats, ≥ 0, (n,) float32 (float64 for float64 input).
+    """
+    dtype = _product_type(hidden, weight)
+
+    def log_probabilities(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        z = (h.to(dtype) @ w.to(dtype).T).to(_accumulator(dtype))
+        z = z * scale if b is None else (z + b) * scale
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        return (z / temperature).log_softmax(-1)
+
+    def divergence(h: Tensor, other: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            logp = log_probabilities(h, weight, bias)
+            with torch.no_grad():
+                logq = log_probabilities(other, other_weight, other_bias)
+            return (logp.exp() * (logp - logq)).sum(-1)
+
+    size = max(1, chunk // 4)  # about four tables of this many places exist at once
+    parts = zip(hidden.split(size), other_hidden.split(size), strict=True)
+    return torch.cat([checkpoint(divergence, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
+
+
+def _product_type(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What products of states and a head are computed in."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 class _TokenLogps(torch.autograd.Function):

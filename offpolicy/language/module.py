@@ -358,13 +358,13 @@ class LanguageModule(Module):
         rows = [row for row in rows if row[0] not in ("note", "warning")] or [
             ("rows", f"{len(self._plan_of().lengths):,}")
         ]
-        numbers = sum(p.numel() for p in self.model.parameters())
+        return [*rows, self.policy_fact(), ("reference", self._reference.words)]
+
+    def policy_fact(self) -> tuple[str, str]:
+        """The line on the policy."""
+        numbers, trained = sum(p.numel() for p in self.model.parameters()), num_trained(self.model)
         kind = policies.base_of(self.model).config.model_type
-        return [
-            *rows,
-            ("policy", f"{self.hparams.policy} ({kind}), {numbers:,} parameters, {num_trained(self):,} trained"),
-            ("reference", self._reference.words),
-        ]
+        return "policy", f"{self.hparams.policy} ({kind}), {numbers:,} parameters, {trained:,} trained"
 
     def batch_words(self) -> str:
         split = f", {self._micro_batches} micro-batches each" if self._micro_batches > 1 else ""
@@ -477,14 +477,7 @@ class LanguageModule(Module):
         Raises:
             DataError: one is not.
         """
-        largest = int(np.asarray(replay.steps["token"]).max())
-        size = policies.base_of(self.model).get_input_embeddings().num_embeddings
-        if largest >= size:
-            raise DataError(
-                f"the texts have the token id {largest}, but {self.hparams.policy} knows ids below {size}; expected "
-                "texts tokenised for this model. Leave `--data.tokenizer` out; if the tokenizer is the policy's own, "
-                "give the model embeddings for all of its tokens."
-            )
+        self._check_tokens(replay, "texts")
         room = positions(policies.base_of(self.model))
         for table in filter(None, (self._table, self.eval_table)):
             sizes = table.texts.lengths.reshape(len(table.texts), -1, 2)  # rows, sides, prompt and answer
@@ -495,6 +488,16 @@ class LanguageModule(Module):
                     f"{together} up to {longest} tokens, but {self.hparams.policy} has {room} positions; expected "
                     f"shorter texts. Pass --data.max_length {room // 2 if self.uses_mismatched else room}."
                 )
+
+    def _check_tokens(self, replay: Any, what: str) -> None:
+        largest = int(np.asarray(replay.steps["token"]).max())
+        size = policies.base_of(self.model).get_input_embeddings().num_embeddings
+        if largest >= size:
+            raise DataError(
+                f"the {what} have the token id {largest}, but {self.hparams.policy} knows ids below {size}; expected "
+                f"{what} tokenised for this model. Leave `--data.tokenizer` out; if the tokenizer is the policy's own, "
+                "give the model embeddings for all of its tokens."
+            )
 
     def configure_model(self) -> None:
         """Shard the model where the strategy asks for it; make the reference while the policy still is at its start."""

@@ -11,7 +11,6 @@ a run goes on exactly from anywhere, and two processes learn what one does.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,23 +26,20 @@ from torch.optim import Optimizer
 from offpolicy.callbacks import Interruption, RunFolder
 from offpolicy.data import rollouts as store_of
 from offpolicy.data.module import DataModule
-from offpolicy.data.problems import ProblemData, step_column
+from offpolicy.data.problems import ProblemData
 from offpolicy.data.replay import Replay
 from offpolicy.data.rollouts import DEMONSTRATION, OWN, BoundRollouts, Rollouts
-from offpolicy.data.sampling import permutation
-from offpolicy.data.sequences import token_ids
+from offpolicy.data.sequences import spread, token_ids
 from offpolicy.errors import DataError, UsageError, check_range, nearest
 from offpolicy.language import policy as policies
+from offpolicy.language.answering import Answering, Stopped
 from offpolicy.language.critic import CRITICS, Critic
-from offpolicy.language.engines import Completion, Request, Sampling, make_engine, room
-from offpolicy.language.generation import prompt_text, stop_ids
 from offpolicy.language.layout import Layout, TokenScores, group_layout, score_tokens
 from offpolicy.language.meters import SumMeter
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import evaluating
-from offpolicy.language.rewards import Rewards, Scored
+from offpolicy.language.scoring import Scoring
 from offpolicy.language.solving import Solving
-from offpolicy.losses.health import effective_sample_size, group_metrics
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Tokens, Totals
 
 LANE = 1024  # tokens of a prompt with several answers behind it: attention to more costs what the prompt saves
@@ -168,13 +164,11 @@ class RolloutModule(LanguageModule):
         self._first_step = 0  # of the iteration
         self._steps: list[np.ndarray] = []  # rows of each of its steps
         self._rollouts: BoundRollouts | None = None
-        self._base: dict[str, Tensor] | None = None  # trained weights of the base of the divergence
-        self._base_moved = False
         self._facts: dict[str, list[float]] = {}  # of iterations since the last row: sum, count
         self._saved = 0.0
-        self._said: list[Any] = []  # by the first step: rows, and log-probabilities of their tokens
-        self._problems: Replay = None  # type: ignore[assignment]
-        self._length = 0  # longest answer
+        self.answering: Answering = None  # type: ignore[assignment]
+        self.scoring: Scoring = None  # type: ignore[assignment]
+        self.eval_problems: Replay | None = None
 
     # -- to be written by a method -------------------------------------------------------------------------------------
 
@@ -273,64 +267,36 @@ class RolloutModule(LanguageModule):
                 f"{data.replay.meta.get('name', 'the data')} holds no problems; expected prompts with answers that can "
                 "be checked. Pass --data gsm8k, --data addition or a file."
             )
-        self._problems = data.replay
+        problems = data.replay
         held_out = getattr(data, "eval_replay", None)
         self.eval_problems = held_out if held_out is not None and self.run.eval_episodes > 0 else None
         self.tokenizer = data.tokenizer if self.tokenizer is None else self.tokenizer
-        self.rewards = Rewards(h.rewards or [data.replay.meta.get("reward", "exact")])
-        if h.demonstrations and not (self._problems.tables["problems"][:, 1] >= 0).any():
+        self.answering = Answering(self, problems, self.tokenizer)
+        if h.demonstrations and not (problems.tables["problems"][:, 1] >= 0).any():
             raise DataError(
                 f"{type(self).__name__} learns from demonstrations, and {data.replay.meta.get('name', 'the data')} has "
                 "none; expected a column `solution`. Name it with --data.columns, or choose GRPO."
             )
 
+    @property
+    def problems(self) -> Replay:
+        """What the policy is asked."""
+        return self.answering.problems
+
     def _longest(self) -> int:
-        prompts = self._problems.length[self._problems.tables["problems"][:, 0]]
-        self._length = room(policies.base_of(self.model), int(prompts.max()), self.hparams.max_new_tokens)
-        return int(prompts.max()) + self._length
+        return self.answering.open()
 
     def _make_plan(self) -> None:
-        h = self.hparams
-        settings = {"batch_size": h.generation_batch, "records": h.records, "tokenizer": self.tokenizer}
-        self.engine = make_engine(h.engine, **settings)
+        """Steps are laid out iteration by iteration."""
 
     def _check_texts(self, replay: Any) -> None:
-        largest = int(np.asarray(replay.steps["token"]).max())
-        size = policies.base_of(self.model).get_input_embeddings().num_embeddings
-        if largest >= size:
-            raise DataError(
-                f"the problems have the token id {largest}, but {self.hparams.policy} knows ids below {size}; expected "
-                "problems tokenised for this model. Leave `--data.tokenizer` out."
-            )
+        self._check_tokens(replay, "problems")
 
     def configure_model(self) -> None:
-        if getattr(self, "_trainer", None) is None or not self.trainer.training or self._problems is None:
+        if getattr(self, "_trainer", None) is None or not self.trainer.training or self.answering is None:
             return
         self.model.to(self.trainer.strategy.root_device)
-        self._base, self._base_moved = self._snapshot(), False
-
-    # -- the base of the divergence ------------------------------------------------------------------------------------
-
-    def _snapshot(self) -> dict[str, Tensor]:
-        """A copy of the trained weights of the policy."""
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def move_base(self) -> None:
-        """Take the policy as it is now for the base of the divergence; no answer may stay in the store then."""
-        self._base, self._base_moved = self._snapshot(), True
-
-    @contextlib.contextmanager
-    def _as_base(self) -> Iterator[None]:
-        """Within it, the policy has the weights of the base."""
-        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        assert self._base is not None
-        for name, p in own.items():
-            p.data, self._base[name] = self._base[name], p.data
-        try:
-            yield
-        finally:
-            for name, p in own.items():
-                p.data, self._base[name] = self._base[name], p.data
+        self.scoring = Scoring(self)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -342,7 +308,7 @@ class RolloutModule(LanguageModule):
             "problems_seen": self._problems_seen,
             "generated": self.generated,
             "facts": self._facts,
-            "base": {k: v.cpu() for k, v in self._base.items()} if self._base_moved and self._base else None,
+            **({} if self.scoring is None else self.scoring.state_dict()),
         }
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -350,22 +316,19 @@ class RolloutModule(LanguageModule):
         self.iteration, self._first_step = state["iteration"], state["first_step"]
         self._problems_seen, self.generated = state["problems_seen"], state["generated"]
         self._facts = {name: list(pair) for name, pair in state["facts"].items()}
-        if state["base"] is not None:
-            self._base, self._base_moved = {k: v.to(self.device) for k, v in state["base"].items()}, True
+        if self.scoring is not None:
+            self.scoring.load_state_dict({name: state.get(name) for name in ("base", "previous")})
 
     # -- what the first screen says ------------------------------------------------------------------------------------
 
     def facts(self) -> list[tuple[str, str]]:
-        meta, h = self._problems.meta, self.hparams
-        numbers = sum(p.numel() for p in self.model.parameters())
-        kind = policies.base_of(self.model).config.model_type
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        meta = self.problems.meta
         lengths = ", ".join(f"{role} {'/'.join(map(str, q))}" for role, q in meta.get("lengths", {}).items())
         return [
             ("problems", f"{meta.get('problems', 0):,}, {meta.get('demonstrations', 0):,} with a demonstration"),
-            ("tokens", f"{lengths} (median/95 %/largest), answers up to {self._length}"),
-            ("reward", ", ".join(self.rewards.names)),
-            ("policy", f"{h.policy} ({kind}), {numbers:,} parameters, {trained:,} trained"),
+            ("tokens", f"{lengths} (median/95 %/largest), answers up to {self.answering.length}"),
+            ("reward", ", ".join(self.answering.rewards.names)),
+            self.policy_fact(),
         ]
 
     def batch_words(self) -> str:
@@ -380,13 +343,13 @@ class RolloutModule(LanguageModule):
 
     def samples(self) -> str:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        lines = []
-        for number in range(min(data.options.get("show", 0), len(self._problems.tables["problems"]))):
-            prompt, demonstration = self._problems.tables["problems"][number].tolist()
-            text = self.tokenizer.decode(token_ids(self._problems, prompt)) + " ▶ "
+        problems, lines = self.problems, []
+        for number in range(min(data.options.get("show", 0), len(problems.tables["problems"]))):
+            prompt, demonstration = problems.tables["problems"][number].tolist()
+            text = self.tokenizer.decode(token_ids(problems, prompt)) + " ▶ "
             if demonstration >= 0:
-                text += self.tokenizer.decode(token_ids(self._problems, demonstration))
-            answer = self._problems.tables["problems/answer"][number]
+                text += self.tokenizer.decode(token_ids(problems, demonstration))
+            answer = problems.tables["problems/answer"][number]
             lines.append(f"problem {number}\n  {text}\n  answer {answer}")
         return "\n".join(lines)
 
@@ -396,7 +359,7 @@ class RolloutModule(LanguageModule):
         super().on_train_start()
         self._saved = time.monotonic()
         store = self.trainer.datamodule.rollouts  # type: ignore[attr-defined]
-        self._steps, self._rollouts, self._said = [], None, []
+        self._steps, self._rollouts = [], None
         if store is not None and self.iteration:
             self._go_on(store)
 
@@ -418,22 +381,24 @@ class RolloutModule(LanguageModule):
         """
         h, k, began = self.hparams, self.iteration + 1, time.perf_counter()
         fraction, sweeps = self.mixture(k)
-        self.engine.sync(self.model, k)
+        self.answering.engine.sync(self.model, k)
         with evaluating(self.model), self.precision_context():
             store = self.before_iteration(k, store)
             wanted = self._replayed_groups(fraction)
-            store, old = self._admit(store, wanted, sweeps, k)
+            store, old = self.scoring.admit(self.problems, store, wanted, sweeps, k)
             mixed = len(old[0]) > 0
             old = old if mixed or not fraction else old[:1]
             groups = self.rows_per_iteration // h.group_size - len(old[0])
-            fresh, facts = self._fresh(k, groups)
-            store = self._score(store_of.joined(store, fresh), k, old)
+            fresh, facts = self.answering.fresh(k, groups, self._problems_seen)
+            store = store_of.joined(store, fresh)
+            steps = self._plan_steps(store, k, old)
+            store = self.scoring.score(BoundRollouts(self.problems, store), steps, k)
         store.version = k
         self._problems_seen += groups
         written = int((fresh.episodes["source"] == OWN).sum())
         self.generated += written
         self.iteration, self._first_step = k, self.global_step
-        self._steps, self._rollouts = self._plan_steps(store, k, old), BoundRollouts(self._problems, store)
+        self._steps, self._rollouts = steps, BoundRollouts(self.problems, store)
         facts |= {"answers/fresh": float(written), "perf/rollout_seconds": time.perf_counter() - began}
         for name, value in facts.items():
             pair = self._facts.setdefault(name, [0.0, 0.0])
@@ -459,235 +424,9 @@ class RolloutModule(LanguageModule):
         wanted = self.rows_per_iteration // self.hparams.group_size - fresh
         old = store_of.drawn(store_of.select(store, version < k), wanted, sweeps, self.seed or 0, k)
         old = old if wanted or not fraction else old[:1]
-        self._steps, self._rollouts = self._plan_steps(store, k, old), BoundRollouts(self._problems, store)
+        self._steps, self._rollouts = self._plan_steps(store, k, old), BoundRollouts(self.problems, store)
 
-    def _admit(self, store: Replay | None, wanted: int, sweeps: int, k: int) -> tuple[Replay | None, list[np.ndarray]]:
-        """Draw replayed groups, forgetting iterations whose answers are too far from the policy."""
-        h = self.hparams
-        while True:
-            old = store_of.drawn(store, wanted, sweeps, self.seed or 0, k)
-            if not (h.min_ess and store is not None and wanted):
-                return store, old
-            rows = np.flatnonzero(np.isin(store.episodes["group"], np.concatenate(old)))
-            found = self._columns(BoundRollouts(self._problems, store), rows, ("previous_logp",))["previous_logp"]
-            index = store_of.spans(store, rows)
-            gap = torch.from_numpy(found - np.asarray(store.steps["logp"])[index]).double()
-            length = torch.from_numpy(store.length[rows])
-            log_weight = torch.segment_reduce(gap, "sum", lengths=length)
-            version = store.episodes["policy_version"]
-            far = [
-                v
-                for v in np.unique(version[rows])
-                if effective_sample_size(log_weight[torch.from_numpy(version[rows] == v)]) < h.min_ess
-            ]
-            if not far:
-                return store, old
-            store = store_of.select(store, ~np.isin(version, far))
-
-    def _fresh(self, k: int, groups: int) -> tuple[Replay, dict[str, float]]:
-        """New answers of the policy, and demonstrations, judged; the same on every process."""
-        h = self.hparams
-        problems = self._next_problems(groups)
-        table = self._problems.tables
-        given = table["problems"][problems, 1]
-        shown = (given >= 0) & (h.demonstrations > 0)
-        world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
-        mine = np.arange(rank, groups, world)
-        requests = [
-            Request(token_ids(self._problems, table["problems"][problems[i], 0]), int(i), h.group_size - int(shown[i]))
-            for i in mine
-        ]
-        answers = self.engine.generate(requests, self.sampling(k), self._wants_to_stop)
-        if self.trainer.strategy.reduce_boolean_decision(self._wants_to_stop(), all=False):
-            raise Stopped
-        made: list[dict[str, Any]] = []
-        for i, some in zip(mine, answers):
-            for answer in some:
-                made.append(_row(int(i), int(problems[i]), OWN, answer))
-            if shown[i]:
-                token = token_ids(self._problems, given[i])[: self._length]
-                logp = step_column(self._problems, given[i], "logp")[: self._length]
-                whole = len(token) == self._problems.length[given[i]]
-                made.append(_row(int(i), int(problems[i]), DEMONSTRATION, Completion(token, logp, bool(whole))))
-        self._judge(made)
-        everyone = [row for part in self._of_all_processes(made) for row in part]
-        everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
-        return self._stored(everyone, k)
-
-    def _stored(self, made: list[dict[str, Any]], k: int) -> tuple[Replay, dict[str, float]]:
-        column = {name: [row[name] for row in made] for name in made[0]}
-        rewards, source = torch.tensor(column["reward"], dtype=torch.float64), np.asarray(column["source"], np.uint8)
-        group = np.asarray(column["slot"], np.int64) + (k << 32)
-        own = torch.from_numpy(source == OWN)
-        episodes: dict[str, Any] = {
-            "policy_version": np.full(len(made), k, np.int64),
-            "group": group,
-            "prompt": np.asarray(column["problem"], np.int64),
-            "source": source,
-            "reward": rewards.numpy(),
-            "ended": np.asarray(column["ended"], bool),
-        }
-        for name in made[0]["parts"]:
-            episodes[f"reward/{name}"] = np.asarray([row["parts"][name] for row in made], np.float32)
-        if not self.objective.uses_critic:
-            episodes["advantage"] = self.objective.advantages(rewards, torch.from_numpy(group), own).numpy()
-        logp = column["logp"]
-        steps = {"logp": logp, "sampler_logp": logp}
-        store = store_of.make_store(column["token"], steps, episodes, self._problems.steps["token"].dtype)
-        mine = np.flatnonzero(source == OWN)
-        facts = group_metrics(rewards, torch.from_numpy(group), own) | {
-            "answers/length": float(store.length[mine].mean()),
-            "answers/ended": float(episodes["ended"][mine].mean()),
-            "answers/empty": float((store.length[mine] == 1).mean()),
-            "answers/duplicates": store_of.duplicates(store, mine),
-            "reward/problems": float(sum(row["problem_with_reward"] for row in made)),
-        }
-        for name in made[0]["parts"]:
-            facts[f"reward/{name}"] = float(episodes[f"reward/{name}"][mine].mean())
-        return store, facts
-
-    def _next_problems(self, count: int) -> np.ndarray:
-        """The next problems of an endless stream in which every one comes once per pass."""
-        n, first = len(self._problems.tables["problems"]), self._problems_seen
-        passes = range(first // n, (first + count - 1) // n + 1)
-        stream = np.concatenate([permutation(self.seed or 0, p, n).numpy() for p in passes])
-        return stream[first - n * passes[0] :][:count]
-
-    def sampling(self, iteration: int) -> Sampling:
-        """How answers are drawn in an iteration."""
-        return Sampling(
-            stop=tuple(stop_ids(self.model, self.tokenizer)),
-            max_new_tokens=self._length,
-            temperature=self.hparams.temperature,
-            seed=self.seed or 0,
-            iteration=iteration,
-        )
-
-    def texts(self, answers: Sequence[np.ndarray]) -> list[str]:
-        """Answers as texts, without special tokens; equal ones are decoded once."""
-        known: dict[bytes, str] = {}
-        for token in answers:
-            if token.tobytes() not in known:
-                known[token.tobytes()] = self.tokenizer.decode(
-                    token, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-        return [known[token.tobytes()] for token in answers]
-
-    def judge(
-        self, problems: Replay, rows: Sequence[int], answers: Sequence[np.ndarray], ended: Sequence[bool]
-    ) -> Scored:
-        """Rewards of answers to rows of problems."""
-        prompts = {
-            row: prompt_text(self.tokenizer, token_ids(problems, problems.tables["problems"][row, 0]))
-            for row in set(rows)
-        }
-        references = problems.tables["problems/answer"]
-        return self.rewards(
-            [prompts[row] for row in rows],
-            self.texts(answers),
-            [str(references[row]) for row in rows],
-            ended=ended,
-            lengths=[len(answer) for answer in answers],
-        )
-
-    def _judge(self, made: list[dict[str, Any]]) -> None:
-        rows = [row["problem"] for row in made]
-        answers, ended = [row["token"] for row in made], [row["ended"] for row in made]
-        scores, parts, problems = self.judge(self._problems, rows, answers, ended)
-        for i, row in enumerate(made):
-            row["reward"], row["parts"] = float(scores[i]), {name: float(part[i]) for name, part in parts.items()}
-            row["problem_with_reward"] = problems / len(made)
-
-    # -- what π_k and the base think of the answers --------------------------------------------------------------------
-
-    def _score(self, store: Replay, k: int, old: Sequence[np.ndarray]) -> Replay:
-        """The store with the columns of this iteration, filled in for the rows of its steps.
-
-        The first step is made by π_k itself, so its own forward pass says what π_k thinks of its rows
-        (:meth:`_keep_first`), except where a critic needs all of them at once.
-        """
-        bound, steps = BoundRollouts(self._problems, store), self._plan_steps(store, k, old)
-        rows, critic = np.unique(np.concatenate(steps)), self.objective.uses_critic
-        known = rows if critic else np.setdiff1d(rows, steps[0])
-        columns: dict[str, Any] = dict(store.steps)
-
-        def fill(where: np.ndarray, found: dict[str, np.ndarray]) -> None:
-            for name, values in found.items():
-                columns.setdefault(name, np.full(store.num_steps, np.nan, values.dtype))
-                columns[name][store_of.spans(store, where)] = values
-
-        found = self._columns(bound, known, ("previous_logp", *(("old_value",) if critic else ())))
-        fill(known, found | (self._critic_advantages(store, rows, found["old_value"]) if critic else {}))
-        if self._wants_base(k, len(steps)):
-            said = columns.get("base_logp", np.full(store.num_steps, np.nan))
-            new = rows[np.isnan(said[store.start[rows]])]  # the base stays the same as long as answers are kept
-            with self._as_base():
-                fill(new, self._columns(bound, new, ("base_logp",)))
-        else:
-            columns.pop("base_logp", None)
-        columns["logp"] = np.where(self._drawn_now(store, k), columns["previous_logp"], columns["logp"])
-        return Replay(columns, start=store.start, length=store.length, episodes=store.episodes)
-
-    def _drawn_now(self, store: Replay, k: int) -> np.ndarray:
-        """Tokens that π_k drew, so that what it thinks of them is the behaviour; (tokens of the store,) bool."""
-        fresh = np.repeat((store.episodes["policy_version"] == k) & (store.episodes["source"] == OWN), store.length)
-        return fresh if getattr(self.engine, "on_policy", True) else fresh & np.isnan(np.asarray(store.steps["logp"]))
-
-    def _keep_first(self) -> None:
-        """Put into the store what π_k said of the rows of the first step, for the steps and iterations to come."""
-        assert self._rollouts is not None
-        store: Any = self._rollouts.store
-        drawn = self._drawn_now(store, self.iteration)
-        for rows, logps in (part for parts in self._of_all_processes(self._said) for part in parts):
-            place = store_of.spans(store, rows)
-            for name in ("previous_logp", "logp"):
-                store.steps[name] = store.steps[name].astype(logps.dtype, copy=False)
-            store.steps["previous_logp"][place] = logps
-            store.steps["logp"][place] = np.where(drawn[place], logps, store.steps["logp"][place])
-        self._said = []
-        store.__dict__.pop("_fingerprint", None)
-
-    def _wants_base(self, k: int, steps: int) -> bool:
-        if "base_logp" in self.objective.reads:
-            return True
-        now = self.global_step
-        return self.hparams.base_kl and any(self._logs(step) for step in range(now + 1, now + 1 + steps))
-
-    def _columns(self, bound: BoundRollouts, rows: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Columns of the tokens of these rows, ascending, under the weights of now; processes share the work."""
-        world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
-        by_length = rows[np.argsort(-bound.lengths[rows].sum(1), kind="stable")]
-        by_length = by_length[np.argsort(bound.store.episodes["group"][by_length], kind="stable")]
-        mine, parts = np.array_split(by_length, world)[rank], []
-        for start in range(0, len(mine), self.rows_per_forward):
-            batch = self.gather(bound, mine[start : start + self.rows_per_forward])
-            scores = self.forward_tokens(batch)
-            values = {"previous_logp": scores.logps, "base_logp": scores.logps}
-            if "old_value" in names:
-                values["old_value"] = self.values(batch, scores)
-            parts.append((batch.row.numpy(), {name: values[name].cpu().numpy() for name in names}))
-        length = bound.store.length[rows]
-        first, size = np.cumsum(length) - length, int(length.sum())
-        out: dict[str, np.ndarray] = {name: np.full(size, np.nan, np.float32) for name in names}
-        for part in self._of_all_processes(parts):
-            for some, values in part:
-                count = bound.store.length[some]
-                start = first[np.searchsorted(rows, some)]
-                place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - start, count)
-                for name in names:
-                    out[name] = out[name].astype(values[name].dtype, copy=False)
-                    out[name][place] = values[name]
-        return out
-
-    def _critic_advantages(self, store: Replay, rows: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Advantages and returns of the tokens of these rows, stale ones too, under the critic of now."""
-        length = torch.from_numpy(store.length[rows])
-        mask = torch.arange(int(length.max())) < length[:, None]
-        value = torch.zeros(mask.shape, dtype=torch.from_numpy(values).dtype)
-        value[mask] = torch.from_numpy(values)
-        rewards = torch.from_numpy(store.episodes["reward"][rows]).to(value)
-        found = self.objective.critic_advantages(rewards, value, mask.to(value))
-        return {name: part[mask].numpy() for name, part in zip(("advantage", "returns"), found)}
+    # -- a step --------------------------------------------------------------------------------------------------------
 
     def forward_tokens(self, batch: Rollouts, **options: Any) -> TokenScores:
         """Scores of the tokens of a batch of answers, at the temperature of sampling."""
@@ -704,8 +443,6 @@ class RolloutModule(LanguageModule):
     def layout(self, batch: Any) -> Layout:
         return group_layout(batch, self.pad_id).to(self.trainer.strategy.root_device)
 
-    # -- a step --------------------------------------------------------------------------------------------------------
-
     def training_step(self, tick: Any, batch_idx: int) -> Tensor:
         t, j = self.global_step, self._micro
         bound, rows = self._rollouts, self._steps[t - self._first_step]
@@ -717,14 +454,13 @@ class RolloutModule(LanguageModule):
         mine = np.array_split(rows, self._micro_batches * world)[j * world + rank]
         real = len(mine) > 0
         length = bound.store.length[rows]
-        totals = Totals(len(rows), int(length.sum()), self._length, int(length.max()))
+        totals = Totals(len(rows), int(length.sum()), self.answering.length, int(length.max()))
         batch = self.gather(bound, mine if real else rows[-1:])
         tokens = self.tokens(batch, real)
         loss, sums = self.objective.loss(tokens, totals, iteration=self.iteration)
         share = loss.new_tensor(len(mine) / len(rows))
-        if real and t == self._first_step and not self.objective.uses_critic:
-            kept = tokens.mask > 0
-            self._said.append((batch.row.numpy(), tokens.logp.detach()[kept].cpu().numpy()))
+        if real and t == self._first_step:
+            self.scoring.hear(batch, tokens.logp, tokens.mask)
         self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})
         self._tokens += int(bound.lengths[mine].sum()) if real else 0
         self._micro = (j + 1) % self._micro_batches
@@ -733,17 +469,20 @@ class RolloutModule(LanguageModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
-        if self.global_step == self._first_step and not self.objective.uses_critic:
-            self._keep_first()
+        if self.global_step == self._first_step:
+            assert self._rollouts is not None
+            self.scoring.keep(self._rollouts.store, self.iteration)
 
     def tokens(self, batch: Rollouts, real: bool = True) -> Tokens:
         """What the objective sees of a batch of answers; all of it padding unless ``real``."""
-        wanted = self.objective.reads
-        scores = self.forward_tokens(batch, entropy=True, entropy_gradient=self.objective.entropy_gradient)
+        wanted, others = self.objective.reads, self.scoring.others(batch)
+        scores = self.forward_tokens(
+            batch, entropy=True, entropy_gradient=self.objective.entropy_gradient, others=others
+        )
         device, length = scores.logps.device, batch.answer.length
         size, width = len(length), int(length.max())
-        owner = torch.repeat_interleave(torch.arange(size), length)
-        place = (owner * width + torch.arange(len(owner)) - (length.cumsum(0) - length)[owner]).to(device)
+        owner, column = spread(length)
+        place = (owner * width + column).to(device)
 
         def padded(flat: Tensor) -> Tensor:
             return flat.new_zeros(size * width).index_put((place,), flat).view(size, width)
@@ -768,6 +507,7 @@ class RolloutModule(LanguageModule):
             entropy=None if scores.entropy is None else padded(scores.entropy),
             lag=self.iteration - facts["policy_version"],
             **({"value": padded(self.values(batch, scores))} if "value" in wanted else {}),
+            **{f"{name}_kl": padded(apart) for name, apart in scores.divergence.items()},
             **{name: steps[name] for name in ("old_value", "returns") if name in steps},
         )
 
@@ -781,7 +521,7 @@ class RolloutModule(LanguageModule):
         facts = {name: total / count for name, (total, count) in self._facts.items()}
         self._facts = {}
         named = {(name if name.startswith("perf/") else f"train/{name}"): value for name, value in facts.items()}
-        passes = self._problems_seen / len(self._problems.tables["problems"])
+        passes = self._problems_seen / len(self.problems.tables["problems"])
         return named | {
             "train/iteration": float(self.iteration),
             "train/answers": float(self.generated),
@@ -799,7 +539,8 @@ class RolloutModule(LanguageModule):
         super().on_save_checkpoint(checkpoint)
         self._saved = time.monotonic()
 
-    def _wants_to_stop(self) -> bool:
+    def wants_to_stop(self) -> bool:
+        """Whether the user wants this process to stop."""
         return any(isinstance(c, Interruption) and c.received for c in self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def _stop(self) -> int:
@@ -812,15 +553,6 @@ class RolloutModule(LanguageModule):
             if isinstance(callback, RunFolder):
                 callback.save(trainer, self)
         return -1
-
-
-class Stopped(Exception):
-    """The user wants to stop while answers are drawn."""
-
-
-def _row(slot: int, problem: int, source: int, answer: Completion) -> dict[str, Any]:
-    token, logp, ended = answer
-    return {"slot": slot, "problem": problem, "source": source, "token": token, "logp": logp, "ended": ended}
 
 
 __all__ = ["RolloutModule", "Stopped"]

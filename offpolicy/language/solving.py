@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,19 +33,19 @@ def solve(method: Any) -> dict[str, float]:
     rows = eval_sample(len(table), method.hparams.eval_rows)
     world, rank = method.world_size, method.global_rank if method.world_size > 1 else 0
     mine = rows[rank::world]
-    engine = method.engine if method.hparams.engine != "replay" else TransformersEngine(method.hparams.generation_batch)
+    answering, h = method.answering, method.hparams
+    engine = answering.engine if h.engine != "replay" else TransformersEngine(h.generation_batch)
     found: dict[str, np.ndarray] = {}
     with evaluating(method.model), method.precision_context():
         engine.sync(method.model, method.iteration)
-        for count, temperature in ((1, 0.0), (samples, method.hparams.temperature)):
+        for count, temperature in ((1, 0.0), (samples, h.temperature)):
             if not count:
                 continue
             requests = [Request(token_ids(problems, table[row, 0]), int(row), count) for row in mine]
-            how = method.sampling(0)
-            how = type(how)(how.stop, how.max_new_tokens, temperature, 0, 0)
+            how = replace(answering.sampling(0), temperature=temperature, seed=0)
             answers = [one for some in engine.generate(requests, how) for one in some]
             asked = [int(row) for row in mine for _ in range(count)]
-            scored = method.judge(problems, asked, [a.token for a in answers], [a.ended for a in answers])
+            scored = answering.judge(problems, asked, [a.token for a in answers], [a.ended for a in answers])
             found["sampled" if temperature else "likely"] = scored.scores.reshape(-1, count)
     parts = method._of_all_processes((mine, found))
     order = np.argsort(np.concatenate([part[0] for part in parts]))

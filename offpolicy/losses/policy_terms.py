@@ -401,8 +401,7 @@ def divergence(tokens: Tokens, estimator: str, target: str, correction: bool) ->
     """KL(π_θ ‖ target) per token, by an estimator on the sampled token or exactly, over the vocabulary."""
     kept = tokens.kept
     if estimator == "full":
-        logp, other = field(tokens, "all_logps"), field(tokens, f"{target}_all_logps")
-        return torch.where(kept, (logp.exp() * (logp - other)).sum(-1), 0.0)
+        return torch.where(kept, field(tokens, f"{target}_kl"), 0.0)
     delta = difference(field(tokens, f"{target}_logp"), tokens.logp, kept)
     value = {"k1": lambda: -delta, "k2": lambda: 0.5 * delta.square(), "k3": lambda: torch.expm1(delta) - delta}
     found = value[estimator]()
@@ -412,7 +411,7 @@ def divergence(tokens: Tokens, estimator: str, target: str, correction: bool) ->
 
 
 def divergence_reads(estimator: str, target: str) -> frozenset[str]:
-    return frozenset(("all_logps", f"{target}_all_logps") if estimator == "full" else (f"{target}_logp",))
+    return frozenset((f"{target}_kl" if estimator == "full" else f"{target}_logp",))
 
 
 @dataclass(frozen=True)
@@ -463,7 +462,8 @@ class K3(KL):
 
 
 class FullKL(KL):
-    """Σ_v π_θ(v)·(log π_θ(v) − log target(v)), exact; needs the log-probabilities of the whole vocabulary."""
+    """Σ_v π_θ(v)·(log π_θ(v) − log target(v)), exact in value and gradient; costs a forward pass of the target, and
+    the whole vocabulary at every place."""
 
     estimator = "full"
 

@@ -29,9 +29,8 @@ class Tokens(NamedTuple):
         value: (B, T) of the critic, with gradient.
         old_value: (B, T) of the critic at the start of the iteration.
         returns: (B, T), what the critic should say.
-        all_logps: (B, T, V) of every token under the policy, with gradient; for exact divergences of tiny models.
-        base_all_logps: (B, T, V) under the base.
-        previous_all_logps: (B, T, V) under π_k.
+        base_kl: (B, T), KL(π_θ ‖ base) over the whole vocabulary at each place, with gradient.
+        previous_kl: (B, T), the same to π_k.
     """
 
     logp: Tensor
@@ -47,9 +46,8 @@ class Tokens(NamedTuple):
     value: Tensor | None = None
     old_value: Tensor | None = None
     returns: Tensor | None = None
-    all_logps: Tensor | None = None
-    base_all_logps: Tensor | None = None
-    previous_all_logps: Tensor | None = None
+    base_kl: Tensor | None = None
+    previous_kl: Tensor | None = None
 
     @property
     def outside(self) -> Tensor:

@@ -16,6 +16,7 @@ from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
 from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError
 from offpolicy.files import Table
+from offpolicy.language.answering import Answering
 
 # method, options, updates after which the run is cut, and in all; iterations of ReMix begin at 0, 2, 6, 10 and 12
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
@@ -63,40 +64,41 @@ class Kill(Exception):
     pass
 
 
-def test_weights_are_on_disk_while_answers_are_drawn(policy: Path, tmp_path: Path) -> None:
+def test_weights_are_on_disk_while_answers_are_drawn(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed in the third rollout, the run goes on from the weights of the end of the second iteration."""
     options = {"save_seconds": 0.0}
     fit(method("GRPO", policy, **options), 6, tmp_path / "whole")
-    killed = method("GRPO", policy, **options)
-    draw = killed._fresh
+    draw = Answering.fresh
 
-    def dying(k: int, groups: int) -> Any:
+    def dying(self: Answering, k: int, *rest: int) -> Any:
         if k == 3:
             raise Kill
-        return draw(k, groups)
+        return draw(self, k, *rest)
 
-    killed._fresh = dying
-    with pytest.raises(Kill):
-        fit(killed, 6, tmp_path / "killed")
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        patch.setattr(Answering, "fresh", dying)
+        fit(method("GRPO", policy, **options), 6, tmp_path / "killed")
     path = newest_checkpoint(tmp_path / "killed")
     assert path is not None and path.name == "step=00000004.ckpt"
     fit(method("GRPO", policy, **options), 6, tmp_path / "killed", ckpt_path=path)
     assert not differences(run_files(tmp_path / "whole", 6), run_files(tmp_path / "killed", 6))
 
 
-def test_ctrl_c_while_answers_are_drawn(policy: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_answers_are_drawn(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answers are thrown away, the weights kept, and the run goes on as if nothing had been."""
     fit(method("GRPO", policy), 6, tmp_path / "whole")
-    stopped = method("GRPO", policy)
-    draw = stopped._fresh
+    draw, stopped = Answering.fresh, method("GRPO", policy)
 
-    def fresh(k: int, groups: int) -> Any:
+    def fresh(self: Answering, k: int, *rest: int) -> Any:
         if k == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return draw(k, groups)
+        return draw(self, k, *rest)
 
-    stopped._fresh = fresh
-    fit(stopped, 6, tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(Answering, "fresh", fresh)
+        fit(stopped, 6, tmp_path / "stopped")
     assert stopped.interrupted_by == signal.SIGINT and stopped.trainer.global_step == 2
     path = newest_checkpoint(tmp_path / "stopped")
     assert path is not None and path.name == "step=00000002.ckpt"

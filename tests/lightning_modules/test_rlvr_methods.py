@@ -57,7 +57,7 @@ def logps_of(model: Any, prompt: np.ndarray, token: np.ndarray, temperature: flo
 
 def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores, rows: np.ndarray, k: int) -> Any:
     """The loss of a step written out answer by answer, with π_k given by ``start``."""
-    store, problems = stores.seen[k], module._problems
+    store, problems = stores.seen[k], module.problems
     total: Any = torch.zeros((), dtype=torch.float64)
     for row in rows:
         span = slice(store.start[row], store.start[row] + store.length[row])
@@ -252,7 +252,7 @@ def test_the_base_is_looked_at_without_a_second_model(policy: Path) -> None:
     module = fit(method("GRPO", policy), 2, held_out=False)
     before = {name: p.clone() for name, p in module.model.named_parameters()}
     original = dict(reference_policy(policy).float().named_parameters())
-    with pytest.raises(ZeroDivisionError), module._as_base():
+    with pytest.raises(ZeroDivisionError), module.scoring.under(module.scoring.base):
         assert all(torch.equal(p, original[name]) for name, p in module.model.named_parameters())
         raise ZeroDivisionError
     assert all(torch.equal(p, before[name]) for name, p in module.model.named_parameters())
@@ -290,7 +290,7 @@ def test_adapters(policy: Path, tmp_path: Path) -> None:
     module = fit(module, 8, tmp_path, held_out=False)
     rows = Table(tmp_path / "metrics.csv").rows()
     assert rows[0]["train/kl/base"] < 1e-9 < rows[5]["train/kl/base"] and rows[6]["train/kl/base"] < 1e-9
-    assert set(module._base) == {name for name, p in module.model.named_parameters() if p.requires_grad}
+    assert set(module.scoring.base) == {name for name, p in module.model.named_parameters() if p.requires_grad}
 
 
 def test_objectives_are_data(policy: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.errors import UsageError
+from offpolicy.language.logprobs import token_divergence
 from offpolicy.losses import policy_terms as terms
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Ratio, Surrogate, Tokens, Totals, component
 
@@ -423,7 +424,9 @@ def test_expected_gradients_of_estimators() -> None:
         given = Tokens(logp[None], torch.ones(1, 4).double(), f64(0.0), f64(4 * [0.0]), f64(4 * [0.0]))
         given = given._replace(base_logp=reference[None])
         if name == "full":
-            given = given._replace(all_logps=logp.expand(1, 4, 4), base_all_logps=reference.expand(1, 4, 4))
+            nothing = torch.zeros(4, 1).double()  # logits are the bias alone
+            apart = token_divergence(nothing, nothing, nothing, nothing, bias=logits, other_bias=other)
+            given = given._replace(base_kl=apart[None])
         return component("anchors", {"name": name, "coef": 1.0})(given, iteration=1)[0]
 
     p = logits.detach().softmax(0)
@@ -669,7 +672,7 @@ def test_objectives_are_data() -> None:
     assert Objective(anchors=[anchor]) == Objective(anchors=(anchor,)) == Objective(anchors=anchor)  # type: ignore[arg-type]
     assert Objective(anchors=(anchor,)).reads == {"base_logp", "previous_logp"}
     exact = Objective(anchors=({"name": "full", "coef": 0.1, "target": "previous"},))
-    assert exact.reads == {"all_logps", "previous_all_logps"}
+    assert exact.reads == {"previous_kl"}
     assert Objective().reads == frozenset()
     assert Objective(anchors="none", weight="none") == Objective()  # type: ignore[arg-type]
 
