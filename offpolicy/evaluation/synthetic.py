@@ -423,6 +423,8 @@ def plot(comparison: Comparison, path: str | Path) -> Path:
             axes.axhline(comparison.real.numbers[name], color="C0", linestyle="--", label=comparison.real.name)
         else:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
         axes.set_title(WORDS[name], fontsize=8)
         axes.set_xlabel("step of the trajectory")
         axes.legend(fontsize=7)
