@@ -3,7 +3,7 @@
 Every problem gets a group of answers; the advantage of an answer is its reward among those of its group,
 (R − μ)/(s + ε), with the sample deviation s. J = mean over answers of the mean over their tokens of
 min(ρA, clip(ρ, 1 − ε, 1 + ε)A) − β·KL(π_θ ‖ π_base), the divergence estimated per token by e^δ − δ − 1 with
-δ = log π_base − log π_θ (Eq. 3 and 4).
+δ = log π_base − log π_θ (Eq. 3 and 4), or as ``kl`` says.
 
 ``variant`` names what others change, and nothing else:
 
@@ -22,6 +22,7 @@ from typing import Any
 
 from offpolicy.errors import UsageError, check_range, nearest
 from offpolicy.language.rollouts import RolloutModule
+from offpolicy.losses.policy_terms import ESTIMATORS, choose
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "grpo": {},
@@ -41,6 +42,8 @@ class GRPO(RolloutModule):
         clip: how far the ratio may go below 1, ≥ 0; None for the variant's (0.2).
         clip_high: how far above 1, ≥ 0; None for the variant's, or ``clip``.
         beta: coefficient ≥ 0 of the divergence from the policy at the start; the paper has 0.04, later work 0.
+        kl: what estimates the divergence per token: "k3", the paper's; "k1", "k2"; or "full", exact over the
+            vocabulary, which costs a forward pass of the base and the whole vocabulary at every token.
         entropy: coefficient ≥ 0 of the entropy bonus.
     """
 
@@ -51,6 +54,7 @@ class GRPO(RolloutModule):
         clip: float | None = None,
         clip_high: float | None = None,
         beta: float = 0.0,
+        kl: str = "k3",
         entropy: float = 0.0,
         **rollouts: Any,
     ) -> None:
@@ -61,6 +65,7 @@ class GRPO(RolloutModule):
             )
         for name, value in (("clip", clip), ("clip_high", clip_high), ("beta", beta), ("entropy", entropy)):
             check_range(name, value or 0.0, 0.0)
+        choose("kl", kl, ESTIMATORS)
         self.save_hyperparameters()
         self.objective = self.compose()
 
@@ -74,7 +79,7 @@ class GRPO(RolloutModule):
         }
         return {
             "trust": trust,
-            "anchors": ({"name": "k3", "coef": h.beta},) if h.beta else (),
+            "anchors": ({"name": h.kl, "coef": h.beta},) if h.beta else (),
             "entropy": {"name": "bonus", "coef": h.entropy} if h.entropy else "none",
             **VARIANTS[h.variant],
         }

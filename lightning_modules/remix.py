@@ -22,8 +22,9 @@ from __future__ import annotations
 from typing import Any
 
 from offpolicy.data.replay import Replay
-from offpolicy.errors import UsageError, check_range
+from offpolicy.errors import check_range
 from offpolicy.language.rollouts import RolloutModule
+from offpolicy.losses.policy_terms import ESTIMATORS, choose
 
 BASES = ("grpo", "ppo")
 CENTERS = {"proximal-additive": "additive", "proximal-multiplicative": "multiplicative", "behaviour": "behavior"}
@@ -43,9 +44,11 @@ class ReMix(RolloutModule):
         clip_center: "proximal-additive", the paper's c ± ε; "proximal-multiplicative", c·(1 ± ε); or "behaviour",
             1 ± ε, which clips stale tokens before any update.
         beta: β ≥ 0 of KL-Convex.
+        kl: what estimates both divergences per token: "k3", "k1", "k2"; or "full", exact over the vocabulary, which
+            costs a forward pass of each of them and the whole vocabulary at every token.
         kl_start: the last iteration with λ = 1, ≥ 0.
         kl_every: iterations between drops of λ by 0.1, ≥ 1.
-        kl_correction: multiply the estimate of the divergence by r, without gradient.
+        kl_correction: multiply the estimates of the divergence by r, without gradient; "full" is none.
         entropy: coefficient ≥ 0 of the entropy bonus.
         gae_lambda: λ of GAE in [0, 1], for "ppo".
         group_size: answers per problem; None is 8, and 1 for "ppo".
@@ -63,6 +66,7 @@ class ReMix(RolloutModule):
         eps_scale: float = 1.0,
         clip_center: str = "proximal-additive",
         beta: float = 1e-3,
+        kl: str = "k3",
         kl_start: int = 50,
         kl_every: int = 10,
         kl_correction: bool = False,
@@ -75,10 +79,9 @@ class ReMix(RolloutModule):
         super().__init__(
             replay_fraction=replay_fraction, replay_window=replay_window, sweeps=sweeps, group_size=size, **rollouts
         )
-        if base not in BASES:
-            raise UsageError(f"`base` is '{base}'; expected one of {', '.join(BASES)}.")
-        if clip_center not in CENTERS:
-            raise UsageError(f"`clip_center` is '{clip_center}'; expected one of {', '.join(CENTERS)}.")
+        choose("base", base, BASES)
+        choose("clip_center", clip_center, CENTERS)
+        choose("kl", kl, ESTIMATORS)
         check_range("reincarnation", 1 if reincarnation is None else reincarnation, 1)
         check_range("clip", clip, 0.0)
         check_range("eps_scale", eps_scale, 0.0, lower_open=True)
@@ -96,6 +99,7 @@ class ReMix(RolloutModule):
         convex = {
             "name": "convex",
             "coef": h.beta,
+            "estimator": h.kl,
             "start": h.kl_start,
             "every": h.kl_every,
             "correction": h.kl_correction,

@@ -28,8 +28,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from offpolicy.errors import UsageError, check_range
+from offpolicy.errors import check_range
 from offpolicy.language.rollouts import RolloutModule
+from offpolicy.losses.policy_terms import choose
 
 UNIFORMS = ("vocab", "one")
 DEMONSTRATORS = ("unknown", "known", "ratio")
@@ -68,9 +69,8 @@ class RLPlus(RolloutModule):
         **rollouts: Any,
     ) -> None:
         super().__init__(demonstrations=demonstrations, **rollouts)
-        for name, value, known in (("uniform", uniform, UNIFORMS), ("demonstrator", demonstrator, DEMONSTRATORS)):
-            if value not in known:
-                raise UsageError(f"`{name}` is '{value}'; expected one of {', '.join(known)}.")
+        choose("uniform", uniform, UNIFORMS)
+        choose("demonstrator", demonstrator, DEMONSTRATORS)
         for name, number in (
             ("gamma", gamma),
             ("clip", clip or 0.0),

@@ -367,6 +367,7 @@ class SeqSum:
 
 # -- anchors -----------------------------------------------------------------------------------------------------------
 
+ESTIMATORS = ("k1", "k2", "k3", "full")
 Coefficient = float | Sequence[Sequence[float]]  # a number, or knots (iteration, number), linear between them
 TARGETS = ("base", "previous")
 
@@ -494,7 +495,7 @@ class ConvexKL:
 
     def __post_init__(self) -> None:
         check_coefficient("coef", self.coef)
-        choose("estimator", self.estimator, ("k1", "k2", "k3", "full"))
+        choose("estimator", self.estimator, ESTIMATORS)
         check_range("start", self.start, 0)
         check_range("every", self.every, 1)
         check_range("drop", self.drop, 0.0, 1.0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.language import logprobs
-from offpolicy.language.logprobs import token_logps
+from offpolicy.language.logprobs import token_divergence, token_logps
 
 N, D, V = 13, 6, 29
 
@@ -192,6 +192,47 @@ def test_frozen_parts() -> None:
         assert token_logps(hidden, weight, target).grad_fn is None
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("chunk", [3, 20, 256])
+def test_exact_divergence(softcap: float | None, with_bias: bool, chunk: int) -> None:
+    """Values and gradients of states, head and bias against two full tables, in float64 to 1e-10; 0 from itself."""
+    hidden, weight, bias, target = inputs()
+    generator = torch.Generator().manual_seed(1)
+    other, head, shift = (torch.randn(x.shape, generator=generator).double() for x in (hidden, weight, bias))
+    options = {"softcap": softcap, "scale": 0.3, "temperature": 0.7}
+    used, moved = (bias, shift) if with_bias else (None, None)
+
+    def table(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        each = [slow(h, w, torch.full_like(target, v), b, **options)[0] for v in range(V)]
+        return torch.stack(each, -1)
+
+    logp, logq = table(hidden, weight, used), table(other, head, moved)
+    expected = (logp.exp() * (logp - logq)).sum(-1)
+    found = token_divergence(hidden, weight, other, head, bias=used, other_bias=moved, chunk=chunk, **options)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    assert (found > 0).all()
+    wanted, upstream = [hidden, weight, bias] if with_bias else [hidden, weight], torch.linspace(-1, 2, N).double()
+    for ours, right in zip(
+        torch.autograd.grad(found @ upstream, wanted), torch.autograd.grad(expected @ upstream, wanted), strict=True
+    ):
+        torch.testing.assert_close(ours, right, atol=1e-10, rtol=0)
+    itself = token_divergence(hidden, weight, hidden.detach(), weight.detach(), chunk=chunk)
+    assert (itself.detach() == 0).all()
+    assert torch.autograd.grad(itself.sum(), hidden)[0].abs().max() < 1e-14
+    assert token_divergence(hidden[:0], weight, other[:0], head).shape == (0,)
+
+
+def test_gradcheck_of_the_exact_divergence() -> None:
+    hidden, weight, bias, _ = inputs()
+    other, head = hidden.detach().flip(0)[:3], weight.detach().flip(0)
+
+    def divergence(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return token_divergence(h, w, other, head, bias=b, softcap=4.0, temperature=0.8, chunk=8)
+
+    assert torch.autograd.gradcheck(divergence, (hidden.detach()[:3].requires_grad_(), weight, bias))
+
+
 def test_memory_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor made, watched through every operation, has at most chunk · V numbers."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -211,4 +252,5 @@ def test_memory_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         token_logps(hidden, weight, torch.randint(1000, (64,)), chunk=8).sum().backward()
         logps, facts = token_logps(hidden, weight, torch.randint(1000, (64,)), chunk=8, entropy=True)
         (logps + facts["entropy"]).sum().backward()
+        token_divergence(hidden, weight, hidden.detach() + 1, weight.detach(), chunk=8).sum().backward()
     assert largest.numbers <= 8 * 1000

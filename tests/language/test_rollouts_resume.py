@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
         (9,),
         12,
     ),
+    "ReMix-exact": ("ReMix", {"kl": "full", "beta": 0.1, "kl_start": 1, "kl_every": 1, "reincarnation": 2}, (3, 4), 8),
     "RLPlus": ("RLPlus", {"temperature": 0.7}, (3,), 6),
 }
 

@@ -47,12 +47,22 @@ def reference_policy(policy: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float64).train()
 
 
-def logps_of(model: Any, prompt: np.ndarray, token: np.ndarray, temperature: float) -> tuple[Any, Any]:
-    """Log-probabilities of an answer and entropies, from the model's own logits."""
+def whole_of(model: Any, prompt: np.ndarray, token: np.ndarray, temperature: float) -> Any:
+    """Log-probabilities of the whole vocabulary at every token of an answer, from the model's own logits."""
     ids = torch.from_numpy(np.concatenate([prompt, token]))[None]
-    logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
-    whole = logits.log_softmax(-1)
-    return whole.gather(1, torch.from_numpy(token)[:, None])[:, 0], -(whole.exp() * whole).sum(-1)
+    return (model(ids).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+
+
+def kl_of(estimator: str, whole: Any, other: Any, token: np.ndarray) -> Any:
+    """KL(π ‖ other) at every token: from the one that was drawn, or exactly."""
+    if estimator == "full":
+        return (whole.exp() * (whole - other)).sum(-1)
+    delta = chosen(other - whole, token)
+    return delta.exp() - delta - 1
+
+
+def chosen(whole: Any, token: np.ndarray) -> Any:
+    return whole.gather(1, torch.from_numpy(token)[:, None])[:, 0]
 
 
 def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores, rows: np.ndarray, k: int) -> Any:
@@ -63,29 +73,28 @@ def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores,
         span = slice(store.start[row], store.start[row] + store.length[row])
         token = store.steps["token"][span].astype(np.int64)
         prompt = token_ids(problems, problems.tables["problems"][store.episodes["prompt"][row], 0])
-        logp, entropy = logps_of(model, prompt, token, module.hparams.temperature)
+        whole = whole_of(model, prompt, token, module.hparams.temperature)
+        logp, entropy, kl = chosen(whole, token), -(whole.exp() * whole).sum(-1), module.option("kl", "k3")
         with torch.no_grad():
-            previous, _ = logps_of(start[k], prompt, token, module.hparams.temperature)
-            behavior, _ = logps_of(start[store.episodes["policy_version"][row]], prompt, token, 1.0)
+            old = whole_of(start[k], prompt, token, module.hparams.temperature)
+            base = whole_of(start[1], prompt, token, module.hparams.temperature)
+            drawn = whole_of(start[store.episodes["policy_version"][row]], prompt, token, 1.0)
+        previous, behavior = chosen(old, token), chosen(drawn, token)
         group = store.episodes["group"] == store.episodes["group"][row]
         rewards = store.episodes["reward"][group]
         centred = store.episodes["reward"][row] - rewards.mean()
         if name == "GRPO":
             a, ratio = centred / (rewards.std(ddof=1) + 1e-4), (logp - previous).exp()
             gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
-            base, _ = logps_of(start[1], prompt, token, module.hparams.temperature)
-            delta = base.detach() - logp
-            total = total - (gain - 0.1 * (delta.exp() - delta - 1)).mean() / len(rows)
+            total = total - (gain - 0.1 * kl_of(kl, whole, base, token)).mean() / len(rows)
         elif name == "ReMix":
             a, ratio = centred / (rewards.std(ddof=1) + 1e-4), (logp - behavior).exp()
             c = (previous - behavior).exp()
             clipped = torch.minimum(torch.maximum(ratio, (c - 0.2).clamp(min=0)), c + 0.2)
             gain = torch.minimum(ratio * a, clipped * a)
-            base, _ = logps_of(start[1], prompt, token, 1.0)
-            kl = [(other.detach() - logp).exp() - (other.detach() - logp) - 1 for other in (base, previous)]
             share = max(1 - 0.1 * max(k - 1, 0), 0.5)  # start 1, every 1
-            convex = share * kl[0] + (1 - share) * kl[1]
-            total = total - (gain - 1e-3 * convex + 1e-3 * entropy).mean() / len(rows)
+            convex = share * kl_of(kl, whole, base, token) + (1 - share) * kl_of(kl, whole, old, token)
+            total = total - (gain - module.hparams.beta * convex + 1e-3 * entropy).mean() / len(rows)
         else:
             external = store.episodes["source"][row] == DEMONSTRATION
             ratio = (logp - previous).exp()
@@ -96,18 +105,20 @@ def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores,
     return total
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "GRPO": {"beta": 0.1, "temperature": 0.7},
-    "ReMix": {"kl_start": 1, "kl_every": 1, "beta": 1e-3},
-    "RLPlus": {},
-}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("GRPO", {"beta": 0.1, "temperature": 0.7}),
+    ("GRPO", {"beta": 0.1, "temperature": 0.7, "kl": "full"}),
+    ("ReMix", {"kl_start": 1, "kl_every": 1, "beta": 1e-3}),
+    ("ReMix", {"kl_start": 1, "kl_every": 1, "beta": 0.3, "kl": "full", "chunk": 9}),
+    ("RLPlus", {}),
+]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_updates_equal_obvious_ones(name: str, policy: Path) -> None:
+@pytest.mark.parametrize("name, options", CASES)
+def test_updates_equal_obvious_ones(name: str, options: dict[str, Any], policy: Path) -> None:
     """A few iterations in float64, replayed by hand from the answers that were drawn, with plain AdamW."""
     stores = Stores()
-    module = method(name, policy, micro_batch_size=3, **CASES[name])
+    module = method(name, policy, micro_batch_size=3, **options)
     steps = 6 if name != "ReMix" else 10
     module = fit(module, steps, callbacks=[stores], precision="64-true", held_out=False)
     model, start, done = reference_policy(policy), {}, 0
@@ -316,6 +327,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("GRPO", {"temperature": 0.0}, "`temperature` is 0.0"),
     ("GRPO", {"reference": "live"}, "`reference` is for preference methods"),
     ("GRPO", {"demonstrations": 2}, "`demonstrations` is 2"),
+    ("GRPO", {"kl": "k4"}, "`kl` is 'k4'; expected one of k1, k2, k3, full"),
     ("ReMix", {"base": "trpo"}, "`base` is 'trpo'"),
     ("ReMix", {"clip_center": "both"}, "`clip_center` is 'both'"),
     ("ReMix", {"critic": "tail"}, "`critic` is 'tail'"),
