@@ -27,6 +27,7 @@ from offpolicy.data.views import BoundView
 from offpolicy.diffusion import EDM, UNGUIDED, GuidanceOptions, SamplerOptions, policy_score, sample
 from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.diffusion import denoise, denoising_loss, noise_level
+from offpolicy.memory import keep_freed_memory
 from offpolicy.modules import Draw, Metrics, Noise, OfflineModule, Rate, Sizes
 from offpolicy.nn.unet import TrajectoryUNet
 
@@ -240,6 +241,8 @@ class TrajectoryDiffusion(OfflineModule):
                     "expected the same. Pass a policy for the data that the model was trained on."
                 )
             score = policy_score(self.channels, policy)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         network = torch.compile(self.target_denoiser, dynamic=False) if compile else self.target_denoiser
         parts: list[dict[str, Tensor]] = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):

@@ -7,10 +7,12 @@ compute fastest, and normalisation per time step needs no rearrangement.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from offpolicy.errors import UsageError, check_range
 
@@ -139,8 +141,30 @@ def group_norm(x: Tensor, groups: int, scale: Tensor, offset: Tensor, *, over_ti
     if over_time:
         return F.group_norm(x.transpose(1, 2), groups, scale, offset, eps).transpose(1, 2)
     grouped = x.unflatten(-1, (groups, -1))
-    normed = F.layer_norm(grouped, grouped.shape[-1:], eps=eps).flatten(-2)
-    return torch.addcmul(offset, normed, scale)
+    if x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+        normed = NormOfRows.apply(grouped, eps)
+    else:
+        normed = F.layer_norm(grouped, grouped.shape[-1:], eps=eps)
+    return torch.addcmul(offset, normed.flatten(-2), scale)
+
+
+class NormOfRows(torch.autograd.Function):
+    """(x - mean) / √(variance + eps) of the last axis. torch's layer norm takes twice as long for rows of 8 to 32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        centred = x - mean
+        inverse = centred.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, mean, inverse)
+        return centred.mul_(inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        x, mean, inverse = ctx.saved_tensors
+        backward = torch.ops.aten.native_layer_norm_backward
+        return backward(gradient, x, x.shape[-1:], mean, inverse, None, None, [True, False, False])[0], None
 
 
 def pooled(x: Tensor) -> Tensor:
