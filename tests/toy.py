@@ -64,6 +64,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "GCIVL-geometric": ("GCIVL", {"actor_geometric": True}),
     "GCIQL": ("GCIQL", {}),
     "GCBC": ("GCBC", {}),
+    "WorldModel": ("WorldModel", {"members": 3, "elites": 2}),
     "TrajectoryDiffusion": (
         "TrajectoryDiffusion",
         {"horizon": 6, "stride": 2, "num_features": 16, "num_blocks": 2, "ema_every": 3},
