@@ -9,10 +9,8 @@ to rounding.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from offpolicy.data import sampling
-from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.errors import UsageError, nearest
 from offpolicy.language.generation import draw, positions
-from offpolicy.language.tokens import prompt_ids
+from offpolicy.registry import import_callable
 
 
 class Request(NamedTuple):
@@ -248,78 +246,6 @@ class TinyEngine(LocalEngine):
         ).logits[:, -1]
 
 
-class ReplayEngine:
-    """Answers from a file, for learning from what was drawn before and for tests; weights are never looked at.
-
-    A line is ``{"prompt": [ids], "completions": [[ids], …], "ended": [true, …], "logps": [[…], …]}``; prompt and
-    completions may be texts instead, as :mod:`offpolicy.generate` writes them, and ``logps``, under the policy that
-    drew them, may be missing: then they count as drawn by the policy that learns. A prompt may have several lines.
-    Every request takes the next answers to its prompt, from the start again after the last.
-
-    Args:
-        path: the file, JSON lines.
-        tokenizer: for texts.
-
-    Raises:
-        UsageError: no such file.
-        DataError: a line is no such record.
-    """
-
-    on_policy = False  # the log-probabilities are those of others
-
-    def __init__(self, path: str | Path, tokenizer: Any = None) -> None:
-        self.path, self.tokenizer = Path(path), tokenizer
-        if not self.path.is_file():
-            raise UsageError(f"`records` is {self.path}, which is no file; expected JSON lines. Check the path.")
-        self.records: dict[tuple[int, ...], list[Completion]] = {}
-        for number, line in enumerate(self.path.read_text("utf-8").splitlines(), 1):
-            if line.strip():
-                self._read(line, f"{self.path}, line {number}")
-
-    def _read(self, line: str, where: str) -> None:
-        try:
-            row = json.loads(line)
-            texts = [self._ids(text, end) for text, end in zip(row["completions"], row["ended"], strict=True)]
-            logps = row.get("logps") or [[np.nan] * len(text) for text in texts]
-            prompt = prompt_ids(row["prompt"], self.tokenizer) if isinstance(row["prompt"], str) else row["prompt"]
-            answers = [
-                Completion(np.asarray(token, dtype=np.int64), np.asarray(logp, dtype=np.float32), bool(ended))
-                for token, logp, ended in zip(texts, logps, row["ended"], strict=True)
-            ]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{where} is no record ({type(error).__name__}: {error}); expected prompt, completions and ended, and "
-                "logps of equal length if any."
-            ) from None
-        if any(not len(a.token) or a.token.shape != a.logp.shape for a in answers):
-            raise DataError(f"{where}: an answer has no token, or another number of logps. Correct the record.")
-        self.records.setdefault(tuple(int(i) for i in prompt), []).extend(answers)
-
-    def _ids(self, text: Any, ended: bool) -> list[int]:
-        if not isinstance(text, str):
-            return text
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id] if ended else ids
-
-    def sync(self, model: nn.Module, version: int) -> None:
-        self.version = version
-
-    def generate(
-        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
-    ) -> list[list[Completion]]:
-        found = []
-        for request in requests:
-            known = self.records.get(tuple(request.prompt.tolist()), [])
-            if not known and request.samples:
-                raise DataError(
-                    f"{self.path} has no answer to the prompt {request.prompt.tolist()[:20]}; expected one for every "
-                    "prompt. Record them, or train on the prompts of the file."
-                )
-            first = how.iteration * request.samples
-            found.append([cut(known[(first + k) % len(known)], how.max_new_tokens) for k in range(request.samples)])
-        return found
-
-
 ENGINES = ("transformers", "tiny", "replay")
 
 
@@ -332,14 +258,14 @@ def make_engine(name: str, *, batch_size: int = 256, records: str | None = None,
     if name == "replay":
         if records is None:
             raise UsageError("`engine` is 'replay' without `records`; expected a file. Pass --model.records FILE.")
+        from offpolicy.language.records import ReplayEngine
+
         return ReplayEngine(records, tokenizer)
     if name in ENGINES:
         return (TransformersEngine if name == "transformers" else TinyEngine)(batch_size)
     if "." not in name:
         raise UsageError(f"`engine` is '{name}'; expected one of {', '.join(ENGINES)}.{nearest(name, ENGINES)}")
-    from offpolicy.registry import import_class
-
-    return import_class(name)(batch_size=batch_size)
+    return import_callable(name, "engine")(batch_size=batch_size)
 
 
 def room(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> int:
@@ -391,13 +317,6 @@ def completions(
     tokens, values, lengths = table.cpu().numpy(), logps.cpu().numpy(), length.tolist()
     rows = iter([Completion(t[:n].copy(), v[:n].copy(), e) for t, v, n, e in zip(tokens, values, lengths, ended)])
     return [[next(rows) for _ in range(count)] for count in samples]
-
-
-def cut(answer: Completion, longest: int) -> Completion:
-    """An answer of at most so many tokens."""
-    if len(answer.token) <= longest:
-        return answer
-    return Completion(answer.token[:longest], answer.logp[:longest], False)
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

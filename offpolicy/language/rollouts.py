@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,6 +38,7 @@ from offpolicy.language.critic import CRITICS, Critic
 from offpolicy.language.layout import Layout, TokenScores, group_layout, score_tokens
 from offpolicy.language.meters import SumMeter
 from offpolicy.language.module import LanguageModule
+from offpolicy.language.records import Recorder
 from offpolicy.language.reference import evaluating
 from offpolicy.language.scoring import Scoring
 from offpolicy.language.solving import Solving
@@ -66,6 +68,7 @@ class RolloutModule(LanguageModule):
         engine: who writes the answers: "transformers" (with a cache), "tiny" (without), "replay" (from ``records``), or
             an import path ``package.module.Class``.
         records: file of the engine "replay".
+        record: write the answers of every iteration to ``records.jsonl`` in the folder of the run, for that engine.
         generation_batch: answers drawn at once by one process, ≥ 1. Does not change the result.
         replay_fraction: share of an iteration's answers that are drawn from earlier iterations, in [0, 1).
         replay_window: iterations back from which they may come, ≥ 0; older answers are forgotten.
@@ -102,6 +105,7 @@ class RolloutModule(LanguageModule):
         temperature: float = 1.0,
         engine: str = "transformers",
         records: str | None = None,
+        record: bool = False,
         generation_batch: int = 256,
         replay_fraction: float = 0.0,
         replay_window: int = 0,
@@ -164,6 +168,7 @@ class RolloutModule(LanguageModule):
         self._first_step = 0  # of the iteration
         self._steps: list[np.ndarray] = []  # rows of each of its steps
         self._rollouts: BoundRollouts | None = None
+        self._recorder: Recorder | None = None
         self._facts: dict[str, list[float]] = {}  # of iterations since the last row: sum, count
         self._saved = 0.0
         self.answering: Answering = None  # type: ignore[assignment]
@@ -360,6 +365,9 @@ class RolloutModule(LanguageModule):
         self._saved = time.monotonic()
         store = self.trainer.datamodule.rollouts  # type: ignore[attr-defined]
         self._steps, self._rollouts = [], None
+        self._recorder = None
+        if self.hparams.record and self.trainer.is_global_zero:
+            self._recorder = Recorder(Path(self.trainer.default_root_dir) / "records.jsonl", self.iteration)
         if store is not None and self.iteration:
             self._go_on(store)
 
@@ -472,6 +480,8 @@ class RolloutModule(LanguageModule):
         if self.global_step == self._first_step:
             assert self._rollouts is not None
             self.scoring.keep(self._rollouts.store, self.iteration)
+            if self._recorder is not None:
+                self._recorder.write(self.problems, self._rollouts.store, self.iteration)
 
     def tokens(self, batch: Rollouts, real: bool = True) -> Tokens:
         """What the objective sees of a batch of answers; all of it padding unless ``real``."""

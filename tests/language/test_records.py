@@ -1,0 +1,69 @@
+"""Answers that a run writes down: trained on again they give the same steps, and they survive a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_rl import fit, make_policy, method, toy_problems
+
+from offpolicy.data.sequences import token_ids
+from offpolicy.files import Table
+
+CASES: dict[str, dict[str, Any]] = {"GRPO": {}, "ReMix": {"reincarnation": 3}, "RLPlus": {"micro_batch_size": 3}}
+SAME = ("loss", "reward/own", "ratio/ess", "ratio/clipped", "kl/behavior", "kl/base", "entropy", "answers/length")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_policy(tmp_path_factory.mktemp("records") / "policy")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_recorded_run_is_trained_again(name: str, policy: Path, tmp_path: Path) -> None:
+    """More iterations than a pass over the problems takes, so that a prompt has several answers of several policies."""
+    first = fit(method(name, policy, record=True, **CASES[name]), 12, tmp_path / "first", held_out=False)
+    records = tmp_path / "first" / "records.jsonl"
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    assert {row["iteration"] for row in rows} == set(range(1, first.iteration + 1))
+    assert sum(len(row["completions"]) for row in rows) == first.generated
+    again = method(name, policy, engine="replay", records=str(records), **CASES[name])
+    again = fit(again, 12, tmp_path / "again", held_out=False)
+    for ours, theirs in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    tables = [Table(tmp_path / folder / "metrics.csv").rows() for folder in ("first", "again")]
+    first_rows, again_rows = ([[row.get(f"train/{key}") for key in SAME] for row in rows] for rows in tables)
+    assert first_rows == again_rows and None not in first_rows[0]
+
+
+def test_what_a_record_says(policy: Path, tmp_path: Path) -> None:
+    module = fit(method("GRPO", policy, record=True), 2, tmp_path, held_out=False)
+    store, problems = module._rollouts.store, toy_problems()
+    rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and [row["request"] for row in rows] == [0, 1, 2, 3]
+    for i, row in enumerate(rows):
+        mine = np.arange(4 * i, 4 * i + 4)
+        asked = problems.tables["problems"][store.episodes["prompt"][mine[0]], 0]
+        assert row["prompt"] == token_ids(problems, asked).tolist() and row["iteration"] == 1
+        assert row["completions"] == [token_ids(store, one).tolist() for one in mine]
+        assert row["rewards"] == store.episodes["reward"][mine].tolist()
+        for one, logps in zip(mine, row["logps"]):
+            span = slice(store.start[one], store.start[one] + store.length[one])
+            assert logps == store.steps["logp"][span].tolist() == store.steps["previous_logp"][span].tolist()
+
+
+def test_resumed_runs_record_every_iteration_once(policy: Path, tmp_path: Path) -> None:
+    """From the middle of an iteration; what a killed process wrote after its last checkpoint is written again."""
+    fit(method("ReMix", policy, record=True), 8, tmp_path / "whole", held_out=False)
+    cut = tmp_path / "cut"
+    fit(method("ReMix", policy, record=True), 3, cut, held_out=False)
+    with (cut / "records.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 3, "prompt": [1]}) + '\n{"iteration": 3, "pro')
+    checkpoint = cut / "checkpoints" / "step=00000003.ckpt"
+    fit(method("ReMix", policy, record=True), 8, cut, ckpt_path=checkpoint, held_out=False)
+    expected, found = ((tmp_path / name / "records.jsonl").read_text() for name in ("whole", "cut"))
+    assert expected == found
