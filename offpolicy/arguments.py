@@ -190,6 +190,10 @@ def check_options(names: Iterable[str], known: Mapping[str, Iterable[str]], wher
         if not rest and group in TOP:
             continue
         if rest and group in GROUPS and (group not in known or option in known[group]):
+            inner = [n for n in known.get(group, ()) if n.startswith(f"{option}.")]  # the fields of a group of options
+            if inner and rest != option and rest not in inner:
+                guess = nearest(rest, inner).replace("'", f"'--{group}.", 1)
+                raise UsageError(f"--{name} is not an option.{guess} See --help=all.")
             continue
         if rest and group in known:
             guess = nearest(option, known[group]).replace("'", f"'--{group}.", 1)

@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from jsonargparse import ArgumentError
@@ -159,11 +159,13 @@ def method_options(method: type) -> dict[str, str | None]:
 
 
 def option_types(cls: type) -> dict[str, str | None]:
-    """Option → its type as written, of a class; None for ``**kwargs``."""
-    return {
-        name: None if p.kind is p.VAR_KEYWORD else inspect.formatannotation(p.annotation).strip("'")
-        for name, p in inspect.signature(cls).parameters.items()
-    }
+    """Option → its type as written, of a class; None for ``**kwargs``. Fields of a dataclass as ``option.field``."""
+    found: dict[str, str | None] = {}
+    for name, p in inspect.signature(cls).parameters.items():
+        found[name] = None if p.kind is p.VAR_KEYWORD else inspect.formatannotation(p.annotation).strip("'")
+        if is_dataclass(p.default):
+            found |= {f"{name}.{f.name}": str(f.type) for f in fields(p.default)}
+    return found
 
 
 def one_sentence(message: str, known: Mapping[str, Mapping[str, str | None]]) -> str:
@@ -174,7 +176,10 @@ def one_sentence(message: str, known: Mapping[str, Mapping[str, str | None]]) ->
         return " ".join(message.split())
     key = f"model.{keys[-1]}" if keys[0] == "model" and len(keys) > 1 else keys[-1]
     group, _, option = key.partition(".")
-    expected = known.get(group, {}).get(option.split(".")[0]) if option else {"seed_everything": "int"}.get(key, "str")
+    types = known.get(group, {})
+    expected = (
+        types.get(option, types.get(option.split(".")[0])) if option else {"seed_everything": "int"}.get(key, "str")
+    )
     if not (found and expected):
         plain = re.compile(r"Expected a <class|Subtypes|Errors:|Given value|Parser key|Does not validate")
         details = [text.strip(" -") for text in message.splitlines() if text.strip() and not plain.search(text)]

@@ -94,7 +94,15 @@ def progress_bar(total: int) -> Iterator[Callable[[int], Any] | None]:
             task = bar.add_task("", total=total)
             yield lambda done: bar.update(task, completed=min(done, total))
     else:
-        yield lambda done: print(f"{min(done, total):,}/{total:,} trajectories", file=sys.stderr, flush=True)
+        said = 0
+
+        def say(done: int) -> None:
+            nonlocal said
+            if min(done, total) > said:
+                said = min(done, total)
+                print(f"{said:,}/{total:,} trajectories", file=sys.stderr, flush=True)
+
+        yield say
 
 
 sys.modules[__name__].__class__ = entry.CallableModule

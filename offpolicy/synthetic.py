@@ -385,10 +385,17 @@ class Pool:
     def facts(self) -> list[tuple[str, str]]:
         """The line of the first screen."""
         o = self.options
-        again = f"again every {o.every:,} updates, guided by the policy ({o.guidance:g})"
-        when = again if self.source == "policy-guided" else "without guidance"
-        text = f"{o.trajectories:,} trajectories of {o.model} in {o.sampling_steps} steps, drawn once"
-        return [("synthetic", f"{text}, {when}; {100 * o.share:.4g} % of the rows of a batch")]
+        steps, where = o.horizon or self.model.option("horizon", None), f"{100 * o.share:.4g} % of the rows of a batch"
+        shape = f"{o.trajectories:,} trajectories" + (f" of {steps} steps" if steps else "")
+        again = (
+            f"drawn without guidance, then every {o.every:,} updates guided by the policy (coefficient {o.guidance:g})"
+        )
+        when = again if self.source == "policy-guided" else "drawn once, without guidance"
+        return [
+            ("synthetic", f"{shape}, {where}"),
+            ("", when),
+            ("", f"by {o.model} in {o.sampling_steps} sampling steps"),
+        ]
 
     def renew(self, policy: Any, folder: Path) -> Replay:
         """Draw the version that is due into a folder of versions; returns what is trained on, with the real data."""

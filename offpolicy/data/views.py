@@ -86,12 +86,16 @@ class BoundView:
             raise DataError("no row can be drawn for training; expected at least one usable transition. See `show`.")
         self.rows = None if isinstance(rows, int) else torch.from_numpy(rows).to(device)
         self.device = device
-        self.cumulative = None
+        self.cumulative: Tensor | None = None  # probability of the items up to the end of each run of equal weights
         if weight is not None:
             w = weight.astype(np.float64)
             if not (np.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):
                 raise DataError("sampling weights must be finite, ≥ 0 and not all zero. Fix the weight column.")
-            self.cumulative = torch.from_numpy(np.cumsum(w) / w.sum()).to(device)
+            first = np.flatnonzero(np.append(True, w[1:] != w[:-1]))
+            length = np.diff(np.append(first, len(w)))
+            p = w[first] * length / (w[first] * length).sum()
+            runs = np.cumsum(p), np.cumsum(p) - p, length / np.where(p > 0, p, np.inf), first, first + length - 1
+            self.cumulative, *self.runs = (torch.from_numpy(x).to(device) for x in runs)
 
     def __len__(self) -> int:
         """Number of items that can be drawn."""
@@ -109,7 +113,9 @@ class BoundView:
         """The same from float64 uniforms in [0, 1)."""
         if self.cumulative is None:
             return (u * self.count).long()
-        return torch.searchsorted(self.cumulative, u.contiguous(), right=True).clamp_(max=self.count - 1)
+        run = torch.searchsorted(self.cumulative, u.contiguous(), right=True).clamp_(max=len(self.cumulative) - 1)
+        low, density, first, last = (x[run] for x in self.runs)
+        return torch.minimum(first + ((u - low) * density).long(), last)
 
     def gather(self, items: Tensor) -> Any:
         """The batch of these items, with fields of shape ``items.shape + …``."""
