@@ -21,6 +21,7 @@ OF_A_FILE = ("columns", "split", "eval_data", "eval_fraction")  # options that a
 def main(argv: list[str]) -> int:
     """Draw, score, write and print a summary; returns the exit code."""
     from offpolicy.evaluate import Parser
+    from offpolicy.language.rewards import VERIFIERS
 
     parser = Parser(
         "python -m offpolicy.generate",
@@ -37,8 +38,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likely tokens of this share (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--batch_size", type=int, default=32, help="answers drawn at once (32)")
+    known = ", ".join(VERIFIERS)
     parser.add_argument(
-        "--verifier", default="auto", help="auto, none, final_number, or an import path of your own function (auto)"
+        "--verifier", default="auto", help=f"auto, none, {known}, or an import path of your own function (auto)"
     )
     parser.add_argument("--out", help="file to write (in the run folder, else answers.jsonl)")
     args, rest = parser.parse_known_args(argv)

@@ -240,6 +240,15 @@ def test_answers_of_a_folder_of_transformers(place: Path, monkeypatch: Any, tmp_
     assert len(rows) == 2 and len({text for row in rows[:1] for text in row["completions"]}) == 1
 
 
+def test_help_names_every_verifier(capsys: Any) -> None:
+    from offpolicy.language.rewards import VERIFIERS
+
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"auto, none, {', '.join(VERIFIERS)}, or an import path" in said
+
+
 def test_texts_of_options_stay_as_they_are() -> None:
     given = ["--data.separator", " ", "--data.max_prompt_length", "null", "--data.tokenizer", "null"]
     expected = {"separator": " ", "max_prompt_length": None, "tokenizer": None}
