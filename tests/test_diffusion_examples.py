@@ -52,7 +52,7 @@ def test_runs_and_arithmetic(
     monkeypatch.setattr(sys, "argv", arguments)
     table.main()
     out = capsys.readouterr().out
-    assert "| real data | -3 | – | – | – | – |" in out and "| c | 0 | 0.2 | – | – | – |" in out
+    assert "| real data | -3 | – | – | – | – | – |" in out and "| c | 0 | 0.2 | – | – | – | – |" in out
     assert "log π rises with κ: yes; dynamics error below the world model's: a, b\n" in out
     assert "| TD3BC | real | 50.0 ± 127.1 | 40.0, 60.0 | 7 |" in out
     assert "| TD3BC | policy-guided, κ = 1 | 60.0 ± 127.1 | 50.0, 70.0 | 7 |" in out

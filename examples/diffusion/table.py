@@ -9,8 +9,9 @@ by itself with each coefficient of ``--used`` and drawn anew four times in its t
 ``--root`` is read, not repeated.
 
 Prints Markdown. First, for the agent of seed 0 on real data as target policy: the real data, synthetic ones by
-coefficient, and roll-outs of the policy in the world model, of equal length; with pictures under ``--root``. Then the
-last scores, mean over seeds ± half of the 95 % interval of Student's t.
+coefficient, and roll-outs of the policy in the world model, of equal length; errors are root mean squares in standard
+deviations of the real data, novelty is a median; with pictures under ``--root``. Then the last scores, mean over seeds
+± half of the 95 % interval of Student's t.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from offpolicy.evaluation.synthetic import Comparison, compare, plot
 from offpolicy.files import safe_name
 
 POOLS = 4  # in the training of an agent on guided data
-MEASURES = ("log_prob", "dynamics_error", "dynamics_error_median", "reward_error", "novelty_median")
+MEASURES = ("log_prob", "dynamics_error", "dynamics_error_median", "drift", "reward_error", "novelty_median")
 
 
 def train(folder: Path, model: str, data: str, seed: int, *options: str) -> Path:
@@ -103,8 +104,9 @@ def last_score(folder: Path) -> float:
 
 
 def print_measures(args: argparse.Namespace, method: str, found: Comparison) -> None:
-    print(f"\n| {args.data}, policy {method} | log π(a\\|s) | dynamics error | its median | reward error | novelty |")
-    print("|---|---|---|---|---|---|")
+    heads = ("log π(a\\|s)", "dynamics error", "its median", "drift", "reward error", "novelty")
+    print(f"\n| {args.data}, policy {method} | {' | '.join(heads)} |")
+    print(f"|{'---|' * (1 + len(MEASURES))}")
     found.real.name = "real data"
     for one in (found.real, *found.synthetic):
         cells = (f"{one.numbers[key]:.3g}" if key in one.numbers else "–" for key in MEASURES)

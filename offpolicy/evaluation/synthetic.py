@@ -69,14 +69,21 @@ class Simulator:
         Actions in environment units.
         """
         next_obs, reward = np.empty(obs.shape, np.float64), np.full(len(obs), np.nan)
-        kind = self.env.action_space.dtype
         for i, (state, force) in enumerate(zip(obs.astype(np.float64), action)):
             self._put(state)
-            observation, gained, *_ = self.env.step(force.astype(kind))
-            next_obs[i] = self._evaluator._flat(observation)
+            next_obs[i], gained = self._move(force)
             if self._rewards:
                 reward[i] = gained
         return next_obs, reward
+
+    def play(self, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """The observations (T, O) after each of the actions (T, A), from the state of one observation (O,)."""
+        self._put(obs.astype(np.float64))
+        return np.stack([self._move(force)[0] for force in action])
+
+    def _move(self, action: np.ndarray) -> tuple[np.ndarray, float]:
+        observation, reward, *_ = self.env.step(action.astype(self.env.action_space.dtype))
+        return self._evaluator._flat(observation), float(reward)
 
     def close(self) -> None:
         self._evaluator.close()
@@ -125,9 +132,10 @@ class Measured:
         name: of the set.
         numbers: ``log_prob`` (mean log π(a|s) per step, nats), ``dynamics_error`` and ``reward_error`` (root mean
             square against the simulator, in standard deviations of the real data), ``dynamics_error_median``,
-            ``novelty`` and ``novelty_median`` (distance to the nearest real pair (s, a), observations standardised
-            and actions in [-1, 1]; of the real data, to the nearest other pair).
-        by_step: ``log_prob`` and ``dynamics_error`` at each step of the trajectories.
+            ``drift`` (as the dynamics error, of whole trajectories against the simulator that starts where they start
+            and gets their actions), ``novelty`` and ``novelty_median`` (distance to the nearest real pair (s, a),
+            observations standardised and actions in [-1, 1]; of the real data, to the nearest other pair).
+        by_step: ``log_prob``, ``dynamics_error`` and ``drift`` at each step of the trajectories; not of the real data.
         dynamics_error: root mean square per dimension of the observation; empty without a simulator.
         quantiles: column → its quantiles at ``LEVELS`` per cent.
     """
@@ -178,8 +186,8 @@ class Judge:
         if self.simulator is not None:
             self.simulator.close()
 
-    def measure(self, replay: Replay, name: str | None = None, *, quantiles: bool = True) -> Measured:
-        """All measures of one set, the real one included.
+    def measure(self, replay: Replay, name: str | None = None, *, whole: bool = True) -> Measured:
+        """All measures of one set, the real one included; without ``whole``, only those of single transitions.
 
         Raises:
             DataError: its sizes are not those of the real data.
@@ -206,7 +214,11 @@ class Judge:
         found.numbers |= {"novelty": float(distance.mean()), "novelty_median": float(np.median(distance))}
         if replay is not self.real and replay.is_whole:
             found.by_step = {k: _by_step(v, replay.t[rows], rms=k == "dynamics_error") for k, v in steps.items()}
-        if quantiles:
+            if self.simulator is not None and whole:
+                drift, t = self.drift(replay)
+                found.numbers["drift"] = float(np.sqrt(np.square(drift).mean()))
+                found.by_step["drift"] = _by_step(drift, t, rms=True)
+        if whole:
             found.quantiles = column_quantiles(replay)
         return found
 
@@ -233,6 +245,24 @@ class Judge:
         next_obs, reward = self.simulator.step(taken["obs"], taken["action"])
         stored = replay.next_obs(rows).double().cpu().numpy()
         return (stored - next_obs) * self.obs_scale, (taken["reward"] - reward) / self.reward_std
+
+    def drift(self, replay: Replay) -> tuple[np.ndarray, np.ndarray]:
+        """How far trajectories are from the simulator's with the same start and actions, and the step, (n,) each.
+
+        Root mean square over dimensions, in standard deviations of the real data, of as many whole trajectories as the
+        judge's number of rows allows.
+        """
+        assert self.simulator is not None
+        count = max(1, min(replay.num_episodes, int(self.rows // replay.length.mean())))
+        found, steps = [], []
+        for episode in permutation(0, 0, replay.num_episodes)[:count].tolist():
+            rows = replay.start[episode] + np.arange(replay.length[episode])
+            action = replay.take(rows, ("action",))["action"].cpu().numpy()
+            start = replay.take(rows[:1], ("obs",))["obs"][0].cpu().numpy()
+            error = (replay.next_obs(rows).double().cpu().numpy() - self.simulator.play(start, action)) * self.obs_scale
+            found.append(np.sqrt(np.square(error).mean(1)))
+            steps.append(np.arange(len(rows)))
+        return np.concatenate(found), np.concatenate(steps)
 
     def novelty(self, replay: Replay, rows: np.ndarray) -> np.ndarray:
         """Distance (n,) to the nearest pair of the real data; of real ones, to the nearest other."""
@@ -280,6 +310,7 @@ WORDS = {
     "dynamics_error": "dynamics error (rms, standard deviations)",
     "dynamics_error_median": "  median over transitions",
     "reward_error": "reward error (rms, standard deviations)",
+    "drift": "drift from the simulator over trajectories",
     "novelty": "distance to the nearest real pair",
     "novelty_median": "  median",
 }
@@ -377,7 +408,7 @@ def regeneration_metrics(before: Replay | None, after: Replay, policy: Any, real
     """
     judge = Judge(real, policy, rows=REGENERATION_ROWS, novelty_rows=NOVELTY_ROWS)
     try:
-        numbers = judge.measure(after, quantiles=False).numbers
+        numbers = judge.measure(after, whole=False).numbers
         if before is not None:
             numbers["log_prob_before"] = float(judge.log_prob(before, sampled(before, REGENERATION_ROWS)).mean())
     finally:
@@ -397,7 +428,9 @@ def plot(comparison: Comparison, path: str | Path) -> Path:
     from matplotlib.figure import Figure
 
     sets = [comparison.real, *comparison.synthetic]
-    curves = [k for k in ("log_prob", "dynamics_error") if any(k in one.by_step for one in comparison.synthetic)]
+    curves = [
+        k for k in ("log_prob", "dynamics_error", "drift") if any(k in one.by_step for one in comparison.synthetic)
+    ]
     figure = Figure(figsize=(5.5 + 4.2 * len(curves), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 1 + len(curves), squeeze=False, width_ratios=[1.3] + [1.0] * len(curves))[0]

@@ -157,6 +157,20 @@ def test_errors_in_standard_deviations(real: Replay) -> None:
     assert found.numbers["reward_error"] == pytest.approx(0.5, rel=1e-4)
 
 
+def test_drift_adds_up_what_single_steps_do_not_show(real: Replay) -> None:
+    """0 for what happened; with the actions turned round, the first step is the one-step error, and later ones grow."""
+    judge = Judge(real)
+    drift, t = judge.drift(real)
+    assert t.max() == 11 and drift.shape == (36,)
+    np.testing.assert_allclose(drift, 0.0, atol=1e-4)
+    other = changed(real, action=-real.steps["action"])
+    one_step = np.sqrt(np.square(judge.errors(other, real.rows)[0]).mean(1))
+    drift, t = judge.drift(other)
+    np.testing.assert_allclose(np.sort(drift[t == 0]), np.sort(one_step[::12]), rtol=1e-4)
+    assert drift[t == 11].mean() > 3 * one_step.mean()
+    judge.close()
+
+
 def test_likelihood_by_hand_and_by_step(real: Replay) -> None:
     """Actions ±2 at even and 0 at odd steps: −½ log 2π − ½ and −½ log 2π."""
     fake = changed(real, action=np.where(real.t % 2 == 0, 2.0, 0.0).astype(np.float32)[:, None])
@@ -164,7 +178,7 @@ def test_likelihood_by_hand_and_by_step(real: Replay) -> None:
     odd = -0.5 * math.log(2 * math.pi)
     assert found.numbers["log_prob"] == pytest.approx(odd - 0.25, rel=1e-6)
     assert found.by_step["log_prob"] == pytest.approx([odd - 0.5, odd] * 6, rel=1e-6)
-    assert len(found.by_step["dynamics_error"]) == 12
+    assert len(found.by_step["dynamics_error"]) == len(found.by_step["drift"]) == 12
 
 
 def test_novelty_known_answer(real: Replay) -> None:
