@@ -141,7 +141,7 @@ class TrajectoryDiffusion(OfflineModule):
         found = []
         if self.clipped:
             found.append(
-                f"{100 * self.clipped:.2g} % of the actions lie beyond ±{ACTION_LIMIT} of their bounds and are moved "
+                f"{100 * self.clipped:.3g} % of the actions lie beyond ±{ACTION_LIMIT} of their bounds and are moved "
                 "there, as arctanh is infinite at ±1"
             )
         if self.split(self.trainer.datamodule.replay)[1] is None:  # type: ignore[attr-defined]

@@ -303,7 +303,7 @@ def test_impossible_samplers(options: dict[str, Any], message: str) -> None:
 
 
 def test_impossible_guidance_and_noise() -> None:
-    with pytest.raises(UsageError, match="`guidance.coefficient` is -1"):
+    with pytest.raises(UsageError, match=r"`guidance\.coefficient` is -1"):
         GuidanceOptions(coefficient=-1.0)
     with pytest.raises(UsageError, match=r"`noise` gives the shape \(2, 3, 1\)"):
         sample(stepped()[0], (2, 3, 4), SamplerOptions(), noise=noise_of((2, 3, 1)))

@@ -40,13 +40,16 @@ def normalizer_of(replay: Replay) -> Normalizer:
 
 @pytest.mark.parametrize(("terminated", "starts"), [(True, [0, 8]), (False, [0])])
 def test_an_episode_of_forty_steps(terminated: bool, starts: list[int]) -> None:
-    """32 of 40 steps: starts 0 … 8. Start 8 ends with the episode: kept when that terminates, dropped when it is cut."""
+    """32 of 40 steps: starts 0 … 8. Start 8 ends with the episode: kept when that terminates, not when it is cut."""
     assert TrajectoryView(32, 8).places(made([40], [terminated])).tolist() == starts
 
 
 def test_the_stride_runs_over_all_starts() -> None:
-    """4 of 6, 3, 4, 5 and 7 steps: starts 0 1 2 | none | 9 | 13 14 | 18 19 20 21, numbered 0 … 9. Every third is 0, 9, 18
-    and 21; the episodes' first are 0, 9, 13, 18; the first and the last episode terminate: 2 and 21. Cut are 9 and 14."""
+    """4 of 6, 3, 4, 5 and 7 steps: starts 0 1 2 | none | 9 | 13 14 | 18 19 20 21, numbered 0 … 9.
+
+    Every third is 0, 9, 18 and 21; the episodes' first are 0, 9, 13 and 18. Of the last ones 2 and 21 terminate, 9 and
+    14 are cut.
+    """
     replay = made([6, 3, 4, 5, 7], [True, True, False, False, True])
     assert TrajectoryView(4, 3).places(replay).tolist() == [0, 2, 13, 18, 21]
 
