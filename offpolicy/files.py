@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 
 Value = int | float | str
 Columns = dict[str, tuple[list[float], list[float]]]  # name -> (steps, values)
+COUNTS = ("version", "steps")  # of synthetic data: no curves
 
 
 class WriteError(OSError):
@@ -170,7 +171,8 @@ def plot_curves(folder: str | os.PathLike[str], title: str | None = None) -> Pat
     """Draw `curves.png` of a run folder from its `metrics.csv` and `evals.csv`.
 
     Panels, each only when there is something in it: the evaluation score (the return when there are no reference
-    scores) with one standard deviation over episodes, the losses, and a health number (mean Q, accuracy, margin).
+    scores) with one standard deviation over episodes, the losses, a health number (mean Q, accuracy, margin), and what
+    was measured on synthetic data.
 
     Args:
         folder: a run folder; its last two or three names become the title unless `title` is given.
@@ -182,9 +184,14 @@ def plot_curves(folder: str | os.PathLike[str], title: str | None = None) -> Pat
     evals, metrics = (Table(folder / name).rows() for name in ("evals.csv", "metrics.csv"))
     name = _first_column(evals, ("score", "return_mean", "accuracies", "loss"))
     curves = _columns(metrics)
-    losses = {k: v for k, v in curves.items() if "loss" in k}
-    health = {k: v for k, v in curves.items() if k.endswith(("q_mean", "v_mean", "accuracies", "margins"))}
-    panels = [kind for kind, shown in (("eval", name), ("losses", losses), ("health", health)) if shown]
+    groups = {
+        "training losses": {k: v for k, v in curves.items() if "loss" in k},
+        "training values": {
+            k: v for k, v in curves.items() if k.endswith(("q_mean", "v_mean", "accuracies", "margins"))
+        },
+        "synthetic data": {k: v for k, v in curves.items() if k.startswith("synthetic/") and not k.endswith(COUNTS)},
+    }
+    panels = [kind for kind, shown in (("eval", name), *groups.items()) if shown]
     if not panels:
         return None
 
@@ -200,7 +207,7 @@ def plot_curves(folder: str | os.PathLike[str], title: str | None = None) -> Pat
         if kind == "eval" and name is not None:
             heading += "\n" + _draw_evaluation(axes, _columns(evals), name)
         else:
-            _draw_metrics(axes, losses if kind == "losses" else health, logarithmic=kind == "losses")
+            _draw_metrics(axes, groups[kind], kind)
     figure.suptitle(heading, fontsize=10)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
@@ -256,14 +263,15 @@ def _draw_evaluation(axes: Any, columns: Columns, name: str) -> str:
     return f"{label}: last {values[-1]:.4g}, best {best:.4g}"
 
 
-def _draw_metrics(axes: Any, columns: Columns, logarithmic: bool) -> None:
-    """Up to four curves of training metrics."""
-    shown = dict(list(columns.items())[:4])
+def _draw_metrics(axes: Any, columns: Columns, title: str) -> None:
+    """Up to five curves of metrics."""
+    shown = dict(list(columns.items())[:5])
     for name, (steps, values) in shown.items():
-        axes.plot(steps, values, linewidth=1, label=name.removeprefix("train/"))
-    if logarithmic and all(v > 0 for _, values in shown.values() for v in values):
+        rare = "." if name.startswith("synthetic/") else None
+        axes.plot(steps, values, linewidth=1, marker=rare, label=name.removeprefix("train/").removeprefix("synthetic/"))
+    if "losses" in title and all(v > 0 for _, values in shown.values() for v in values):
         axes.set_yscale("log")
-    axes.set_title("training losses" if logarithmic else "training values", fontsize=9)
+    axes.set_title(title, fontsize=9)
     axes.legend(fontsize=7)
 
 

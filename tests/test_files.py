@@ -320,6 +320,18 @@ def test_curves(tmp_path, monkeypatch):
     assert names(run) == ["curves.png", "evals.csv", "metrics.csv"]
 
 
+def test_curves_of_synthetic_data(tmp_path, monkeypatch):
+    """Measured where a pool was drawn, and counts are no curves."""
+    seen = headings(monkeypatch)
+    table = Table(tmp_path / "metrics.csv")
+    table.append({"step": 1, "train/loss": 1.0, "synthetic/version": 1, "synthetic/log_prob": -1.0})
+    table.append({"step": 2, "train/loss": 1.0, "synthetic/version": 2, "synthetic/log_prob": -0.5})
+    assert plot_curves(tmp_path)
+    axes = seen[0][1].axes[-1]
+    assert axes.get_title() == "synthetic data"
+    assert [line.get_label() for line in axes.lines] == ["log_prob"] and list(axes.lines[0].get_ydata()) == [-1.0, -0.5]
+
+
 @pytest.mark.parametrize(("score", "losses", "panels"), [(True, False, 1), (False, True, 2)])
 def test_curves_of_what_there_is(tmp_path, monkeypatch, score, losses, panels):
     seen = headings(monkeypatch)
