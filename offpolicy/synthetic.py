@@ -174,8 +174,8 @@ def _claim(parts: Path, key: str, plan: Plan, fresh: bool) -> None:
                 f"{parts} holds trajectories of another call ({', '.join(changed) or 'other weights'}); expected those "
                 "of this one. Repeat that call to finish it, remove the folder, or write somewhere else."
             )
-        found = shutil.rmtree(parts)
-    if found is None:
+        shutil.rmtree(parts)
+    if not record.exists():
         atomic_write(record, json.dumps({"key": key, "plan": asdict(plan)}, indent=1) + "\n")
 
 

@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 from toy import METHODS, differences, fit, method, run_files, toy_replay, weights
+from toy_generator import pool, toy_model, versions
 
+import offpolicy
 from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
 from offpolicy.data.replay import Replay
 from offpolicy.errors import UsageError
 from offpolicy.evaluation.rollout import Evaluator
 from offpolicy.files import Table
+from offpolicy.synthetic import sample
 
 PLAYLESS = ("TrajectoryDiffusion", "WorldModel")  # no policies: evaluated by the loss of held-out data
 HALF, LAST = 20, 40  # updates: checkpoints and evaluations at both; rows of metrics at every 15
@@ -70,6 +73,15 @@ def main(root: Path) -> None:
     interrupted.update = updating
     train("TD3BC", root / "interrupted", interrupted, **two)
     found["interrupted"] = {"by": interrupted.interrupted_by, "at": interrupted.trainer.global_step}
+
+    data, module = pool(root / "generator"), method("TD3BC")  # the first process says where; pieces are shared
+    fit(module, data, 90, root / ("pool" if rank == 0 else "elsewhere"), precision="64-true", **two)
+    generator: Any = offpolicy.load(root / "generator")
+    drawn = sample(generator, root / "drawn", trajectories=20, batch_size=8)
+    assert data.pool is not None
+    own = {k: v.tolist() for k, v in weights(module).items()}
+    calls = data.pool.model.calls, generator.calls
+    found["pool"] = {"weights": own, "calls": calls, "drawn": drawn.fingerprint()}
     (root / f"rank{rank}.json").write_text(json.dumps(found))
 
 
@@ -77,6 +89,7 @@ def main(root: Path) -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder in which both processes trained, and what each of them found."""
     root = tmp_path_factory.mktemp("pair")
+    toy_model(root / "generator")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])}
     command = [sys.executable, "-W", "ignore", __file__, str(root)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=230)
@@ -121,6 +134,21 @@ def test_a_run_of_two_processes_goes_on_in_one(pair: tuple[Path, list[dict[str, 
     whole = read_checkpoint(root / "TD3BC" / "whole" / "checkpoints" / f"step={LAST:08d}.ckpt")["state_dict"]
     for key, value in weights(module).items():
         torch.testing.assert_close(value, whole[key], rtol=1e-11, atol=1e-12)
+
+
+def test_trajectories_are_drawn_by_both(pair: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    root, (first, second) = pair[0], [found["pool"] for found in pair[1]]
+    assert first["weights"] == second["weights"]
+    pieces = [[20 * version + at, n] for version in range(3) for at, n in ((0, 8), (8, 8), (16, 4))]
+    assert first["calls"] == [[p for p in pieces if p[0] % 20 != 8], [[0, 8], [16, 4]]]
+    assert second["calls"] == [[p for p in pieces if p[0] % 20 == 8], [[8, 8]]]
+    assert versions(root / "pool") == ["v2", "v3"] and not (root / "elsewhere").exists()
+
+    alone = sample(root / "generator", tmp_path / "drawn", trajectories=20, batch_size=8)
+    assert first["drawn"] == second["drawn"] == alone.fingerprint()
+    module = fit(method("TD3BC"), pool(root / "generator"), 90, tmp_path / "one", precision="64-true")
+    for name, value in weights(module).items():  # generated numbers are float32
+        torch.testing.assert_close(torch.tensor(first["weights"][name], dtype=value.dtype), value, rtol=1e-6, atol=1e-6)
 
 
 def test_the_global_batch_must_split_evenly(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:

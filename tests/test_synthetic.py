@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from toy import Crash, differences, fit, method, run_files, toy_replay, weights
-from toy_generator import toy_model
+from toy_generator import pool, toy_model, versions
 
 import offpolicy as op
 from offpolicy import synthetic
+from offpolicy.arguments import read_command
 from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
+from offpolicy.cli import parse, run_command
 from offpolicy.data.module import DataModule, load_data
 from offpolicy.data.replay import Replay
 from offpolicy.diffusion import to_replay
 from offpolicy.errors import UsageError
+from offpolicy.files import Table
 from offpolicy.options import SyntheticOptions
 from offpolicy.sample import main as sample_main
 from offpolicy.synthetic import sample
 
 LAST = 90  # updates; checkpoints and evaluations at 45 and 90, rows of metrics at every 20
-POOL = {"trajectories": 20, "batch_size": 8, "every": 40}
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +132,6 @@ def test_a_policy_of_other_sizes_is_named(model: Path, tmp_path: Path) -> None:
 
 
 # -- a pool in training ------------------------------------------------------------------------------------------------
-
-
-def pool(model: Path, source: str = "policy-guided", **options: Any) -> DataModule:
-    return load_data(toy_replay(), source=source, synthetic=SyntheticOptions(str(model), **(POOL | options)))
-
-
-def versions(folder: Path) -> list[str]:
-    return sorted(path.name.partition("-")[0] for path in (folder / "replay").iterdir())
 
 
 def state(folder: Path, update: int) -> Any:
@@ -287,42 +277,57 @@ def test_trained_under_other_precisions(model: Path, tmp_path: Path) -> None:
     fit(method("IQL-dropout"), pool(model, every=3), 5, tmp_path / "guided", precision="64-true")
 
 
-# -- two processes -----------------------------------------------------------------------------------------------------
+# -- the command line, with the diffusion model itself ----------------------------------------------------------------
 
 
-def main(root: Path, model: Path) -> None:
-    """What each of two processes does: trains on a pool, then draws into a folder."""
-    torch.set_num_threads(1)
-    logging.disable()
-    rank = int(os.environ.get("LOCAL_RANK") or 0)
-    data, module = pool(model), method("TD3BC")
-    folder = root / ("two" if rank == 0 else "elsewhere")  # the first process says where
-    fit(module, data, LAST, folder, precision="64-true", devices=2, strategy="ddp")
-    generator = op.load(model)
-    replay = sample(generator, root / "sampled", trajectories=20, batch_size=8)
-    assert data.pool is not None
-    found = {"calls": data.pool.model.calls, "sampled": generator.calls, "replay": replay.fingerprint()}
-    found["weights"] = {k: v.tolist() for k, v in weights(module).items()}
-    (root / f"rank{rank}.json").write_text(json.dumps(found))
+def test_train_draw_and_train_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tiny diffusion model; then a policy on its guided samples, mixed and alone."""
+    toy_replay([12] * 20).save(tmp_path / "toy")
+    root = ["--root", str(tmp_path / "runs"), "--recipe", "none", "--run.eval_episodes", "0", "--run.log_every", "5"]
+    size = ["--model.horizon", "8", "--model.num_features", "16", "--model.num_blocks", "2"]
+
+    def train(name: str, data: str, steps: int, *more: str) -> Path:
+        command = ["--model", name, "--data", str(tmp_path / data), "--trainer.max_steps", str(steps), *root, *more]
+        assert run_command(read_command(command)) == 0
+        (found,) = (tmp_path / "runs").glob(f"*/{name}/seed0-*")
+        return found
+
+    model = train("TrajectoryDiffusion", "toy", 5, *size)
+    few = ["--trajectories", "6", "--batch_size", "4", "--sampling_steps", "3"]
+    drawn = {
+        "source": "policy-guided",
+        "synthetic.model": str(model),
+        "synthetic.every": "5",
+        "synthetic.guidance": "50",
+    }
+    drawn |= {f"synthetic.{name[2:]}": value for name, value in zip(few[::2], few[1::2])}
+    small = ["--model.hidden_dims", "[8,8]", "--model.batch_size", "16"]
+    agent = train("IQL", "toy", 10, *small, *(f"--data.{name}={value}" for name, value in drawn.items()))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "240 steps in 20 episodes" in said  # the real data
+    assert "synthetic 6 trajectories of 8 steps, 93.75 % of the rows of a batch" in said
+    assert "every 5 updates guided by the policy (coefficient 50)" in said
+    settings = yaml.safe_load((agent / "config.yaml").read_text())["data"]
+    assert settings["source"] == "policy-guided" and settings["synthetic"]["trajectories"] == 6
+    row = Table(agent / "metrics.csv").rows()[-1]
+    assert row["synthetic/version"] == 2.0 and row["synthetic/log_prob"] > row["synthetic/log_prob_before"]
+
+    assert sample_main([str(model), str(tmp_path / "out"), "--policy", str(agent), "--guidance", "3", *few]) == 0
+    replay = Replay.load(tmp_path / "out")
+    assert replay.num_episodes == 6 and replay.meta["name"] == "toy synthetic"
+    assert replay.meta["max_episode_steps"] == 10
+    assert train("BC", "out", 5, *small).parent.parent.name == "out"
 
 
-def test_two_processes_share_the_work(model: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])}
-    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path), str(model)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    assert first["weights"] == second["weights"]
-    assert first["calls"] == [[20 * v + at, n] for v in range(3) for at, n in ((0, 8), (16, 4))]
-    assert second["calls"] == [[20 * v + 8, 8] for v in range(3)]
-    assert first["sampled"] == [[0, 8], [16, 4]] and second["sampled"] == [[8, 8]]
-    assert versions(tmp_path / "two") == ["v2", "v3"] and not (tmp_path / "elsewhere").exists()
-
-    alone = sample(model, tmp_path / "alone", trajectories=20, batch_size=8)
-    assert first["replay"] == second["replay"] == alone.fingerprint()
-    module = fit(method("TD3BC"), pool(model), LAST, tmp_path / "one", precision="64-true")
-    for name, value in weights(module).items():  # generated numbers are float32
-        torch.testing.assert_close(torch.tensor(first["weights"][name], dtype=value.dtype), value, rtol=1e-6, atol=1e-6)
+def test_options_inside_options_are_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument, answer in (
+        ("--data.synthetic.modle=x", "--data.synthetic.modle is not an option. Did you mean '--data.synthetic.model'?"),
+        ("--data.synthetic.every=often", "--data.synthetic.every is 'often'; expected int."),
+        ("--data.sorce=unguided", "--data.sorce is not an option. Did you mean '--data.source'?"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            parse(read_command(["--model", "TD3BC", argument]))
+        assert str(caught.value).startswith(answer)
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -367,7 +372,3 @@ def test_the_source_of_a_run_cannot_change(model: Path, whole: Path, tmp_path: P
     with pytest.raises(UsageError, match=r"trained with `data.source` 'real', which is 'unguided' now; expected"):
         path = tmp_path / "checkpoints" / "step=00000045.ckpt"
         fit(method("TD3BC"), pool(model, "unguided"), LAST, tmp_path, ckpt_path=path)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from toy import fit, toy_replay
 
 from offpolicy.data import sampling
+from offpolicy.data.module import DataModule, load_data
 from offpolicy.data.replay import Replay
 from offpolicy.diffusion import GuidanceOptions, SamplerOptions
 from offpolicy.modules import Metrics, OfflineModule, Rate, Sizes
+from offpolicy.options import SyntheticOptions
 
 HORIZON = 6
+POOL = {"trajectories": 20, "batch_size": 8, "every": 40}
 
 
 class ToyGenerator(OfflineModule):
@@ -83,3 +86,13 @@ def toy_model(folder: Path, replay: Replay | None = None) -> Path:
     module.run.eval_episodes = 0
     fit(module, toy_replay() if replay is None else replay, 2, folder)
     return folder
+
+
+def pool(model: Path, source: str = "policy-guided", **options: Any) -> DataModule:
+    """The toy data with three pieces of trajectories, drawn anew every 40 updates."""
+    return load_data(toy_replay(), source=source, synthetic=SyntheticOptions(str(model), **(POOL | options)))
+
+
+def versions(folder: Path) -> list[str]:
+    """The versions of the pool that lie in the folder of a run."""
+    return sorted(path.name.partition("-")[0] for path in (folder / "replay").iterdir())
