@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import signal
@@ -45,6 +44,9 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # also where it is imported from a test
+from figures import about, figure  # noqa: E402
+
 WITH_PEERS = ("TD3BC", "IQL")
 ALL = ["BC", "TD3BC", "IQL", "PRDC", "A2PR", "ODICE", "CQL", "AWAC", "ReBRAC", "EDAC", "DecisionTransformer"]
 
@@ -212,12 +214,8 @@ def measure(kind: str, method: str, threads: int, args: argparse.Namespace) -> d
         command = [args.d3rlpy, str(HERE / "d3rlpy_fit.py"), *numbers]
     else:
         command = [sys.executable, __file__, "--worker", kind, *numbers]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    figure = json.loads(done.stdout.strip().splitlines()[-1])
-    return {**rates(figure.pop("marks")), **figure} if "marks" in figure else figure
+    found = figure(command, threads)
+    return {**rates(found.pop("marks")), **found} if "marks" in found else found
 
 
 def rates(marks: list[tuple[int, float]]) -> dict[str, float]:
@@ -244,10 +242,6 @@ def main() -> None:
         print(json.dumps(worker(kind, method, *map(int, numbers))))
         return
 
-    import torch
-
-    from offpolicy.matmul import choose_matmul
-
     args.methods = ALL if args.methods == ["all"] else args.methods
     samples: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
@@ -257,9 +251,9 @@ def main() -> None:
                 kinds += ["plain"] if method in WITH_PEERS else []
                 kinds += ["d3rlpy"] if method in WITH_PEERS and args.d3rlpy else []
                 for kind in kinds:
-                    figure = measure(kind, method, threads, args)
-                    samples.setdefault(f"{method}/{threads}/{kind}", []).append(figure)
-                    shown = ", ".join(f"{n} {figure[n]:.0f}" for n in ("updates_per_s", "undisturbed") if n in figure)
+                    found = measure(kind, method, threads, args)
+                    samples.setdefault(f"{method}/{threads}/{kind}", []).append(found)
+                    shown = ", ".join(f"{n} {found[n]:.0f}" for n in ("updates_per_s", "undisturbed") if n in found)
                     print(f"{method} {threads} threads {kind}: {shown}", file=sys.stderr)
     results = []
     for threads in args.threads:
@@ -281,17 +275,8 @@ def main() -> None:
                     row[name] = round(statistics.median(values), 4)
             row["peak_mib"] = {k: round(max(s["peak_mib"] for s in samples[f"{method}/{threads}/{k}"])) for k in kinds}
             results.append(row)
-    about = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "matmul": choose_matmul("auto"),
-        "rows": args.rows,
-        "updates": args.updates,
-        "rounds": args.rounds,
-    }
-    print(json.dumps({"about": about, "results": results}, indent=1))
+    settings = about(rows=args.rows, updates=args.updates, rounds=args.rounds)
+    print(json.dumps({"about": settings, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

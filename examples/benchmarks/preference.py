@@ -24,10 +24,8 @@ import argparse
 import copy
 import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +33,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # also where it is imported from a test
+from figures import about, figure, save_tokenizer  # noqa: E402
+
 VOCABULARY, LAYERS, WIDTH = 32_000, 4, 256
 PROMPT, ANSWER = 128, 128
 BETA, LR = 0.1, 1e-5
@@ -56,17 +57,12 @@ PARTS = (
 def prepare(folder: Path, rows: int) -> None:
     """The policy, its tokenizer (a word per token) and the pairs as text and as ids."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    words = {"<eos>": EOS, **{f"w{i}": i for i in range(1, VOCABULARY)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
-    fast.save_pretrained(folder / "policy")
+    save_tokenizer(folder / "policy", VOCABULARY)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -253,11 +249,7 @@ def measure(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
         command = [args.trl, str(HERE / "trl_dpo.py"), *numbers, str(LR), *tuned]
     else:
         command = [sys.executable, __file__, "--worker", kind, *numbers]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = figure(command, 1)
     found["tokens_per_cpu_s"] = 2 * args.pairs * (PROMPT + ANSWER) / found["cpu_s_per_step"]
     print(f"{kind}: {found['tokens_per_cpu_s']:.0f} tokens/cpu s, {found['peak_mib']:.0f} MiB", file=sys.stderr)
     return found
@@ -276,10 +268,6 @@ def main() -> None:
         kind, folder, *numbers = args.worker
         print(json.dumps(worker(kind, Path(folder), *map(int, numbers))))
         return
-
-    import torch
-
-    from offpolicy.matmul import choose_matmul
 
     kinds = [
         "trainer",
@@ -308,17 +296,9 @@ def main() -> None:
             apart = [abs(a - b) for a, b in zip(samples[kind][0]["losses"], samples[peer][0]["losses"])]
             results[kind][f"losses_from_{peer}"] = {"first": round(apart[0], 7), "largest": round(max(apart), 7)}
             results[kind][f"memory_of_{peer}"] = round(results[kind]["peak_mib"] / results[peer]["peak_mib"], 2)
-    about = {
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "matmul": choose_matmul("auto"),
-        "steps": args.steps,
-        "rounds": args.rounds,
-        **(samples["trl"][0]["versions"] if args.trl else {}),
-    }
+    facts = about(steps=args.steps, rounds=args.rounds) | (samples["trl"][0]["versions"] if args.trl else {})
     losses = {kind: [round(x, 6) for x in found[0]["losses"]] for kind, found in samples.items()}
-    print(json.dumps({"about": about, "results": results, "losses": losses}, indent=1))
+    print(json.dumps({"about": facts, "results": results, "losses": losses}, indent=1))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +34,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # also where it is imported from a test
+from figures import about, figure, save_tokenizer  # noqa: E402
+
 VOCABULARY, LAYERS, WIDTH, HEADS = 64, 3, 128, 4
 PROMPTS, GROUP, PROMPT, LENGTH = 32, 8, 8, 8
 LR = 1e-3
@@ -58,17 +59,12 @@ def clock() -> float:
 def prepare(folder: Path, problems: int, positions: int = PROMPT + LENGTH) -> None:
     """The policy, its tokenizer (a word per token) and the problems."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    words = {"<eos>": EOS, **{f"w{i}": i for i in range(1, VOCABULARY)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
-    fast.save_pretrained(folder / "policy")
+    save_tokenizer(folder / "policy", VOCABULARY)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -98,8 +94,6 @@ def run(kind: str, folder: Path, steps: int, length: int) -> dict[str, Any]:
     from offpolicy.data.problems import ProblemData
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if str(HERE) not in sys.path:
-        sys.path.insert(0, str(HERE))
     began: list[float] = []
 
     class Clock(Callback):
@@ -149,12 +143,7 @@ def measure(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
         command = [args.trl, str(HERE / "trl_grpo.py"), str(folder), *map(str, numbers), *tuned]
     else:
         command = [sys.executable, __file__, "--worker", kind, str(folder), str(args.steps), str(args.length)]
-    threads = str(args.threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = figure(command, args.threads)
     times = found["seconds"][SKIP:]
     if kind == "remix":
         times = [(a + b) / 2 for a, b in zip(times[::2], times[1::2])]
@@ -179,8 +168,6 @@ def main() -> None:
         print(json.dumps(run(kind, Path(folder), *map(int, numbers))))
         return
 
-    import torch
-
     kinds = [kind for kind in KINDS if kind in args.only and (args.trl or not kind.startswith("trl"))]
     samples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as name:
@@ -202,17 +189,9 @@ def main() -> None:
     if {"remix", "grpo"} <= set(kinds):
         steps = [a["step_ms"] / b["step_ms"] for a, b in zip(samples["remix"], samples["grpo"])]
         results["remix"]["step_of_grpo"] = round(statistics.median(steps), 2)
-    about = {
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "steps": args.steps,
-        "rounds": args.rounds,
-        "length": args.length,
-        **next((found[0]["versions"] for found in samples.values() if "versions" in found[0]), {}),
-    }
-    print(json.dumps({"about": about, "results": results}, indent=1))
+    versions = next((found[0]["versions"] for found in samples.values() if "versions" in found[0]), {})
+    settings = {name: getattr(args, name) for name in ("threads", "steps", "rounds", "length")}
+    print(json.dumps({"about": about(**settings) | versions, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
