@@ -7,6 +7,7 @@ compute fastest, and normalisation per time step needs no rearrangement.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,14 +51,14 @@ class TrajectoryUNet(nn.Module):
                 f"`num_features` is {num_features}; expected a multiple of the {groups} groups, such as 64."
             )
         widths = [num_features * 2**i for i in range(num_blocks)]
-        norm = {"groups": groups, "over_time": groupnorm_over_time}
+        conv = partial(ConvNorm, groups=groups, over_time=groupnorm_over_time)
         self.shortest = 2 ** (num_blocks - 1)  # steps that leave one at the bottleneck
         self.embed = NoiseEmbedding(num_features)
-        first = [ConvNorm(i, o, 3, **norm) for i, o in zip([channels, *widths], widths)]
-        self.encoder = nn.ModuleList(nn.ModuleList((one, ConvNorm(w, w, 3, **norm))) for one, w in zip(first, widths))
-        self.decoder = nn.ModuleList(
-            nn.ModuleList((ConvNorm(2 * w, w, 2, **norm), ConvNorm(2 * w, w, 3, **norm), ConvNorm(w, w, 3, **norm)))
-            for w in reversed(widths[:-1])
+        self.encoder: Any = nn.ModuleList(
+            nn.ModuleList((conv(before, w, 3), conv(w, w, 3))) for before, w in zip([channels, *widths], widths)
+        )
+        self.decoder: Any = nn.ModuleList(
+            nn.ModuleList((conv(2 * w, w, 2), conv(2 * w, w, 3), conv(w, w, 3))) for w in reversed(widths[:-1])
         )
         self.blocks = [*widths, *reversed(widths[:-1])]
         self.shift = lecun(nn.Linear(num_features, sum(self.blocks)))  # the projections of all blocks as one
@@ -72,12 +73,10 @@ class TrajectoryUNet(nn.Module):
         """
         shifts = iter(self.shift(self.embed(noise.reshape(-1)))[:, None].split(self.blocks, -1))
         skips: list[Tensor] = []
-        for block in self.encoder:
-            first, second = block
+        for first, second in self.encoder:
             x = second(first(pooled(x) if skips else x, next(shifts)))
             skips.append(x)
-        for block, skip in zip(self.decoder, reversed(skips[:-1])):
-            up, first, second = block
+        for (up, first, second), skip in zip(self.decoder, reversed(skips[:-1])):
             x = up(stretched(x, skip.shape[1]), next(shifts))
             x = second(first(torch.cat([x, skip], -1)))
         return self.head(x)
@@ -85,6 +84,8 @@ class TrajectoryUNet(nn.Module):
 
 class NoiseEmbedding(nn.Module):
     """Sines and cosines of F // 8 frequencies of a number, through two layers and a SiLU: (B,) → (B, F)."""
+
+    frequency: Tensor
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
