@@ -246,8 +246,9 @@ def test_versions_stay_while_a_checkpoint_needs_them(model: Path, tmp_path: Path
     kept = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
     needed = {read_checkpoint(path)["DataModule"]["version"] for path in kept}
     assert versions(tmp_path) in ([f"v{n}" for n in sorted(needed)], [f"v{n}" for n in sorted({*needed, 3})])
-    for path in kept[:-1]:  # every checkpoint can be continued
-        fit(method("TD3BC"), pool(model, every=20), 100, tmp_path, ckpt_path=path)
+    for folder in (tmp_path / "new", tmp_path):  # every checkpoint can be continued, in its folder or another
+        end = fit(method("TD3BC"), pool(model, every=20), 100, folder, ckpt_path=kept[-2])
+        assert not differences(weights(end), weights(module))
 
 
 def test_versions_stay_where_other_checkpoints_are_written(model: Path, tmp_path: Path) -> None:

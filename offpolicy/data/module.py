@@ -168,21 +168,25 @@ class DataModule(LightningDataModule):
         state = {"version": replay.version, "fingerprint": replay.fingerprint(), **drawn}
         if isinstance(replay, Ring):
             state["head"] = replay.head
-        if self.trainer is None or self.trainer.is_global_zero:
-            folder = self._version_folder(state)
-            if not folder.exists():
-                replay.save(folder)
-            if self.trainer is not None:
-                (folder / f"step={self.trainer.global_step:08d}").touch()  # of the checkpoint that needs it
-                self._sweep(folder)
+        self._keep(replay, self._version_folder(state))
         self._saved_version = replay.version
         return state
 
-    def _sweep(self, newest: Path) -> None:
-        """Remove versions of which no checkpoint of the run folder is left; none when others may have been written."""
+    def _keep(self, replay: Replay, newest: Path) -> None:
+        """Write a version unless it is there, marked by the checkpoint that needs it; remove versions of none.
+
+        Those that no checkpoint of the run folder needs any more, and only where no other checkpoints are written.
+        """
+        if self.trainer is not None and not self.trainer.is_global_zero:
+            return
+        if not newest.exists():
+            replay.save(newest)
+        if self.trainer is None:
+            return
         from offpolicy.callbacks import RunFolder
 
-        if not all(isinstance(callback, RunFolder) for callback in self.trainer.checkpoint_callbacks):  # type: ignore[union-attr]
+        (newest / f"step={self.trainer.global_step:08d}").touch()
+        if not all(isinstance(callback, RunFolder) for callback in self.trainer.checkpoint_callbacks):
             return
         checkpoints = newest.parent.parent / "checkpoints"
         for folder in newest.parent.glob("v*-*"):
@@ -209,6 +213,10 @@ class DataModule(LightningDataModule):
     def _stored(self, state: Mapping[str, Any]) -> Replay:
         """The replay that lies on disk beside a checkpoint."""
         folder, version = self._version_folder(state), state["version"]
+        before = getattr(self.trainer, "ckpt_path", None)
+        if not folder.exists() and before is not None:  # an older checkpoint goes on in a new folder
+            beside = Path(before).parent.parent / "replay" / folder.name
+            folder = beside if beside.exists() else folder
         if not folder.exists():
             raise DataError(
                 f"the checkpoint was trained on version {version} of a changing replay, expected in {folder}, which "

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,30 +126,13 @@ class ProblemData(TokenisedData):
         if self.rollouts is None:
             return {"version": 0}
         state = {"version": self.rollouts.version, "fingerprint": self.rollouts.fingerprint()}
-        if self.trainer is None or self.trainer.is_global_zero:
-            folder = self._version_folder(state)
-            if not folder.exists():
-                self.rollouts.save(folder)
-            if self.trainer is not None:
-                (folder / f"step={self.trainer.global_step:08d}").touch()  # of the checkpoint that needs it
-                _sweep(folder.parent, folder)
+        self._keep(self.rollouts, self._version_folder(state))
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.rollouts = None
         if state_dict["version"]:
             self.rollouts = self._stored(state_dict)
-
-
-def _sweep(root: Path, newest: Path) -> None:
-    """Remove answers of which no checkpoint is left."""
-    import shutil
-
-    checkpoints = root.parent / "checkpoints"
-    for folder in root.iterdir():
-        steps = [mark.name for mark in folder.glob("step=*")]
-        if folder != newest and steps and not any((checkpoints / f"{step}.ckpt").exists() for step in steps):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
