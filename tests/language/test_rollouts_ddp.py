@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_rl import fit, make_policy, method
+from tiny import run_pair
+from tiny_rl import fit, method
 from toy import differences, run_files
 
 from offpolicy.data.replay import Replay
@@ -54,15 +53,7 @@ def main(root: Path) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder in which both processes trained, and what each of them found."""
-    root = tmp_path_factory.mktemp("pair")
-    make_policy(root / "policy")
-    here = Path(__file__).parent
-    paths = [os.getcwd(), str(here), str(here.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, str(root)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return root, [json.loads((root / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return run_pair(__file__, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.mark.parametrize("name", CASES)
