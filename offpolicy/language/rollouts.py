@@ -44,6 +44,7 @@ from offpolicy.language.scoring import Scoring
 from offpolicy.language.solving import Solving
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Tokens, Totals
 
+OF_A_CRITIC = {"value", "old_value", "returns"}
 LANE = 1024  # tokens of a prompt with several answers behind it: attention to more costs what the prompt saves
 
 
@@ -193,7 +194,19 @@ class RolloutModule(LanguageModule):
                 raise UsageError(
                     f"`objective` has the slot '{slot}'; expected {', '.join(COMPONENTS)}.{nearest(slot, COMPONENTS)}"
                 )
-        return Objective(**{**self.parts(), **own})
+        found = Objective(**{**self.parts(), **own})
+        unknown = found.reads - set(Tokens._fields)
+        if unknown:
+            raise UsageError(
+                f"a component of `objective` reads {', '.join(sorted(unknown))}; expected fields of the tokens: "
+                f"{', '.join(Tokens._fields)}.{nearest(min(unknown), Tokens._fields)}"
+            )
+        if found.reads & OF_A_CRITIC and not found.uses_critic:
+            raise UsageError(
+                f"a component of `objective` reads {', '.join(sorted(found.reads & OF_A_CRITIC))} of a critic, and the "
+                "advantages come from none; expected 'gae' for `advantage`, or no such component."
+            )
+        return found
 
     @property
     def vocabulary(self) -> int:

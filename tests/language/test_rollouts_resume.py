@@ -1,9 +1,12 @@
-"""Runs that learn from their own answers and are interrupted, or killed while they answer, end where others do."""
+"""Runs that learn from their own answers and are interrupted, or killed while they answer, end where others do. As a
+script it is the one that is killed."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError
 from offpolicy.files import Table
 from offpolicy.language.answering import Answering
+from offpolicy.language.engines import TransformersEngine
 
 # method, options, updates after which the run is cut, and in all; iterations of ReMix begin at 0, 2, 6, 10 and 12
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
@@ -61,30 +65,38 @@ def test_crash_and_resume_equals_an_uninterrupted_run(name: str, policy: Path, t
             assert not differences(found[part], expected[part], part)
 
 
-class Kill(Exception):
-    pass
+OPTIONS: dict[str, Any] = {"save_seconds": 0.0, "generation_batch": 4, "record": True}
 
 
-def test_weights_are_on_disk_while_answers_are_drawn(
-    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed in the third rollout, the run goes on from the weights of the end of the second iteration."""
-    options = {"save_seconds": 0.0}
-    fit(method("GRPO", policy, **options), 6, tmp_path / "whole")
-    draw = Answering.fresh
+def main(root: Path) -> None:
+    """kill -9 when half of the answers of the third iteration are drawn."""
+    torch.set_num_threads(1)
+    draw, batches = TransformersEngine._answers, []
 
-    def dying(self: Answering, k: int, *rest: int) -> Any:
-        if k == 3:
-            raise Kill
-        return draw(self, k, *rest)
+    def dying(self: Any, requests: Any, how: Any) -> Any:
+        batches.append(how.iteration)
+        if batches.count(3) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(self, requests, how)
 
-    with monkeypatch.context() as patch, pytest.raises(Kill):
-        patch.setattr(Answering, "fresh", dying)
-        fit(method("GRPO", policy, **options), 6, tmp_path / "killed")
+    TransformersEngine._answers = dying  # type: ignore[method-assign]
+    fit(method("GRPO", root / "policy", **OPTIONS), 6, root / "killed", held_out=False)
+
+
+def test_a_kill_while_answers_are_drawn(tmp_path: Path) -> None:
+    """The weights of the end of the second iteration are on the disk, and the run goes on from there."""
+    policy = make_policy(tmp_path / "policy")
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(here), str(here.parent)])}
+    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     path = newest_checkpoint(tmp_path / "killed")
     assert path is not None and path.name == "step=00000004.ckpt"
-    fit(method("GRPO", policy, **options), 6, tmp_path / "killed", ckpt_path=path)
+    fit(method("GRPO", policy, **OPTIONS), 6, tmp_path / "killed", ckpt_path=path, held_out=False)
+    fit(method("GRPO", policy, **OPTIONS), 6, tmp_path / "whole", held_out=False)
     assert not differences(run_files(tmp_path / "whole", 6), run_files(tmp_path / "killed", 6))
+    assert len({(tmp_path / name / "records.jsonl").read_text() for name in ("whole", "killed")}) == 1
 
 
 def test_ctrl_c_while_answers_are_drawn(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +147,7 @@ def test_rows_are_written_once_per_interval(policy: Path, tmp_path: Path) -> Non
     rows = Table(tmp_path / "metrics.csv").rows()
     assert [row["step"] for row in rows] == [2, 4, 6] and [row["train/iteration"] for row in rows] == [1, 2, 3]
     assert [row["train/answers"] for row in rows] == [16, 32, 48]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -319,10 +319,90 @@ def test_objectives_are_data(policy: Path) -> None:
     assert fit(method("RLPlus", policy), 1, held_out=False).objective.ratio["vocabulary"] == 64
 
 
+def astray(tokens: Any) -> Any:
+    return tokens.base_logps
+
+
+astray.reads = {"base_logps"}  # type: ignore[attr-defined]
+
+
+OWN_PARTS = """
+import torch
+from offpolicy.losses.policy_gradient import Ratio, Surrogate
+
+class Steps:
+    critic = True
+    def __call__(self, rewards, value, mask):
+        return mask * (rewards[:, None] - value), mask * rewards[:, None]
+
+def surprise(rewards, group, own, *, scale):
+    return scale * (rewards - rewards.mean())
+
+def square(tokens):
+    return Ratio((2 * (tokens.logp - tokens.behavior_logp)).exp())
+
+def capped(ratio, advantage, tokens, *, cap):
+    return Surrogate((ratio.value * advantage).clamp(max=cap), ratio.value * advantage > cap)
+
+def rows(values, mask, totals):
+    return (values * mask).sum() / totals.rows
+
+def drift(tokens, *, iteration, coef):
+    return coef / iteration * (tokens.base_kl + (tokens.logp - tokens.base_logp).square())
+drift.reads = ("base_kl", "base_logp")
+
+def undecided(tokens, *, iteration):
+    return -1e-3 * tokens.entropy
+undecided.reads = ("entropy",)
+
+def young(tokens):
+    return 0.5 ** tokens.lag[:, None].to(tokens.mask)
+
+def nearly(tokens, *, iteration):
+    return (tokens.value - tokens.returns).abs()
+nearly.reads = ("value", "returns")
+"""
+
+
+@pytest.mark.parametrize("critic", [False, True])
+def test_components_of_ones_own_train(
+    critic: bool, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of a file outside of the package in every slot, through whole iterations with replayed answers."""
+    (tmp_path / "own_parts.py").write_text(OWN_PARTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    objective: dict[str, Any] = {
+        "advantage": "own_parts.Steps" if critic else {"name": "own_parts.surprise", "scale": 2.0},
+        "ratio": "own_parts.square",
+        "trust": {"name": "own_parts.capped", "cap": 3.0},
+        "aggregation": "own_parts.rows",
+        "anchors": [{"name": "own_parts.drift", "coef": 0.1}],
+        "entropy": "own_parts.undecided",
+        "weight": ["own_parts.young"],
+        "value": "own_parts.nearly" if critic else "none",
+    }
+    module = method("GRPO", policy, objective=objective, replay_fraction=0.5, replay_window=1, critic_lr=1e-2)
+    module = fit(module, 6, tmp_path / "run", held_out=False)
+    rows = Table(tmp_path / "run" / "metrics.csv").rows()
+    assert all(np.isfinite(row["train/loss"]) for row in rows) and rows[-1]["train/kl/base"] > 0
+    assert ("train/critic/error" in rows[-1]) == critic
+    sys.modules.pop("own_parts")
+
+
 MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("GRPO", {"variant": "gpso"}, "Did you mean 'gspo'"),
     ("GRPO", {"batch_size": 9}, "expected a multiple, as groups stay whole. Pass --model.batch_size 8"),
     ("GRPO", {"objective": {"trsut": "none"}}, "Did you mean 'trust'"),
+    (
+        "GRPO",
+        {"objective": {"value": "squared"}},
+        "reads returns, value of a critic, and the advantages come from none",
+    ),
+    (
+        "GRPO",
+        {"objective": {"weight": ["test_rlvr_methods.astray"]}},
+        "reads base_logps; expected fields of the tokens",
+    ),
     ("GRPO", {"replay_fraction": 0.4}, "`replay_window` is 0"),
     ("GRPO", {"temperature": 0.0}, "`temperature` is 0.0"),
     ("GRPO", {"reference": "live"}, "`reference` is for preference methods"),
