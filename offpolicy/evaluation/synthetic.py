@@ -170,9 +170,10 @@ class Judge:
         if policy is not None:
             self._check(policy.sizes, f"the policy ({type(policy).__name__})", UsageError)
         self.normalizer = Normalizer((self.sizes.obs_dim,), self.sizes.action_dim)
-        self.normalizer.fit(real, real.rows, normalize_obs=True, reward_transform="r", eps=0.0)
+        rows_of_all = None if real.is_whole else real.rows
+        self.normalizer.fit(real, rows_of_all, normalize_obs=True, reward_transform="r", eps=0.0)
         self.obs_scale = self.normalizer.obs_scale.double().numpy()
-        self.reward_std = float(mean_std(_numpy(real.steps["reward"])[real.rows][:, None])[1][0]) or 1.0
+        self.reward_std = float(mean_std(_numpy(real.steps["reward"])[:, None], rows_of_all)[1][0]) or 1.0
         self.simulator: Simulator | None = None
         self.why_no_simulator = ""
         try:
