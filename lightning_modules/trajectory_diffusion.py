@@ -40,7 +40,8 @@ class TrajectoryDiffusion(OfflineModule):
     Args:
         horizon: T, steps of a sub-trajectory, ≥ 2^(num_blocks - 1).
         stride: spacing of their starts, ≥ 1.
-        num_features: F, width of the first block, a multiple of 8, ≥ 16; the authors' 1024 gives 178 M parameters.
+        num_features: F, width of the first block, a multiple of 8, ≥ 16; the authors' 1024 gives 178 M parameters. Below
+            32 a group of the norms has two channels, of which little more than the larger one's name is left.
         num_blocks: B, blocks of widths F, 2F, 4F, …, ≥ 1.
         groupnorm_over_time: let group norms average over time as well; the authors' do not.
         p_mean: mean of ln σ in training.
