@@ -420,7 +420,7 @@ class OfflineModule(Module):
         return [
             ("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({origin(meta)})"),
             ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
-            *([] if pool is None else pool.facts()),
+            *([] if pool is None else pool.facts(self.trainer.max_steps)),
         ]
 
     # -- acting --------------------------------------------------------------------------------------------------------

@@ -46,12 +46,11 @@ class SyntheticOptions:
 
     Args:
         model: run folder or checkpoint of a trained trajectory diffusion model.
-        guidance: κ ≥ 0, how far actions are pulled to the policy; the sum of all pulls on a trajectory is about κ·N/2
-            in units of its normalised actions, for N sampling steps.
+        guidance: κ ≥ 0, how far actions are pulled to the policy in a sampling step; fewer steps want a larger one.
         cosine: weight ≥ 0 of a bump of guidance in the middle of sampling.
         trajectories: in the pool, ≥ 1.
         horizon: steps of each, ≥ 2, one more than its transitions; None for that of the model's training.
-        every: updates after which the pool is drawn anew under the policy of then, ≥ 1.
+        every: updates after which the pool is drawn anew under the policy of then, ≥ 1; published 10,000 of a million.
         share: probability that a row of a batch is synthetic, in (0, 1]; published 240 of 256.
         sampling_steps: noise levels of the sampler, ≥ 2; published 256, of which an eighth is nearly as good.
         batch_size: trajectories drawn at once, ≥ 1; other values change last bits.

@@ -382,17 +382,16 @@ class Pool:
                 f"{real.get('file') or names[1]}`."
             )
 
-    def facts(self) -> list[tuple[str, str]]:
-        """The line of the first screen."""
+    def facts(self, updates: int) -> list[tuple[str, str]]:
+        """Lines of the first screen of a run with this many updates in all."""
         o = self.options
         steps, where = o.horizon or self.model.option("horizon", None), f"{100 * o.share:.4g} % of the rows of a batch"
-        shape = f"{o.trajectories:,} trajectories" + (f" of {steps} steps" if steps else "")
-        again = (
-            f"drawn without guidance, then every {o.every:,} updates guided by the policy (coefficient {o.guidance:g})"
-        )
-        when = again if self.source == "policy-guided" else "drawn once, without guidance"
+        when = "drawn once, without guidance"
+        if self.source == "policy-guided":
+            never = ", which this run does not reach" if o.every >= updates else ""
+            when += f"; again every {o.every:,} updates{never}, guided by the policy (coefficient {o.guidance:g})"
         return [
-            ("synthetic", f"{shape}, {where}"),
+            ("synthetic", f"{o.trajectories:,} trajectories" + (f" of {steps} steps, " if steps else ", ") + where),
             ("", when),
             ("", f"by {o.model} in {o.sampling_steps} sampling steps"),
         ]

@@ -48,7 +48,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_holds_the_trajectories_of_the_stream(model: Path, tmp_path: Path) -> None:
     said: list[int] = []
-    replay = sample(model, tmp_path / "out", trajectories=20, batch_size=8, seed=3, first=5, progress=said.append)
+    replay = op.sample(model, tmp_path / "out", trajectories=20, batch_size=8, seed=3, first=5, progress=said.append)
     generator = op.load(model)
     expected = to_replay(generator.generate(20, first=5, seed=3), generator.data_meta)
     for name, column in expected.steps.items():
@@ -261,6 +261,14 @@ def test_versions_stay_where_other_checkpoints_are_written(model: Path, tmp_path
     assert versions(tmp_path) == ["v1", "v2", "v3", "v4", "v5"]
 
 
+def test_a_run_that_never_draws_again_says_so(model: Path) -> None:
+    data = pool(model)
+    data.load()
+    assert data.pool is not None
+    said = [str(data.pool.facts(updates)) for updates in (40, 41)]
+    assert ["which this run does not reach" in text for text in said] == [True, False]
+
+
 def test_a_pool_serves_fit_after_fit(model: Path, tmp_path: Path) -> None:
     data = pool(model)
     ends = [weights(fit(method("TD3BC"), data, 45, tmp_path / name)) for name in ("one", "two")]
@@ -307,7 +315,7 @@ def test_train_draw_and_train_on_it(tmp_path: Path, capsys: pytest.CaptureFixtur
     said = " ".join(capsys.readouterr().out.split())
     assert "240 steps in 20 episodes" in said  # the real data
     assert "synthetic 6 trajectories of 8 steps, 93.75 % of the rows of a batch" in said
-    assert "every 5 updates guided by the policy (coefficient 50)" in said
+    assert "drawn once, without guidance; again every 5 updates, guided by the policy (coefficient 50)" in said
     settings = yaml.safe_load((agent / "config.yaml").read_text())["data"]
     assert settings["source"] == "policy-guided" and settings["synthetic"]["trajectories"] == 6
     row = Table(agent / "metrics.csv").rows()[-1]
