@@ -67,7 +67,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "WorldModel": ("WorldModel", {"members": 3, "elites": 2}),
     "TrajectoryDiffusion": (
         "TrajectoryDiffusion",
-        {"horizon": 6, "stride": 2, "num_features": 32, "num_blocks": 2, "ema_every": 3},
+        {"horizon": 6, "stride": 2, "num_features": 32, "num_blocks": 2, "ema_every": 3, "lr": 1e-4},
     ),
 }
 COMMON = {"batch_size": 16, "hidden_dims": (8, 8)}
