@@ -100,7 +100,7 @@ def _putter(env: Any, width: int) -> Put | None:
             return inner._get_obs()[0]
 
         return place
-    if hasattr(env, "set_state") and hasattr(env, "model"):
+    if all(hasattr(env, name) for name in ("set_state", "model", "_get_obs")):
         split, hidden = env.model.nq, env.model.nq + env.model.nv - width
         if not 0 <= hidden <= 2:  # root coordinates that the observation leaves out
             return None
