@@ -156,7 +156,7 @@ def test_engines_by_name(model: Any) -> None:
     assert make_engine("test_engines.Own", batch_size=5).batch_size == 5
     with pytest.raises(UsageError, match="Did you mean 'transformers'"):
         make_engine("transformer")
-    with pytest.raises(UsageError, match="`engine` is 'no_such_engines.Fast', but there is no module"):
+    with pytest.raises(UsageError, match=r"`engine` is 'no_such_engines.Fast', but there is no module"):
         make_engine("no_such_engines.Fast")
     with pytest.raises(UsageError, match="without `records`"):
         make_engine("replay")

@@ -1,4 +1,4 @@
-"""Answers that a run writes down: trained on again they give the same steps, and they survive a kill."""
+"""Answers that a run writes down: what a line says, and that training on them gives the same steps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tiny_rl import fit, make_policy, method, toy_problems
 
 from offpolicy.data.sequences import token_ids
 from offpolicy.files import Table
+from offpolicy.language.records import Recorder
 
 CASES: dict[str, dict[str, Any]] = {"GRPO": {}, "ReMix": {"reincarnation": 3}, "RLPlus": {"micro_batch_size": 3}}
 SAME = ("loss", "reward/own", "ratio/ess", "ratio/clipped", "kl/behavior", "kl/base", "entropy", "answers/length")
@@ -25,14 +26,14 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_recorded_run_is_trained_again(name: str, policy: Path, tmp_path: Path) -> None:
-    """More iterations than a pass over the problems takes, so that a prompt has several answers of several policies."""
-    first = fit(method(name, policy, record=True, **CASES[name]), 12, tmp_path / "first", held_out=False)
+    """GRPO takes more iterations than a pass over the problems, so that a prompt has answers of several policies."""
+    first = fit(method(name, policy, record=True, **CASES[name]), 8, tmp_path / "first", held_out=False)
     records = tmp_path / "first" / "records.jsonl"
     rows = [json.loads(line) for line in records.read_text().splitlines()]
     assert {row["iteration"] for row in rows} == set(range(1, first.iteration + 1))
     assert sum(len(row["completions"]) for row in rows) == first.generated
     again = method(name, policy, engine="replay", records=str(records), **CASES[name])
-    again = fit(again, 12, tmp_path / "again", held_out=False)
+    again = fit(again, 8, tmp_path / "again", held_out=False)
     for ours, theirs in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
     tables = [Table(tmp_path / folder / "metrics.csv").rows() for folder in ("first", "again")]
@@ -56,14 +57,10 @@ def test_what_a_record_says(policy: Path, tmp_path: Path) -> None:
             assert logps == store.steps["logp"][span].tolist() == store.steps["previous_logp"][span].tolist()
 
 
-def test_resumed_runs_record_every_iteration_once(policy: Path, tmp_path: Path) -> None:
-    """From the middle of an iteration; what a killed process wrote after its last checkpoint is written again."""
-    fit(method("ReMix", policy, record=True), 8, tmp_path / "whole", held_out=False)
-    cut = tmp_path / "cut"
-    fit(method("ReMix", policy, record=True), 3, cut, held_out=False)
-    with (cut / "records.jsonl").open("a") as file:
-        file.write(json.dumps({"iteration": 3, "prompt": [1]}) + '\n{"iteration": 3, "pro')
-    checkpoint = cut / "checkpoints" / "step=00000003.ckpt"
-    fit(method("ReMix", policy, record=True), 8, cut, ckpt_path=checkpoint, held_out=False)
-    expected, found = ((tmp_path / name / "records.jsonl").read_text() for name in ("whole", "cut"))
-    assert expected == found
+def test_what_a_run_writes_again_is_removed_first(tmp_path: Path) -> None:
+    """Lines of iterations after the checkpoint's, and one that a kill tore."""
+    path = tmp_path / "records.jsonl"
+    lines = [json.dumps({"iteration": k, "prompt": [k]}) + "\n" for k in (1, 1, 2, 3)]
+    path.write_text("".join(lines) + '{"iteration": 2, "pro')
+    Recorder(path, 2)
+    assert path.read_text() == "".join(lines[:3])
