@@ -125,7 +125,8 @@ class ConvNorm(nn.Module):
         y = convolution(x, self.weight, self.bias)
         if shift is not None:
             y = y + shift
-        return F.relu(group_norm(y, self.groups, self.scale, self.offset, over_time=self.over_time))
+        y = group_norm(y, self.groups, self.scale, self.offset, over_time=self.over_time)
+        return F.relu(y, inplace=True)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -133,8 +134,17 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     size = weight.shape[1]
     if size % 2 == 0:
         x = F.pad(x, (0, 0, 0, 1))  # of an even kernel the extra step lies on the right
-    image, kernel = x.transpose(1, 2).unsqueeze(2), weight.transpose(1, 2).unsqueeze(2)  # (B, in, 1, T)
-    return F.conv2d(image, kernel, bias, padding=(0, (size - 1) // 2)).squeeze(2).transpose(1, 2)
+    return steps(F.conv2d(image(x), image(weight), bias, padding=(0, (size - 1) // 2)))
+
+
+def image(x: Tensor) -> Tensor:
+    """(B, T, C) as an image (B, C, 1, T) with the channels innermost in memory, without a copy."""
+    return x.transpose(1, 2).unsqueeze(2)
+
+
+def steps(x: Tensor) -> Tensor:
+    """The reverse of :func:`image`."""
+    return x.squeeze(2).transpose(1, 2)
 
 
 def group_norm(x: Tensor, groups: int, scale: Tensor, offset: Tensor, *, over_time: bool, eps: float = 1e-6) -> Tensor:
@@ -170,8 +180,7 @@ class NormOfRows(torch.autograd.Function):
 
 def pooled(x: Tensor) -> Tensor:
     """The larger of every two steps: (B, T, C) → (B, T // 2, C); an odd last step is dropped."""
-    last = x.shape[1] // 2 * 2
-    return torch.maximum(x[:, 0:last:2], x[:, 1:last:2])
+    return steps(F.max_pool2d(image(x), (1, 2)))
 
 
 def stretched(x: Tensor, length: int) -> Tensor:
