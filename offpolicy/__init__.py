@@ -22,6 +22,7 @@ _NAMES = {
     "WindowView": "offpolicy.data.views",
     "DataModule": "offpolicy.data.module",
     "load_data": "offpolicy.data.module",
+    "mixed": "offpolicy.data.mixing",
     "Draw": "offpolicy.modules",
     "Module": "offpolicy.modules",
     "OfflineModule": "offpolicy.modules",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy import METHODS, fit, method, toy_replay
 
+import offpolicy as op
 from offpolicy.data import sampling
 from offpolicy.data.goals import BoundGoals, GoalMix, GoalView
 from offpolicy.data.mixing import SHARE, joined, mixed, mixture_weights
@@ -124,6 +125,16 @@ def test_every_view_keeps_the_share(view: Any) -> None:
     if isinstance(bound, BoundGoals):  # any state as a goal
         assert float((bound.any(sampling.unit(words)) >= 13 + 3).double().mean()) == pytest.approx(0.8, abs=0.014)
     assert set(rows.tolist()) == set(range(29) if bound.rows is None else bound.rows.tolist())
+
+
+def test_a_mixture_can_be_kept(tmp_path: Path) -> None:
+    folder = op.mixed(toy_replay(), toy_replay(seed=5), 0.75).save(tmp_path / "both")
+    seen, module = [], method("BC")
+    update = module.update
+    module.update = lambda batch, step: (seen.append(batch.row), update(batch, step))[1]  # type: ignore[method-assign]
+    fit(module, op.load_data(folder, env_id="Pendulum-v1"), 200)
+    share = (torch.cat(seen) >= 300).double().mean().item()
+    assert share == pytest.approx(0.75, abs=5 * (0.75 * 0.25 / 3200) ** 0.5)
 
 
 class Mixed(DataModule):
