@@ -673,11 +673,7 @@ class LanguageModule(Module):
         rows = plan.slot(t, j * world + rank)
         real = len(rows) > 0
         rows = rows if real else plan.rows(t)[-1:]  # every process runs the same number of forward passes
-        if self.hparams.lora_dropout:
-            stream = f"dropout of process {rank}"
-            torch.manual_seed(
-                int(sampling.keys(self.seed or 0, stream, torch.tensor([t * self._micro_batches + j]))[0])
-            )
+        self._seed_dropout(rank)
         scores = self.scores(table, rows, means, stats=self._logs(t + 1))
         loss, metrics = self.loss(scores)
         if t == 0 and j == 0 and self.uses_reference:
@@ -689,6 +685,18 @@ class LanguageModule(Module):
         self.step_ended = self._micro == 0
         # Lightning takes the mean over micro-batches and processes
         return (loss * weight).sum() * (self._micro_batches * world / means.weight)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the policy's adapters drop numbers out in training."""
+        settings = policies.adapter_settings(self.model)
+        return settings is not None and settings["lora_dropout"] > 0
+
+    def _seed_dropout(self, rank: int) -> None:
+        """Let dropout be a function of the seed and the micro-batch."""
+        if self.has_dropout:
+            place = torch.tensor([self.global_step * self._micro_batches + self._micro])
+            torch.manual_seed(int(sampling.keys(self.seed or 0, f"dropout of process {rank}", place)[0]))
 
     def _plan_of(self) -> Plan:
         assert self._plan is not None

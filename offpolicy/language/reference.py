@@ -165,7 +165,7 @@ class Reference:
             UsageError: they do not.
         """
         method, h = self.method, self.method.hparams
-        if h.reference not in REFERENCES or h.lora_dropout:
+        if h.reference not in REFERENCES or method.has_dropout:
             return
         low = next(policies.base_of(method.model).parameters()).dtype == torch.bfloat16
         tolerance = 2e-2 if low or "bf16" in str(method.trainer.precision) else 1e-3

@@ -474,6 +474,7 @@ class RolloutModule(LanguageModule):
         world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
         mine = np.array_split(rows, self._micro_batches * world)[j * world + rank]
         real = len(mine) > 0
+        self._seed_dropout(rank)
         length = bound.store.length[rows]
         totals = Totals(len(rows), int(length.sum()), self.answering.length, int(length.max()))
         batch = self.gather(bound, mine if real else rows[-1:])

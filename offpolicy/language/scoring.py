@@ -85,13 +85,13 @@ class Scoring:
         """The store with the columns of this iteration, filled in for the rows of its steps.
 
         The first step is made by π_k itself, so its own forward pass says what π_k thinks of its rows (:meth:`hear`),
-        except where a critic needs all of them at once.
+        except where a critic needs all of them at once, or dropout makes that pass another.
         """
         store, objective = bound.store, self.method.objective
         self.previous = self._snapshot() if "previous_kl" in objective.reads else None
         self._said = []
         rows, critic = np.unique(np.concatenate(steps)), objective.uses_critic
-        known = rows if critic else np.setdiff1d(rows, steps[0])
+        known = np.setdiff1d(rows, steps[0]) if self.hears else rows
         columns: dict[str, Any] = dict(store.steps)
 
         def fill(where: np.ndarray, found: dict[str, np.ndarray]) -> None:
@@ -118,14 +118,19 @@ class Scoring:
             return fresh
         return fresh & np.isnan(np.asarray(store.steps["logp"]))
 
+    @property
+    def hears(self) -> bool:
+        """Whether the forward pass of the first step says what π_k thinks of its rows."""
+        return not (self.method.objective.uses_critic or self.method.has_dropout)
+
     def hear(self, batch: Rollouts, logp: Tensor, mask: Tensor) -> None:
         """Note what π_k says of a batch of the first step, (B, T) each."""
-        if not self.method.objective.uses_critic:
+        if self.hears:
             self._said.append((batch.row.numpy(), logp.detach()[mask > 0].cpu().numpy()))
 
     def keep(self, store: Any, k: int) -> None:
         """Put into the store what π_k said of the rows of the first step, for the steps and iterations to come."""
-        if self.method.objective.uses_critic:
+        if not self.hears:
             return
         drawn = self._drawn_now(store, k)
         for rows, logps in (part for parts in self.method._of_all_processes(self._said) for part in parts):

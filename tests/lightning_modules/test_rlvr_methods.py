@@ -304,6 +304,15 @@ def test_adapters(policy: Path, tmp_path: Path) -> None:
     assert set(module.scoring.base) == {name for name, p in module.model.named_parameters() if p.requires_grad}
 
 
+def test_dropout_is_no_part_of_what_the_policy_thought(policy: Path) -> None:
+    """Log-probabilities of the behaviour are those of the whole policy, which drew the answers."""
+    pytest.importorskip("peft")
+    module = fit(method("GRPO", policy, lora_rank=2, lora_dropout=0.5, lr=0.1), 3, held_out=False)
+    steps = module._rollouts.store.steps
+    assert module.iteration == 2
+    np.testing.assert_allclose(steps["logp"], steps["sampler_logp"], atol=1e-4)
+
+
 def test_objectives_are_data(policy: Path) -> None:
     from lightning_modules.grpo import GRPO, VARIANTS
     from lightning_modules.rl_plus import RLPlus
