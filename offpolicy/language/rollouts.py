@@ -206,6 +206,11 @@ class RolloutModule(LanguageModule):
                 f"a component of `objective` reads {', '.join(sorted(found.reads & OF_A_CRITIC))} of a critic, and the "
                 "advantages come from none; expected 'gae' for `advantage`, or no such component."
             )
+        if found.compares_answers and self.hparams.group_size < 2:
+            raise UsageError(
+                "`group_size` is 1, and the advantage compares the answers of a group, so it would always be 0; "
+                "expected ≥ 2. Pass --model.group_size 8."
+            )
         return found
 
     @property

@@ -170,6 +170,11 @@ class Objective:
         return bool(getattr(self._parts["advantage"], "critic", False))
 
     @property
+    def compares_answers(self) -> bool:
+        """Whether advantages are 0 where a group has one answer."""
+        return isinstance(self._parts["advantage"], adv.GroupAdvantage)
+
+    @property
     def entropy_gradient(self) -> bool:
         """Whether ``Tokens.entropy`` needs a gradient."""
         return "entropy" in self.reads

@@ -412,6 +412,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         {"objective": {"weight": ["test_rlvr_methods.astray"]}},
         "reads base_logps; expected fields of the tokens",
     ),
+    ("GRPO", {"group_size": 1}, "compares the answers of a group, so it would always be 0; expected ≥ 2"),
     ("GRPO", {"replay_fraction": 0.4}, "`replay_window` is 0"),
     ("GRPO", {"temperature": 0.0}, "`temperature` is 0.0"),
     ("GRPO", {"reference": "live"}, "`reference` is for preference methods"),
