@@ -40,8 +40,8 @@ class TrajectoryDiffusion(OfflineModule):
     Args:
         horizon: T, steps of a sub-trajectory, ≥ 2^(num_blocks - 1).
         stride: spacing of their starts, ≥ 1.
-        num_features: F, width of the first block, a multiple of 8, ≥ 16; the authors' 1024 gives 178 M parameters. Below
-            32 a group of the norms has two channels, of which little more than the larger one's name is left.
+        num_features: F, width of the first block, a multiple of 8, ≥ 16; the authors' is 1024 (178 million weights).
+            Below 32 groups have two channels, of which a norm leaves little more than which one is larger.
         num_blocks: B, blocks of widths F, 2F, 4F, …, ≥ 1.
         groupnorm_over_time: let group norms average over time as well; the authors' do not.
         p_mean: mean of ln σ in training.
@@ -264,13 +264,13 @@ class TrajectoryDiffusion(OfflineModule):
                     progress(len(rows))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def policy(self, obs: Tensor) -> Tensor:
+    def agent(self) -> Any:
         raise UsageError(
             "TrajectoryDiffusion generates data and is no policy; expected a method that acts. Train one on its data."
         )
 
-    def agent(self) -> Any:
-        return self.policy(torch.empty(0))
+    def policy(self, obs: Tensor) -> Tensor:
+        return self.agent()
 
     # -- a run ---------------------------------------------------------------------------------------------------------
 

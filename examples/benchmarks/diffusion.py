@@ -91,8 +91,11 @@ def worker(features: int, threads: int, args: argparse.Namespace) -> dict[str, f
     torch.set_num_threads(threads)
     keep_freed_memory()
     cast = torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
-    learner = TrajectoryDiffusion(num_features=features, batch_size=64, lr_decay_steps=0).to(args.device)
-    learner.prepare(random_replay()).to(args.device)
+    replay = random_replay()
+    learner: Any = TrajectoryDiffusion(num_features=features, batch_size=64, lr_decay_steps=0).prepare(replay)
+    learner.to(args.device)
+    learner._bound = learner.view.bind(learner.select(replay), learner.normalizer, learner.device)
+    learner.on_bind(learner._bound)
     side = 1024 if args.device == "cpu" else 8192
     large = torch.randn(side, side, device=args.device, dtype=torch.bfloat16 if args.bf16 else torch.float32)
 

@@ -86,7 +86,7 @@ class Channels(nn.Module):
 
         def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for i in range(0, len(rows), CHUNK):
-                yield raw_rows(replay, rows[i : i + CHUNK], normalizer).double().numpy(), weight[i : i + CHUNK]
+                yield raw_rows(replay, rows[i : i + CHUNK], normalizer).double().cpu().numpy(), weight[i : i + CHUNK]
 
         parts = [(w @ x, x.min(0), x.max(0)) for x, w in chunks()]
         mean = sum(total for total, _, _ in parts) / count
@@ -183,7 +183,7 @@ class BoundTrajectories(BoundView):
         self.table: Tensor | None = None
         if fits:
             chunks = [replay.rows[i : i + CHUNK] for i in range(0, replay.num_steps, CHUNK)]
-            self.table = torch.cat([raw_rows(replay, rows, normalizer) for rows in chunks])
+            self.table = torch.cat([raw_rows(replay, rows, normalizer).to(device) for rows in chunks])
 
     def gather(self, items: Tensor) -> Trajectories:
         place = self.row(items.to(self.device))[..., None] + self.offset
