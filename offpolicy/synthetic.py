@@ -403,14 +403,13 @@ class Pool:
         version = policy.global_step // self.options.every + 1 if self.source == "policy-guided" else 1
         if version == 1 and self.source == "policy-guided":
             check_guides(policy)
-        words = f"drawing trajectories, {self.options.trajectories:,} in all"
-        with _as_alone(policy), _words(trainer, words) as progress:
+        with _as_alone(policy):
             self.model.to(policy.device)
             guide, plan = policy if version > 1 else None, self.plan(policy, version)
             key = plan.key(self.model, guide)
             done = [one for one in folder.glob(f"v{version}-*") if _holds(one, key)]  # by a run that was killed then
             out = done[0] if done else folder / f"v{version}"
-            found = draw(self.model, out, plan, policy=guide, fresh=True, progress=progress)
+            found = draw(self.model, out, plan, policy=guide, fresh=True, progress=_on_bar(trainer, plan.trajectories))
         named = folder / f"v{version}-{found.fingerprint()[:12]}"
         _wait()  # until all have opened it under the name it loses
         if trainer.is_global_zero:
@@ -469,8 +468,7 @@ def _as_alone(policy: Any) -> Iterator[None]:
         policy.train(training)
 
 
-@contextlib.contextmanager
-def _words(trainer: Any, text: str) -> Iterator[Progress | None]:
-    """How far drawing is, on the bar of the run."""
+def _on_bar(trainer: Any, total: int) -> Progress | None:
+    """What says on the bar of the run how far drawing is."""
     say = getattr(trainer.progress_bar_callback, "say", None)
-    yield None if say is None else lambda done: say(f"{text}: {done:,}")
+    return None if say is None else lambda done: say(f"{min(done, total):,} of {total:,} trajectories drawn")

@@ -167,6 +167,9 @@ def test_a_guided_pool_is_renewed_under_the_policy_of_then(model: Path, tmp_path
     assert [row.get("synthetic/version") for row in rows] == [1.0, None, 2.0, None, 3.0]
     assert rows[2]["synthetic/log_prob"] != rows[2]["synthetic/log_prob_before"]
     assert module.data_fingerprint == toy_replay().fingerprint()  # of the real data
+    module.seed = 5
+    plan = data.pool.plan(module, 2)
+    assert (plan.seed, plan.first, plan.guidance.coefficient) == (5, 20, 1.0)
 
 
 def test_an_unguided_pool_stays(model: Path, tmp_path: Path) -> None:
