@@ -432,7 +432,7 @@ def plot(comparison: Comparison, path: str | Path) -> Path:
     curves = [
         k for k in ("log_prob", "dynamics_error", "drift") if any(k in one.by_step for one in comparison.synthetic)
     ]
-    figure = Figure(figsize=(5.5 + 4.2 * len(curves), 3.4), layout="constrained")
+    figure = Figure(figsize=(4.5 + 3.2 * len(curves), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 1 + len(curves), squeeze=False, width_ratios=[1.3] + [1.0] * len(curves))[0]
     names = sorted(comparison.real.quantiles, key=lambda n: -comparison.shifts()[n])[:SHOWN]
@@ -449,21 +449,20 @@ def plot(comparison: Comparison, path: str | Path) -> Path:
             panels[0].plot(x, q[middle], "o", color=f"C{k}", markersize=4, label=one.name if i == 0 else None)
     panels[0].set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
     panels[0].set_title("quantiles: 1–99 % thin, 5–95 % thick, median; real 5–95 % = ±1", fontsize=8)
-    panels[0].legend(fontsize=7)
     for axes, name in zip(panels[1:], curves):
         for k, one in enumerate(comparison.synthetic, start=1):
-            axes.plot(one.by_step.get(name, []), color=f"C{k}", label=one.name)
+            axes.plot(one.by_step.get(name, []), color=f"C{k}")
         if name == "log_prob":
-            axes.axhline(comparison.real.numbers[name], color="C0", linestyle="--", label=comparison.real.name)
+            axes.axhline(comparison.real.numbers[name], color="C0", linestyle="--")
         else:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
         axes.set_title(WORDS[name], fontsize=8)
         axes.set_xlabel("step of the trajectory")
-        axes.legend(fontsize=7)
     for axes in panels:
         axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=len(sets), fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     atomic_write(path, picture.getvalue())
