@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from offpolicy.data.mixing import mixture_weights
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.views import CHUNK, PACK_LIMIT, BoundView, _is_float, _require
@@ -176,8 +177,9 @@ class BoundTrajectories(BoundView):
         width = replay.steps["obs"].shape[1] + replay.steps["action"].shape[1] + 2
         fits = replay.num_steps * width * 4 <= PACK_LIMIT and not replay.is_mapped
         places = view.starts(replay)
-        super().__init__(places, device if fits else torch.device("cpu"))
-        self.first_row = torch.from_numpy(replay.rows[places]).to(self.device)
+        first_row = replay.rows[places]
+        super().__init__(places, device if fits else torch.device("cpu"), mixture_weights(replay, first_row))
+        self.first_row = torch.from_numpy(first_row).to(self.device)
         self.replay, self.normalizer, self.target = replay, normalizer, device
         self.offset = torch.arange(view.horizon, device=self.device)
         self.table: Tensor | None = None

@@ -9,8 +9,10 @@ import pytest
 import torch
 from toy import toy_replay
 
+from offpolicy.data.mixing import mixed
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.replay import Replay
+from offpolicy.data.sampling import bits, keys
 from offpolicy.data.trajectories import ACTION_LIMIT, Channels, TrajectoryView
 from offpolicy.errors import DataError, UsageError
 
@@ -88,6 +90,15 @@ def test_other_indices_and_maps_give_the_same_numbers(tmp_path: Any) -> None:
     mapped = view.bind(Replay.load(replay.save(tmp_path / "r")), normalizer, CPU)
     assert mapped.table is None and bound.table is not None
     torch.testing.assert_close(mapped.gather(torch.arange(len(bound))).x, x.x)
+
+
+def test_a_mixture_keeps_its_share() -> None:
+    real, drawn = toy_replay([9] * 4), toy_replay([5] * 9, seed=5)
+    replay = mixed(real, drawn, 0.8)
+    bound = TrajectoryView(4, 2).bind(replay, normalizer_of(real), CPU)
+    words = bits(keys(0, "test", torch.zeros(1, dtype=torch.int64))[0], torch.arange(20_000))
+    row = bound.gather(bound.pick(words)).row
+    assert row is not None and (row >= 36).double().mean().item() == pytest.approx(0.8, abs=0.014)  # 5 deviations
 
 
 def test_channels_known_answer() -> None:
