@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor
 
-from offpolicy.callbacks import Evaluation, due
+from offpolicy.callbacks import Evaluation, HeldOut
 from offpolicy.data import sampling
 from offpolicy.data.replay import Replay
 from offpolicy.data.trajectories import ACTION_LIMIT, BoundTrajectories, Channels, Trajectories, TrajectoryView
@@ -90,6 +90,7 @@ class TrajectoryDiffusion(OfflineModule):
         self.view = TrajectoryView(horizon, stride)
         self.decay_steps = lr_decay_steps
         self.clipped = 0.0  # share of the actions
+        self._held_out: Trajectories | None = None
 
     def build(self, sizes: Sizes) -> None:
         if self.seeds:
@@ -123,7 +124,7 @@ class TrajectoryDiffusion(OfflineModule):
         assert isinstance(bound, BoundTrajectories)
         bound.channels = self.channels
 
-    def held_out(self, replay: Replay) -> Trajectories | None:
+    def held_out_batch(self, replay: Replay) -> Trajectories | None:
         """Sub-trajectories of held-out episodes with noise, the same in every run; None where there are none."""
         rest = self.split(replay)[1]
         if rest is None or not len(self.view.places(rest)):
@@ -276,8 +277,9 @@ class TrajectoryDiffusion(OfflineModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage == "fit" and self.decay_steps is None:
-            self.decay_steps = self.trainer.max_steps
+        if stage == "fit":
+            self.decay_steps = self.trainer.max_steps if self.decay_steps is None else self.decay_steps
+            self._held_out = None
 
     def extra_state(self) -> dict[str, Any]:
         return {"lr_decay_steps": self.decay_steps}
@@ -285,41 +287,20 @@ class TrajectoryDiffusion(OfflineModule):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         self.decay_steps = state["lr_decay_steps"]
 
+    @torch.no_grad()
+    def held_out(self) -> dict[str, float]:
+        """Loss of the averaged weights on held-out episodes, on the first process; empty where nothing is held out."""
+        if not (self.trainer.is_global_zero and self.run.eval_episodes):
+            return {}
+        if self._held_out is None:
+            self._held_out = self.held_out_batch(self.trainer.datamodule.replay)  # type: ignore[attr-defined]
+        if self._held_out is None:
+            return {}
+        with self.trainer.precision_plugin.forward_context():
+            return {"loss": float(self.losses(self.target_denoiser, self._held_out).mean())}
+
     def evaluates(self) -> str:
         return "loss of held-out episodes" if self.hparams.held_out else ""
 
     def configure_callbacks(self) -> list[Callback]:
-        return [HeldOutLoss() if isinstance(c, Evaluation) else c for c in super().configure_callbacks()]
-
-
-class HeldOutLoss(Callback):
-    """The loss of the averaged weights on held-out episodes every ``run.eval_every`` updates, on one process.
-
-    Sub-trajectories and noise are the same every time. Arrives as ``eval/loss`` and as the method's ``eval_row``.
-    """
-
-    def __init__(self) -> None:
-        self.batch: Trajectories | None = None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        pl_module.eval_row = {}
-        if trainer.is_global_zero and pl_module.run.eval_episodes:
-            self.batch = pl_module.held_out(trainer.datamodule.replay)  # type: ignore[attr-defined]
-
-    @torch.no_grad()
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        updates = trainer.global_step
-        if not due(updates, pl_module.run.eval_every, trainer.max_steps):
-            return
-        numbers: dict[str, float] = {}
-        if self.batch is not None:
-            with trainer.precision_plugin.forward_context():
-                numbers = {"eval/loss": float(pl_module.losses(pl_module.target_denoiser, self.batch).mean())}
-        numbers = trainer.strategy.broadcast(numbers)
-        if numbers:
-            pl_module.log_dict(numbers, logger=False)
-            pl_module.log_to_loggers(numbers, updates)
-            pl_module.eval_row = {"step": updates, **numbers}
-
-    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self.batch = None
+        return [HeldOut() if isinstance(c, Evaluation) else c for c in super().configure_callbacks()]

@@ -86,7 +86,7 @@ def test_held_out_episodes_are_not_trained_on(replay: Replay) -> None:
     assert not set(train.start) & set(rest.start)
     module.prepare(replay)
     assert module._bound is not None and set(module._bound.first_row.tolist()) <= set(train.rows.tolist())
-    batch = module.held_out(replay)
+    batch = module.held_out_batch(replay)
     assert batch is not None and set(batch.row.tolist()) <= set(rest.rows.tolist())
     assert batch.noise.data.shape == batch.x.shape
 
@@ -97,7 +97,7 @@ def test_the_evaluation_loss_is_that_of_the_averaged_weights(replay: Replay, tmp
     fit(module, replay, 40, tmp_path)
     rows = Table(tmp_path / "evals.csv").rows()
     assert [row["step"] for row in rows] == [20, 40] and rows[0]["eval/loss"] == rows[1]["eval/loss"]
-    batch = module.held_out(replay)
+    batch = module.held_out_batch(replay)
     assert rows[0]["eval/loss"] == pytest.approx(module.losses(module.target_denoiser, batch).mean().item())
 
 
