@@ -123,8 +123,8 @@ class Evaluation(Callback):
 class HeldOut(Evaluation):
     """Instead of episodes, what the method itself measures on data held out of its training.
 
-    ``held_out() -> {"loss": …}`` of the method is called on every process every ``run.eval_every`` updates and after the
-    last; numbers arrive as ``eval/…``.
+    ``held_out() -> {"loss": …}`` of the method is called on every process every ``run.eval_every`` updates and after
+    the last; numbers arrive as ``eval/…``.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
