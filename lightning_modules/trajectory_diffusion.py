@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from offpolicy.callbacks import Evaluation, HeldOut
+from offpolicy.callbacks import HeldOut
 from offpolicy.data import sampling
 from offpolicy.data.replay import Replay
 from offpolicy.data.trajectories import ACTION_LIMIT, BoundTrajectories, Channels, Trajectories, TrajectoryView
@@ -302,5 +302,5 @@ class TrajectoryDiffusion(OfflineModule):
     def evaluates(self) -> str:
         return "loss of held-out episodes" if self.hparams.held_out else ""
 
-    def configure_callbacks(self) -> list[Callback]:
-        return [HeldOut() if isinstance(c, Evaluation) else c for c in super().configure_callbacks()]
+    def measurement(self) -> Callback:
+        return HeldOut()

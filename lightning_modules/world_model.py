@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from offpolicy.callbacks import Evaluation, HeldOut
+from offpolicy.callbacks import HeldOut
 from offpolicy.data import sampling
 from offpolicy.data.normalize import mean_std
 from offpolicy.data.replay import Replay
@@ -176,7 +176,10 @@ class WorldModel(OfflineModule):
     def configure_callbacks(self) -> list[Callback]:
         if self.seeds:
             raise UsageError("a world model trains one seed at a time; expected no further seeds. Start several runs.")
-        return [HeldOut() if isinstance(c, Evaluation) else c for c in super().configure_callbacks()]
+        return super().configure_callbacks()
+
+    def measurement(self) -> Callback:
+        return HeldOut()
 
     def evaluates(self) -> str:
         return f"on {self.hparams.held_out_share:.0%} of the episodes, held out" if self.hparams.held_out_share else ""

@@ -63,21 +63,56 @@ class RestoreSettings(Callback):
         pl_module.restore_settings()  # type: ignore[operator]
 
 
-class Evaluation(Callback):
-    """Runs the policy in the data's environment every ``run.eval_every`` updates, on one process.
+class Measurement(Callback):
+    """Base of what judges a method every ``run.eval_every`` updates and after the last.
 
-    Numbers arrive as ``eval/…`` in the Trainer's metrics and as the method's ``eval_row``. Nothing of the training is
-    touched: environments have their own fixed seeds and the generators are put back.
+    Numbers arrive as ``eval/…`` in the Trainer's metrics and as the method's ``eval_row``, with the best so far.
     """
 
     def __init__(self) -> None:
-        self.evaluator: Evaluator | None = None
-        self.order: OrderConsistency | None = None
         self.best: float | None = None
-        self.facts: dict[str, str] = {}
+        self.facts: dict[str, str] = {}  # stand in every row
+
+    def measure(self, pl_module: Any) -> dict[str, float]:
+        """The numbers, asked on every process; those of the first count, none at all write no row."""
+        raise NotImplementedError
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         pl_module.eval_row = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        pl_module.stop_clock()
+        updates = trainer.global_step
+        if not pl_module.step_ended or not due(updates, pl_module.run.eval_every, trainer.max_steps):
+            return
+        numbers = {f"eval/{name}": value for name, value in self.measure(pl_module).items()}
+        self.best = keep_best(numbers, self.best)
+        numbers = trainer.strategy.broadcast(numbers)
+        if numbers:
+            pl_module.log_dict(numbers, logger=False)
+            pl_module.log_to_loggers(numbers, updates)
+            pl_module.eval_row = {"step": updates, **numbers, **self.facts}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+class Evaluation(Measurement):
+    """Runs the policy in the data's environment, on the first process.
+
+    Nothing of the training is touched: environments have their own fixed seeds and the generators are put back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluator: Evaluator | None = None
+        self.order: OrderConsistency | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_fit_start(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         meta = pl_module.data_meta
@@ -92,27 +127,11 @@ class Evaluation(Callback):
         if note:
             log.warning(note)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        updates = trainer.global_step
-        if not due(updates, pl_module.run.eval_every, trainer.max_steps):
-            return
-        numbers: dict[str, float] = {}
-        if self.evaluator is not None:
-            result = self.evaluator.run(pl_module.agent())
-            found = summarize(result, pl_module.data_meta) | (self.order(pl_module.value_of) if self.order else {})
-            numbers = {f"eval/{name}": value for name, value in found.items()}
-            self.best = keep_best(numbers, self.best)
-        numbers = trainer.strategy.broadcast(numbers)
-        if numbers:
-            pl_module.log_dict(numbers, logger=False)
-            pl_module.log_to_loggers(numbers, updates)
-            pl_module.eval_row = {"step": updates, **numbers, **self.facts}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.best = state_dict["best"]
+    def measure(self, pl_module: Any) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        found = summarize(self.evaluator.run(pl_module.agent()), pl_module.data_meta)
+        return found | (self.order(pl_module.value_of) if self.order else {})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.evaluator is not None:
@@ -120,25 +139,11 @@ class Evaluation(Callback):
             self.evaluator = None
 
 
-class HeldOut(Evaluation):
-    """Instead of episodes, what the method itself measures on data held out of its training.
+class HeldOut(Measurement):
+    """What the method itself measures on data held out of its training: its ``held_out()``, on every process."""
 
-    ``held_out() -> {"loss": …}`` of the method is called on every process every ``run.eval_every`` updates and after
-    the last; numbers arrive as ``eval/…``.
-    """
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        pl_module.eval_row = {}
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        updates = trainer.global_step
-        if not due(updates, pl_module.run.eval_every, trainer.max_steps):
-            return
-        numbers = trainer.strategy.broadcast({f"eval/{name}": value for name, value in pl_module.held_out().items()})
-        if numbers:
-            pl_module.log_dict(numbers, logger=False)
-            pl_module.log_to_loggers(numbers, updates)
-            pl_module.eval_row = {"step": updates, **numbers}
+    def measure(self, pl_module: Any) -> dict[str, float]:
+        return pl_module.held_out()
 
 
 class Interruption(Callback):

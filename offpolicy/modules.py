@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offpolicy import matmul
-from offpolicy.callbacks import Evaluation, Interruption, RestoreSettings
+from offpolicy.callbacks import Evaluation, HeldOut, Interruption, RestoreSettings
 from offpolicy.checkpoint import plain_hparams, to_plain
 from offpolicy.data import sampling
 from offpolicy.data.mixing import SHARE
@@ -135,6 +135,17 @@ class Module(LightningModule):
     def evaluates(self) -> str:
         """What an evaluation measures, in a few words; empty when there is none."""
         return ""
+
+    def measurement(self) -> Callback:
+        """What judges the method in training."""
+        return HeldOut()
+
+    def held_out(self) -> dict[str, float]:
+        """Numbers on data held out of training, for :class:`HeldOut`; none where nothing is held out."""
+        return {}
+
+    def stop_clock(self) -> None:
+        """Training stands still from here on: evaluation and files do not count as its time."""
 
     def batch_words(self) -> str:
         """What one update takes, in a few words."""
@@ -664,7 +675,10 @@ class OfflineModule(Module):
                 )
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise UsageError("sharding (fsdp2) is for language models; expected another strategy. Use ddp.")
-        return [RestoreSettings(), Evaluation(), Interruption()]
+        return [RestoreSettings(), self.measurement(), Interruption()]
+
+    def measurement(self) -> Callback:
+        return Evaluation()
 
     # -- Lightning: the loop -------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from offpolicy.data.module import DataModule
 from offpolicy.data.sequences import BoundTexts, PairView
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.language import policy as policies
-from offpolicy.language.evaluation import HeldOut, eval_sample
+from offpolicy.language.evaluation import eval_sample, evaluate
 from offpolicy.language.generation import positions
 from offpolicy.language.layout import Answers, Layout, check_head, pair_layout, score, shares_prompt, single_layout
 from offpolicy.language.meters import RowMeter
@@ -404,11 +404,10 @@ class LanguageModule(Module):
             )
         if getattr(trainer, "datamodule", None) is not None:
             self.bind_data(trainer.datamodule)  # type: ignore[attr-defined]
-        return [RestoreSettings(), self.held_out(), Interruption()]
+        return [RestoreSettings(), self.measurement(), Interruption()]
 
-    def held_out(self) -> Callback:
-        """What measures the policy on held-out data."""
-        return HeldOut()
+    def held_out(self) -> dict[str, float]:
+        return {} if self.eval_table is None else evaluate(self)
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
@@ -657,7 +656,6 @@ class LanguageModule(Module):
         return None
 
     def stop_clock(self) -> None:
-        """Training stands still from here to the next micro-batch: evaluation and files do not count."""
         self._seconds += time.perf_counter() - self._began
         self._began = time.perf_counter()
 

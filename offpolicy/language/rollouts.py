@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -41,7 +40,7 @@ from offpolicy.language.module import LanguageModule
 from offpolicy.language.records import Recorder
 from offpolicy.language.reference import evaluating
 from offpolicy.language.scoring import Scoring
-from offpolicy.language.solving import Solving
+from offpolicy.language.solving import solve
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Tokens, Totals
 
 OF_A_CRITIC = {"value", "old_value", "returns"}
@@ -278,8 +277,8 @@ class RolloutModule(LanguageModule):
         """Groups of an iteration that are not fresh; the rest, (1 − p)·B answers, is."""
         return round(fraction * self.rows_per_iteration / self.hparams.group_size)
 
-    def held_out(self) -> Callback:
-        return Solving()
+    def held_out(self) -> dict[str, float]:
+        return {} if self.eval_problems is None else solve(self)
 
     def _take_data(self, data: Any) -> None:
         h = self.hparams

@@ -9,25 +9,18 @@ import numpy as np
 
 from offpolicy.data.sequences import token_ids
 from offpolicy.language.engines import Request, TransformersEngine
-from offpolicy.language.evaluation import HeldOut, eval_sample
+from offpolicy.language.evaluation import eval_sample
 from offpolicy.language.reference import evaluating
 
 SOLVED = 1.0  # a reward of at least this is a solved problem
 
 
-class Solving(HeldOut):
-    """Solves held-out problems every ``run.eval_every`` steps and after the last; the same draws every time.
-
-    Numbers: ``accuracy`` of the most likely answer, ``mean@k`` and ``pass@k`` of k drawn ones, and each again below the
-    name of every kind of problem (``eval/carry/accuracy``). Processes share the problems.
-    """
-
-    def measure(self, method: Any) -> dict[str, float]:
-        return {} if method.eval_problems is None else solve(method)
-
-
 def solve(method: Any) -> dict[str, float]:
-    """Accuracies of a method in training on its held-out problems."""
+    """Accuracies of a method in training on its held-out problems; the same draws every time.
+
+    ``accuracy`` of the most likely answer, ``mean@k`` and ``pass@k`` of k drawn ones, and each again below the name of
+    every kind of problem (``carry/accuracy``). Processes share the problems.
+    """
     problems, samples = method.eval_problems, method.hparams.eval_samples
     table = problems.tables["problems"]
     rows = eval_sample(len(table), method.hparams.eval_rows)
@@ -64,6 +57,3 @@ def solve(method: Any) -> dict[str, float]:
                 numbers[f"{prefix}mean@{samples}"] = float(solved.mean())
                 numbers[f"{prefix}pass@{samples}"] = float(solved.any(1).mean())
     return numbers
-
-
-__all__ = ["Solving", "solve"]
