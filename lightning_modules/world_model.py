@@ -74,7 +74,7 @@ class WorldModel(OfflineModule):
         hidden_dims: widths of the hidden layers.
         lr: AdamW's learning rate.
         weight_decay: AdamW's decay, ≥ 0.
-        held_out_share: part of the episodes kept for choosing the elites, in [0, 1); 0 takes the first members.
+        held_out: share of the episodes kept for choosing the elites, in [0, 1); 0 takes the first members.
         batch_size: transitions per update over all processes.
         normalize_obs: standardise observations.
         max_grad_norm: limit on the gradient norm, > 0; None for no limit.
@@ -93,7 +93,7 @@ class WorldModel(OfflineModule):
         hidden_dims: tuple[int, ...] = (200, 200, 200, 200),
         lr: float = 1e-3,
         weight_decay: float = 2.5e-5,
-        held_out_share: float = 0.2,
+        held_out: float = 0.2,
         batch_size: int = 256,
         normalize_obs: bool = True,
         max_grad_norm: float | None = None,
@@ -102,7 +102,7 @@ class WorldModel(OfflineModule):
         check_range("members", members, 1)
         check_range("elites", elites, 1, members)
         check_range("weight_decay", weight_decay, 0.0)
-        check_range("held_out_share", held_out_share, 0.0, 1.0, upper_open=True)
+        check_range("held_out", held_out, 0.0, 1.0, upper_open=True)
         self.save_hyperparameters()
         self._held_out: Replay | None = None
 
@@ -122,9 +122,9 @@ class WorldModel(OfflineModule):
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def select(self, replay: Replay) -> Replay:
-        if not self.hparams.held_out_share:
+        if not self.hparams.held_out:
             return replay
-        kept, self._held_out = replay.split(self.hparams.held_out_share)
+        kept, self._held_out = replay.split(self.hparams.held_out)
         return kept
 
     def fit_normalizer(self, replay: Replay) -> None:
@@ -182,7 +182,7 @@ class WorldModel(OfflineModule):
         return HeldOut()
 
     def evaluates(self) -> str:
-        return f"on {self.hparams.held_out_share:.0%} of the episodes, held out" if self.hparams.held_out_share else ""
+        return f"on {self.hparams.held_out:.0%} of the episodes, held out" if self.hparams.held_out else ""
 
     # -- rolling out ---------------------------------------------------------------------------------------------------
 

@@ -113,7 +113,7 @@ def test_updates_equal_the_obvious_loop() -> None:
 
 def test_targets_are_standardised() -> None:
     replay = linear_replay()
-    method = small(held_out_share=0.0).prepare(replay)
+    method = small(held_out=0.0).prepare(replay)
     batch = Transitions(**method.view.fields(replay, replay.rows, method.normalizer), noise=Noise())
     y = method.target(batch)
     torch.testing.assert_close(y.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
@@ -133,7 +133,7 @@ def test_elites_have_the_smallest_held_out_error() -> None:
     assert method.elite.tolist() == [1, 3]
     # held-out y has about mean 0 and variance 1: errors 1 + 0.1² and 1 + 0.2², up to what 80 rows differ
     assert error == pytest.approx(1.0, abs=0.3)
-    assert small(held_out_share=0.0).prepare(linear_replay()).held_out() == {}
+    assert small(held_out=0.0).prepare(linear_replay()).held_out() == {}
 
 
 def test_a_linear_system_is_recovered_and_rolled_out() -> None:
