@@ -5,7 +5,7 @@ usage: python examples/diffusion/table.py [--data pendulum-stitch-v0] [--seeds 3
 
 Trains, each with the recipe of its method and task and on one thread: a trajectory diffusion model (unless ``--model``
 names one), a world model, and every agent of ``--methods`` on real data, on unguided synthetic data, and on data guided
-by itself with each coefficient of ``--used`` and drawn anew four times in its training. What is complete under
+by itself with each coefficient of ``--used``: four pools as it trains, the first unguided. What is complete under
 ``--root`` is read, not repeated.
 
 Prints Markdown. First, for the agent of seed 0 on real data as target policy: the real data, synthetic ones by
