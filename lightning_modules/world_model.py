@@ -107,6 +107,8 @@ class WorldModel(OfflineModule):
         self._held_out: Replay | None = None
 
     def build(self, sizes: Sizes) -> None:
+        if self.seeds:
+            raise UsageError("WorldModel trains one seed per process; expected `seeds` empty. Start one each.")
         h, out_dim = self.hparams, sizes.obs_dim + 1
         self.model = GaussianEnsemble(sizes.obs_dim + sizes.action_dim, out_dim, h.members, h.hidden_dims)
         self.register_buffer("target_center", torch.zeros(out_dim))
@@ -172,11 +174,6 @@ class WorldModel(OfflineModule):
         error = (mean - self.target(batch)).square().mean((-2, -1))
         self.elite.copy_(error.argsort()[: self.hparams.elites].sort().values)
         return {"loss": float(error[self.elite].mean())}
-
-    def configure_callbacks(self) -> list[Callback]:
-        if self.seeds:
-            raise UsageError("a world model trains one seed at a time; expected no further seeds. Start several runs.")
-        return super().configure_callbacks()
 
     def measurement(self) -> Callback:
         return HeldOut()
