@@ -41,7 +41,7 @@ def test_the_two_set_up_commands_are_what_ci_relies_on() -> None:
     assert "pip install --quiet --disable-pip-version-check -e '.[test]'" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_commands_and_code_run(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
