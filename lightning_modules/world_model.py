@@ -124,6 +124,7 @@ class WorldModel(OfflineModule):
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def select(self, replay: Replay) -> Replay:
+        replay = replay.showing_successors()
         if not self.hparams.held_out:
             return replay
         kept, self._held_out = replay.split(self.hparams.held_out)

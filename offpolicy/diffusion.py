@@ -207,7 +207,7 @@ def to_replay(trajectories: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Re
 
     The last step is the next observation of the one before it, so T steps give T - 1 transitions. An episode ends at
     its first terminated step; where that is step T, it is kept, as it needs no next observation (the authors' code
-    drops it).
+    drops it), which is marked as unknown.
 
     Args:
         trajectories: ``obs (n, T, O)`` in environment units, ``action (n, T, A)`` in [-1, 1], ``reward (n, T)`` and
@@ -235,12 +235,13 @@ def to_replay(trajectories: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Re
     ended, horizon = arrays["terminated"].astype(bool), arrays["terminated"].shape[1]
     length = np.where(ended.any(1), ended.argmax(1) + 1, horizon - 1)
     kept = np.arange(horizon) < length[:, None]
-    after = np.minimum(length, horizon - 1)
+    known = length < horizon
+    tail = {"obs": arrays["obs"][np.arange(len(length)), np.minimum(length, horizon - 1)]}
     return Replay(
         {name: np.ascontiguousarray(array[kept]) for name, array in arrays.items()},
         start=np.cumsum(length) - length,
         length=length,
-        tail={"obs": arrays["obs"][np.arange(len(after)), after]},
+        tail=tail if known.all() else tail | {"valid": known},
         meta={
             **{key: value for key, value in meta.items() if key not in PASSING},
             "name": f"{meta.get('name', 'data')} synthetic",

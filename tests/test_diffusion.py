@@ -120,6 +120,10 @@ def test_churn_keeps_the_law_and_the_reference_predictor_widens_it() -> None:
     assert covariance_ratio(steps=64, reference_predictor=True) == pytest.approx(1.28, abs=0.06)
 
 
+def test_in_first_order_churn_narrows_the_law() -> None:
+    assert covariance_ratio(steps=256, order=1) == pytest.approx(0.87, abs=0.03)
+
+
 def test_without_churn_the_two_predictors_agree() -> None:
     law, shape = Normal(), (50, 1, 3)
     one, two = (
@@ -166,6 +170,33 @@ def test_new_noise_by_hand() -> None:
 
 
 # -- guidance ----------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_comes_before_the_new_noise() -> None:
+    """As above with λ₀ = 0.5·(1 - 0 + 0.3·sin(π/2)) = 0.65 of a gradient 1, taken at D(x; 4): x̂ = 4ε + 0.65 + …"""
+    shape, options = (1, 1, 1), {"steps": 2, "sigma_min": 1.0, "sigma_max": 4.0, "churn": 0.4, "churn_min": 2.0}
+    seen: list[tuple[float, float]] = []
+    at: list[float] = []
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append((x.item(), sigma.item()))
+        return torch.zeros_like(x)
+
+    def score(y: Tensor) -> Tensor:
+        at.append(y.item())
+        return torch.full_like(y, 7.0)  # of length 1 once normalised
+
+    sample(
+        denoise,
+        shape,
+        SamplerOptions(**options, noise_scale=2.0, order=1),
+        score=score,
+        guidance=GuidanceOptions(coefficient=0.5),
+        noise=lambda i: torch.full(shape, {-1: 0.5, 0: 0.25, 1: 9.0}[i], dtype=torch.float64),
+    )
+    noised = 2.65 + math.sqrt(4.8**2 - 16) * 2 * 0.25
+    assert np.array(seen) == pytest.approx(np.array([(2.0, 4.0), (noised, 4.8), (noised / 4.8, 1.0)]))
+    assert at == [0.0]
 
 
 def stepped() -> tuple[Function, list[int]]:
@@ -337,6 +368,7 @@ def test_steps_become_transitions() -> None:
     made["terminated"][2, 3] = True
     replay = to_replay(made, META)
     assert replay.length.tolist() == [3, 2, 4] and replay.all_usable
+    assert replay.rows_with_successor().tolist() == list(range(8))  # what follows the last end was not generated
     assert replay.steps["reward"].tolist() == [0, 1, 2, 4, 5, 8, 9, 10, 11]
     assert np.flatnonzero(replay.steps["terminated"]).tolist() == [4, 8]
     after = replay.next_obs(np.arange(5))

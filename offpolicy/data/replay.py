@@ -158,10 +158,14 @@ class Replay:
     @cached_property
     def unusable(self) -> np.ndarray:
         """Rows that no transition may be drawn from, as their successor is needed and unknown, ascending int64."""
+        return self._without_successor(_numpy(self.steps["terminated"])[self.end].astype(bool))
+
+    def _without_successor(self, exempt: np.ndarray) -> np.ndarray:
+        """Rows whose successor is unknown, ascending int64, less the ends of the exempt episodes (E,) bool."""
         rows = np.zeros(0, dtype=np.int64)
         if "next_obs" not in self.steps:
             known = _numpy(self.tail["valid"]).astype(bool) if "valid" in self.tail else "obs" in self.tail
-            rows = self.end[~(known | _numpy(self.steps["terminated"])[self.end].astype(bool))]
+            rows = self.end[~(known | exempt)]
         if "valid_td" in self.steps:
             rows = np.union1d(rows, np.flatnonzero(~_numpy(self.steps["valid_td"]).astype(bool)))
         return np.sort(rows)
@@ -173,10 +177,26 @@ class Replay:
 
     def usable_rows(self) -> np.ndarray:
         """Rows whose successor is known or not needed: what a transition may be drawn from, int64."""
-        if not len(self.unusable):
+        return self._rows_less(self.unusable)
+
+    def rows_with_successor(self) -> np.ndarray:
+        """As :meth:`usable_rows`, without terminated rows whose successor is unknown: what shows the dynamics."""
+        return self._rows_less(self._without_successor(np.zeros(self.num_episodes, dtype=bool)))
+
+    def showing_successors(self) -> Replay:
+        """This replay without the use of terminated rows whose successor is unknown."""
+        rows = self.rows_with_successor()
+        if len(rows) == len(self.usable_rows()):
+            return self
+        valid = np.zeros(len(next(iter(self.steps.values()))), dtype=bool)
+        valid[rows] = True
+        return self._derive({**self.steps, "valid_td": valid}, self.tail)
+
+    def _rows_less(self, left_out: np.ndarray) -> np.ndarray:
+        if not len(left_out):
             return self.rows
         keep = np.ones(len(next(iter(self.steps.values()))), dtype=bool)
-        keep[self.unusable] = False
+        keep[left_out] = False
         return self.rows[keep[self.rows]]
 
     # -- reading ------------------------------------------------------------------------------------------------------

@@ -255,14 +255,15 @@ class Judge:
         """
         assert self.simulator is not None
         count = max(1, min(replay.num_episodes, int(self.rows // replay.length.mean())))
+        known = np.isin(np.arange(len(replay.steps["obs"])), replay.rows_with_successor())
         found, steps = [], []
         for episode in permutation(0, 0, replay.num_episodes)[:count].tolist():
             rows = replay.start[episode] + np.arange(replay.length[episode])
             action = replay.take(rows, ("action",))["action"].cpu().numpy()
             start = replay.take(rows[:1], ("obs",))["obs"][0].cpu().numpy()
             error = (replay.next_obs(rows).double().cpu().numpy() - self.simulator.play(start, action)) * self.obs_scale
-            found.append(np.sqrt(np.square(error).mean(1)))
-            steps.append(np.arange(len(rows)))
+            found.append(np.sqrt(np.square(error).mean(1))[known[rows]])
+            steps.append(np.flatnonzero(known[rows]))
         return np.concatenate(found), np.concatenate(steps)
 
     def novelty(self, replay: Replay, rows: np.ndarray) -> np.ndarray:
@@ -280,7 +281,7 @@ class Judge:
 
 def sampled(replay: Replay, count: int) -> np.ndarray:
     """At most ``count`` rows whose successor is known, chosen by a hash, ascending."""
-    rows = np.sort(replay.usable_rows())
+    rows = np.sort(replay.rows_with_successor())
     return rows if len(rows) <= count else np.sort(rows[permutation(0, 0, len(rows))[:count].numpy()])
 
 

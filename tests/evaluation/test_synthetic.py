@@ -171,6 +171,18 @@ def test_drift_adds_up_what_single_steps_do_not_show(real: Replay) -> None:
     judge.close()
 
 
+def test_an_end_without_a_successor_shows_no_dynamics(real: Replay) -> None:
+    """Episodes that terminate, with nothing stored after them: their last steps have no error."""
+    ended = np.zeros(36, dtype=bool)
+    ended[real.end] = True
+    bare = Replay({**real.steps, "terminated": ended}, start=real.start, length=real.length, meta=real.meta)
+    judge = Judge(real)
+    assert judge.measure(bare).numbers["dynamics_error"] < 1e-5
+    drift, t = judge.drift(bare)
+    judge.close()
+    assert t.max() == 10 and drift.shape == (33,) and drift.max() < 1e-4
+
+
 def test_likelihood_by_hand_and_by_step(real: Replay) -> None:
     """Actions ±2 at even and 0 at odd steps: −½ log 2π − ½ and −½ log 2π."""
     fake = changed(real, action=np.where(real.t % 2 == 0, 2.0, 0.0).astype(np.float32)[:, None])

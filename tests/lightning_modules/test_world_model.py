@@ -219,3 +219,12 @@ def test_what_it_refuses() -> None:
         several.prepare(linear_replay())
     with pytest.raises(DataError, match="leaves one side empty"):
         small().prepare(toy_replay([10]))
+
+
+def test_ends_whose_successor_is_unknown_teach_nothing() -> None:
+    """Ten-step episodes that terminate, with nothing stored after them: their last rows are never drawn."""
+    replay = linear_replay()
+    replay.steps["terminated"][replay.end] = True
+    told = small(held_out=0.0).prepare(replay)
+    bare = small(held_out=0.0).prepare(Replay(replay.steps, start=replay.start, length=replay.length, meta=replay.meta))
+    assert told._bound.rows is None and bare._bound.rows.tolist() == [row for row in range(400) if row % 10 < 9]
