@@ -230,10 +230,10 @@ class TrajectoryDiffusion(OfflineModule):
         Raises:
             UsageError: a count or horizon out of range, or a policy of other sizes.
         """
-        check_range("count", count, 1)
-        check_range("batch_size", batch_size, 1)
+        check_range("count", count, 1, option="trajectories")
+        check_range("batch_size", batch_size, 1, option="batch_size")
         horizon = self.hparams.horizon if horizon is None else horizon
-        check_range("horizon", horizon, self.denoiser.shortest)
+        check_range("horizon", horizon, self.denoiser.shortest, option="horizon")
         score = None
         if policy is not None and guidance.coefficient:
             mine, its = (self.sizes.obs_dim, self.sizes.action_dim), (policy.sizes.obs_dim, policy.sizes.action_dim)

@@ -34,8 +34,13 @@ def check_range(
     *,
     lower_open: bool = False,
     upper_open: bool = False,
+    option: str | None = None,
 ) -> None:
-    """Raise :class:`UsageError` unless ``low <= value <= high`` (an open end excludes its bound)."""
+    """Raise :class:`UsageError` unless ``low <= value <= high`` (an open end excludes its bound).
+
+    ``option`` is its name on the command line; unless given, that of a method's argument, or ``name`` where it has a
+    dot.
+    """
     try:
         above = value > low if lower_open else value >= low
         below = value < high if upper_open else value <= high
@@ -44,5 +49,5 @@ def check_range(
     if above and below:
         return
     interval = f"{'(' if lower_open else '['}{low}, {high}{')' if upper_open else ']'}"
-    option = name if "." in name else f"model.{name}"
+    option = option or (name if "." in name else f"model.{name}")
     raise UsageError(f"`{name}` is {value}; expected a value in {interval}. Change `--{option}` or leave it out.")

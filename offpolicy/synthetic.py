@@ -61,7 +61,7 @@ class Plan:
         lows = {"trajectories": 1, "first": 0, "batch_size": 1, "horizon": 2}
         for name, low in lows.items():
             if getattr(self, name) is not None:
-                check_range(f"sample.{name}", getattr(self, name), low)
+                check_range(name, getattr(self, name), low, option=name)
 
     @property
     def pieces(self) -> int:
@@ -255,6 +255,8 @@ def sample(
     strength = (0.0 if policy is None else 1.0) if guidance is None else guidance
     if policy is None and strength:
         raise UsageError(f"`guidance` is {strength} and there is no policy; expected one. Pass --policy RUN.")
+    for name, value, low in (("guidance", strength, 0), ("cosine", cosine, 0), ("sampling_steps", sampling_steps, 2)):
+        check_range(name, value, low, option=name)
     plan = Plan(
         trajectories=trajectories,
         first=first,

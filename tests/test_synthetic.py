@@ -121,8 +121,10 @@ def test_command(model: Path, policy: Path, tmp_path: Path, capsys: pytest.Captu
     assert replay.meta["drawn"]["guidance"]["coefficient"] == 0.5 and replay.length.max() == 3
     with pytest.raises(UsageError, match="run of TD3BC, which generates no trajectories"):
         sample_main([str(policy), str(tmp_path / "other")])
-    with pytest.raises(UsageError, match=r"`sample.trajectories` is 0; expected a value in"):
-        sample_main([str(model), str(tmp_path / "other"), "--trajectories", "0"])
+    for name, value in (("trajectories", 0), ("guidance", -1.0), ("sampling_steps", 1), ("horizon", 1)):
+        given = [str(model), str(tmp_path / "other"), "--policy", str(policy), f"--{name}", str(value)]
+        with pytest.raises(UsageError, match=rf"^`{name}` is {value}; expected .* Change `--{name}` or leave it out"):
+            sample_main(given)
 
 
 def test_a_policy_of_other_sizes_is_named(model: Path, tmp_path: Path) -> None:

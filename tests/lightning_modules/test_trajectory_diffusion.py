@@ -170,7 +170,7 @@ def test_a_trajectory_depends_on_its_number_alone(model: TrajectoryDiffusion) ->
 
 def test_longer_than_in_training_and_too_short(model: TrajectoryDiffusion) -> None:
     assert model.generate(2, horizon=13, sampler=FEW)["obs"].shape == (2, 13, 3)
-    with pytest.raises(UsageError, match="`horizon` is 1"):
+    with pytest.raises(UsageError, match=r"`horizon` is 1; expected .* Change `--horizon`"):
         model.generate(2, horizon=1, sampler=FEW)
     with pytest.raises(UsageError, match="`count` is 0"):
         model.generate(0)
