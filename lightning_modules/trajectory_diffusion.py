@@ -228,12 +228,16 @@ class TrajectoryDiffusion(OfflineModule):
             ``terminated (n, T)`` bool.
 
         Raises:
-            UsageError: a count or horizon out of range, or a policy of other sizes.
+            UsageError: a count or horizon out of range, guidance without a policy, or a policy of other sizes.
         """
         check_range("count", count, 1, option="trajectories")
         check_range("batch_size", batch_size, 1, option="batch_size")
         horizon = self.hparams.horizon if horizon is None else horizon
         check_range("horizon", horizon, self.denoiser.shortest, option="horizon")
+        if policy is None and guidance.coefficient:
+            raise UsageError(
+                f"`guidance.coefficient` is {guidance.coefficient} and there is no policy; expected one. Pass `policy`."
+            )
         score = None
         if policy is not None and guidance.coefficient:
             mine, its = (self.sizes.obs_dim, self.sizes.action_dim), (policy.sizes.obs_dim, policy.sizes.action_dim)

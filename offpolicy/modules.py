@@ -468,8 +468,13 @@ class OfflineModule(Module):
             Nats, (…,).
 
         Raises:
-            UsageError: the method is no policy of one observation.
+            UsageError: the method is no policy of one observation, or holds several seeds.
         """
+        if self.seeds:
+            raise UsageError(
+                f"the method holds {len(self.seeds)} seeds, each a policy of its own; expected one. Train one seed per "
+                "process."
+            )
         x = self.normalized(obs.reshape(-1, obs.shape[-1]))
         training = self.training
         self.eval()

@@ -80,6 +80,9 @@ class Channels(nn.Module):
 
         Returns:
             The share of the actions that are clipped, in [0, 1].
+
+        Raises:
+            DataError: numbers that are not finite.
         """
         used = weight > 0
         rows, weight = rows[used], weight[used].astype(np.float64)
@@ -93,6 +96,13 @@ class Channels(nn.Module):
         mean = sum(total for total, _, _ in parts) / count
         low, high = np.min([low for _, low, _ in parts], 0), np.max([high for _, _, high in parts], 0)
         square = sum(w @ np.square(x - mean) for x, w in chunks())
+        bad = np.flatnonzero(~np.isfinite(square))
+        if len(bad):
+            names = (*["obs"] * self.obs_dim, *["action"] * (self.count - self.obs_dim - 2), "reward", "terminated")
+            raise DataError(
+                f"`{names[bad[0]]}` has numbers that are not finite, or too large for their squares; expected finite "
+                "ones. Remove the episodes that have them."
+            )
         varies = high > low
         spread = np.where(varies, np.sqrt(square / count), 0.0)
         self.mean.copy_(torch.from_numpy(np.where(varies, mean, low)))

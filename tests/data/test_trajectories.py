@@ -134,6 +134,14 @@ def test_statistics_are_those_of_all_sub_trajectories_and_steps() -> None:
     assert share == 0.0
 
 
+@pytest.mark.parametrize(("name", "value"), [("obs", np.nan), ("reward", -np.inf)])
+def test_numbers_that_are_not_finite_are_named(name: str, value: float) -> None:
+    replay = toy_replay([9, 4, 12, 7])
+    replay.steps[name][15] = value
+    with pytest.raises(DataError, match=rf"`{name}` has numbers that are not finite.*Remove the episodes"):
+        fitted(replay, TrajectoryView(4, 2))
+
+
 def test_there_and_back() -> None:
     replay = toy_replay([9, 4, 12, 7])
     channels, _ = fitted(replay, TrajectoryView(4, 2))

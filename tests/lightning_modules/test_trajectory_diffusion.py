@@ -203,6 +203,16 @@ def test_a_policy_of_other_sizes_is_refused(model: TrajectoryDiffusion) -> None:
         model.generate(2, policy=policy, guidance=GuidanceOptions(coefficient=1.0))
 
 
+def test_guidance_needs_one_policy(model: TrajectoryDiffusion) -> None:
+    with pytest.raises(UsageError, match=r"`guidance.coefficient` is 1.0 and there is no policy; expected one"):
+        model.generate(2, guidance=GuidanceOptions(coefficient=1.0))
+    several = method("TD3BC")
+    several.seeds = (0, 1)
+    several.prepare(toy_replay())
+    with pytest.raises(UsageError, match="the method holds 2 seeds, each a policy of its own; expected one"):
+        model.generate(2, policy=several, guidance=GuidanceOptions(coefficient=1.0))
+
+
 def test_bfloat16_and_compiled_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     module = method("TrajectoryDiffusion", num_features=64, num_blocks=1).prepare(toy_replay())
     plain = module.generate(3, sampler=FEW)
