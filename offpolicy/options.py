@@ -52,7 +52,8 @@ class SyntheticOptions:
         horizon: steps of each, ≥ 2, one more than its transitions; None for that of the model's training.
         every: updates after which the pool is drawn anew under the policy of then, ≥ 1; published 10,000 of a million.
         share: probability that a row of a batch is synthetic, in (0, 1]; published 240 of 256.
-        sampling_steps: noise levels of the sampler, ≥ 2; published 256, of which an eighth is nearly as good.
+        sampling_steps: noise levels of the sampler, ≥ 2; the published 256 take eight times as long as 32 and are more
+            exact (dynamics error on the point maze 0.07 instead of 0.11).
         batch_size: trajectories drawn at once, ≥ 1; other values change last bits.
         seed: of the trajectories; None for that of the run.
     """
