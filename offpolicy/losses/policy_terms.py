@@ -139,7 +139,7 @@ class MISRatio:
         demonstrator: "unknown"; "known", π_ω is exp(``behavior_logp``) where that is not NaN; or "ratio", the same as
             π_θ/(π_ω + 1e-6), as in the authors' code.
         low: smallest ratio on demonstrations, ≥ 0; None for no bound.
-        high: largest ratio on demonstrations, > 0; None for no bound.
+        high: largest ratio on demonstrations, > 0 and ≥ ``low``; None for no bound.
         own: component for own tokens: "token", "mix" or "decoupled".
     """
 
@@ -154,6 +154,10 @@ class MISRatio:
         choose("uniform", self.uniform, ("vocab", "one"))
         choose("demonstrator", self.demonstrator, ("unknown", "known", "ratio"))
         choose("own", self.own, OWN_RATIOS)
+        low = 0.0 if self.low is None else self.low
+        check_range("low", low, 0.0)
+        if self.high is not None:
+            check_range("high", self.high, low, lower_open=low == 0.0)
         if self.uniform == "vocab":
             if self.vocabulary is None:
                 raise UsageError("`uniform` is 'vocab' and no `vocabulary` was given; expected the model's size.")

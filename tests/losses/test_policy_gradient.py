@@ -652,6 +652,8 @@ def test_bad_components() -> None:
         ({"trust": {"name": "ppo", "low": 2.0}}, "`low`"),
         ({"ratio": "mis"}, "no `vocabulary` was given"),
         ({"ratio": {"name": "mis", "uniform": "all"}}, "expected one of vocab, one"),
+        ({"ratio": {"name": "mis", "uniform": "one", "low": -1.0}}, "`low` is -1.0"),
+        ({"ratio": {"name": "mis", "uniform": "one", "low": 2.0, "high": 1.0}}, "`high` is 1.0; expected a value"),
         ({"ratio": "sequence", "aggregation": "token_mean"}, "expected 'seq_mean_token_mean'"),
         ({"advantage": "gae"}, "`value` is 'none'"),
         ({"anchors": {"name": "k3", "coef": 0.1, "target": "bass"}}, "`target` is 'bass'"),
