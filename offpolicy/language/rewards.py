@@ -215,6 +215,7 @@ VERIFIERS: dict[str, Verifier] = {
 }
 REWARDS: dict[str, Callable[..., Any]] = {**VERIFIERS, "format": Format, "length": Length}
 AT_CALL = ("ended", "length")
+SOLVED = 1.0  # what a verifier gives to a right answer
 
 
 # -- combination -------------------------------------------------------------------------------------------------------
@@ -306,6 +307,10 @@ class Rewards:
         for name, (weight, _, _) in self._parts.items():
             total += weight * found[name]
         return Scored(total, found, self.problems - before)
+
+    def solved(self, scored: Scored) -> np.ndarray:
+        """Which answers are right, (n,) bool: by the first verifier of the parts, else by a whole reward of ≥ 1."""
+        return next((scored.parts[name] for name in self._parts if name in VERIFIERS), scored.scores) >= SOLVED
 
     def _score(self, name: str, function: Callable[..., Any], row: tuple[str, str, str | None], facts: Any) -> float:
         try:

@@ -12,14 +12,12 @@ from offpolicy.language.engines import Request, TransformersEngine
 from offpolicy.language.evaluation import eval_sample
 from offpolicy.language.reference import evaluating
 
-SOLVED = 1.0  # a reward of at least this is a solved problem
-
 
 def solve(method: Any) -> dict[str, float]:
     """Accuracies of a method in training on its held-out problems; the same draws every time.
 
     ``accuracy`` of the most likely answer, ``mean@k`` and ``pass@k`` of k drawn ones, and each again below the name of
-    every kind of problem (``carry/accuracy``). Processes share the problems.
+    every kind of problem (``carry/accuracy``). What is right :meth:`Rewards.solved` says. Processes share the problems.
     """
     problems, samples = method.eval_problems, method.hparams.eval_samples
     table = problems.tables["problems"]
@@ -39,7 +37,7 @@ def solve(method: Any) -> dict[str, float]:
             answers = [one for some in engine.generate(requests, how) for one in some]
             asked = [int(row) for row in mine for _ in range(count)]
             scored = answering.judge(problems, asked, [a.token for a in answers], [a.ended for a in answers])
-            found["sampled" if temperature else "likely"] = scored.scores.reshape(-1, count)
+            found["sampled" if temperature else "likely"] = answering.rewards.solved(scored).reshape(-1, count)
     parts = method._of_all_processes((mine, found))
     order = np.argsort(np.concatenate([part[0] for part in parts]))
     whole = {name: np.concatenate([part[1][name] for part in parts])[order] for name in found}
@@ -51,9 +49,9 @@ def solve(method: Any) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for prefix, kept in {"": np.ones(len(rows), bool), **kinds}.items():
         if kept.any():
-            numbers[f"{prefix}accuracy"] = float((whole["likely"][kept] >= SOLVED).mean())
+            numbers[f"{prefix}accuracy"] = float(whole["likely"][kept].mean())
             if samples:
-                solved = whole["sampled"][kept] >= SOLVED
+                solved = whole["sampled"][kept]
                 numbers[f"{prefix}mean@{samples}"] = float(solved.mean())
                 numbers[f"{prefix}pass@{samples}"] = float(solved.any(1).mean())
     return numbers

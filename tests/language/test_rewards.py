@@ -194,6 +194,16 @@ def short(prompt, answer, reference, *, length, ended):
 """
 
 
+def test_what_is_right_does_not_depend_on_the_other_parts() -> None:
+    """A long right answer earns less than 1 and a wrong one may earn more; else all of it counts."""
+    given = ["q"] * 2, ["#### 4", "#### 5"], ["4", "4"]
+    mixed = Rewards([{"name": "length", "limit": 2}, {"name": "final_number", "weight": 0.5}, "format"])
+    scored = mixed(*given, lengths=[2, 1])
+    assert scored.scores.tolist() == [0.5, 1.0] and mixed.solved(scored).tolist() == [True, False]
+    plain = Rewards([{"name": "format", "weight": 0.5}])
+    assert plain.solved(plain(*given)).tolist() == [False, False]
+
+
 def test_functions_of_the_user_cannot_stop_a_run(tmp_path, monkeypatch) -> None:
     """Exceptions, NaN, infinity, None and texts score 0 and are counted; the first is shown, once."""
     (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
