@@ -12,8 +12,8 @@ min(ρA, clip(ρ, 1 − ε, 1 + ε)A) − β·KL(π_θ ‖ π_base), the diverge
 - "gspo" (arXiv:2507.18071): one ratio per answer, exp of the mean log-ratio of its tokens, clipped at 3e-4 and 4e-4.
 - "rloo" (arXiv:2402.14740): R less the mean of the others, whole answers, no clip.
 
-With ``replay_fraction`` old answers are reused with the ratio to the policy that drew them, as ReMix does, which adds
-what keeps that stable.
+With ``replay_fraction`` old answers are reused with the ratio to the policy that drew them ("gspo": to π_k, the policy
+at the start of the iteration), as ReMix does, which adds what keeps that stable.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class GRPO(RolloutModule):
 
     Args:
         variant: "grpo", "dr_grpo", "dapo", "gspo" or "rloo".
-        clip: how far the ratio may go below 1, ≥ 0; None for the variant's (0.2).
+        clip: how far the ratio may go below 1, in [0, 1]; None for the variant's (0.2).
         clip_high: how far above 1, ≥ 0; None for the variant's, or ``clip``.
         beta: coefficient ≥ 0 of the divergence from the policy at the start; the paper has 0.04, later work 0.
         kl: what estimates the divergence per token: "k3", the paper's; "k1", "k2"; or "full", exact over the
@@ -63,7 +63,8 @@ class GRPO(RolloutModule):
             raise UsageError(
                 f"`variant` is '{variant}'; expected one of {', '.join(VARIANTS)}.{nearest(variant, VARIANTS)}"
             )
-        for name, value in (("clip", clip), ("clip_high", clip_high), ("beta", beta), ("entropy", entropy)):
+        check_range("clip", clip or 0.0, 0.0, 1.0)
+        for name, value in (("clip_high", clip_high), ("beta", beta), ("entropy", entropy)):
             check_range(name, value or 0.0, 0.0)
         choose("kl", kl, ESTIMATORS)
         self.save_hyperparameters()

@@ -19,7 +19,8 @@ option              paper                            code                       
 ``advantage_std``   true: divided by the deviation   false                                  false
 ``aggregation``     mean over tokens implied         "sum_over_T", without the number of    "dr_grpo": the same divided
                                                      answers                                by it
-``entropy``         not prominent                    0.001                                  0.001
+``entropy``         not prominent                    0.001, a mean over tokens whatever     0.001, likewise
+                                                     ``aggregation`` is
 ``demonstrator``    –                                "ratio": π_θ/(π_ω + 1e-6), known π_ω   "unknown"
 ==================  ===============================  =====================================  ===========================
 """
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from offpolicy.errors import check_range
+from offpolicy.errors import DataError, check_range
 from offpolicy.language.rollouts import RolloutModule
 from offpolicy.losses.policy_terms import choose
 
@@ -46,9 +47,9 @@ class RLPlus(RolloutModule):
             "ratio", the same as the authors' code uses it.
         gamma: γ ≥ 0 of the exploration weight; 0.5 in the paper.
         advantage_std: divide advantages by the deviation of the group.
-        clip: clip own ratios to 1 ± this, ≥ 0; None for none.
+        clip: clip own ratios to 1 ± this, in [0, 1]; None for none.
         aggregation: "dr_grpo", "sum_over_T", "token_mean" or "seq_mean_token_mean".
-        entropy: coefficient ≥ 0 of the entropy bonus.
+        entropy: coefficient ≥ 0 of the mean entropy of all tokens.
         own_weight: factor ≥ 0 on the term of own answers.
         external_weight: factor ≥ 0 on the term of demonstrations.
     """
@@ -73,12 +74,12 @@ class RLPlus(RolloutModule):
         choose("demonstrator", demonstrator, DEMONSTRATORS)
         for name, number in (
             ("gamma", gamma),
-            ("clip", clip or 0.0),
             ("entropy", entropy),
             ("own_weight", own_weight),
             ("external_weight", external_weight),
         ):
             check_range(name, number, 0.0)
+        check_range("clip", clip or 0.0, 0.0, 1.0)
         self.save_hyperparameters()
         self.objective = self.compose()
 
@@ -94,5 +95,14 @@ class RLPlus(RolloutModule):
             "trust": "none" if h.clip is None else {"name": "ppo", "low": h.clip},
             "aggregation": h.aggregation,
             "weight": tuple(weights),
-            "entropy": {"name": "bonus", "coef": h.entropy} if h.entropy else "none",
+            "entropy": {"name": "bonus", "coef": h.entropy, "aggregation": "token_mean"} if h.entropy else "none",
         }
+
+    def _take_data(self, data: Any) -> None:
+        super()._take_data(data)
+        if self.hparams.demonstrator != "unknown" and "logp" not in self.problems.steps:
+            raise DataError(
+                f"`demonstrator` is '{self.hparams.demonstrator}', and {self.problems.meta.get('name', 'the data')} "
+                "does not say how likely its solutions were; expected a column `solution_logps`. Name it with "
+                "--data.columns, or leave `--model.demonstrator` out."
+            )

@@ -141,7 +141,12 @@ class RolloutModule(LanguageModule):
         check_range("critic_lr", critic_lr, 0.0)
         if critic not in CRITICS:
             raise UsageError(f"`critic` is '{critic}'; expected one of {', '.join(CRITICS)}.")
-        check_range("demonstrations", demonstrations, 0, min(1, group_size - 1))
+        check_range("demonstrations", demonstrations, 0, 1)
+        if demonstrations >= group_size:
+            raise UsageError(
+                f"`group_size` is {group_size}, which leaves no answer of the policy beside the demonstration; "
+                "expected ≥ 2. Pass --model.group_size 8."
+            )
         batch = self.hparams.batch_size
         if batch % group_size:
             raise UsageError(
@@ -151,6 +156,13 @@ class RolloutModule(LanguageModule):
         if replay_fraction and not replay_window:
             raise UsageError(
                 "`replay_fraction` is above 0 and `replay_window` is 0; expected ≥ 1 iterations to draw from."
+            )
+        groups = batch // group_size * minibatches
+        if replay_fraction and not 0 < round(replay_fraction * groups) < groups:
+            raise UsageError(
+                f"`replay_fraction` is {replay_fraction}, which of the {groups} groups of an iteration makes "
+                f"{round(replay_fraction * groups)}; expected one replayed group and a fresh one at least. Pass a "
+                "larger --model.batch_size, or another share."
             )
         if self.hparams.reference != "auto":
             raise UsageError(
@@ -265,13 +277,14 @@ class RolloutModule(LanguageModule):
 
     def schedule(self) -> Iterator[tuple[int, int]]:
         """Optimiser steps, and problems answered, after every iteration, as long as no answers are forgotten early."""
-        h, steps, problems = self.hparams, 0, 0
+        h, steps = self.hparams, 0
+        fresh: list[int] = []  # groups of each iteration
         for k in count(1):
             fraction, sweeps = self.mixture(k)
-            old = self._replayed_groups(fraction) if k > 1 else 0
+            old = min(self._replayed_groups(fraction), sum(fresh[-h.replay_window :]))
             steps += h.minibatches * (sweeps if old or not fraction else 1)
-            problems += self.rows_per_iteration // h.group_size - old
-            yield steps, problems
+            fresh.append(self.rows_per_iteration // h.group_size - old)
+            yield steps, sum(fresh)
 
     def _replayed_groups(self, fraction: float) -> int:
         """Groups of an iteration that are not fresh; the rest, (1 − p)·B answers, is."""

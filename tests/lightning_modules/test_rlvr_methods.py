@@ -101,7 +101,8 @@ def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores,
             if external:
                 ratio = 2 * logp.exp() / (1.5 * previous.exp() + 0.5 / 64) * (1 - logp.detach().exp()) ** 0.5
             longest = module.hparams.max_new_tokens
-            total = total - (ratio * centred + 1e-3 * entropy).sum() / (len(rows) * longest)
+            total = total - (ratio * centred).sum() / (len(rows) * longest)
+            total = total - 1e-3 * entropy.sum() / store.length[rows].sum()
     return total
 
 
@@ -170,6 +171,15 @@ def test_iterations_of_remix(policy: Path, tmp_path: Path) -> None:
     clipped = [by_step[s]["train/ratio/clipped"] for s in (1, 3, 7, 11)]
     assert clipped == [0.0] * 4  # at the start of an iteration no token is clipped, whatever its age
     assert by_step[7]["train/ratio/mean_lag1"] != 1.0 and by_step[7]["train/kl/previous"] < 1e-9
+
+
+def test_iterations_that_want_more_than_is_kept(policy: Path) -> None:
+    """Of 4 groups 3 are to be old, from the iteration before alone: 4 fresh ones, 1, and 3 where only 1 is there."""
+    stores = Stores()
+    module = fit(method("ReMix", policy, replay_fraction=0.75, replay_window=1), 14, callbacks=[stores], held_out=False)
+    fresh = [len(np.unique(s.episodes["group"][s.episodes["policy_version"] == k])) for k, s in stores.seen.items()]
+    assert fresh == [4, 1, 3, 1]
+    assert [problems for _, problems in zip(range(4), (p for _, p in module.schedule()))] == np.cumsum(fresh).tolist()
 
 
 def test_answers_far_from_the_policy_are_forgotten(policy: Path) -> None:
@@ -414,7 +424,10 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("GRPO", {"group_size": 1}, "compares the answers of a group, so it would always be 0; expected ≥ 2"),
     ("GRPO", {"replay_fraction": 0.4}, "`replay_window` is 0"),
+    ("ReMix", {"replay_fraction": 0.1}, "of the 4 groups of an iteration makes 0; expected one replayed group"),
+    ("ReMix", {"replay_fraction": 0.9}, "of the 4 groups of an iteration makes 4; expected one replayed group"),
     ("GRPO", {"temperature": 0.0}, "`temperature` is 0.0"),
+    ("GRPO", {"clip": 2.0}, "`clip` is 2.0; expected a value in [0.0, 1.0]"),
     ("GRPO", {"reference": "live"}, "`reference` is for preference methods"),
     ("GRPO", {"demonstrations": 2}, "`demonstrations` is 2"),
     ("GRPO", {"kl": "k4"}, "`kl` is 'k4'; expected one of k1, k2, k3, full"),
@@ -423,6 +436,8 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("ReMix", {"critic": "tail"}, "`critic` is 'tail'"),
     ("RLPlus", {"uniform": "none"}, "`uniform` is 'none'"),
     ("RLPlus", {"gamma": -1.0}, "`gamma` is -1.0"),
+    ("RLPlus", {"clip": 2.0}, "`clip` is 2.0"),
+    ("RLPlus", {"group_size": 1}, "leaves no answer of the policy beside the demonstration; expected ≥ 2"),
 ]
 
 
@@ -438,6 +453,8 @@ def test_impossible_data(policy: Path) -> None:
 
     with pytest.raises(DataError, match="has none; expected a column `solution`"):
         fit(method("RLPlus", policy), 1, problems=toy_problems(demonstrations=False))
+    with pytest.raises(DataError, match="does not say how likely its solutions were; expected a column"):
+        fit(method("RLPlus", policy, demonstrator="known"), 1)
     with pytest.raises(DataError, match="holds no problems"):
         fit(method("GRPO", policy), 1, problems=toy_pairs())
 
