@@ -164,7 +164,7 @@ class Judge:
     def __init__(self, real: Replay, policy: Any = None, *, rows: int = ROWS, novelty_rows: int | None = None) -> None:
         from offpolicy.modules import Sizes
 
-        check_range("rows", rows, 2)
+        check_range("rows", rows, 2, option="rows")
         self.real, self.policy, self.rows, self.novelty_rows = real, policy, rows, novelty_rows
         self.sizes = Sizes.of(real)
         if policy is not None:

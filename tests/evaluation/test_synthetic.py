@@ -272,6 +272,7 @@ def test_command(real: Replay, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "code", "words"),
     [
         (["pendulum-stitch-v0"], 2, "required: synthetic"),
+        (["pendulum-stitch-v0", "pendulum-stitch-v0", "--rows", "1"], 2, "Change `--rows` or leave it out"),
         (["pendulum-stitch-v0", "nowhere"], 2, "no data set is called 'nowhere'"),
         (["pendulum-stitch-v0", "gsm8k"], 2, "holds texts; expected steps of an environment"),
     ],
