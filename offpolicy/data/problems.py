@@ -28,6 +28,7 @@ PROMPTS = ("prompt", "question", "problem")
 ANSWERS = ("answer", "ground_truth", "reward_model")
 SOLUTIONS = ("solution", "target", "completion")
 MARK = "####"  # of GSM8K, before the final answer
+THINK = "<think>"
 MARKED = "{prompt}\nSolve the problem step by step and end with the number alone after ####.\n"  # put to a policy
 
 
@@ -206,7 +207,8 @@ def open_problems(
         prompt_ids.append(one.prompt)
         left.append(i)
     faults.check()
-    demonstrations = _demonstrations([solutions[i] for i in left], tokenizer)
+    pairs = zip(prompt_ids, (solutions[i] for i in left))
+    demonstrations = _demonstrations([_continued(ids, s, tokenizer) for ids, s in pairs], tokenizer)
     logps: list[np.ndarray] | None = None
     if "solution_logps" in named:
         given_logps = source.column(named["solution_logps"])
@@ -362,6 +364,14 @@ def _text_of(value: Any) -> str | None:
 
 def _is_kind(values: list[Any]) -> bool:
     return all(isinstance(v, (bool, np.bool_)) for v in values)
+
+
+def _continued(prompt: np.ndarray, solution: str | None, tokenizer: Any) -> str | None:
+    """A solution without the ``<think>`` that its prompt ends with already, as some chat templates have it."""
+    opened = solution is not None and solution.lstrip().startswith(THINK)
+    if solution is None or not opened or not tokenizer.decode(prompt).rstrip().endswith(THINK):
+        return solution
+    return solution.lstrip().removeprefix(THINK)
 
 
 def _demonstrations(solutions: list[str | None], tokenizer: Any) -> list[np.ndarray | None]:

@@ -94,15 +94,15 @@ class Channels(nn.Module):
 
         parts = [(w @ x, x.min(0), x.max(0)) for x, w in chunks()]
         mean = sum(total for total, _, _ in parts) / count
-        low, high = np.min([low for _, low, _ in parts], 0), np.max([high for _, _, high in parts], 0)
-        square = sum(w @ np.square(x - mean) for x, w in chunks())
-        bad = np.flatnonzero(~np.isfinite(square))
+        bad = np.flatnonzero(~np.isfinite(mean))
         if len(bad):
             names = (*["obs"] * self.obs_dim, *["action"] * (self.count - self.obs_dim - 2), "reward", "terminated")
             raise DataError(
-                f"`{names[bad[0]]}` has numbers that are not finite, or too large for their squares; expected finite "
-                "ones. Remove the episodes that have them."
+                f"`{names[bad[0]]}` has numbers that are not finite; expected finite ones. Remove the episodes that "
+                "have them."
             )
+        low, high = np.min([low for _, low, _ in parts], 0), np.max([high for _, _, high in parts], 0)
+        square = sum(w @ np.square(x - mean) for x, w in chunks())
         varies = high > low
         spread = np.where(varies, np.sqrt(square / count), 0.0)
         self.mean.copy_(torch.from_numpy(np.where(varies, mean, low)))

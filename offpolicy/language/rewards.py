@@ -36,11 +36,14 @@ NUMBER = re.compile(r"[-+−]?[$€£]?\d[\d,]*(?:\.\d+)?|[-+−]?[$€£]?\.\d+
 # -- reading answers ---------------------------------------------------------------------------------------------------
 
 
-def final_part(answer: str, *, ended: bool = True) -> str:
-    """What counts of an answer: the part after its thinking, without a last word that may have been cut."""
+def final_part(answer: str, prompt: str = "", *, ended: bool = True) -> str:
+    """What counts of an answer: the part after its thinking, without a last word that may have been cut.
+
+    Thinking begins in the answer, or with the last word of the prompt, as chat templates have it.
+    """
     if "</think>" in answer:
         answer = answer.rpartition("</think>")[2]
-    elif "<think>" in answer:
+    elif "<think>" in answer or prompt.rstrip().endswith("<think>"):
         return ""
     return answer if ended else re.sub(r"\S+$", "", answer)
 
@@ -88,7 +91,7 @@ def exact(prompt: str, answer: str, reference: str | None, *, ended: bool = True
     """1 where a whole answer is the reference: the same text, or the same number and nothing else."""
     if reference is None:
         return None
-    found, expected = final_part(answer).strip(), reference.strip()
+    found, expected = final_part(answer, prompt).strip(), reference.strip()
     number = to_decimal(expected)
     return float(ended and (found == expected or (number is not None and to_decimal(found) == number)))
 
@@ -96,7 +99,7 @@ def exact(prompt: str, answer: str, reference: str | None, *, ended: bool = True
 def last_number(prompt: str, answer: str, reference: str | None, *, ended: bool = True) -> float | None:
     """1 where the last number of the answer is that of the reference."""
     expected = _expected(reference)
-    return None if expected is None else float(read_last_number(final_part(answer, ended=ended)) == expected)
+    return None if expected is None else float(read_last_number(final_part(answer, prompt, ended=ended)) == expected)
 
 
 def final_number(prompt: str, answer: str, reference: str | None, *, ended: bool = True) -> float | None:
@@ -105,7 +108,7 @@ def final_number(prompt: str, answer: str, reference: str | None, *, ended: bool
     GSM8K's rule (arXiv:2110.14168). None without a reference, or when the reference is no such number.
     """
     expected = _expected(reference)
-    return None if expected is None else float(read_answer_number(final_part(answer, ended=ended)) == expected)
+    return None if expected is None else float(read_answer_number(final_part(answer, prompt, ended=ended)) == expected)
 
 
 def math(prompt: str, answer: str, reference: str | None, *, ended: bool = True, timeout: float = 5.0) -> float | None:
@@ -114,7 +117,7 @@ def math(prompt: str, answer: str, reference: str | None, *, ended: bool = True,
     Without it, or for what it cannot read, numbers are compared: marked ones, else the last.
 
     Args:
-        prompt: not looked at.
+        prompt: looked at for whether it opens the thinking.
         answer: of the policy.
         reference: the right answer, as text or LaTeX.
         ended: false for an answer that was cut off.
@@ -122,7 +125,7 @@ def math(prompt: str, answer: str, reference: str | None, *, ended: bool = True,
     """
     if reference is None:
         return None
-    text, expected = final_part(answer, ended=ended), _expected(reference)
+    text, expected = final_part(answer, prompt, ended=ended), _expected(reference)
     marked = read_answer_number(text)
     if expected is not None and marked == expected:  # saves milliseconds
         return 1.0
@@ -183,7 +186,7 @@ class Format:
     def __call__(self, prompt: str, answer: str, reference: str | None) -> float:
         if self.pattern is not None:
             return float(re.fullmatch(self.pattern, answer, re.DOTALL) is not None)
-        text = final_part(answer)
+        text = final_part(answer, prompt)
         return float(text.count("####") + text.count("\\boxed{") == 1)
 
 

@@ -16,7 +16,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 
-sys.path.append(str(Path(__file__).parents[1] / "language"))
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "language")]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,16 @@ def test_columns_answers_and_demonstrations(tokenizer: str, tmp_path: Path) -> N
     assert text(data, 0, 0) == "<s>a"
     data = opened(tmp_path, [{"prompt": "a", "answer": "1"}], tokenizer, template="so: {prompt} = ")
     assert text(data, 0, 0) == "<s>so<unk>a="
+
+
+def test_demonstrations_go_on_where_the_prompt_opened_the_thinking(tmp_path: Path) -> None:
+    from made_tokenizers import made_tokenizer
+
+    made_tokenizer().save_pretrained(tmp_path / "bytes")
+    row = {"prompt": "a", "solution": "<think>so</think>5", "answer": 5}
+    for template, wanted in (("{prompt}<think>\n", "so</think>5</s>"), ("{prompt}", "<think>so</think>5</s>")):
+        data = opened(tmp_path, [row], str(tmp_path / "bytes"), template=template)
+        assert text(data, 0, 1) == wanted
 
 
 def test_log_probabilities_of_the_demonstrator(tokenizer: str, tmp_path: Path) -> None:

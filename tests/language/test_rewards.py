@@ -111,6 +111,15 @@ def test_verifiers(verifier: Any, answer: str, reference: str | None, score: flo
     assert verifier("q", answer, reference) == score
 
 
+def test_thinking_that_the_prompt_opened() -> None:
+    """Without its end the answer has not begun."""
+    for verifier in (final_number, last_number, math):
+        assert verifier("q", "#### 2", "2") == 1.0 and verifier("q <think>\n", "#### 2", "2") == 0.0
+        assert verifier("q <think>\n", "3</think>#### 2", "2") == 1.0
+    assert exact("q", "2", "2") == 1.0 and exact("q <think>", "2", "2") == 0.0
+    assert rewards.Format()("q <think>", "#### 2", "2") == 0.0 and rewards.Format()("q", "#### 2", "2") == 1.0
+
+
 def test_answers_that_were_cut_off() -> None:
     """A number at the very end may lack its last digits; one that is followed by something does not."""
     assert final_part("#### 12", ended=False) == "#### " and final_part("#### 12\nand", ended=False) == "#### 12\n"
