@@ -10,8 +10,8 @@ by itself with each coefficient of ``--used``: four pools as it trains, the firs
 
 Prints Markdown. First, for the agent of seed 0 on real data as target policy: the real data, synthetic ones by
 coefficient, and roll-outs of the policy in the world model, of equal length; errors are root mean squares in standard
-deviations of the real data, novelty is a median; with pictures under ``--root``. Then the last scores, mean over seeds
-± half of the 95 % interval of Student's t.
+deviations of the real data, novelty is a median; with pictures under ``--root``. Then, unless ``--seeds`` is 0, the
+last scores, mean over seeds ± half of the 95 % interval of Student's t.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def measures(args: argparse.Namespace, method: str, policy_run: Path, world_run:
 
     real = offpolicy.load_data(args.data).replay
     policy, world, model = (offpolicy.load(run) for run in (policy_run, world_run, args.model))
-    place = args.root / safe_name(args.data) / "samples"
+    place = args.root / safe_name(args.data) / f"samples-{args.sampling_steps}"
     sets = {}
     for guidance in (0.0, *args.guidance):
         out = place / (f"{method}-{guidance:g}" if guidance else "unguided")
@@ -152,6 +152,8 @@ def main() -> None:
             print_measures(args, method, measures(args, method, run, world.result()))
         sys.stdout.flush()
         scores = {key: np.array([last_score(job.result()) for job in pending]) for key, pending in jobs.items()}
+    if not args.seeds:
+        return
     print(f"\n| {args.data}, {args.seeds} seeds | data | last score | of each seed | seconds |\n|---|---|---|---|---|")
     for (method, source, kappa), values in scores.items():
         words = f"{source}, κ = {kappa:g}" if kappa else source
