@@ -292,6 +292,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         (["make", "pendulum-stitch-v0", "--steps", "5"], "--steps was given, but the recipe of pendulum-stitch-v0"),
         (["make", NAVIGATE, "--check"], "has no reference scores"),
         (["make", "hopper-medium-v2"], "; and OGBench's mazes and arms"),
+        pytest.param(["make", NAVIGATE, "--jobs", "0"], "Change `--jobs` or leave it out", marks=ogbench),
     ],
 )
 def test_mistakes_in_the_command(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

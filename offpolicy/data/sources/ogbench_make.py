@@ -59,9 +59,9 @@ def recipe_of(name: str, env_id: str, *, steps: int | None = None, seed: int = 0
         )
     if importlib.util.find_spec("ogbench") is None:
         raise UsageError(f"{name} is made with ogbench, which is not installed. pip install 'offpolicy[ogbench]'.")
-    check_range("seed", seed, 0)
+    check_range("seed", seed, 0, option="seed")
     if steps is not None:
-        check_range("steps", steps, 1)
+        check_range("steps", steps, 1, option="steps")
         plan["episodes"] = -(-steps // (plan["rows"] - 1))
     del plan["match"]
     if plan["generator"] == "arm":
@@ -90,7 +90,7 @@ def make(recipe: Mapping[str, Any], path: Path, *, jobs: int = 1) -> None:
     Raises:
         DataError: `path` holds another set.
     """
-    check_range("jobs", jobs, 1)
+    check_range("jobs", jobs, 1, option="jobs")
     held_out = path.with_name(f"{path.stem}-val.npz")
     if path.exists():
         if read_recipe(path) != recipe:
