@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from offpolicy.data.problems import step_column
 from offpolicy.data.replay import Replay
 from offpolicy.data.rollouts import OWN, group_rows
 from offpolicy.data.sequences import token_ids
@@ -130,13 +131,12 @@ class Recorder:
             rows = rows[fresh[rows]]
             if not len(rows):
                 continue
-            spans = [slice(store.start[row], store.start[row] + store.length[row]) for row in rows]
             prompt = problems.tables["problems"][store.episodes["prompt"][rows[0]], 0]
             line = {
                 "prompt": token_ids(problems, prompt).tolist(),
                 "completions": [token_ids(store, row).tolist() for row in rows],
                 "ended": store.episodes["ended"][rows].tolist(),
-                "logps": [np.asarray(store.steps["logp"][span]).tolist() for span in spans],
+                "logps": [step_column(store, row, "logp").tolist() for row in rows],
                 "rewards": store.episodes["reward"][rows].tolist(),
                 "iteration": iteration,
                 "request": group & 0xFFFFFFFF,
