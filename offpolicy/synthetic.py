@@ -290,7 +290,7 @@ def open_model(model: OfflineModule | str | Path | None) -> OfflineModule:
             "no diffusion model is given; expected the run folder of one. Train it with `python -m offpolicy.fit "
             "--model TrajectoryDiffusion --data NAME` and pass --data.synthetic.model RUN."
         )
-    found = _method(model)
+    found = open_method(model)
     if not callable(getattr(found, "generate", None)):
         where = f"{model} is a run of " if not isinstance(model, OfflineModule) else "the model is "
         raise UsageError(
@@ -305,7 +305,7 @@ def open_policy(policy: OfflineModule | str | Path, model: OfflineModule) -> Off
     Raises:
         UsageError: it was built for other sizes, or its actions have no probabilities.
     """
-    found = _method(policy)
+    found = open_method(policy)
     if (found.sizes.obs_dim, found.sizes.action_dim) != (model.sizes.obs_dim, model.sizes.action_dim):
         raise UsageError(
             f"the policy takes {_dims(found.sizes)} and the diffusion model makes {_dims(model.sizes)}; expected the "
@@ -330,7 +330,8 @@ def has_law(policy: OfflineModule) -> bool:
     return True
 
 
-def _method(run: OfflineModule | str | Path) -> OfflineModule:
+def open_method(run: OfflineModule | str | Path) -> OfflineModule:
+    """A method of control: itself, or from its run folder or checkpoint. Raises :class:`UsageError` for others."""
     if isinstance(run, OfflineModule):
         return run
     from offpolicy.api import load

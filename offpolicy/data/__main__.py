@@ -246,12 +246,9 @@ def _compare(options: argparse.Namespace) -> None:
 
     policy = None
     if options.policy:
-        from offpolicy.api import load
-        from offpolicy.modules import OfflineModule
+        from offpolicy.synthetic import open_method
 
-        policy = load(options.policy)
-        if not isinstance(policy, OfflineModule):
-            raise UsageError(f"{options.policy} is a language model; expected a policy of an environment.")
+        policy = open_method(options.policy)
     real, *sets = (open_source(target) for target in targets)
     names = [Path(name).name for name in options.synthetic]
     names = names if len(set(names)) == len(names) else options.synthetic
