@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from glob import glob, has_magic
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,16 @@ from offpolicy.errors import UsageError, fold, nearest
 Kind = Literal["hdf5", "npz", "replay", "made", "d4rl", "minari", "ogbench", "language"]
 
 FILES: dict[str, Kind] = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz"}
-LANGUAGE = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".arrow")
+TABLES = (".csv", ".tsv")
+LANGUAGE = (
+    *(".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".parquet", ".arrow"),
+    *TABLES,
+    *(f"{table}.gz" for table in TABLES),
+)
+NO_TEXTS = re.compile(  # JSON and caches that stand beside data, models and runs
+    r"[._].*|cache-.*|(dataset_infos?|dataset_dict|state|versions|vocab|package|tokenizer.*|special_tokens_map|"
+    r"added_tokens|.*config|.*\.index|.*metadata|.*croissant)\.json|(metrics|evals)\.csv"
+)
 ROOTS = {
     "d4rl": ("D4RL_DATASET_DIR", "~/.d4rl/datasets"),
     "minari": ("MINARI_DATASETS_PATH", "~/.minari/datasets"),
@@ -83,9 +93,13 @@ def resolve(text: str | os.PathLike[str], *, language: bool = False) -> Target:
     known = _known().get(fold(name))
     if known is not None:
         return known
+    if path.is_dir() and shards(path):
+        return Target("language", path.resolve().name, path)
     if path.exists():
         raise UsageError(_unknown_path(path))
-    looks_like_a_path = name.startswith((".", "~", os.sep)) or _suffix(path) in {*FILES, *LANGUAGE}
+    if has_magic(name):
+        return _of_pattern(path)
+    looks_like_a_path = name.startswith((".", "~", os.sep)) or file_type(path) in {*FILES, *LANGUAGE}
     if not looks_like_a_path:
         if (root("made") / name / "meta.json").is_file():
             return Target("replay", name, root("made") / name)
@@ -135,7 +149,7 @@ def describe(target: Target) -> str:
         where = f"looked up on the Hugging Face hub as {hub}" if hub else "made here"
     else:
         where = f"not on disk, to be downloaded to {place}"
-    return f"{target.name} was taken for {what}, {where}."
+    return f"{target.name}: detected format: {what}, {where}."
 
 
 @lru_cache(maxsize=1)
@@ -168,7 +182,7 @@ def _of_path(path: Path) -> Target | None:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # of datasets.save_to_disk
             return Target("language", path.name, path)
         return None
-    suffix = _suffix(path)
+    suffix = file_type(path)
     if suffix in LANGUAGE:
         return Target("language", path.name[: -len(suffix)], path)
     if suffix not in FILES:
@@ -206,20 +220,57 @@ def _local_minari() -> Iterator[str]:
             yield Path(folder).relative_to(top).as_posix()
 
 
-def _suffix(path: Path) -> str:
+def file_type(path: Path) -> str:
+    """The end of a file's name that says what is in it, in small letters."""
     lower = path.name.lower()
-    return next((s for s in LANGUAGE if lower.endswith(s)), path.suffix.lower())
+    return next((s for s in sorted(LANGUAGE, key=len, reverse=True) if lower.endswith(s)), path.suffix.lower())
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of texts in a folder and up to two below it, or that a pattern matches, in the order of their names.
+
+    Numbers in names count by value. Hidden files and those that tell of data, models and runs are left out.
+    """
+    if path.is_dir():
+        found = [file for depth in ("*", "*/*", "*/*/*") for file in path.glob(depth)]
+        found = [file for file in found if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+        found = [file for file in found if not NO_TEXTS.fullmatch(file.name)]
+    else:
+        found = [Path(file) for file in glob(str(path), recursive=True)]
+    found = [file for file in found if file_type(file) in LANGUAGE and file.is_file()]
+    return sorted(found, key=lambda file: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", str(file))])
+
+
+def _of_pattern(path: Path) -> Target:
+    """The files of texts that a pattern such as ``data/train-*.parquet`` matches, under the name they share."""
+    if shards(path):
+        name = re.sub(r"[^\w.-]+|-of-.*", "", path.name[: -len(file_type(path))] or path.name).strip("-_.")
+        return Target("language", name or path.resolve().parent.name, path)
+    other = sorted({file_type(Path(file)) for file in glob(str(path), recursive=True)})
+    raise UsageError(
+        f"the pattern {path} matches {'files of the type ' + ', '.join(other) if other else 'no file'}; expected texts "
+        f"({', '.join(LANGUAGE)}). Check the path."
+    )
 
 
 def _unknown_path(path: Path) -> str:
     if path.is_dir():
         return (
             f"the folder {path} holds no data set: there is neither meta.json with index.npz (our format), nor "
-            "data/metadata.json (Minari), nor state.json (texts written by `datasets`). Pass the folder of one data "
-            "set, or a file."
+            "data/metadata.json (Minari), nor state.json (texts written by `datasets`), nor a file of texts. Pass the "
+            "folder of one data set, or a file."
         )
-    return (
-        f"{path} has the type '{_suffix(path)}'; expected {', '.join((*FILES, *LANGUAGE))} or a folder. Pickled "
-        "files are "
-        "never read, as opening one runs its code; save the arrays with numpy.savez instead."
-    )
+    suffix = file_type(path)
+    remedy = next((words for types, words in REMEDIES.items() if suffix in types), "Convert it to one of these.")
+    return f"{path} has the type '{suffix}'; expected {', '.join((*FILES, *LANGUAGE))} or a folder. {remedy}"
+
+
+REMEDIES = {
+    (".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z", ".gz"): "Unpack it first.",
+    (".xlsx", ".xls", ".ods"): "Save the sheet as CSV.",
+    (".txt", ".md", ".yaml", ".yml", ".xml"): "Write texts as JSON lines, one object per row.",
+    (".npy", ".mat"): "Save the arrays with numpy.savez.",
+    (".pkl", ".pickle", ".pt", ".pth"): (
+        "Pickled files are never read, as opening one runs its code; save the arrays with numpy.savez instead."
+    ),
+}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -70,8 +71,9 @@ class Encoded:
 
     Attributes:
         prompt, answers: int64 ids; the prompt with BOS if there is one, the answers with EOS unless cut.
-        fault: "" or why the row cannot be trained on: "template", "no_prompt_token", "empty", "identical",
-            "truncated", "identical_cut".
+        fault: "" or why the row cannot be trained on: "surrogate", "template", "no_prompt_token", "empty",
+            "identical", "truncated", "identical_cut".
+        where: what is faulty, "prompt" or "answers".
         found: what was found, for the message about a fault.
         moved: prompt tokens that went to the answers because the tokenizer merges across the boundary.
         tail: the text of those tokens.
@@ -81,6 +83,7 @@ class Encoded:
     prompt: np.ndarray
     answers: list[np.ndarray]
     fault: str = ""
+    where: str = "answers"
     found: str = ""
     moved: int = 0
     tail: str = ""
@@ -144,10 +147,17 @@ def encode(rows: Iterable[Row], tokenizer: Any, limits: Limits | None = None) ->
     limits, rows = limits or Limits(), iter(rows)
     while chunk := list(islice(rows, CHUNK)):
         texts = [_render(row, tokenizer) for row in chunk]
-        ids = tokenise([text for row in texts if isinstance(row, list) for text in row], tokenizer)
-        for row, rendered in zip(chunk, texts):
+        broken = [isinstance(row, list) and any(map(lone_surrogate, row)) for row in texts]
+        good = [row for row, bad in zip(texts, broken) if isinstance(row, list) and not bad]
+        ids = tokenise([text for row in good for text in row], tokenizer)
+        for row, rendered, bad in zip(chunk, texts, broken):
             if isinstance(rendered, str):
-                yield Encoded(np.zeros(0, dtype=np.int64), [], "template", rendered)
+                yield Encoded(np.zeros(0, dtype=np.int64), [], "template", found=rendered)
+                continue
+            if bad:
+                number = next(i for i, text in enumerate(rendered) if lone_surrogate(text))
+                where, found = ("answers" if number else "prompt"), lone_surrogate(rendered[number])
+                yield Encoded(np.zeros(0, dtype=np.int64), [], "surrogate", where, found)
                 continue
             prompt, *full = [ids[text] for text in rendered]
             yield _cut(_split(prompt, full, tokenizer, plain=isinstance(row.prompt, str)), limits, tokenizer)
@@ -158,6 +168,8 @@ def prompt_ids(prompt: Text, tokenizer: Any, template: Mapping[str, Any] | None 
     rendered = _render(Row(prompt, (), template or {}), tokenizer)
     if isinstance(rendered, str):
         raise DataError(f"the chat template refuses the prompt: {rendered}. Correct the roles of its messages.")
+    if broken := lone_surrogate(rendered[0]):
+        raise DataError(f"the prompt holds half of a surrogate pair ({broken!r}); expected characters. Write it again.")
     ids = tokenise(rendered, tokenizer)[rendered[0]]
     return _with_bos(ids, tokenizer) if isinstance(prompt, str) else ids
 
@@ -172,6 +184,9 @@ def _render(row: Row, tokenizer: Any) -> list[str] | str:
             "says how turns are written. Use the tokenizer of a chat model, or pass plain text."
         )
     eos = tokenizer.eos_token or ""
+    as_text = any(turn.get("tool_calls") for text in (row.prompt, *row.answers) for turn in text) and (
+        _writes_calls(tokenizer, bool(row.template.get("tools"))) == "text"
+    )
 
     def whole(answer: list[Message]) -> list[Message]:
         last = answer[-1]
@@ -180,6 +195,7 @@ def _render(row: Row, tokenizer: Any) -> list[str] | str:
         return [*row.prompt, *answer[:-1], last]
 
     def text(messages: list[Message], **options: Any) -> str:
+        messages = [_with_text_arguments(m) for m in messages] if as_text else messages
         return tokenizer.apply_chat_template(messages, tokenize=False, **row.template, **options)
 
     try:
@@ -189,6 +205,70 @@ def _render(row: Row, tokenizer: Any) -> list[str] | str:
         ]
     except Exception as error:  # templates raise their own errors, and any of Python
         return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# What a chat template does with tool calls, by template and whether there are tools: it writes their arguments given as
+# an "object" or as "text" (JSON), or "nothing" of them.
+_CALLS: dict[tuple[str, bool], str] = {}
+CALLS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content")  # keys of turns that templates may write
+
+
+def written(tokenizer: Any, names: Iterable[str]) -> set[str]:
+    """Those of the names of turns and of template options that the chat template uses."""
+    source = str(tokenizer.chat_template)
+    found = {name for name in names if re.search(rf"\b{name}\b", source)}
+    return found - {"tool_calls"} if "tool_calls" in found and _writes_calls(tokenizer, False) == "nothing" else found
+
+
+def _writes_calls(tokenizer: Any, tools: bool) -> str:
+    """Which arguments of tool calls the chat template wants, found by having it write a call."""
+    key = str(tokenizer.chat_template), tools
+    if key not in _CALLS:
+        as_object, as_text = (_probe(tokenizer, given, tools) for given in ({"key_": "value_"}, '{"key_": "value_"}'))
+        if "value_" in as_object and "{'key_'" not in as_object:
+            _CALLS[key] = "object"
+        elif "value_" in as_text and '\\"key_' not in as_text:
+            _CALLS[key] = "text"
+        else:
+            _CALLS[key] = "nothing" if as_object and "name_" not in as_object else "object"
+    return _CALLS[key]
+
+
+def _probe(tokenizer: Any, arguments: Any, tools: bool) -> str:
+    """A conversation with a call as the chat template writes it; "" where it refuses."""
+    function = {"name": "name_", "arguments": arguments}
+    call = {"id": "a1b2c3d4e", "type": "function", "function": function}  # nine letters, as some templates ask for
+    known = {"type": "function", "function": {"name": "other", "description": "", "parameters": {}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **({"tools": [known]} if tools else {}))
+    except Exception:  # templates raise their own errors, and any of Python
+        return ""
+
+
+def _with_text_arguments(turn: Message) -> Message:
+    """A turn with the arguments of its tool calls as JSON text."""
+    if not turn.get("tool_calls"):
+        return turn
+
+    def changed(call: Mapping[str, Any]) -> dict[str, Any]:
+        call = dict(call)
+        if isinstance(call.get("function"), Mapping):
+            call["function"] = changed(call["function"])
+        if isinstance(call.get("arguments"), Mapping):
+            call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+        return call
+
+    return {**turn, "tool_calls": [changed(call) for call in turn["tool_calls"]]}
+
+
+def lone_surrogate(text: str) -> str:
+    """The place in a text at which half of a surrogate pair stands, "" where there is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[max(0, error.start - 20) : error.end + 10]
+    return ""
 
 
 def tokenise(texts: Sequence[str], tokenizer: Any) -> dict[str, np.ndarray]:

@@ -160,7 +160,7 @@ def test_roots_follow_the_environment(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_descriptions_are_one_sentence_with_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     assert describe(resolve("hopper-medium-v2")) == (
-        "hopper-medium-v2 was taken for the D4RL task of the family gym-mujoco, not on disk, to be downloaded to "
+        "hopper-medium-v2: detected format: the D4RL task of the family gym-mujoco, not on disk, to be downloaded to "
         f"{tmp_path}/hopper_medium-v2.hdf5."
     )
     (tmp_path / "hopper_medium-v2.hdf5").write_bytes(b"")

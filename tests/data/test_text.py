@@ -291,13 +291,13 @@ ROWS: list[tuple[str, dict, dict, str]] = [
     ("prompt ends with the assistant", C, {"prompt": [USER, GOOD]}, "`prompt` has a prompt that ends with a turn of"),
     ("other system messages", D,
      {"chosen": [say("system", "a"), USER, GOOD], "rejected": [say("system", "b"), USER, BAD]},
-     "`chosen` has sides that share no beginning in 1 row (first: row 12: {'role': 'system', 'content': 'a'}), expect"
-     "ed a prompt in both"),
+     "`chosen` has no common prefix with the rejected side, from which a prompt could be inferred, in 1 row (first: row"
+     " 12: {'role': 'system', 'content': 'a'}), expected a prompt in both"),
     ("F5 with another prompt", {**D, "prompt": "Hello there"}, {"prompt": "else"},
      "`prompt` has a text that does not occur in the conversations in 1 row (first: row 12: 'else')"),
-    ("F2 without a beginning", {**I, "question": "q"}, {"chosen": "yes", "rejected": "no"}, "has sides that share no"
-     " beginning in 1 row (first: row 12: 'yes'), expected a prompt in both, or one in a column of its own (--data.colu"
-     "mns '{\"prompt\": \"…\"}') from question"),
+    ("F2 without a beginning", {**I, "question": "q"}, {"chosen": "yes", "rejected": "no"}, "has no common p"
+     "refix with the rejected side, from which a prompt could be inferred, in 1 row (first: row 12: 'yes'), expected a "
+     "prompt in both, or the name of the prompt column (--data.columns '{\"prompt\": \"…\"}') from question"),
     ("hh without a turn", H, {"chosen": "yes", "rejected": "no"}, "has sides without a common '\\n\\nAssis"),
     ("NaN score", {**pair(), **SCORES}, {"score_rejected": math.nan},
      "`score_rejected` has a score or weight that is not a finite number in 1 row (first: row 12: nan), expected"),
@@ -585,7 +585,7 @@ def test_every_kind_of_file_gives_the_same(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": "a"}\n\n[1]\n', r"row 1 is \[1\]; expected an object"),
         ("a.json", b"[1]", "item 0 is 1; expected an object"),
         ("a.jsonl", b"", "holds no rows"),
-        ("a.jsonl", b"\xff\xfe", "cannot be read"),
+        ("a.jsonl", b"\xff\xfe", "cannot be read as UTF-8, as it is written in UTF-16"),
         ("a.jsonl.gz", b"no", "cannot be read"),
         ("a.parquet", b"no", "a.parquet cannot be read"),
         ("a.arrow", b"no", "a.arrow cannot be read"),

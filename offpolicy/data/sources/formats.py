@@ -16,6 +16,20 @@ from hashlib import sha256
 from itertools import combinations, pairwise
 from typing import Any, cast
 
+from offpolicy.data.sources.messages import (
+    Fault,
+    WrongType,
+    blank,
+    differing_keys,
+    kind_of,
+    read_prompt,
+    read_text,
+    said,
+    same,
+    shorten,
+    turn_key,
+    unpack_lists,
+)
 from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.language.tokens import Message, Text
 
@@ -27,19 +41,32 @@ NAMES = (
 NUMBERS = ("score_chosen", "score_rejected", "weight")
 STRATEGIES = ("best_vs_worst", "best_vs_random", "all_pairs", "adjacent", "none")
 TURN = "\n\nAssistant:"  # where answers begin in written-out dialogues
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 EXPECTED = "chosen and rejected (pairs), completions and scores (lists), completion (single answers) or messages"
 
 
 @dataclass
 class Source:
-    """Rows as a reader found them: ``column(name)`` gives the values of one column, None where a row has none."""
+    """Rows as a reader found them.
+
+    Attributes:
+        where: file, folder or name, for messages.
+        rows: how many there are.
+        names: of the columns.
+        column: ``column(name)`` gives the values of one, None where a row has none; conversations are messages.
+        meta: facts for the data report.
+        notes: what a person should know, filled while columns are read.
+        doubts: likewise, what may be a mistake.
+        text_only: whether all values are text, numbers too, as in CSV files.
+    """
 
     where: str
     rows: int
     names: list[str]
     column: Callable[[str], list[Any]]
     meta: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    text_only: bool = False
 
 
 @dataclass(slots=True)
@@ -65,8 +92,12 @@ FAULTS = {  # kind → what is wrong, what was expected
     "empty": ("no text", "an answer with more than white space"),
     "no_prompt": ("no text or turn", "a prompt"),
     "no_beginning": (
-        "sides that share no beginning",
-        'a prompt in both, or one in a column of its own (--data.columns \'{"prompt": "…"}\')',
+        "no common prefix with the rejected side, from which a prompt could be inferred,",
+        'a prompt in both, or the name of the prompt column (--data.columns \'{"prompt": "…"}\')',
+    ),
+    "other_keys": (
+        "a turn that differs between the sides, and not in what is said,",
+        "the same turn before the answers; remove the keys that differ",
     ),
     "last_prompt_role": ("a prompt that ends with a turn of the assistant", "a turn of the user at its end"),
     "identical": ("two equal answers (white space at their ends aside)", "chosen and rejected that differ"),
@@ -84,6 +115,7 @@ FAULTS = {  # kind → what is wrong, what was expected
     "scores": ("scores that do not fit the answers", "one number for each of at least two answers"),
     "nan": ("a score or weight that is not a finite number", "a number"),
     "label": ("no label", "true or false"),
+    "surrogate": ("half of a surrogate pair, which is no character", "whole characters; write the text again"),
     "template": ("turns that the chat template refuses", "roles in the order it wants"),
     "long_prompt": ("a prompt longer than there is room", "a shorter one; raise --data.max_prompt_length"),
     "logps": ("log-probabilities that do not fit the demonstration", "one ≤ 0 for each of its tokens and for EOS"),
@@ -112,7 +144,7 @@ class Faults:
         self.found: dict[tuple[str, str], list[tuple[int, str]]] = {}
 
     def add(self, row: int, column: str, kind: str, found: Any = "") -> None:
-        self.found.setdefault((column, kind), []).append((row, _shorten(found)))
+        self.found.setdefault((column, kind), []).append((row, shorten(found)))
 
     @property
     def bad(self) -> int:
@@ -259,7 +291,8 @@ def detect(source: Source, columns: Mapping[str, str | None] | None = None) -> F
         if prompt not in ("explicit", "two", "mixed"):
             raise UsageError("`columns` names a system message, but there is no prompt column it could go before.")
         style = "chat"
-    used = {*_PROMPTS[prompt], *answers, "system", "tools", "chat_template_kwargs"} & found.keys()
+    used = {*_PROMPTS[prompt], *answers} & found.keys()
+    used |= {"system", "tools", "chat_template_kwargs"} & found.keys() if style == "chat" else set()  # of the template
     used |= {n for n in ({"pairs": NUMBERS, "singles": ("label", "weight")}.get(kind, ())) if n in found}
     taken = {ours: found[ours] for ours in NAMES if ours in used}
     return Format(kind, style, prompt, taken, [name for name in source.names if name not in taken.values()])
@@ -309,35 +342,23 @@ def _listing(names: Sequence[str]) -> str:
     return ", ".join(names) or "no column"
 
 
-def _kind(value: Any) -> str:
-    """'text', 'chat' (messages, or one message), 'none', or the name of another type."""
-    if value is None:
-        return "none"
-    if isinstance(value, str):
-        return "text"
-    messages = [value] if isinstance(value, Mapping) else value
-    if isinstance(messages, list) and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in messages):
-        return "chat"
-    return f"{type(value).__name__} {_shorten(value)}"
-
-
 def _scan(source: Source, name: str) -> str:
     """The one type of a column."""
     first: dict[str, int] = {}
     for row, value in enumerate(source.column(name)):
-        first.setdefault(_kind(value), row)
+        first.setdefault(kind_of(value), row)
     return _one_kind(source, name, first)
 
 
 def _scan_lists(source: Source, name: str) -> str:
     first: dict[str, int] = {}
-    for row, values in enumerate(source.column(name)):
+    for row, values in enumerate(unpack_lists(source.column(name))):
         if values is not None and not isinstance(values, list):
             raise DataError(
-                f"{source.where}: `{name}` holds {_shorten(values)} in row {row}; expected a list of answers there."
+                f"{source.where}: `{name}` holds {shorten(values)} in row {row}; expected a list of answers there."
             )
         for value in values or []:
-            first.setdefault(_kind(value), row)
+            first.setdefault(kind_of(value), row)
     return _one_kind(source, name, first)
 
 
@@ -366,10 +387,6 @@ def _is_dialogue(chosen: list[Any], rejected: list[Any]) -> bool:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-class _Fault(Exception):
-    """A row that cannot be trained on: column, kind and what was found."""
-
-
 def records(
     source: Source,
     form: Format,
@@ -393,19 +410,23 @@ def records(
             f"`pair_strategy` is '{pair_strategy}'; expected one of {', '.join(STRATEGIES)}."
             f"{nearest(pair_strategy, STRATEGIES)}"
         )
-    columns = {ours: source.column(theirs) for ours, theirs in form.columns.items()}
+    columns = {ours: _typed(source, ours, theirs) for ours, theirs in form.columns.items()}
     make = {"pairs": _pair, "lists": _list, "singles": _single}[form.kind]
     for row in range(source.rows):
         values = {ours: column[row] for ours, column in columns.items()}
         try:
             made = list(make(row, values, form, counts))
-        except _Fault as fault:
+        except Fault as fault:
             ours, kind, found = fault.args
             faults.add(row, form.columns.get(ours, ours), kind, found)
             continue
+        except WrongType as error:
+            raise DataError(f"{source.where}, row {row}: {error}") from None
         if form.kind == "lists":
             made = _expand(made, row, pair_strategy, min_score_gap, counts)
         for record in made:
+            if form.style == "chat" and _holds_null(record):
+                counts["rows with null in tools or arguments of calls, kept as it is written"] += 1
             gap = record.facts.get("score_chosen", math.inf) - record.facts.get("score_rejected", -math.inf)
             if form.kind == "pairs" and gap < min_score_gap and min_score_gap > 0:
                 counts["pairs left out, as their scores differ by less than min_score_gap"] += 1
@@ -417,9 +438,9 @@ def records(
 
 
 def _pair(row: int, values: dict[str, Any], form: Format, counts: Counter[str]) -> Iterator[Record]:
-    chosen, rejected = _text(values, "chosen"), _text(values, "rejected")
-    if _same(chosen, rejected):
-        raise _Fault(*(("chosen", "empty") if _blank(chosen) else ("rejected", "identical")), chosen)
+    chosen, rejected = read_text(values["chosen"], "chosen"), read_text(values["rejected"], "rejected")
+    if same(chosen, rejected):
+        raise Fault(*(("chosen", "empty") if blank(chosen) else ("rejected", "identical")), chosen)
     other: Text | None = None
     if form.prompt == "two":
         prompt, other = _prompt(values, "prompt_chosen", form), _prompt(values, "prompt_rejected", form)
@@ -436,7 +457,7 @@ def _pair(row: int, values: dict[str, Any], form: Format, counts: Counter[str]) 
         start = prompt.strip()
         repeats = [cast(str, answer).lstrip().startswith(start) for answer in (chosen, rejected)]
         if all(repeats):
-            raise _Fault("chosen", "repeated", chosen)
+            raise Fault("chosen", "repeated", chosen)
         counts["answers begin with their prompt, on one side only"] += any(repeats)
     facts = _facts(values, ("score_chosen", "score_rejected", "weight"))
     if facts.get("score_chosen", math.inf) < facts.get("score_rejected", -math.inf):
@@ -446,20 +467,20 @@ def _pair(row: int, values: dict[str, Any], form: Format, counts: Counter[str]) 
 
 def _single(row: int, values: dict[str, Any], form: Format, counts: Counter[str]) -> Iterator[Record]:
     name = "messages" if "messages" in values else "completion"
-    answer = _text(values, name)
+    answer = read_text(values[name], name)
     if form.prompt == "messages":
         turns = cast(list[Message], answer)
         if not turns or turns[-1]["role"] != "assistant":
-            raise _Fault(name, "last_role" if turns else "empty", answer)
+            raise Fault(name, "last_role" if turns else "empty", answer)
         prompt: Text = turns[:-1]
         answer = turns[-1:]
         if not prompt:
-            raise _Fault(name, "no_prompt", turns)
+            raise Fault(name, "no_prompt", turns)
     else:
         prompt = _prompt(values, "prompt", form)
     answer = _answer(prompt, answer, name, form)
     if isinstance(prompt, str) and len(prompt.strip()) >= 16 and cast(str, answer).lstrip().startswith(prompt.strip()):
-        raise _Fault(name, "repeated", answer)
+        raise Fault(name, "repeated", answer)
     facts = _facts(values, ("weight",))
     if "label" in values:
         facts["label"] = _label(values["label"], form)
@@ -470,19 +491,19 @@ def _list(row: int, values: dict[str, Any], form: Format, counts: Counter[str]) 
     """One record per scored answer of a list."""
     prompt, answers, scores = _prompt(values, "prompt", form), values["completions"], values["scores"]
     if answers is None or scores is None:
-        raise _Fault("completions" if answers is None else "scores", "none", None)
+        raise Fault("completions" if answers is None else "scores", "none", None)
     if not isinstance(scores, list) or len(scores) != len(answers):
-        raise _Fault("scores", "scores", scores)
+        raise Fault("scores", "scores", scores)
     template = _template(values, row)
     made: list[Record] = []
     for answer, score in zip(answers, scores):
         if score is None or not isinstance(score, int | float) or not math.isfinite(score):
             counts["answers in lists left out, as they have no score"] += 1
             continue
-        one = _answer(prompt, _text({"completions": answer}, "completions"), "completions", form)
+        one = _answer(prompt, read_text(answer, "completions"), "completions", form)
         made.append(Record(row, prompt, (one,), None, {"score": float(score)}, template))
     if len(made) < 2:
-        raise _Fault("scores", "scores", scores)
+        raise Fault("scores", "scores", scores)
     yield from made
 
 
@@ -507,7 +528,7 @@ def _expand(made: list[Record], row: int, strategy: str, gap: float, counts: Cou
             counts["pairs of lists left out, as their scores are equal"] += 1
         elif difference < gap:
             counts["pairs of lists left out, as their scores differ by less than min_score_gap"] += 1
-        elif _same(better.answers[0], worse.answers[0]):
+        elif same(better.answers[0], worse.answers[0]):
             counts["pairs of lists left out, as their answers are equal"] += 1
         else:
             facts = {"score_chosen": better.facts["score"], "score_rejected": worse.facts["score"]}
@@ -519,82 +540,49 @@ def _expand(made: list[Record], row: int, strategy: str, gap: float, counts: Cou
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def _text(values: Mapping[str, Any], name: str) -> Text:
-    """Text, or messages with our keys."""
-    value = values[name]
-    if value is None:
-        raise _Fault(name, "none", "None")
-    if isinstance(value, str):
-        return value
-    return [_message(m, name) for m in ([value] if isinstance(value, Mapping) else value)]
+def _typed(source: Source, ours: str, theirs: str) -> list[Any]:
+    """A column, with lists that stand as text read, and numbers too where all values are text."""
+    values = source.column(theirs)
+    if ours in ("completions", "scores"):
+        return unpack_lists(values)
+    if source.text_only and ours in (*NUMBERS, "label"):
+        return [_number(value) for value in values]
+    return values
 
 
-def _message(raw: Mapping[str, Any], name: str) -> Message:
-    message = {k: v for k, v in raw.items() if v is not None and k not in ("from", "value")}
-    role = raw.get("role", raw.get("from"))
-    content = raw.get("content", raw.get("value"))
-    if role is None or (content is None and not message.get("tool_calls")):
-        raise _Fault(name, "none", dict(raw))
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        if not all(isinstance(part, str) for part in parts):
-            raise DataError(f"`{name}` has a message with {_shorten(content)}; expected text. Images are not read.")
-        content = "".join(cast(list[str], parts))
-    if content is not None and not isinstance(content, str):
-        raise DataError(f"`{name}` has a message with {_shorten(content)} as content; expected text. Convert it.")
-    role = str(role).lower()
-    return message | {"role": ROLES.get(role, role), "content": content or ""}
+def _number(text: Any) -> Any:
+    """The number or truth value that a text is; None for no text, and other text as it is."""
+    words = {"true": True, "false": False, "": None}
+    plain = str(text).strip().lower()
+    if plain in words:
+        return words[plain]
+    try:
+        return float(plain)
+    except ValueError:
+        return text
 
 
 def _prompt(values: Mapping[str, Any], name: str, form: Format) -> Text:
-    prompt = _text(values, name)
-    if not prompt:
-        raise _Fault(name, "no_prompt", prompt)
-    if form.style == "chat":
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if values.get("system"):
-            turns = [{"role": "system", "content": str(values["system"])}, *turns]
-        if turns[-1]["role"] == "assistant":
-            raise _Fault(name, "last_prompt_role", turns[-1])
-        return turns
-    return prompt
+    return read_prompt(values[name], name, chat=form.style == "chat", system=values.get("system"))
 
 
 def _answer(prompt: Text, answer: Text, name: str, form: Format) -> Text:
     """An answer that is one: text, or turns that the assistant ends."""
     if form.style == "text":
-        if _blank(answer):
-            raise _Fault(name, "empty", answer)
+        if blank(answer):
+            raise Fault(name, "empty", answer)
         return answer
     turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    if not turns or _blank(turns[-1:]):
-        raise _Fault(name, "empty", turns)
+    if not turns or blank(turns[-1:]):
+        raise Fault(name, "empty", turns)
     asked = cast(list[Message], prompt)
-    if form.prompt in ("explicit", "two") and [*map(_plain, turns[: len(asked)])] == [*map(_plain, asked)]:
-        raise _Fault(name, "repeated", turns[0])
+    if form.prompt in ("explicit", "two") and [*map(turn_key, turns[: len(asked)])] == [*map(turn_key, asked)]:
+        raise Fault(name, "repeated", turns[0])
     if turns[-1]["role"] != "assistant":
-        raise _Fault(name, "last_role", turns[-1])
+        raise Fault(name, "last_role", turns[-1])
     if any(m["role"] in ("user", "system") for m in turns):
-        raise _Fault(name, "other_turn", turns)
+        raise Fault(name, "other_turn", turns)
     return turns
-
-
-def _plain(message: Message) -> tuple[str, str]:
-    return message["role"], message["content"].strip()
-
-
-def _blank(text: Text) -> bool:
-    if isinstance(text, str):
-        return not text.strip()
-    return all(not m["content"].strip() and not m.get("tool_calls") for m in text)
-
-
-def _same(a: Text, b: Text) -> bool:
-    if isinstance(a, str) and isinstance(b, str):
-        return a.strip() == b.strip()
-    return [_plain(m) for m in cast(list[Message], a)] == [_plain(m) for m in cast(list[Message], b)] and not any(
-        "tool_calls" in m for m in [*cast(list[Message], a), *cast(list[Message], b)]
-    )
 
 
 def _facts(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
@@ -604,17 +592,17 @@ def _facts(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
             continue
         value = values[name]
         if value is None or not isinstance(value, int | float) or not math.isfinite(value):
-            raise _Fault(name, "nan", "None" if value is None else value)
+            raise Fault(name, "nan", "None" if value is None else value)
         facts[name] = float(value)
     return facts
 
 
 def _label(value: Any, form: Format) -> float:
     if value is None:
-        raise _Fault("label", "label", "None")
+        raise Fault("label", "label", "None")
     if not isinstance(value, bool | int | float) or value not in (0, 1):
         raise DataError(
-            f"`{form.columns['label']}` holds {_shorten(value)}; expected true for a wanted and false for an unwanted "
+            f"`{form.columns['label']}` holds {shorten(value)}; expected true for a wanted and false for an unwanted "
             "answer. Convert the column."
         )
     return float(value)
@@ -622,19 +610,39 @@ def _label(value: Any, form: Format) -> float:
 
 def _template(values: Mapping[str, Any], row: int) -> dict[str, Any]:
     """What a row says to the chat template: tools, and arguments of its own."""
-    result: dict[str, Any] = {}
-    for name in ("chat_template_kwargs", "tools"):
-        value = values.get(name)
-        if isinstance(value, str):
-            try:
-                value = json.loads(value) if value.strip() else None
-            except ValueError:
-                raise DataError(f"`{name}` of row {row} is {_shorten(value)}; expected JSON. Correct it.") from None
-        if value and name == "tools":
-            result["tools"] = value
-        elif value:
-            result |= {k: v for k, v in value.items() if v is not None}
+    options = _object(values.get("chat_template_kwargs"), "chat_template_kwargs", row)
+    if options and not isinstance(options, Mapping):
+        raise WrongType(f"`chat_template_kwargs` is {shorten(options)}; expected an object. Correct it.")
+    result = {k: v for k, v in (options or {}).items() if v is not None}
+    tools = _object(values.get("tools"), "tools", row)
+    tools = [tools] if isinstance(tools, Mapping) else tools
+    if tools and not isinstance(tools, list):
+        raise WrongType(f"`tools` is {shorten(tools)}; expected a list of objects. Correct it.")
+    if tools:
+        result["tools"] = [_object(tool, "tools", row) for tool in tools]
     return result
+
+
+def _holds_null(record: Record) -> bool:
+    """Whether what a row says of tools holds null, which JSON may mean, or got from a table that padded it."""
+    turns = [turn for text in (record.prompt, *record.answers) if isinstance(text, list) for turn in text]
+    values = [record.template.get("tools", []), *(turn["tool_calls"] for turn in turns if "tool_calls" in turn)]
+    while values:
+        value = values.pop()
+        if value is None:
+            return True
+        values += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return False
+
+
+def _object(value: Any, name: str, row: int) -> Any:
+    """A value that may stand as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        raise DataError(f"`{name}` of row {row} is {shorten(value)}; expected JSON. Correct it.") from None
 
 
 # -- prompts that stand in both sides ----------------------------------------------------------------------------------
@@ -644,7 +652,7 @@ def _split_dialogue(chosen: str, rejected: str, counts: Counter[str]) -> tuple[s
     """At the last ``\\n\\nAssistant:`` that both dialogues share with everything before it."""
     at = chosen.rfind(TURN, 0, _common(chosen, rejected))
     if at < 0:
-        raise _Fault("chosen", "no_turn", chosen)
+        raise Fault("chosen", "no_turn", chosen)
     at += len(TURN)
     counts["dialogues part before their last turn, so their answers hold several turns"] += (
         TURN in chosen[at:] or TURN in rejected[at:]
@@ -664,7 +672,7 @@ def _split_text(chosen: str, rejected: str, counts: Counter[str]) -> tuple[str, 
     while at and chosen[at - 1].isspace():  # the space belongs to the answer
         at -= 1
     if not at:
-        raise _Fault("chosen", "no_beginning", chosen)
+        raise Fault("chosen", "no_beginning", chosen)
     return chosen[:at], chosen[at:], rejected[at:]
 
 
@@ -674,20 +682,22 @@ def _split_messages(
     """The leading turns that both conversations share."""
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if not turns:
-            raise _Fault(name, "empty", turns)
+            raise Fault(name, "empty", turns)
         if turns[-1]["role"] != "assistant":
-            raise _Fault(name, "last_role", turns[-1])
+            raise Fault(name, "last_role", turns[-1])
     shared = min(len(chosen), len(rejected)) - 1
-    at = next((i for i in range(shared) if _plain(chosen[i]) != _plain(rejected[i])), shared)
+    at = next((i for i in range(shared) if turn_key(chosen[i]) != turn_key(rejected[i])), shared)
     prompt, first = chosen[:at], chosen[at:]
+    if at < shared and chosen[at]["role"] in ("user", "system") and said(chosen[at]) == said(rejected[at]):
+        raise Fault("rejected", "other_keys", differing_keys(chosen[at], rejected[at]))
     if form.prompt == "mixed":
-        question = _text(values, "prompt")
+        question = read_text(values["prompt"], "prompt")
         if not prompt and chosen[0]["role"] == "assistant":
             return _prompt(values, "prompt", form), first, rejected  # the conversations hold the answers alone
         if not any(str(question).strip() in m["content"] for m in prompt):
-            raise _Fault("prompt", "prompt_mismatch", question)
+            raise Fault("prompt", "prompt_mismatch", question)
     if not prompt:
-        raise _Fault("chosen", "no_beginning", chosen[0])
+        raise Fault("chosen", "no_beginning", chosen[0])
     if values.get("system") and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": str(values["system"])}, *prompt]
     return prompt, first, rejected[at:]
@@ -709,9 +719,3 @@ def _count_joints(record: Record, separator: str, counts: Counter[str]) -> None:
     prompt, answer = cast(str, record.prompt), cast(str, record.answers[0])
     if not separator and not prompt[-1:].isspace() and not answer[:1].isspace():
         counts["prompts run into their answers without white space (--data.separator puts some there)"] += 1
-
-
-def _shorten(value: Any) -> str:
-    text = " ".join((value if isinstance(value, str) else repr(value)).split())
-    text = repr(text) if isinstance(value, str) and value != "None" else text
-    return text if len(text) <= 60 else text[:57] + "…"

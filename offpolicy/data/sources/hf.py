@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import urllib.error
 import urllib.request
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +16,9 @@ import numpy as np
 from offpolicy.data.names import HUB_ID, Target, resolve
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.formats import Faults, Record, Source, detect, records
+from offpolicy.data.sources.text_files import of_table, open_file, open_shards, reading, source_of, split_note
 from offpolicy.errors import DataError, UsageError, nearest
-from offpolicy.language.tokens import Encoded, Limits, Row, Text, encode, fingerprint
+from offpolicy.language.tokens import CALLS, Encoded, Limits, Row, Text, encode, fingerprint, written
 
 PATIENCE = 5.0  # seconds for a first answer of the hub
 
@@ -102,9 +100,9 @@ def open_texts(
         "format": str(form),
         "columns": form.columns,
         "dropped": faults.counts(),
-        "notes": _notes(counts),
+        "notes": [*source.notes, *_notes(counts)],
     }
-    replay.meta["warnings"] = [*replay.meta.pop("doubts")]
+    replay.meta["warnings"] = [*source.doubts, *replay.meta.pop("doubts")]
     if faults.bad:
         replay.meta["warnings"].insert(0, f"{faults.bad} of {source.rows} rows were dropped: {faults.table()}")
     return replay
@@ -126,7 +124,8 @@ def sketch(
     made = list(records(source, form, faults, counts))
     faults.check()
     lines = [f"{target.name}: {source.rows:,} rows give {len(made):,}: {form}"]
-    lines += [f"  note      {text}" for text in _notes(counts)]
+    lines += [f"  note      {text}" for text in [*source.notes, *_notes(counts)]]
+    lines += [f"  warning   {text}" for text in source.doubts]
     lines += [f"  warning   {faults.bad} rows would be dropped: {faults.table()}"] if faults.bad else []
     for record in made[:n]:
         lines += [f"row {record.row}", *(f"  {record.prompt!r} ▶ {answer!r}" for answer in record.answers)]
@@ -234,7 +233,7 @@ class _Builder:
         for record, encoded in zip(made, self._encode(made)):
             fault = next((one for one in encoded if one.fault), None)
             if fault is not None:
-                self.faults.add(record.row, "answers", fault.fault, fault.found)
+                self.faults.add(record.row, fault.where, fault.fault, fault.found)
                 continue
             if len(encoded) == 2:  # a prompt for each side
                 sides = [(encoded[0].prompt, encoded[0].answers[0]), (encoded[1].prompt, encoded[1].answers[0])]
@@ -311,7 +310,18 @@ class _Builder:
             if turned:
                 doubts.append(f"pairs that are there in both orders, so their labels contradict each other: {turned:,}")
         doubts += self._special(kept, index)
-        return doubts
+        return doubts + self._unwritten(kept)
+
+    def _unwritten(self, kept: list[Record]) -> list[str]:
+        """What the rows hold and the chat template leaves out."""
+        turns = [turn for one in kept for text in (one.prompt, *one.answers) if isinstance(text, list) for turn in text]
+        present = {k for turn in turns for k in CALLS if turn.get(k)} | {k for one in kept for k in one.template}
+        left_out = sorted(present & {*CALLS, "tools"} - written(self.tokenizer, present))
+        if not left_out:
+            return []
+        return [
+            f"the chat template does not write {', '.join(left_out)}, which some rows have; the model will not see it"
+        ]
 
     def _special(self, kept: list[Record], index: np.ndarray) -> list[str]:
         """Special tokens written in the texts, and answers that nothing ends."""
@@ -360,7 +370,7 @@ def _columns(kept: list[Record], table: str) -> dict[str, np.ndarray]:
 
 
 def _hash(prompt: Text) -> int:
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
     return int.from_bytes(sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
@@ -388,7 +398,8 @@ def _notes(counts: Counter[str]) -> list[str]:
 def _not_texts(target: Target) -> str:
     return (
         f"{target.name} holds {'steps' if target.kind == 'replay' else 'control data'} without pairs or answers; "
-        "expected texts: .jsonl, .json, .parquet, .arrow, a folder written by `datasets`, or a name on the hub."
+        "expected texts: .jsonl, .json, .parquet, .arrow, .csv, a folder or pattern of them, a folder written by "
+        "`datasets`, or a name on the hub."
     )
 
 
@@ -396,7 +407,7 @@ def _not_texts(target: Target) -> str:
 
 
 def read(target: Target, split: str | None = None, *, download: bool = True) -> Source:
-    """The rows of a file, a folder written by ``datasets.save_to_disk``, or a set of the hub.
+    """The rows of a file, a folder or pattern of files, a folder of ``datasets.save_to_disk``, or a set of the hub.
 
     Raises:
         DataError: a damaged file, an unknown split, or a hub that cannot be reached.
@@ -409,88 +420,22 @@ def read(target: Target, split: str | None = None, *, download: bool = True) -> 
 
             return addition(split)
         return _from_hub(hub, split, download)
-    if path.is_dir():
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         import datasets
 
         with _quiet():
-            found = _reading(path, lambda: datasets.load_from_disk(str(path)))
+            found = reading(path, lambda: datasets.load_from_disk(str(path)))
         return _of_dataset(found, str(path), split)
+    if not path.is_file():
+        return open_shards(path, split)
     if split is not None:
         raise UsageError(f"`split` is '{split}', but {path} is a single file without parts. Leave it out.")
-    suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    if suffix in ("parquet", "arrow"):
-        table = _reading(path, lambda: _arrow(path, suffix))
-        source = Source(path.name, table.num_rows, table.column_names, lambda name: table.column(name).to_pylist())
-    else:
-        rows = _json_rows(path)
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        source = Source(path.name, len(rows), names, lambda name: [row.get(name) for row in rows])
-    source.meta = {"file": str(path), "sha256": _sha256(path)}
-    if not source.rows:
-        raise DataError(f"{path} holds no rows; expected at least one. Check how the file was made.")
-    return source
-
-
-def _reading(path: Path, do: Callable[[], Any]) -> Any:
-    """What a library reads, with its errors as ours."""
-    try:
-        return do()
-    except Exception as error:  # each library has its own kinds
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} cannot be read: {reason}. Make or download it again.") from None
-
-
-def _arrow(path: Path, suffix: str) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    if suffix == "parquet":
-        return pyarrow.parquet.read_table(path)
-    with pyarrow.memory_map(str(path)) as file:
-        magic = file.read(6)
-        file.seek(0)
-        reader = pyarrow.ipc.open_file if magic == b"ARROW1" else pyarrow.ipc.open_stream
-        return reader(file).read_all()
-
-
-def _json_rows(path: Path) -> list[dict[str, Any]]:
-    """Records of a file of one JSON list, or of one JSON object per line."""
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.name.lower().endswith(".gz") else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}. Make or download it again.") from None
-    if text.lstrip()[:1] == "[":
-        rows, places = _parse(text, f"{path}"), "item"
-    else:
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows, places = [_parse(line, f"{path}, line {n}") for n, line in lines], "row"
-    for row, value in enumerate(rows):
-        if not isinstance(value, dict):
-            raise DataError(
-                f"{path}: {places} {row} is {json.dumps(value)[:60]}; expected an object such as "
-                '{"prompt": …, "chosen": …, "rejected": …}. Write one object per row.'
-            )
-    return rows
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where} is no JSON ({error}); found {text.strip()[:40]!r}. Correct the file.") from None
-
-
-def _sha256(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return open_file(path)
 
 
 def _of_dataset(found: Any, where: str, split: str | None) -> Source:
     """A ``datasets.Dataset``, or the split of a dictionary of them."""
+    chosen, others = None, []
     if hasattr(found, "keys"):
         names = list(found.keys())
         chosen = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
@@ -499,15 +444,19 @@ def _of_dataset(found: Any, where: str, split: str | None) -> Source:
             close = nearest(split, names) if split else ""
             raise DataError(f"{where} {asked}; it has {', '.join(names)}.{close} Pass `--data.split NAME`.")
         found, where = found[chosen], f"{where} ({chosen})"
+        others = [name for name in names if name != chosen]
     elif split is not None:
         raise DataError(f"{where} is one table without splits; found `split` '{split}'. Leave it out.")
     if not found.num_rows:
         raise DataError(f"{where} holds no rows; expected at least one. Check how it was made.")
 
     def column(name: str) -> list[Any]:
-        return list(found[name])
+        part = of_table(where, found.select_columns([name]).with_format("arrow")[:])
+        return part.column(name)
 
-    return Source(where, found.num_rows, list(found.column_names), column, {"file": where})
+    source = source_of(where, found.num_rows, list(found.column_names), column, meta={"file": where})
+    source.notes += [split_note(chosen, others)] if others else []
+    return source
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------
