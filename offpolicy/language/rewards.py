@@ -10,27 +10,23 @@ from __future__ import annotations
 import importlib.util
 import math as maths
 import re
-import threading
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from functools import cache, lru_cache
+from decimal import Decimal
 from inspect import signature
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from offpolicy.errors import UsageError, check_range, nearest
+from offpolicy.language import mathematics
+from offpolicy.language.numbers import Mark, last_mark, last_number_in, number_of, plain_number
 from offpolicy.registry import Spec, import_callable, make
 
 Verifier = Callable[[str, str, str | None], float | None]
 
-MARKED = re.compile(r"####\s*(?:[$€£]\s*)?([-+−]?\s*[$€£]?\s*[\d,]*\.?\d+)")
-BOXED = re.compile(r"\\boxed\{\s*(?:\\?[$€£]\s*)?([-+−]?\s*\\?[$€£]?\s*[\d,]*\.?\d+)")
-NUMBER = re.compile(r"[-+−]?[$€£]?\d[\d,]*(?:\.\d+)?|[-+−]?[$€£]?\.\d+")
+MARK = "####"
 
 
 # -- reading answers ---------------------------------------------------------------------------------------------------
@@ -48,40 +44,26 @@ def final_part(answer: str, prompt: str = "", *, ended: bool = True) -> str:
     return answer if ended else re.sub(r"\S+$", "", answer)
 
 
-def to_decimal(text: str) -> Decimal | None:
-    """The number that a text is, apart from spaces, currency, percent sign, commas and a last full stop."""
-    bare = re.sub(r"[,\s$€£%\\]", "", text).replace("−", "-").removesuffix(".")
-    try:
-        found = Decimal(bare)
-    except InvalidOperation:
-        return None
-    return found if found.is_finite() else None
-
-
 def read_final_number(text: str) -> Decimal | None:
     """The number after the last ``####`` of a text: ``#### 1,234.50`` is 1234.5. None when there is none."""
-    found = MARKED.findall(text)
-    return to_decimal(found[-1]) if found else None
+    mark = last_mark(text) if MARK in text else None
+    return None if mark is None else _number(mark)
 
 
-def read_answer_number(text: str) -> Decimal | None:
-    """The number after the last ``####`` or in the last ``\\boxed{}``, whichever comes later."""
-    found = max((*MARKED.finditer(text), *BOXED.finditer(text)), key=lambda match: match.start(), default=None)
-    return None if found is None else to_decimal(found[1])
+def read_answer_number(text: str, *, ended: bool = True) -> Decimal | None:
+    """The number alone after the last ``####`` or in the last ``\\boxed{}``, whichever comes later."""
+    mark = last_mark(text, ended=ended)
+    return None if mark is None else _number(mark)
 
 
-def read_last_number(text: str) -> Decimal | None:
-    """The last number anywhere in a text."""
-    found = NUMBER.findall(text)
-    return to_decimal(found[-1]) if found else None
+def _number(mark: Mark) -> Decimal | None:
+    return number_of(mark.content) if mark.whole else None
 
 
-def _expected(reference: str | None) -> Decimal | None:
+def _expected(reference: str) -> Decimal | None:
     """The number a reference gives: marked, or alone."""
-    if reference is None:
-        return None
-    marked = read_answer_number(reference)
-    return to_decimal(reference) if marked is None else marked
+    mark = last_mark(reference)
+    return number_of(reference) if mark is None else _number(mark)
 
 
 # -- verifiers and other rewards ---------------------------------------------------------------------------------------
@@ -92,29 +74,31 @@ def exact(prompt: str, answer: str, reference: str | None, *, ended: bool = True
     if reference is None:
         return None
     found, expected = final_part(answer, prompt).strip(), reference.strip()
-    number = to_decimal(expected)
-    return float(ended and (found == expected or (number is not None and to_decimal(found) == number)))
+    number = plain_number(expected)
+    return float(ended and (found == expected or (number is not None and plain_number(found) == number)))
 
 
 def last_number(prompt: str, answer: str, reference: str | None, *, ended: bool = True) -> float | None:
-    """1 where the last number of the answer is that of the reference."""
-    expected = _expected(reference)
-    return None if expected is None else float(read_last_number(final_part(answer, prompt, ended=ended)) == expected)
+    """1 where the last number of the answer is that of the reference, whatever stands beside it."""
+    expected = None if reference is None else _expected(reference)
+    return None if expected is None else float(last_number_in(final_part(answer, prompt, ended=ended)) == expected)
 
 
 def final_number(prompt: str, answer: str, reference: str | None, *, ended: bool = True) -> float | None:
     """1 where the number after the last ``####``, or in the last ``\\boxed{}``, is that of the reference, else 0.
 
-    GSM8K's rule (arXiv:2110.14168). None without a reference, or when the reference is no such number.
+    GSM8K's rule (arXiv:2110.14168). The number must stand alone (:mod:`offpolicy.language.numbers`), and its line must
+    have ended. None without a reference, or when the reference is no such number.
     """
-    expected = _expected(reference)
-    return None if expected is None else float(read_answer_number(final_part(answer, prompt, ended=ended)) == expected)
+    expected = None if reference is None else _expected(reference)
+    return None if expected is None else float(read_answer_number(final_part(answer, prompt), ended=ended) == expected)
 
 
 def math(prompt: str, answer: str, reference: str | None, *, ended: bool = True, timeout: float = 5.0) -> float | None:
     """1 where the answer equals the reference as a mathematical expression, by ``math-verify`` (extra ``verify``).
 
-    Without it, or for what it cannot read, numbers are compared: marked ones, else the last.
+    What ``####`` or ``\\boxed{}`` marks is the answer, else all of it. Without the extra, numbers are compared: the one
+    that is marked, which must stand alone, else the last.
 
     Args:
         prompt: looked at for whether it opens the thinking.
@@ -122,48 +106,28 @@ def math(prompt: str, answer: str, reference: str | None, *, ended: bool = True,
         reference: the right answer, as text or LaTeX.
         ended: false for an answer that was cut off.
         timeout: seconds for reading an expression, and for comparing.
+
+    Raises:
+        TimeoutError: that took longer.
     """
     if reference is None:
         return None
-    text, expected = final_part(answer, prompt, ended=ended), _expected(reference)
-    marked = read_answer_number(text)
-    if expected is not None and marked == expected:  # saves milliseconds
+    expected, mark = _expected(reference), last_mark(final_part(answer, prompt), ended=ended)
+    if mark is not None and not mark.whole:
+        return 0.0
+    text = final_part(answer, prompt, ended=ended) if mark is None else mark.content
+    if expected is not None and number_of(text) == expected:  # saves milliseconds
+        return 1.0
+    if mark is not None and mathematics.same(text, reference):
         return 1.0
     if importlib.util.find_spec("math_verify") is not None:
-        if threading.current_thread() is threading.main_thread():
-            found = _math_verify(text, reference, timeout)
-        else:  # it measures time by signals, which only a main thread gets
-            found = _worker().submit(_math_verify, text, reference, timeout).result()
+        shown = mathematics.readable(text, marked=mark is not None, reference=reference)
+        found = 0.0 if shown is None else mathematics.equal(shown, reference, timeout)
         if found is not None:
             return found
     if expected is None:
         return None
-    return float((read_last_number(text) if marked is None else marked) == expected)
-
-
-def _math_verify(answer: str, reference: str, timeout: float) -> float | None:
-    from math_verify import parse, verify
-
-    seconds = max(1, round(timeout))
-    gold = _parse_reference(reference, seconds)
-    if not gold:
-        return None
-    found = parse(answer, parsing_timeout=seconds, raise_on_error=True)
-    return float(verify(gold, found, timeout_seconds=seconds, raise_on_error=True))  # not symmetric: the gold one first
-
-
-@lru_cache(maxsize=4096)
-def _parse_reference(reference: str, seconds: int) -> Any:
-    from math_verify import parse
-
-    marked = reference.rpartition("####")[2].strip()
-    options = {"parsing_timeout": seconds, "raise_on_error": True}
-    return parse(marked, **options) or parse(f"${marked}$", **options)
-
-
-@cache
-def _worker() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    return float(mark is None and last_number_in(text) == expected)
 
 
 @dataclass(frozen=True)

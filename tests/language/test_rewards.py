@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from offpolicy.errors import UsageError
-from offpolicy.language import rewards
+from offpolicy.language import mathematics, rewards
 from offpolicy.language.rewards import (
     Format,
     Length,
@@ -121,12 +121,17 @@ def test_thinking_that_the_prompt_opened() -> None:
 
 
 def test_answers_that_were_cut_off() -> None:
-    """A number at the very end may lack its last digits; one that is followed by something does not."""
+    """A number at the very end may lack its last digits, and a line that was cut off may go on with anything."""
     assert final_part("#### 12", ended=False) == "#### " and final_part("#### 12\nand", ended=False) == "#### 12\n"
     for verifier in (final_number, last_number, math):
         assert verifier("q", "#### 12", "12", ended=True) == 1.0
         assert verifier("q", "#### 12", "12", ended=False) == 0.0
-        assert verifier("q", "#### 12 is", "12", ended=False) == 1.0
+        assert verifier("q", "#### 12\nand", "12", ended=False) == 1.0
+        assert verifier("q", "so \\boxed{12} is", "12", ended=False) == 1.0
+    for verifier in (final_number, math):
+        assert verifier("q", "#### 12 times", "12", ended=False) == 0.0
+        assert verifier("q", "\\boxed{12 and", "12", ended=False) == 0.0
+    assert last_number("q", "#### 12 is", "12", ended=False) == 1.0
     assert exact("q", "12", "12", ended=False) == 0.0
 
 
@@ -153,18 +158,20 @@ def test_mathematics_in_a_thread(monkeypatch) -> None:
             sent.append(arguments)
             return type("Future", (), {"result": staticmethod(lambda: 1.0)})
 
-    monkeypatch.setattr(rewards, "_worker", Worker)
+    monkeypatch.setattr(mathematics, "_worker", Worker)
     found: list[float | None] = []
     thread = threading.Thread(target=lambda: found.append(math("q", "\\boxed{3}", "x")))
     thread.start()
     thread.join()
-    assert found == [1.0] and sent == [("\\boxed{3}", "x", 5.0)]
+    assert found == [1.0] and sent == [("$3$", "x", 5.0)]
 
 
 def test_mathematics_without_the_extra(monkeypatch) -> None:
     """Numbers as Decimals: marked, else the last."""
     monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
-    assert math("q", "#### 1,234.50 or so 7", "1234.5") == 1.0
+    assert math("q", "#### 1,234.50 dollars, or so", "1234.5") == 0.0
+    assert math("q", "#### 1,234.50 dollars", "1234.5") == 1.0
+    assert math("q", "\\boxed{15/3}", "5") == 0.0  # nobody can tell
     assert math("q", "7 + 8 = 15", "15") == 1.0
     assert math("q", "7 + 8 = 16", "15") == 0.0
     assert math("q", "x", "x^2") is None
