@@ -11,6 +11,7 @@ a run goes on exactly from anywhere, and two processes learn what one does.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ from offpolicy.language.scoring import Scoring
 from offpolicy.language.solving import solve
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Tokens, Totals
 
+log = logging.getLogger(__name__)
 OF_A_CRITIC = {"value", "old_value", "returns"}
 LANE = 1024  # tokens of a prompt with several answers behind it: attention to more costs what the prompt saves
 
@@ -255,6 +257,9 @@ class RolloutModule(LanguageModule):
         super().on_fit_start()
         if self.critic is not None:
             self.critic.train()
+        if self._micro_batches * self.world_size > 1:
+            cut = f"{self._micro_batches} micro-batches on {self.world_size} process(es)"
+            self.objective.own.check_split(f"a step of this run is cut into {cut}")
 
     def configure_optimizers(self) -> Optimizer:
         optimizer = super().configure_optimizers()
@@ -343,6 +348,7 @@ class RolloutModule(LanguageModule):
             "problems_seen": self._problems_seen,
             "generated": self.generated,
             "facts": self._facts,
+            "objective": self._of_all_processes(self.objective.own.state_dict()),
             **({} if self.scoring is None else self.scoring.state_dict()),
         }
 
@@ -351,6 +357,10 @@ class RolloutModule(LanguageModule):
         self.iteration, self._first_step = state["iteration"], state["first_step"]
         self._problems_seen, self.generated = state["problems_seen"], state["generated"]
         self._facts = {name: list(pair) for name, pair in state["facts"].items()}
+        parts = state.get("objective") or [{}]  # of each process; checkpoints of earlier versions have none
+        without = self.objective.own.load_state_dict(parts[self.global_rank if self.global_rank < len(parts) else 0])
+        if without:
+            log.warning("The checkpoint has no state of the objective's %s, which begins anew.", ", ".join(without))
         if self.scoring is not None:
             self.scoring.load_state_dict({name: state.get(name) for name in ("base", "previous")})
 
@@ -508,6 +518,7 @@ class RolloutModule(LanguageModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
+        self.objective.own.check_memory()
         if self.global_step == self._first_step:
             assert self._rollouts is not None
             self.scoring.keep(self._rollouts.store, self.iteration)

@@ -19,7 +19,10 @@ them at every call. Tensors are (B, T) unless said otherwise.
 ===============  =======================================================================================================
 
 Anchors, ``entropy`` and ``value`` also take ``aggregation``, for a mean of their own. A component says which optional
-fields of :class:`Tokens` it needs in an attribute ``reads``, a set of names.
+fields of :class:`Tokens` it needs in an attribute ``reads``, a set of names. One that remembers something from call to
+call has ``state_dict()`` and ``load_state_dict(state)``, so that a resumed run goes on with it. A component is given
+one micro-batch of one process; one whose values for an answer depend on the other answers is refused where a step has
+several (:mod:`offpolicy.losses.parts`).
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from offpolicy.errors import UsageError
 from offpolicy.losses import advantages as adv
 from offpolicy.losses import policy_terms as terms
 from offpolicy.losses.health import measure
+from offpolicy.losses.parts import OwnParts
 from offpolicy.losses.tokens import Ratio, Surrogate, Tokens, Totals
 from offpolicy.registry import Spec, make
 
@@ -122,7 +126,7 @@ class Objective:
             given = getattr(self, slot)
             listed = () if given in ("none", None) else (given,) if isinstance(given, (str, Mapping)) else tuple(given)
             object.__setattr__(self, slot, listed)
-        parts = self._parts
+        parts, _ = self._parts, self.own  # made here, so that what parts remember is known from their beginning
         mean = parts["aggregation"]
         if getattr(parts["ratio"], "counts_rows", False) and not isinstance(mean, terms.SeqMeanTokenMean):
             raise UsageError(
@@ -151,6 +155,17 @@ class Objective:
 
     def _terms(self, *slots: str) -> list[Term]:
         return [term for slot in slots or MEANS_OF_THEIR_OWN for term in self._parts[slot]]
+
+    @cached_property
+    def own(self) -> OwnParts:
+        """The parts that come from outside of this library."""
+        named: dict[str, Any] = {}
+        for slot, part in self._parts.items():
+            for i, one in enumerate(part if isinstance(part, list) else [part]):
+                name = f"{slot}/{i}" if slot in MANY else slot
+                values, mean = one if isinstance(one, Term) else (one, None)
+                named |= {name: values} | ({} if mean is None else {f"{name}/aggregation": mean})
+        return OwnParts(named)
 
     @property
     def reads(self) -> frozenset[str]:

@@ -17,7 +17,7 @@ from toy import differences, run_files
 
 from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
 from offpolicy.data.replay import Replay
-from offpolicy.errors import DataError
+from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
 from offpolicy.language.answering import Answering
 from offpolicy.language.engines import TransformersEngine
@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     ),
     "ReMix-exact": ("ReMix", {"kl": "full", "beta": 0.1, "kl_start": 1, "kl_every": 1, "reincarnation": 2}, (3, 4), 8),
     "RLPlus": ("RLPlus", {"temperature": 0.7}, (3,), 6),
+    "own-state": ("GRPO", {"objective": {"weight": ["tiny_rl.Remembers"]}}, (3,), 6),
     "dropout": ("GRPO", {"lora_rank": 2, "lora_dropout": 0.3, "kl": "full", "beta": 0.1}, (3,), 6),
 }
 
@@ -137,6 +138,14 @@ def test_answers_lie_beside_the_checkpoints_that_need_them(policy: Path, tmp_pat
     with pytest.raises(DataError, match="cannot be read"):
         fit(method("ReMix", policy), 14, ckpt_path=tmp_path / "checkpoints" / "step=00000012.ckpt",
             default_root_dir=str(tmp_path))  # fmt: skip
+
+
+def test_parts_of_an_objective_that_a_run_cannot_have_are_refused(policy: Path) -> None:
+    """A state that nobody keeps, after the first step; a part that sees one micro-batch, before it."""
+    with pytest.raises(UsageError, match=r"Forgets.*changes while it is used.*state_dict"):
+        fit(method("GRPO", policy, objective={"weight": ["tiny_rl.Forgets"]}), 2)
+    with pytest.raises(UsageError, match=r"Remembers.*depends on which answers it sees at once.*micro-batches"):
+        fit(method("GRPO", policy, objective={"weight": ["tiny_rl.Remembers"]}, micro_batch_size=3), 2)
 
 
 def test_other_problems_are_refused(policy: Path, tmp_path: Path) -> None:

@@ -34,6 +34,34 @@ def early_letters(prompt: str, answer: str, reference: str | None) -> float:
     return round(sum(c < "n" for c in letters) / (len(answer.split()) + 1), 3)
 
 
+class Remembers:
+    """A weight of tokens that follows the advantages seen so far: an objective's part with a state."""
+
+    def __init__(self) -> None:
+        self.level = 0.0
+
+    def __call__(self, tokens: Any) -> Any:
+        self.level = 0.9 * self.level + 0.1 * float(tokens.advantage.abs().mean())
+        return tokens.mask * (1.0 + self.level)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"level": self.level}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.level = state["level"]
+
+
+class Forgets:
+    """A part that changes, and has no way to keep that."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, tokens: Any) -> Any:
+        self.calls += 1
+        return tokens.mask
+
+
 def toy_problems(count: int = 12, seed: int = 0, demonstrations: bool = True) -> Replay:
     """Random prompts of different lengths, each with a demonstration that ends, for any model of 64 tokens."""
     rng = np.random.default_rng(seed)
