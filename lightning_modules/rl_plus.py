@@ -16,7 +16,8 @@ option              paper                            code                       
 ==================  ===============================  =====================================  ===========================
 ``uniform``         "vocab": U = 1/V                 "one": U = 1, which all but ignores    "vocab"
                                                      tokens that π_k finds unlikely
-``advantage_std``   true: divided by the deviation   false                                  false
+``advantage_std``   true: divided by the deviation   false; where it divides, by that       false; true divides by the
+                                                     + 1e-6                                 deviation + 1e-4
 ``aggregation``     mean over tokens implied         "sum_over_T", without the number of    "dr_grpo": the same divided
                                                      answers                                by it
 ``entropy``         not prominent                    0.001, a mean over tokens whatever     0.001, likewise
