@@ -16,7 +16,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.sequences import BoundTexts, SingleView
 from offpolicy.errors import UsageError
 from offpolicy.language.module import LanguageModule
-from offpolicy.language.scores import SingleScores
+from offpolicy.language.scores import SingleScores, TokenMean
 from offpolicy.losses.preference import NLL_FORMS, nll
 from offpolicy.modules import Metrics
 
@@ -55,7 +55,5 @@ class SFT(LanguageModule):
     def loss(self, scores: SingleScores) -> tuple[Tensor, Metrics]:
         answer = scores.answer
         loss = nll(answer.sum_logps, answer.length, scores.mean_length, self.hparams.reduction)
-        metrics = {"logps/answer": answer.sum_logps, "lengths/answer": answer.length}
-        if answer.stats:
-            metrics |= {name: answer.stats[key] / answer.length for name, key in STATS.items()}
-        return loss, {name: value.detach() for name, value in metrics.items()}
+        pooled = {name: TokenMean(answer.stats[key], answer.length) for name, key in STATS.items() if answer.stats}
+        return loss, {"logps/answer": answer.sum_logps.detach(), "lengths/answer": answer.length, **pooled}

@@ -101,6 +101,8 @@ class BoundTexts:
         self.replay, self.kind = replay, kind
         self.index, self.facts = np.asarray(index, dtype=np.int64), facts
         self.lengths = replay.length[self.index]
+        if "weight" in facts:
+            check_weights(facts["weight"], replay.meta.get("name", "the data"))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -142,10 +144,29 @@ class SingleView:
         if "singles" in replay.tables:
             return BoundTexts(replay, replay.tables["singles"], facts_of(replay, "singles"), Singles)
         pairs = replay.tables["pairs"]
-        if not self.rejected:
-            return BoundTexts(replay, pairs[:, :2], {"label": np.ones(len(pairs), dtype=bool)}, Singles)
-        label = np.tile([True, False], len(pairs))
-        return BoundTexts(replay, pairs.reshape(-1, 2), {"label": label}, Singles)
+        sides = 2 if self.rejected else 1
+        facts = {"label": np.tile(np.arange(sides) == 0, len(pairs))}
+        if "pairs/weight" in replay.tables:  # a pair's weight is that of both of its answers
+            facts["weight"] = np.repeat(_numpy(replay.tables["pairs/weight"]), sides)
+        return BoundTexts(replay, pairs[:, : 2 * sides].reshape(-1, 2), facts, Singles)
+
+
+def row_weights(bound: BoundTexts, rows: np.ndarray) -> np.ndarray:
+    """Weights of rows in the loss: their column ``weight``, else 1; (B,) float64."""
+    weight = bound.facts.get("weight")
+    return np.ones(len(rows)) if weight is None else np.asarray(weight[rows], dtype=np.float64)
+
+
+def check_weights(weight: np.ndarray, where: str) -> None:
+    """Raise :class:`DataError` unless all weights are finite and ≥ 0 and some are above 0."""
+    bad = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
+    if len(bad):
+        raise DataError(
+            f"{where}: {len(bad)} weights are negative or not finite (first at row {bad[0]}: {weight[bad[0]]}); "
+            "expected ≥ 0. For an answer to be unlearned pass it as the rejected one of a pair, or with a label to KTO."
+        )
+    if not np.any(weight):
+        raise DataError(f"{where}: all weights are 0, which leaves nothing to train on; expected some above 0.")
 
 
 def _check_texts(replay: Replay) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.sampling import permutation
+from offpolicy.data.sequences import row_weights
 from offpolicy.language.meters import RowMeter
 from offpolicy.language.reference import evaluating
 from offpolicy.losses.preference import idealised_ranking_accuracy
@@ -25,8 +26,8 @@ def evaluate(method: Any) -> dict[str, float]:
     rows = rows[np.argsort(-table.texts.lengths[rows].sum(1), kind="stable")]
     world, rank = method.world_size, method.global_rank if method.world_size > 1 else 0
     padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % world)])
-    weight = (np.arange(len(padded)) < len(rows)).astype(np.float64)
-    mine, mine_weight = padded[rank::world], torch.from_numpy(weight[rank::world]).to(method.device)
+    counted = (np.arange(len(padded)) < len(rows)).astype(np.float64)
+    mine, real = padded[rank::world], torch.from_numpy(counted[rank::world]).to(method.device)
     size, meter = method.rows_per_forward, RowMeter()
     with evaluating(method.model), method.precision_context():
         means = method.step_means(table, rows)
@@ -34,7 +35,8 @@ def evaluate(method: Any) -> dict[str, float]:
             part = slice(start, start + size)
             scores = method.scores(table, mine[part], means, stats=True)
             loss, metrics = method.loss(scores)
-            meter.add({"loss": loss, **metrics, **idealised(method, scores)}, mine_weight[part])
+            weight = torch.from_numpy(row_weights(table.texts, mine[part])).to(method.device)
+            meter.add_step(loss, {**metrics, **idealised(method, scores)}, weight=weight, real=real[part])
     return meter.read(method.sum_over_processes)
 
 

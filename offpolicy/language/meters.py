@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offpolicy.language.scores import TokenMean
 from offpolicy.losses.health import summarise
 
 
@@ -53,18 +54,34 @@ class SumMeter(Sums):
 
 
 class RowMeter(Sums):
-    """Means of metrics over rows, weighted; NaN is a row that does not count.
+    """Means of metrics over rows, weighted; NaN is a row that does not count, and :class:`TokenMean` pools tokens.
 
     Names that come together are kept together: M names → (M, 2) float64, weighted sums and sums of weights.
     """
 
     @torch.no_grad()
-    def add(self, metrics: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Add rows: name → (B,), and their weights (B,)."""
-        values = torch.stack(list(metrics.values())).double()
-        counts = ~torch.isnan(values)
-        w = weight.double() * counts
-        self.put(tuple(metrics), torch.stack([(torch.where(counts, values, 0.0) * w).sum(-1), w.sum(-1)], -1))
+    def add(self, metrics: Mapping[str, Tensor | TokenMean], weight: Tensor) -> None:
+        """Add rows: name → (B,) or a mean over tokens, and their weights (B,)."""
+        if not metrics:
+            return
+        pairs = [m if isinstance(m, TokenMean) else TokenMean(m, torch.ones_like(m)) for m in metrics.values()]
+        total, count = (torch.stack(part).double() for part in zip(*pairs))
+        known = ~torch.isnan(total)
+        w = weight.double() * known
+        self.put(tuple(metrics), torch.stack([(torch.where(known, total, 0.0) * w).sum(-1), (count * w).sum(-1)], -1))
+
+    def add_step(self, loss: Tensor, metrics: Mapping[str, Any], *, weight: Tensor, real: Tensor) -> None:
+        """Add the rows of a micro-batch: the loss and its parts as they are trained, all others row by row.
+
+        Args:
+            loss: (B,).
+            metrics: name → (B,) or :class:`TokenMean`; names that end with "loss" are parts of the loss.
+            weight: of the rows in the loss, (B,).
+            real: (B,), 0 for rows that only fill up.
+        """
+        parts = {"loss": loss.detach(), **{n: value for n, value in metrics.items() if n.endswith("loss")}}
+        self.add(parts, weight * real)
+        self.add({n: value for n, value in metrics.items() if n not in parts}, real)
 
     def by_name(self) -> dict[str, Tensor]:
         single = Sums()

@@ -26,14 +26,14 @@ from torch.optim import Optimizer
 from offpolicy.callbacks import Interruption, RestoreSettings
 from offpolicy.data import sampling
 from offpolicy.data.module import DataModule
-from offpolicy.data.sequences import BoundTexts, PairView
+from offpolicy.data.sequences import BoundTexts, PairView, row_weights
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.language import policy as policies
 from offpolicy.language.evaluation import eval_sample, evaluate
 from offpolicy.language.generation import positions
 from offpolicy.language.layout import Answers, Layout, check_head, pair_layout, score, shares_prompt, single_layout
 from offpolicy.language.meters import RowMeter
-from offpolicy.language.plan import Plan
+from offpolicy.language.plan import Plan, previous_of_other_prompt
 from offpolicy.language.reference import Reference, Table, evaluating
 from offpolicy.language.scores import PairScores, Scores, SingleScores
 from offpolicy.modules import Metrics, Module, num_trained
@@ -49,7 +49,7 @@ class StepMeans(NamedTuple):
     """Facts about all rows of one optimiser step, over its micro-batches and processes.
 
     Attributes:
-        weight: sum of the weights of its rows.
+        weight: sum of the weights of its rows, by which all means are weighted.
         length: mean number of scored tokens of the chosen answers (of the answers, for singles).
         sequence_length: the same with the prompt's scored tokens.
         mismatched_ratio: mean log-ratio of answers under other prompts; None unless ``uses_mismatched``.
@@ -444,16 +444,21 @@ class LanguageModule(Module):
         """Bind the view to the data, and choose the held-out rows."""
         texts = self.view.bind(data.replay)
         self._table = Table(texts, np.arange(len(texts)))
-        if self.uses_mismatched and len(texts) < 2:
-            raise DataError(
-                "the data have one answer; expected two or more, since answers are paired with other prompts."
-            )
+        self._check_prompts(texts, "the data")
         held_out = getattr(data, "eval_replay", None)
         wanted = held_out is not None and self.run.eval_episodes > 0
         self.eval_table = None
         if wanted:
             texts = self.view.bind(held_out)
+            self._check_prompts(texts, "the held-out data")
             self.eval_table = Table(texts, eval_sample(len(texts), self.hparams.eval_rows))
+
+    def _check_prompts(self, texts: BoundTexts, what: str) -> None:
+        if self.uses_mismatched and len(np.unique(texts.index[:, 0])) < 2:
+            raise DataError(
+                f"{what} have one prompt; expected two or more, since {type(self).__name__} compares with answers to "
+                "other prompts. Pass more rows, or leave the held-out ones out with --data.eval_fraction 0."
+            )
 
     def _longest(self) -> int:
         """Tokens of the longest row of a forward pass."""
@@ -523,9 +528,11 @@ class LanguageModule(Module):
         self._mismatched = {}
         if self.uses_mismatched:
             for epoch in range(plan.place(self.trainer.max_steps - 1)[0] + 1):
-                self._mismatched[epoch] = Table(other_prompts(table.texts, plan.before(epoch)), table.needed)
+                previous = plan.before(epoch, table.texts.index[:, 0])
+                self._mismatched[epoch] = Table(other_prompts(table.texts, previous), table.needed)
             if held_out is not None:
-                previous = np.roll(np.arange(len(held_out.texts)), 1)
+                in_order, prompts = np.arange(len(held_out.texts)), held_out.texts.index[:, 0]
+                previous = previous_of_other_prompt(in_order, prompts)
                 self._mismatched[HELD_OUT] = Table(other_prompts(held_out.texts, previous), held_out.needed)
         if self.uses_reference:
             tables = [table, held_out, *self._mismatched.values()]
@@ -580,18 +587,19 @@ class LanguageModule(Module):
 
     def step_means(self, table: Table, rows: np.ndarray) -> StepMeans:
         """What losses need to know of all rows of a step."""
-        lengths = table.texts.lengths[rows]
+        lengths, weight = table.texts.lengths[rows], row_weights(table.texts, rows)
+        total = weight.sum() or 1.0  # of a step whose rows all have the weight 0, which learns nothing
         sequence = lengths[:, 1] + np.maximum(lengths[:, 0] - 1, 0)
-        ratio = self._mismatched_ratio(table, rows) if self.uses_mismatched else None
-        return StepMeans(row_weights(table.texts, rows).sum() or 1.0, lengths[:, 1].mean(), sequence.mean(), ratio)
+        ratio = self._mismatched_ratio(table, rows, weight / total) if self.uses_mismatched else None
+        return StepMeans(total, weight @ lengths[:, 1] / total or 1.0, weight @ sequence / total or 1.0, ratio)
 
-    def _mismatched_ratio(self, table: Table, rows: np.ndarray) -> Tensor:
-        """Mean log-ratio of answers under other prompts over the rows of a step, 0-d."""
+    def _mismatched_ratio(self, table: Table, rows: np.ndarray, share: np.ndarray) -> Tensor:
+        """Mean log-ratio of answers under other prompts over the rows (B,) of a step, which have these shares, 0-d."""
         epoch = HELD_OUT if table is self.eval_table else self._plan_of().place(self.global_step)[0]
         other = self._mismatched[epoch]
         world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
         padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % world)])
-        counts = torch.from_numpy((np.arange(len(padded)) < len(rows))[rank::world])
+        shares = torch.from_numpy(np.pad(share, (0, len(padded) - len(rows)))[rank::world])
         mine, total = padded[rank::world], torch.zeros((), dtype=torch.float64, device=self.device)
         with evaluating(self.model):
             for start in range(0, len(mine), self.rows_per_forward):
@@ -599,8 +607,8 @@ class LanguageModule(Module):
                 layout = self.layout(other.texts.gather(mine[part]))
                 found = self.answers(self.model, layout).sum_logps
                 ratio = found[: len(mine[part])] - self._reference.logps(other, mine[part], layout, found)[0]
-                total += (ratio.double() * counts[part].to(ratio.device)).sum()
-        return (self.sum_over_processes(total) / len(rows)).float()
+                total += (ratio.double() * shares[part].to(ratio.device)).sum()
+        return self.sum_over_processes(total).float()
 
     def sum_over_processes(self, x: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -677,7 +685,7 @@ class LanguageModule(Module):
         if t == 0 and j == 0 and self.uses_reference:
             self._reference.check_start(scores)
         weight = torch.from_numpy(row_weights(table.texts, rows) * real).to(loss)
-        self.meter.add({"loss": loss.detach(), **metrics}, torch.full_like(weight, float(real)))
+        self.meter.add_step(loss, metrics, weight=weight, real=torch.full_like(weight, float(real)))
         self._tokens += int(table.texts.lengths[rows].sum()) if real else 0
         self._micro = (j + 1) % self._micro_batches
         self.step_ended = self._micro == 0
@@ -737,12 +745,6 @@ class LanguageModule(Module):
     def teardown(self, stage: str) -> None:
         self.restore_settings()
         self._reference.close()
-
-
-def row_weights(bound: BoundTexts, rows: np.ndarray) -> np.ndarray:
-    """Weights of rows in the loss: their column ``weight``, else 1; (B,) float64."""
-    weight = bound.facts.get("weight")
-    return np.ones(len(rows)) if weight is None else np.asarray(weight[rows], dtype=np.float64)
 
 
 def other_prompts(bound: BoundTexts, previous: np.ndarray) -> BoundTexts:

@@ -54,15 +54,32 @@ class Plan:
         rows = self.rows(step)
         return np.array_split(rows, self.slots)[i]
 
-    def before(self, epoch: int) -> np.ndarray:
-        """For every row the one that stands before it in the epoch's order (cyclic), (n,)."""
-        order = self.order(epoch)
-        previous = np.empty_like(order)
-        previous[order] = np.roll(order, 1)
-        return previous
+    def before(self, epoch: int, prompts: np.ndarray) -> np.ndarray:
+        """For every row the nearest one before it in the epoch's order (cyclic) that has another prompt, (n,)."""
+        return previous_of_other_prompt(self.order(epoch), prompts)
 
     def rows_until(self, last: int) -> np.ndarray:
         """The distinct rows of the first ``last`` steps, sorted."""
         if last >= self.steps_per_epoch:
             return np.arange(len(self.lengths))
         return np.sort(self.order(0)[: last * self.batch_size])
+
+
+def previous_of_other_prompt(order: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """For every row the nearest one before it in an order (cyclic) that has another prompt.
+
+    Args:
+        order: a permutation of the rows, (n,).
+        prompts: number of the prompt of each row, (n,); two different ones at least.
+
+    Returns:
+        Row → row, (n,).
+    """
+    own = prompts[order]
+    begins = own != np.roll(own, 1)  # places where another prompt begins
+    place = np.where(begins, np.arange(len(order)), -1)
+    place = np.maximum.accumulate(place)
+    place[place < 0] = np.flatnonzero(begins)[-1]  # the first places go on with what stands at the end
+    previous = np.empty_like(order)
+    previous[order] = order[place - 1]
+    return previous

@@ -11,6 +11,18 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class TokenMean(NamedTuple):
+    """A metric that is a mean over tokens: its rows are pooled, Σ total / Σ count, so that every token counts alike.
+
+    Attributes:
+        total: sum over the tokens of each row, (B,).
+        count: number of those tokens, (B,).
+    """
+
+    total: Tensor
+    count: Tensor
+
+
 class Scores(NamedTuple):
     """One answer per row, as the policy and its reference see it.
 
@@ -52,9 +64,10 @@ class PairScores(NamedTuple):
         chosen: scores of the preferred answers.
         rejected: scores of the others.
         facts: columns of the pairs by name, (B, …) each, such as ``weight`` or ``score_chosen``.
-        mean_chosen_length: mean number of scored tokens of the chosen answers over the whole optimiser step, that is
-            over all micro-batches and processes. A mean over the tokens of the step, Σ −log π / Σ length, is then the
-            mean over its pairs of ``−chosen.sum_logps / mean_chosen_length``, however the step is cut.
+        mean_chosen_length: n̄ = Σ w·n / Σ w, the mean number n of scored tokens of the chosen answers over the whole
+            optimiser step, weighted by the weights w of its pairs: over all micro-batches and processes. A weighted
+            mean over the tokens of the step, Σ −w·log π / Σ w·n, is then the weighted mean over its pairs of
+            ``−chosen.sum_logps / mean_chosen_length``, however the step is cut.
         mean_sequence_length: the same mean of answer and scored prompt tokens; None unless ``scores_prompt``.
     """
 
@@ -71,9 +84,9 @@ class SingleScores(NamedTuple):
     Attributes:
         answer: scores of the answers.
         facts: columns of the singles by name, (B, …) each: ``label`` bool (desirable or not), ``score``, …
-        mean_length: mean number of scored tokens of an answer over the whole optimiser step.
-        mismatched_ratio: mean log-ratio of answer i−1 (cyclic) under prompt i over the whole optimiser step, 0-d, no
-            gradient; None unless the method asks for it with ``uses_mismatched``.
+        mean_length: mean number of scored tokens of an answer over the whole optimiser step, weighted likewise.
+        mismatched_ratio: mean log-ratio of answers under other prompts than their own over the whole optimiser step,
+            weighted likewise, 0-d, no gradient; None unless the method asks for it with ``uses_mismatched``.
     """
 
     answer: Scores

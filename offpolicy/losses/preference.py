@@ -7,14 +7,14 @@ token, or log-ratios log π(y|x) − log π_ref(y|x), as each function says. ℓ
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from offpolicy.errors import check_range
-from offpolicy.language.scores import PairScores
+from offpolicy.language.scores import PairScores, TokenMean
 
 NllForm = Literal["sum", "sequence_mean", "token_mean"]
 NLL_FORMS: tuple[NllForm, ...] = ("sum", "sequence_mean", "token_mean")
@@ -234,8 +234,10 @@ def loss_to_rank(ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float) -> Te
 
 def preference_metrics(
     scores: PairScores, chosen_reward: Tensor, rejected_reward: Tensor, *, mean_logps: bool = False
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """What is reported of a batch of pairs, under the usual names: (B,) each, no gradient.
+
+    Logits, entropy and token accuracy are :class:`TokenMean`, which pool the tokens of all rows.
 
     Args:
         scores: of the batch.
@@ -262,12 +264,16 @@ def preference_metrics(
         metrics["ref_ranking_accuracy"] = ranking_accuracy(
             chosen.ref_logps / chosen.length, rejected.ref_logps / rejected.length
         )
+    pooled = {}
     if chosen.stats:
-        metrics["logits/chosen"] = chosen.stats["logits"] / chosen.length
-        metrics["logits/rejected"] = rejected.stats["logits"] / rejected.length
-        metrics["entropy"] = (chosen.stats["entropy"] + rejected.stats["entropy"]) / (chosen.length + rejected.length)
-        metrics["mean_token_accuracy"] = chosen.stats["hits"] / chosen.length
-    return {name: value.detach() for name, value in metrics.items()}
+        entropy = chosen.stats["entropy"] + rejected.stats["entropy"]
+        pooled = {
+            "logits/chosen": TokenMean(chosen.stats["logits"], chosen.length),
+            "logits/rejected": TokenMean(rejected.stats["logits"], rejected.length),
+            "entropy": TokenMean(entropy, chosen.length + rejected.length),
+            "mean_token_accuracy": TokenMean(chosen.stats["hits"], chosen.length),
+        }
+    return {name: value.detach() for name, value in metrics.items()} | pooled
 
 
 def _difference(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from offpolicy.language.plan import Plan
+from offpolicy.language.plan import Plan, previous_of_other_prompt
 
 
 def plan(rows: int = 23, **options: int) -> Plan:
@@ -47,8 +47,19 @@ def test_order_by_length_keeps_the_rows_of_a_step() -> None:
 
 def test_the_row_before() -> None:
     p = plan()
-    order, before = p.order(1), p.before(1)
+    order, before = p.order(1), p.before(1, np.arange(23))
     assert all(before[order[i]] == order[i - 1] for i in range(23))
+
+
+@pytest.mark.parametrize("prompts", [[0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0], [0, 1, 0, 1, 1, 0]])
+def test_the_row_before_has_another_prompt(prompts: list[int]) -> None:
+    own = np.array(prompts)
+    for order in (np.arange(6), np.array([3, 0, 5, 1, 4, 2]), np.array([2, 1, 0, 5, 4, 3])):
+        before = previous_of_other_prompt(order, own)
+        place = np.argsort(order)
+        for row in range(6):  # the slow way: step back until the prompt is another
+            back = next(order[place[row] - k] for k in range(1, 7) if own[order[place[row] - k]] != own[row])
+            assert before[row] == back
 
 
 def test_rows_of_a_short_run() -> None:

@@ -114,6 +114,7 @@ FAULTS = {  # kind → what is wrong, what was expected
     "no_turn": ("sides without a common '\\n\\nAssistant:'", "dialogues that share everything up to an answer"),
     "scores": ("scores that do not fit the answers", "one number for each of at least two answers"),
     "nan": ("a score or weight that is not a finite number", "a number"),
+    "negative": ("a negative weight", "a number ≥ 0; an answer to be unlearned is the rejected one of a pair"),
     "label": ("no label", "true or false"),
     "surrogate": ("half of a surrogate pair, which is no character", "whole characters; write the text again"),
     "template": ("turns that the chat template refuses", "roles in the order it wants"),
@@ -593,6 +594,8 @@ def _facts(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
         value = values[name]
         if value is None or not isinstance(value, int | float) or not math.isfinite(value):
             raise Fault(name, "nan", "None" if value is None else value)
+        if name == "weight" and value < 0:
+            raise Fault(name, "negative", value)
         facts[name] = float(value)
     return facts
 
