@@ -40,7 +40,7 @@ from offpolicy.optim import FusedAdam, gradients, polyak_
 from offpolicy.options import RunOptions
 
 log = logging.getLogger(__name__)
-Metrics = dict[str, Tensor]
+Metrics = dict[str, Any]  # (B,) or one number per seed each; of language methods also means over tokens
 Rate = float | Callable[[int], float]
 KEY = "offpolicy"  # our part of a checkpoint
 

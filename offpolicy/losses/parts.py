@@ -156,4 +156,4 @@ def _made_tokens() -> tuple[Tokens, Totals]:
 
 
 def _rows(tokens: Tokens, rows: slice) -> Tokens:
-    return Tokens(*(None if value is None else value[rows] for value in tokens))
+    return Tokens(**{name: None if value is None else value[rows] for name, value in tokens._asdict().items()})
