@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 class TokenMean(NamedTuple):
-    """A metric that is a mean over tokens: its rows are pooled, Σ total / Σ count, so that every token counts alike.
+    """A metric that is a mean over tokens: its rows are pooled, Σ total / Σ tokens, so that every token counts alike.
 
     Attributes:
         total: sum over the tokens of each row, (B,).
-        count: number of those tokens, (B,).
+        tokens: number of those tokens, (B,).
     """
 
     total: Tensor
-    count: Tensor
+    tokens: Tensor
 
 
 class Scores(NamedTuple):

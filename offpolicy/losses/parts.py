@@ -156,4 +156,5 @@ def _made_tokens() -> tuple[Tokens, Totals]:
 
 
 def _rows(tokens: Tokens, rows: slice) -> Tokens:
-    return Tokens(**{name: None if value is None else value[rows] for name, value in tokens._asdict().items()})
+    cut: dict[str, Any] = {name: None if value is None else value[rows] for name, value in tokens._asdict().items()}
+    return Tokens(**cut)

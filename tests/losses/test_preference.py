@@ -351,7 +351,7 @@ def test_metrics_of_pairs() -> None:
     chosen = Scores(f64(-6.0).requires_grad_(), f64(4.0), f64(-8.0), stats=stats)
     rejected = Scores(f64(-6.0), f64(2.0), f64(-5.0), stats={"logits": f64(2.0), "entropy": f64(4.0), "hits": f64(0.0)})
     metrics = preference_metrics(PairScores(chosen, rejected), 0.1 * chosen.log_ratio, 0.1 * rejected.log_ratio)
-    values = {k: v.total / v.count if isinstance(v, TokenMean) else v for k, v in metrics.items()}
+    values = {k: v.total / v.tokens if isinstance(v, TokenMean) else v for k, v in metrics.items()}
     assert {name: value.item() for name, value in values.items()} == pytest.approx(
         {
             "rewards/chosen": 0.2,
