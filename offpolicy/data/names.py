@@ -245,7 +245,8 @@ def _of_pattern(path: Path) -> Target:
     """The files of texts that a pattern such as ``data/train-*.parquet`` matches, under the name they share."""
     if shards(path):
         name = re.sub(r"[^\w.-]+|-of-.*", "", path.name[: -len(file_type(path))] or path.name).strip("-_.")
-        return Target("language", name or path.resolve().parent.name, path)
+        plain = next(parent for parent in path.absolute().parents if not has_magic(parent.name))
+        return Target("language", name or plain.name, path)
     other = sorted({file_type(Path(file)) for file in glob(str(path), recursive=True)})
     raise UsageError(
         f"the pattern {path} matches {'files of the type ' + ', '.join(other) if other else 'no file'}; expected texts "

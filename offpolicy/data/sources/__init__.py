@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from offpolicy.data.names import Target, resolve
+from offpolicy.data.names import TABLES, Target, file_type, resolve
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.arrays import environment, from_arrays
 from offpolicy.errors import DataError, UsageError
@@ -60,9 +60,12 @@ def open_source(
     """
     target = name_or_target if isinstance(name_or_target, Target) else resolve(name_or_target)
     if target.kind == "language":
+        table = target.path is not None and file_type(target.path).removesuffix(".gz") in TABLES
         raise UsageError(
-            f"{target.path} is language data (prompts or preference pairs); expected control data: .hdf5, .npz, or a "
-            "folder. Choose a method for language models (DPO, SimPO, SFT), or other data."
+            f"{target.path} is {'a table of text' if table else 'language data (prompts or preference pairs)'}; expected "
+            "control data: .hdf5, .npz, or a folder. "
+            f"{'Save its columns of numbers with numpy.savez (obs, action, …), or choose' if table else 'Choose'} a method "
+            "for language models (DPO, SimPO, SFT), or other data."
         )
     own_environment = env_id is not None or max_episode_steps is not None
     if own_environment and target.kind not in ("hdf5", "npz", "replay"):

@@ -31,7 +31,7 @@ from offpolicy.data.sources.messages import (
     unpack_lists,
 )
 from offpolicy.errors import DataError, UsageError, nearest
-from offpolicy.language.tokens import Message, Text
+from offpolicy.language.tokens import Message, Text, lone_surrogate
 
 NAMES = (
     *("prompt", "chosen", "rejected", "completion", "label", "messages", "completions", "scores"),
@@ -417,6 +417,8 @@ def records(
         values = {ours: column[row] for ours, column in columns.items()}
         try:
             made = list(make(row, values, form, counts))
+            for record in made:
+                _check_characters(record, form)
         except Fault as fault:
             ours, kind, found = fault.args
             faults.add(row, form.columns.get(ours, ours), kind, found)
@@ -436,6 +438,19 @@ def records(
                 _count_joints(record, separator, counts)
                 record.answers = tuple(separator + cast(str, answer) for answer in record.answers)
             yield record
+
+
+def _check_characters(record: Record, form: Format) -> None:
+    """A fault where a prompt or an answer holds half of a surrogate pair, which no tokenizer takes."""
+    names = {"pairs": ("chosen", "rejected"), "lists": ("completions",), "singles": ("completion",)}[form.kind]
+    names = ("messages",) if "messages" in form.columns else names
+    prompts = {"messages": "messages", "implicit": "chosen", "dialogue": "chosen", "two": "prompt_chosen"}
+    texts = [(prompts.get(form.prompt, "prompt"), record.prompt), *zip(names, record.answers)]
+    texts += [("prompt_rejected", record.rejected_prompt)] if record.rejected_prompt is not None else []
+    for name, text in texts:
+        for part in [text] if isinstance(text, str) else [turn["content"] for turn in text]:
+            if found := lone_surrogate(part):
+                raise Fault(name, "surrogate", found)
 
 
 def _pair(row: int, values: dict[str, Any], form: Format, counts: Counter[str]) -> Iterator[Record]:

@@ -97,6 +97,12 @@ def message(raw: Mapping[str, Any], name: str) -> Message:
     if content is not None and not isinstance(content, str):
         raise WrongType(f"`{name}` has a message with {shorten(content)} as content; expected text. Convert it.")
     role = str(role).lower()
+    if role == "function_call" and isinstance(call := _of_json(content or ""), dict) and "name" in call:
+        return turn | {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": _calls({"type": "function", "function": call}, name),
+        }
     return turn | {"role": ROLES.get(role, role), "content": content or ""}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import re
 import sys
@@ -20,6 +21,7 @@ from offpolicy.data.names import TABLES, file_type, shards
 from offpolicy.data.sources.formats import Source
 from offpolicy.data.sources.messages import WrongType, unpack
 from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.language.tokens import lone_surrogate
 
 SPLIT = re.compile(
     r"(?:^|[^a-z])(train(?:ing)?|test(?:ing)?|valid(?:ation)?|val|dev|eval(?:uation)?)(?:[^a-z]|$)", re.IGNORECASE
@@ -41,6 +43,9 @@ def reading(path: Path | str, do: Callable[[], Any]) -> Any:
 
 def source_of(where: str, rows: int, names: list[str], column: Callable[[str], list[Any]], **others: Any) -> Source:
     """A source whose columns are read once, each with the conversations in it as messages."""
+    for name in names:
+        if lone_surrogate(name):
+            raise DataError(f"{where} has the column {name!r} with half of a surrogate pair; expected text. Rename it.")
     known: dict[str, list[Any]] = {}
 
     def read(name: str) -> list[Any]:
@@ -108,7 +113,7 @@ def _text(path: Path) -> str:
         raw = gzip.decompress(raw) if path.name.lower().endswith(".gz") else raw
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}. Make or download it again.") from None
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or raw[1:2] == b"\0" or raw[:1] == b"\0":
         raise DataError(
             f"{path} cannot be read as UTF-8, as it is written in UTF-16 or UTF-32; expected UTF-8. Convert it: iconv "
             "-f UTF-16 -t UTF-8."
@@ -195,7 +200,7 @@ def _of_csv(path: Path, delimiter: str) -> Source:
         delimiter = next((d for d in ("\t", ";", ",") if d in first), delimiter)  # as Excel writes in some countries
     rows, lines = [], []
     before = csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for row in reader:
             if row:
