@@ -61,11 +61,11 @@ def open_source(
     target = name_or_target if isinstance(name_or_target, Target) else resolve(name_or_target)
     if target.kind == "language":
         table = target.path is not None and file_type(target.path).removesuffix(".gz") in TABLES
+        what = "a table of text" if table else "language data (prompts or preference pairs)"
+        save = "Save its columns of numbers with numpy.savez (obs, action, …). " if table else ""
         raise UsageError(
-            f"{target.path} is {'a table of text' if table else 'language data (prompts or preference pairs)'}; expected "
-            "control data: .hdf5, .npz, or a folder. "
-            f"{'Save its columns of numbers with numpy.savez (obs, action, …), or choose' if table else 'Choose'} a method "
-            "for language models (DPO, SimPO, SFT), or other data."
+            f"{target.path} is {what}; expected control data: .hdf5, .npz, or a folder. {save}Choose a method for "
+            "language models (DPO, SimPO, SFT), or other data."
         )
     own_environment = env_id is not None or max_episode_steps is not None
     if own_environment and target.kind not in ("hdf5", "npz", "replay"):

@@ -183,10 +183,12 @@ def _parse(text: str, path: Path, line: int) -> Any:
     except RecursionError:
         raise DataError(f"{path}, line {line} is nested too deeply; expected rows of texts. Correct it.") from None
     except ValueError as error:
-        at = getattr(error, "pos", 0)
-        line += text.count("\n", 0, at)
+        at, words = 0, str(error).partition(";")[0]
+        if isinstance(error, json.JSONDecodeError):
+            at, words = error.pos, f"{error.msg.removesuffix(' at')} at column {error.colno}"
         around = text[max(0, at - 20) : at + 20].strip()
-        raise DataError(f"{path}, line {line} is no JSON ({error}); found {around!r}. Correct the file.") from None
+        line += text.count("\n", 0, at)
+        raise DataError(f"{path}, line {line} is no JSON ({words}); found {around!r}. Correct the file.") from None
 
 
 # -- tables of text ----------------------------------------------------------------------------------------------------
