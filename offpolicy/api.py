@@ -33,12 +33,13 @@ from offpolicy.errors import DataError, UsageError, check_range, nearest
 from offpolicy.evaluation.order import make_order
 from offpolicy.evaluation.rollout import EVAL_SEED, Evaluator
 from offpolicy.evaluation.scores import has_score, interval, normalized_score, score_kind, summarize
-from offpolicy.files import Table, atomic_write, unique_run_folder
+from offpolicy.files import Table, WriteError, atomic_write, unique_run_folder
 from offpolicy.goals import GoalModule
 from offpolicy.modules import KEY, Module, OfflineModule
 from offpolicy.options import RunOptions
 from offpolicy.registry import import_class
 from offpolicy.synthetic import sample
+from offpolicy.trust import NAME, Trust, check_environment, names_in, names_of, trusting
 
 TRAINER_DEFAULTS: dict[str, Any] = {  # one device unless asked; rows and batches are the method's own affair
     "devices": 1,
@@ -97,6 +98,7 @@ def fit(
     ckpt_path: str | Path | None = None,
     verbose: bool = True,
     origin: Origin | None = None,
+    trust: Trust = None,
     **options: Any,
 ) -> FitResult:
     """Train a method and keep a run folder with settings, curves and checkpoints.
@@ -112,6 +114,8 @@ def fit(
             checkpoint file. The newest checkpoint of a run continues in its own folder, an older one in a new folder.
         verbose: print the first screen, a bar and the result.
         origin: what the command line adds; leave it out.
+        trust: packages whose code may run because a data file names it, such as an environment ``package:Id`` (a list,
+            or True for all); None for those of this library alone.
         options: fields of :class:`RunOptions` (``eval_every=1000``) and arguments of Lightning's ``Trainer``
             (``accelerator="gpu"``, ``callbacks=[…]``).
 
@@ -140,7 +144,7 @@ def fit(
     method.run, method.seed = RunOptions(**method.run_defaults | run), seed
     method.bind_data(module)
 
-    with quiet(), forget_if_empty() as made:
+    with trusting(trust), quiet(), forget_if_empty() as made:
         seed_everything(seed, workers=True, verbose=False)
         if first:
             module.load()  # before anything is written, as data may be faulty
@@ -156,7 +160,8 @@ def fit(
             origin.lines += [screen.line("changed", changed)] if changed else []
             target = target or own_folder(checkpoint)
             if updates >= max_steps:
-                return already_done(method, checkpoint, updates, max_steps, verbose and first)
+                with trusting(names=names_of(method) | names_in(module.settings())):
+                    return already_done(method, checkpoint, updates, max_steps, verbose and first)
         elif target is not None and newest_checkpoint(target):
             raise UsageError(
                 f"`folder` is {target}, which holds a run; expected a new one. Pass it as `ckpt_path` to continue it."
@@ -196,33 +201,59 @@ def fit(
     return result
 
 
-def load(run_or_checkpoint: str | Path, *, method: type[Module] | None = None) -> Module:
+def load(run_or_checkpoint: str | Path, *, method: type[Module] | None = None, trust: Trust = None) -> Module:
     """A trained method from a run folder (its newest checkpoint) or a checkpoint; needs neither data nor simulator.
 
+    A checkpoint may come from anybody: it holds plain values and tensors alone, and of the code it names only what
+    belongs to this library is run.
+
     Args:
-        method: the class, when it cannot be found under the import path it had in training.
+        method: the class, when it is one of your own.
+        trust: packages or modules of yours or others that the checkpoint may name (its class, rewards, components, its
+            environment), as a list or a text with commas; True for all.
 
     Returns:
         The method on the CPU, ready for ``act``; a language model with its ``tokenizer``.
 
     Raises:
-        UsageError: no checkpoint there, or its class cannot be imported.
+        UsageError: no checkpoint there, its class cannot be imported or is not trusted, or it is damaged.
     """
     path = resolve_checkpoint(run_or_checkpoint)
     checkpoint = read_checkpoint(path)
-    state = _own_state(checkpoint, path)
+    state = own_state(checkpoint, path)
+    with trusting(trust, in_file=True):
+        cls = method or _class_of(state, path)
+        if not (isinstance(cls, type) and issubclass(cls, Module)):
+            raise UsageError(f"{path} is to be opened as {cls!r}, which is no method; expected a class of one.")
+        try:
+            check_environment(state["data"]["meta"], str(path))
+            loaded = cls(**checkpoint["hyper_parameters"])
+            loaded.on_load_checkpoint(checkpoint)
+            loaded.load_state_dict(checkpoint["state_dict"], strict=loaded.strict_loading)
+            loaded.take_files(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
+        except (UsageError, DataError, WriteError):
+            raise
+        except Exception as error:  # anything can be wrong with values in a file
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(
+                f"{path} holds a {cls.__name__} that cannot be made again ({type(error).__name__}: {reason}); expected "
+                "a checkpoint of this version of the class. Pass another checkpoint."
+            ) from error
+    return loaded.eval()
+
+
+def _class_of(state: Mapping[str, Any], path: Path) -> Any:
+    """The class that a checkpoint names."""
+    name = state.get("class")
+    if not (isinstance(name, str) and NAME.fullmatch(name)):
+        raise UsageError(f"{path} names {name!r} as its class; expected package.module.Class. Pass another checkpoint.")
     try:
-        cls = method or import_class(state["class"])
+        return import_class(name)
     except (UsageError, ImportError) as error:
         raise UsageError(
-            f"{path} holds a method of the class {state['class']}, which cannot be imported: {error} "
+            f"{path} holds a method of the class {name}, which cannot be imported: {error} "
             "Or pass the class: offpolicy.load(path, method=MyClass)."
         ) from None
-    loaded = cls(**checkpoint["hyper_parameters"])
-    loaded.on_load_checkpoint(checkpoint)
-    loaded.load_state_dict(checkpoint["state_dict"], strict=loaded.strict_loading)
-    loaded.take_files(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
-    return loaded.eval()
 
 
 def evaluate(
@@ -232,6 +263,7 @@ def evaluate(
     seed: int = EVAL_SEED,
     num_envs: int | None = None,
     temperature: float = 0.0,
+    trust: Trust = None,
 ) -> dict[str, Any]:
     """Play episodes in the environment of the data a method was trained on.
 
@@ -241,6 +273,7 @@ def evaluate(
         seed: episode k starts from ``seed + k``; the default repeats the start states of training's evaluations.
         num_envs: environments kept open; changes the speed only.
         temperature: of goal-conditioned policies: factor of the standard normal noise on their means, ≥ 0.
+        trust: as of :func:`load`.
 
     Returns:
         ``return_mean return_std length_mean score score_std success_rate`` as far as they exist ("std" over episodes),
@@ -251,7 +284,7 @@ def evaluate(
     Raises:
         UsageError: no environment is known or installed, or it does not match the data.
     """
-    method = method if isinstance(method, Module) else load(method)
+    method = method if isinstance(method, Module) else load(method, trust=trust)
     if not isinstance(method, OfflineModule):
         raise UsageError(
             f"{type(method).__name__} tunes a language model, which plays no episodes; expected a control method. Its "
@@ -365,7 +398,10 @@ def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
         UsageError: it holds another method.
     """
     content = read_checkpoint(checkpoint)
-    before, now = _own_state(content, checkpoint)["class"], f"{type(method).__module__}.{type(method).__qualname__}"
+    before, now = (
+        str(own_state(content, checkpoint).get("class")),
+        f"{type(method).__module__}.{type(method).__qualname__}",
+    )
     if before.rpartition(".")[2] != now.rpartition(".")[2]:
         raise UsageError(f"{checkpoint} holds the method {before}; expected {now}. Pass the same method.")
     former, current = content["hyper_parameters"], plain_hparams(method.hparams)
@@ -413,10 +449,20 @@ def data_name(data: DataModule) -> str:
         return str(data.name)
 
 
-def _own_state(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    if KEY not in checkpoint:
+def own_state(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What this library has put into a checkpoint.
+
+    Raises:
+        UsageError: it was not written by this library, or lacks a part.
+    """
+    state = checkpoint.get(KEY)
+    if not isinstance(state, dict):
         raise UsageError(f"{path} was not written by this library; expected its '{KEY}' entry. Pass another file.")
-    return checkpoint[KEY]
+    parts = {"hyper_parameters": dict, "state_dict": dict, "global_step": int}
+    missing = [name for name, kind in parts.items() if not isinstance(checkpoint.get(name), kind)]
+    if missing:
+        raise UsageError(f"{path} has no usable {', '.join(missing)}; expected a whole checkpoint. Pass another file.")
+    return state
 
 
 # -- surroundings ------------------------------------------------------------------------------------------------------

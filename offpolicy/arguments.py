@@ -19,10 +19,16 @@ from offpolicy.errors import UsageError, nearest
 from offpolicy.options import RunOptions
 from offpolicy.recipes import Recipe, named_recipe, recipe, recipes
 from offpolicy.registry import class_path
+from offpolicy.trust import NAME, Words, check_settings, names_in, trusting, words
 
 DEFAULT_METHOD, DEFAULT_DATA = "TD3BC", "pendulum-stitch-v0"
 GROUPS = ("model", "data", "run", "trainer")
-TOP = ("config", "model", "data", "recipe", "root", "folder", "ckpt_path", "seed_everything", "print_config", "help")
+TOP = (
+    "config", "model", "data", "recipe", "root", "folder", "ckpt_path", "seed_everything", "trust", "print_config",
+    "help",
+)  # fmt: skip
+OF_THE_COMMAND = ("config", "trust", "print_config", "help")  # never in files
+NO_NAMES = ("config", "data.name", "folder", "root", "ckpt_path", "trust")  # whose values are places
 ALIASES = {"-h": "--help", "-c": "--config", "--seed": "--seed_everything", "--data": "--data.name"}
 
 HELP = """\
@@ -37,6 +43,7 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
   --ckpt_path WHAT      continue: last, a run folder or a checkpoint
   --config FILE|NAME    settings from a YAML file, or a recipe by method/name; may be repeated
   --recipe NAME         auto (the one for this task), none, or by name
+  --trust PACKAGES      run code of these packages where a file (config, run, data) names it
   --root DIR            where run folders are made (runs); --folder DIR names one
 
   --run.eval_every N    updates between evaluations and checkpoints (5000)
@@ -74,6 +81,7 @@ class Command:
         notes: sentences to show before training.
         texts: whether the data hold texts; None where nobody has looked.
         data_given: whether the user named data.
+        words: what the user named or trusts.
     """
 
     method: str
@@ -83,6 +91,7 @@ class Command:
     notes: list[str] = field(default_factory=list)
     texts: bool | None = None
     data_given: bool = True
+    words: Words = field(default_factory=Words)
 
     @property
     def parser_args(self) -> list[str]:
@@ -108,12 +117,26 @@ def read_command(argv: Iterable[str]) -> Command:
         return Command(path, flags=[("help", None)] if "help" in last else [("model.help", path)])
 
     check_options((name for name, _ in pairs), {"run": [f.name for f in fields(RunOptions)]})
+    typed = names_in([parsed(value) for name, value in pairs if name not in NO_NAMES])
+    packages = [package for name, value in pairs if name == "trust" and value for package in value.split(",")]
+    classes = names_in([parsed(value) for name, value in pairs if name == "model" or name.startswith("trainer.")])
+    packages += {name.partition(".")[0] for name in classes if NAME.fullmatch(name)}  # whose code runs in any case
+    with trusting(packages, names=typed, in_file=True):
+        return _read(pairs, last)
+
+
+def _read(pairs: list[tuple[str, str | None]], last: dict[str, str | None]) -> Command:
+    """Recipe, files and flags put together."""
     sources = [value for name, value in pairs if name == "config"]
     if not sources and (run := _run_folder(last.get("ckpt_path"))):
         sources = [str(run / "config.yaml")]
     layers = [read_settings(str(source)) for source in sources]
-    for layer in layers:
+    for source, layer in zip(sources, layers):
         check_options(layer, {"run": [f.name for f in fields(RunOptions)]})
+        for name in OF_THE_COMMAND:
+            if name in layer:
+                raise UsageError(f"{source} sets `{name}`, which only the command line may. Remove it from the file.")
+        check_settings(layer, str(source))
     in_files = {key: value for layer in layers for key, value in layer.items()}
 
     method = class_path(last.get("model") or in_files.get("model") or DEFAULT_METHOD)
@@ -135,9 +158,9 @@ def read_command(argv: Iterable[str]) -> Command:
         settings |= layer
     name = str(target.path) if target.path is not None else target.name
     settings |= {"model": method, "data.name": name, "recipe": chosen}
-    flags = [pair for pair in pairs if pair[0] not in ("config", "model", "data.name", "recipe")]
+    flags = [pair for pair in pairs if pair[0] not in ("config", "model", "data.name", "recipe", "trust")]
     texts = None if target.kind == "replay" else target.kind == "language"  # a converted folder may hold either
-    return Command(method, settings, flags, found, notes, texts, given is not None)
+    return Command(method, settings, flags, found, notes, texts, given is not None, words())
 
 
 def find_data(text: str, method: str) -> Target:
@@ -226,8 +249,8 @@ def read_settings(source: str) -> dict[str, Any]:
         )
     try:
         raw = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{path} cannot be read as YAML: {reason}. Correct the file.") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path} holds {type(raw).__name__}; expected settings such as `model:` and `trainer:`.")
@@ -238,6 +261,8 @@ def flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings as in ``config.yaml`` with dotted keys; ``None`` at the top level is left out."""
     flat: dict[str, Any] = {}
     for key, value in raw.items():
+        if not isinstance(key, str):
+            raise UsageError(f"the settings have {key!r} as a name; expected text, such as `model:`. Correct the file.")
         if key == "model" and isinstance(value, Mapping):
             value = {k: v for k, v in {**value, **(value.get("init_args") or {})}.items() if k != "init_args"}
             if "class_path" in value:
@@ -262,6 +287,14 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         elif key != "model":
             tree[key] = value
     return tree
+
+
+def parsed(value: str | None) -> Any:
+    """The value of a flag as the parser will read it: lists and mappings are written as YAML."""
+    try:
+        return value if value is None or not set("[{:") & set(value) else [value, yaml.safe_load(value)]
+    except yaml.YAMLError:
+        return value
 
 
 def whole_number(value: Any) -> Any:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+import jsonargparse
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
@@ -23,6 +25,7 @@ from offpolicy.errors import UsageError
 from offpolicy.modules import Module, OfflineModule
 from offpolicy.options import RunOptions
 from offpolicy.registry import import_class
+from offpolicy.trust import ALL, NAME, OWN, check_class, speaking, words
 
 MAX_STEPS = 1_000_000  # where neither a recipe nor the user says; what published numbers mostly use
 
@@ -57,6 +60,7 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.config = parser.parse_args(args)
+        check_classes(self.config.as_dict())
 
     def instantiate_classes(self) -> None:
         """Make data, run options and the Trainer's parts; the method directly, so that its own errors arrive whole."""
@@ -75,6 +79,11 @@ class FitCLI(LightningCLI):
 
 def run_command(command: Command) -> int:
     """Train as asked; returns the exit code: 0, or 128 + signal after an interruption."""
+    with speaking(command.words):
+        return _run(command)
+
+
+def _run(command: Command) -> int:
     cli = parse(command)
     options = dict(cli.config_init.trainer)
     origin = api.Origin(
@@ -105,6 +114,11 @@ def parse(command: Command) -> FitCLI:
         UsageError: one sentence naming the option, what was found and what is expected.
         SystemExit: after printed help or settings.
     """
+    with speaking(command.words):
+        return _parse(command)
+
+
+def _parse(command: Command) -> FitCLI:
     method = import_class(command.method)
     if not (isinstance(method, type) and issubclass(method, Module)):
         raise UsageError(
@@ -125,12 +139,54 @@ def parse(command: Command) -> FitCLI:
         args = ["--config", json.dumps(nested(command.settings)), *command.parser_args]
     signal_handler = signal.getsignal(signal.SIGTERM)
     try:
-        with api.quiet():
+        with api.quiet(), only_allowed_names():
             return FitCLI(args, method)
     except ArgumentError as error:
         raise UsageError(one_sentence(str(error), known)) from None
     finally:
         signal.signal(signal.SIGTERM, signal_handler)
+
+
+def check_classes(config: Mapping[str, Any]) -> None:
+    """Every class that the parser would make and that a file names.
+
+    Raises:
+        UsageError: one that is not trusted.
+    """
+    for key, value in config.items():
+        rest = value.get("init_args") if key == "model" and isinstance(value, Mapping) else value
+        for path in class_paths(rest):
+            check_class(path, key, of_trainer=key == "trainer")
+
+
+def class_paths(value: Any) -> Iterator[Any]:
+    """The ``class_path`` of every class in nested settings."""
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            yield value["class_path"]
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from class_paths(part)
+
+
+@contextlib.contextmanager
+def only_allowed_names() -> Iterator[None]:
+    """Let the parser import nothing that a file may not name; versions of it that cannot promise that are checked by
+    :func:`offpolicy.trust.check_settings` and :func:`check_classes` alone."""
+    settings, now = getattr(jsonargparse._common, "parsing_settings", {}), words()
+    before, known = dict(settings), inspect.signature(jsonargparse.set_parsing_settings).parameters
+    rules: dict[str, Any] = {"instantiate_subclass_spec_in_any": False}
+    if ALL not in now.packages:
+        names = {name for name in now.names if NAME.fullmatch(name) and ":" not in name}
+        allowed = {*OWN, "lightning", *now.packages, *names} - {"jsonargparse"}
+        rules |= {"import_path_denylist": ["*"], "import_path_allowlist": sorted(allowed)}
+    try:
+        if rules := {name: rule for name, rule in rules.items() if name in known}:
+            jsonargparse.set_parsing_settings(**rules)
+        yield
+    finally:
+        settings.update(before)
 
 
 def check_kind(command: Command, method: type[Module]) -> None:

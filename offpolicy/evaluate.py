@@ -20,6 +20,11 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}. See --help.")
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The option of all commands that open a run."""
+    parser.add_argument("--trust", metavar="PACKAGES", help="run code of these packages where the run names it (none)")
+
+
 def main(argv: list[str]) -> int:
     """Play episodes, print the scores and keep them in a file beside the run; returns the exit code."""
     parser = Parser("python -m offpolicy.evaluate", description="Play episodes with a trained method.")
@@ -27,20 +32,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--episodes", type=int, default=10, help="how many, at least 1; of each task (10)")
     parser.add_argument("--seed", type=int, help="episode k starts from seed + k (that of training's evaluations)")
     parser.add_argument("--temperature", type=float, default=0.0, help="noise of goal-conditioned policies, ≥ 0 (0)")
+    add_trust(parser)
     args = parser.parse_args(argv)
 
     from offpolicy import api, screen
     from offpolicy.checkpoint import read_checkpoint, resolve_checkpoint
     from offpolicy.evaluation.rollout import EVAL_SEED
     from offpolicy.files import Table, atomic_write
-    from offpolicy.modules import KEY
 
     path = resolve_checkpoint(args.run)
     seed = EVAL_SEED if args.seed is None else args.seed
     content = read_checkpoint(path)
-    updates = content["global_step"]
+    state, updates = api.own_state(content, path), content["global_step"]
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    if "policy_config" in content.get(KEY, {}):  # a language model
+    if "policy_config" in state:  # a language model
         found = [row for row in Table(folder / "evals.csv").rows() if int(row["step"]) <= updates]
         if not found:
             raise UsageError(f"{folder} has no held-out numbers; expected some in evals.csv. Nothing was held out.")
@@ -50,7 +55,7 @@ def main(argv: list[str]) -> int:
                 print(screen.line("", f"{name.removeprefix('eval/'):<32}{number:.4g}"))
         print(screen.line("answers", f"python -m offpolicy.generate {args.run}"))
         return 0
-    numbers = api.evaluate(path, episodes=args.episodes, seed=seed, temperature=args.temperature)
+    numbers = api.evaluate(path, episodes=args.episodes, seed=seed, temperature=args.temperature, trust=args.trust)
     noise = f"-temperature{args.temperature:g}" if args.temperature else ""
     file = Path(folder) / f"evaluation-step{updates:08d}-seed{seed}-episodes{args.episodes}{noise}.json"
     atomic_write(file, json.dumps({"checkpoint": path.name, "updates": updates, **numbers}, indent=2) + "\n")

@@ -14,21 +14,23 @@ from typing import Any
 from offpolicy import entry
 from offpolicy.errors import UsageError
 from offpolicy.files import WriteError
+from offpolicy.trust import Trust
 
 
 def main(argv: list[str]) -> int:
     """Write the folder; returns the exit code."""
-    from offpolicy.evaluate import Parser
+    from offpolicy.evaluate import Parser, add_trust
 
     parser = Parser("python -m offpolicy.export", description="Write a tuned language model for transformers.")
     parser.add_argument("run", help="run folder (its newest checkpoint) or checkpoint file")
     parser.add_argument("out", help="folder to write; must not hold anything yet")
     parser.add_argument("--merge", action="store_true", help="add LoRA adapters to the weights instead of beside them")
+    add_trust(parser)
     args = parser.parse_args(argv)
 
     from offpolicy import screen
 
-    out = export(args.run, args.out, merge=args.merge)
+    out = export(args.run, args.out, merge=args.merge, trust=args.trust)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     kind = "adapter, which needs its base model" if (out / "adapter_config.json").is_file() else "whole model"
     print(screen.line("written", f"{out}, {size / 1e6:,.1f} MB, {kind}"))
@@ -36,7 +38,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def export(method: Any, out: str | os.PathLike[str], *, merge: bool = False, replace: bool = False) -> Path:
+def export(
+    method: Any, out: str | os.PathLike[str], *, merge: bool = False, replace: bool = False, trust: Trust = None
+) -> Path:
     """Write a tuned language model with its tokenizer. The folder is whole or absent.
 
     Args:
@@ -45,6 +49,7 @@ def export(method: Any, out: str | os.PathLike[str], *, merge: bool = False, rep
         merge: add adapters to the weights of the base model. Otherwise a model with adapters is written as adapters
             alone, which name their base model; they take a few megabytes. Without adapters there is no difference.
         replace: remove what the folder holds, once its successor is complete.
+        trust: packages that the run may name, as of :func:`offpolicy.load`.
 
     Returns:
         The folder.
@@ -60,7 +65,7 @@ def export(method: Any, out: str | os.PathLike[str], *, merge: bool = False, rep
     if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already; expected a new or empty folder. Pass another, or remove it.")
     owned = isinstance(method, (str, os.PathLike))  # opened here, so that it may be changed
-    method = load(method) if owned else method
+    method = load(method, trust=trust) if owned else method
     if not isinstance(method, LanguageModule):
         raise UsageError(
             f"{type(method).__name__} has no language model; expected a run of one, such as DPO. A control method is "

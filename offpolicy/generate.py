@@ -14,13 +14,14 @@ import yaml
 
 from offpolicy import entry
 from offpolicy.errors import UsageError, nearest
+from offpolicy.trust import Trust
 
 OF_A_FILE = ("columns", "split", "eval_data", "eval_fraction")  # options that another file does not share
 
 
 def main(argv: list[str]) -> int:
     """Draw, score, write and print a summary; returns the exit code."""
-    from offpolicy.evaluate import Parser
+    from offpolicy.evaluate import Parser, add_trust
     from offpolicy.language.rewards import VERIFIERS
 
     parser = Parser(
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
         "--verifier", default="auto", help=f"auto, none, {known}, or an import path of your own function (auto)"
     )
     parser.add_argument("--out", help="file to write (in the run folder, else answers.jsonl)")
+    add_trust(parser)
     args, rest = parser.parse_known_args(argv)
     asked = data_options(rest)
 
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
     from offpolicy.language.rewards import choose_verifier, resolve_verifier
 
     verifier = None if args.verifier in ("auto", "none") else resolve_verifier(args.verifier)
-    model, tokenizer, settings, file, words = open_run(args.run, args.seed)
+    model, tokenizer, settings, file, words = open_run(args.run, args.seed, args.trust)
     if args.data:
         settings = {k: v for k, v in settings.items() if k not in OF_A_FILE} | {"name": args.data, "eval_fraction": 0.0}
     prompts = prompts_of(read_texts(settings | asked, tokenizer), args.prompts)
@@ -86,7 +88,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def open_run(run: str, seed: int = 0) -> tuple[Any, Any, dict[str, Any], Path, str]:
+def open_run(run: str, seed: int = 0, trust: Trust = None) -> tuple[Any, Any, dict[str, Any], Path, str]:
     """The model and tokenizer behind a run, a checkpoint or a folder of ``transformers``.
 
     Returns:
@@ -108,7 +110,7 @@ def open_run(run: str, seed: int = 0) -> tuple[Any, Any, dict[str, Any], Path, s
     if (Path(run) / "config.json").is_file():
         return open_model(run, dtype="auto"), load_tokenizer(run), {}, Path("answers.jsonl"), run
     path = resolve_checkpoint(run)
-    method = api.load(path)
+    method = api.load(path, trust=trust)
     if not isinstance(method, LanguageModule) or method.tokenizer is None:
         raise UsageError(
             f"{run} is a run of {type(method).__name__} without a language model and tokenizer; expected one of DPO, "
@@ -117,7 +119,7 @@ def open_run(run: str, seed: int = 0) -> tuple[Any, Any, dict[str, Any], Path, s
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     stored = read_settings(str(folder)) if (folder / "config.yaml").is_file() else {}
     options = {key.removeprefix("data."): value for key, value in stored.items() if key.startswith("data.")}
-    updates = read_checkpoint(path)["global_step"]
+    updates = int(read_checkpoint(path)["global_step"])
     file = folder / f"answers-step{updates:08d}-seed{seed}.jsonl"
     return method.model, method.tokenizer, options, file, f"{path}, {updates:,} updates"
 
@@ -129,7 +131,10 @@ def read_texts(options: dict[str, Any], tokenizer: Any) -> Any:
 
     if not options.get("name"):
         raise UsageError("no prompts are known; expected texts. Pass --data FILE.")
-    data = (ProblemData if "template" in options else TextData)(**options)
+    try:
+        data = (ProblemData if "template" in options else TextData)(**options)
+    except TypeError as error:  # of a run's own config.yaml
+        raise UsageError(f"the options of the data do not fit ({error}). Pass --data FILE.") from None
     data.bind_tokenizer(tokenizer)
     replay = data.load()
     return replay if data.eval_replay is None else data.eval_replay

@@ -38,6 +38,7 @@ from offpolicy.memory import keep_freed_memory
 from offpolicy.nn.policies import normal_log_prob
 from offpolicy.optim import FusedAdam, gradients, polyak_
 from offpolicy.options import RunOptions
+from offpolicy.trust import words
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, Any]  # (B,) or one number per seed each; of language methods also means over tokens
@@ -100,9 +101,22 @@ class Module(LightningModule):
         self.metric_row: dict[str, Any] = {}  # the newest row of metrics, and of an evaluation
         self.eval_row: dict[str, Any] = {}
         self.interrupted_by = 0  # signal that ended the last fit, 0 when none did
+        self.words = words()  # whose word the names in its options are
         self._undo = ExitStack()
 
     # -- construction --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **changed: Any) -> Module:  # type: ignore[override]
+        """As ``offpolicy.load(checkpoint_path, method=…)``; Lightning's own would import what the file names."""
+        from offpolicy.api import load
+
+        if changed:
+            raise UsageError(
+                f"load_from_checkpoint was given {', '.join(changed)}; expected a path alone, as a method opens with "
+                "the options it was trained with. Leave them out."
+            )
+        return load(checkpoint_path, method=cls).to(map_location or "cpu")
 
     @classmethod
     def data_class(cls) -> type[DataModule]:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from offpolicy.errors import UsageError, fold, nearest
+from offpolicy.trust import check_found, check_name
 
 Spec = str | Mapping[str, Any]  # of a component: its name, or {"name": …, **parameters}
 
@@ -71,7 +72,8 @@ def import_class(path: str) -> Any:
     """The class at an import path ``package.module.Class``.
 
     Raises:
-        UsageError: no such module or no such class in it. An ImportError *inside* a module that exists is passed on.
+        UsageError: no such module or no such class in it, or a name in a file that is not trusted
+            (:mod:`offpolicy.trust`). An ImportError *inside* a module that exists is passed on.
     """
     module, attribute = _imported(path, "model", "package.module.Class")
     if not hasattr(module, attribute):
@@ -79,19 +81,23 @@ def import_class(path: str) -> Any:
         raise UsageError(
             f"`model` is '{path}', but {module.__name__} has no '{attribute}'.{nearest(attribute, classes)}"
         )
-    return getattr(module, attribute)
+    found = getattr(module, attribute)
+    if not _is_registered(path):
+        check_found(path, found, "model", lambda one: isinstance(one, type))
+    return found
 
 
-def import_callable(path: str, option: str) -> Any:
+def import_callable(path: str, option: str, kind: Callable[[Any], bool] | None = None) -> Any:
     """The function or class at an import path ``package.module.callable`` or ``package.module:callable``.
 
     Args:
         path: the path.
         option: what it was given for, named in errors.
+        kind: whether something of this library may stand there by its path; None for anything.
 
     Raises:
-        UsageError: no such module, or nothing in it that can be called. An ImportError inside a module that exists is
-            passed on.
+        UsageError: no such module, or nothing in it that can be called, or a name in a file that is not trusted
+            (:mod:`offpolicy.trust`). An ImportError inside a module that exists is passed on.
     """
     module, attribute = _imported(path.replace(":", "."), option, "package.module.function")
     found = getattr(module, attribute, None)
@@ -99,11 +105,19 @@ def import_callable(path: str, option: str) -> Any:
         raise UsageError(f"`{option}` is '{path}', but {module.__name__} has no '{attribute}'; expected a function.")
     if not callable(found):
         raise UsageError(f"`{option}` is '{path}', a {type(found).__name__}; expected a function.")
+    check_found(path, found, option, kind)
     return found
+
+
+def _is_registered(path: str) -> bool:
+    """Whether the path is that of a method in the table, which installed packages add to."""
+    return path in {value.replace(":", ".") for value in method_table().values()}
 
 
 def _imported(path: str, option: str, expected: str) -> tuple[ModuleType, str]:
     """The module of an import path, and the name in it."""
+    if not _is_registered(path):
+        check_name(path, option)
     name, _, attribute = path.rpartition(".")
     try:
         return importlib.import_module(name), attribute
@@ -133,7 +147,7 @@ def make(option: str, spec: Spec, known: Mapping[str, Callable[..., Any]], *, at
     if isinstance(name, str) and name in known:
         found = known[name]
     elif isinstance(name, str) and ("." in name or ":" in name):
-        found = import_callable(name, option)
+        found = import_callable(name, option, lambda one: one in known.values())
     else:
         raise UsageError(
             f"`{option}` is {name!r}; expected one of {', '.join(known)}, or an import path package.module.callable."

@@ -20,7 +20,7 @@ from offpolicy import entry
 
 def main(argv: list[str]) -> int:
     """Draw, write and say how long it took; returns the exit code."""
-    from offpolicy.evaluate import Parser
+    from offpolicy.evaluate import Parser, add_trust
 
     parser = Parser(
         "python -m offpolicy.sample", description="Draw trajectories from a diffusion model into a data folder."
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="drawn and written at once (256)")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16, faster on GPUs")
     parser.add_argument("--compile", action="store_true", help="compile the network, faster on GPUs")
+    add_trust(parser)
     args = vars(parser.parse_args(argv))
 
     from offpolicy import screen

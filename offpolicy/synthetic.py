@@ -26,6 +26,7 @@ from offpolicy.evaluation.synthetic import regeneration_metrics
 from offpolicy.files import atomic_write
 from offpolicy.modules import OfflineModule, Sizes
 from offpolicy.options import SyntheticOptions
+from offpolicy.trust import Trust, trusting
 
 IN_MEMORY = 1 << 30  # bytes: larger replays are put together and opened as memory maps
 Progress = Callable[[int], None]
@@ -227,6 +228,7 @@ def sample(
     bf16: bool = False,
     compile: bool = False,
     progress: Progress | None = None,
+    trust: Trust = None,
 ) -> Replay:
     """Draw trajectories from a diffusion model into a replay folder, which any control method can train on.
 
@@ -245,6 +247,7 @@ def sample(
         bf16: compute the network's products in bfloat16, which GPUs do faster.
         compile: compile the network with ``torch.compile``; pays on GPUs.
         progress: is told how many trajectories are finished.
+        trust: packages that the runs may name, as of :func:`offpolicy.load`.
 
     Returns:
         The replay, opened from the folder.
@@ -268,8 +271,9 @@ def sample(
         bf16=bf16,
         compile=compile,
     )
-    model, target = open_model(model), Path(out)
-    guide = None if policy is None else open_policy(policy, model)
+    with trusting(trust):
+        model, target = open_model(model), Path(out)
+        guide = None if policy is None else open_policy(policy, model)
     if target.exists() and not _holds(target, plan.key(model, guide)):
         raise UsageError(f"{target} exists and holds something else; expected a new folder. Choose another.")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -176,7 +176,7 @@ def test_a_users_class_is_found_by_its_import_path_or_given(tmp_path: Path, monk
     monkeypatch.syspath_prepend(str(tmp_path))
     mine = __import__("own_method").Mine
     folder = op.fit(mine(**SMALL), toy_replay(), **{**SHORT, "max_steps": 4}).folder
-    assert type(op.load(folder)) is mine
+    assert type(op.load(folder, trust="own_method")) is mine
     (tmp_path / "own_method.py").unlink()
     sys.modules.pop("own_method")
     with pytest.raises(op.UsageError, match=r"own_method\.Mine, which cannot be imported.*method=MyClass"):

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from offpolicy.data.names import Target, describe, known_names, resolve
 from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.trust import trusting
 
 COMMANDS = ("make", "show", "convert", "compare")
 
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--rows", type=int, default=4000, metavar="N", help="transitions measured of each set (4000)")
     compare.add_argument("--plot", metavar="FILE", help="draw quantiles, likelihood and dynamics error as a PNG")
     compare.add_argument("--json", metavar="FILE", help="write all numbers there; - prints them instead of the table")
+    compare.add_argument("--trust", metavar="PACKAGES", help="run code of these packages where a file names it (none)")
     compare.set_defaults(run=_compare)
     return parser
 
@@ -245,11 +247,12 @@ def _compare(options: argparse.Namespace) -> None:
     from offpolicy.files import atomic_write
 
     policy = None
-    if options.policy:
-        from offpolicy.synthetic import open_method
+    with trusting(options.trust):
+        if options.policy:
+            from offpolicy.synthetic import open_method
 
-        policy = open_method(options.policy)
-    real, *sets = (open_source(target) for target in targets)
+            policy = open_method(options.policy)
+        real, *sets = (open_source(target) for target in targets)
     names = [Path(name).name for name in options.synthetic]
     names = names if len(set(names)) == len(names) else options.synthetic
     found = compare(real, dict(zip(names, sets)), policy, rows=options.rows)

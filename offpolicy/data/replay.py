@@ -18,6 +18,7 @@ from torch import Tensor
 
 from offpolicy.data.sampling import bits, keys, unit
 from offpolicy.errors import DataError, UsageError
+from offpolicy.trust import check_environment
 
 Column = np.ndarray | Tensor
 FORMAT = 1
@@ -389,6 +390,7 @@ class Replay:
             tables={k[7:]: v for k, v in small.items() if k.startswith("tables/")},
             meta=record["meta"],
         )
+        check_environment(replay.meta, str(path))
         replay.__dict__["_fingerprint"] = record["fingerprint"]
         return replay
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from offpolicy.errors import UsageError
+from offpolicy.trust import REFUSED, environment_refusal
 
 EVAL_SEED = 10_000
 MAX_STEPS = 100_000  # an episode that is longer than this has no end: the environment has no step limit
@@ -277,6 +278,9 @@ def make_environment(meta: Mapping[str, Any]) -> Any:
     import gymnasium
 
     env_id = meta.get("env_id")
+    if meta.get(REFUSED):
+        text = environment_refusal(meta[REFUSED])
+        raise NoEnvironment(f"{text[0].upper()}{text[1:]}.")
     if not env_id:
         raise NoEnvironment("The data name no environment (`env_id`): returns and scores are not measured.")
     kwargs = {k: v for k, v in (meta.get("env_kwargs") or {}).items() if k != "render_mode"}

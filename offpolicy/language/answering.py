@@ -19,6 +19,7 @@ from offpolicy.language.engines import Completion, Request, Sampling, make_engin
 from offpolicy.language.generation import prompt_text, stop_ids
 from offpolicy.language.rewards import Rewards, Scored
 from offpolicy.losses.health import group_metrics
+from offpolicy.trust import speaking, trusting
 
 
 class Stopped(Exception):
@@ -38,7 +39,8 @@ class Answering:
     def __init__(self, method: Any, problems: Replay, tokenizer: Any) -> None:
         h = method.hparams
         self.method, self.problems, self.tokenizer = method, problems, tokenizer
-        self.rewards = Rewards(h.rewards or [problems.meta.get("reward", "exact")])
+        with speaking(method.words), trusting(in_file=method.words.in_file or not h.rewards):
+            self.rewards = Rewards(h.rewards or [problems.meta.get("reward", "exact")])  # of the data: from a file
         self.engine: Any = None
         self.length = 0
 
@@ -47,7 +49,10 @@ class Answering:
         method, h = self.method, self.method.hparams
         prompts = self.problems.length[self.problems.tables["problems"][:, 0]]
         self.length = room(policies.base_of(method.model), int(prompts.max()), h.max_new_tokens)
-        self.engine = make_engine(h.engine, batch_size=h.generation_batch, records=h.records, tokenizer=self.tokenizer)
+        with speaking(method.words):
+            self.engine = make_engine(
+                h.engine, batch_size=h.generation_batch, records=h.records, tokenizer=self.tokenizer
+            )
         return int(prompts.max()) + self.length
 
     def fresh(self, k: int, groups: int, seen: int) -> tuple[Replay, dict[str, float]]:

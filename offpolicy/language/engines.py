@@ -265,7 +265,8 @@ def make_engine(name: str, *, batch_size: int = 256, records: str | None = None,
         return (TransformersEngine if name == "transformers" else TinyEngine)(batch_size)
     if "." not in name:
         raise UsageError(f"`engine` is '{name}'; expected one of {', '.join(ENGINES)}.{nearest(name, ENGINES)}")
-    return import_callable(name, "engine")(batch_size=batch_size)
+    own = (TransformersEngine, TinyEngine)
+    return import_callable(name, "engine", lambda found: found in own)(batch_size=batch_size)
 
 
 def room(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> int:

@@ -37,6 +37,7 @@ from offpolicy.language.plan import Plan, previous_of_other_prompt
 from offpolicy.language.reference import Reference, Table, evaluating
 from offpolicy.language.scores import PairScores, Scores, SingleScores
 from offpolicy.modules import Metrics, Module, num_trained
+from offpolicy.trust import names_of, trusting
 
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16", "auto")
@@ -290,7 +291,7 @@ class LanguageModule(Module):
             return
         h = self.hparams
         if state["adapter"] is None:
-            dtype = getattr(torch, state["dtype"])
+            dtype = policies.dtype_of(state["dtype"])
             model = policies.build_model(state["policy_config"], dtype=dtype, attn_implementation=h.attn_implementation)
         else:
             folder = state.get("policy_folder")  # where the run was started from another one than now
@@ -342,7 +343,8 @@ class LanguageModule(Module):
 
         if self.hparams.export != "none":
             tuned: Any = self if self._device_mesh is None else folder  # a sharded model is whole in its checkpoint
-            export(tuned, folder / "hf", merge=self.hparams.export == "merged", replace=True)
+            with trusting(names=names_of(self)):
+                export(tuned, folder / "hf", merge=self.hparams.export == "merged", replace=True)
 
     # -- what the first screen says ------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from offpolicy.errors import UsageError
+from offpolicy.trust import allows, words
 
 
 def open_model(
@@ -33,7 +34,6 @@ def open_model(
     Raises:
         UsageError: no such folder or id, or no causal language model.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     base = adapter_base(name)
@@ -45,9 +45,14 @@ def open_model(
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         with silent(), found(name):
-            config = without_dropout(AutoConfig.from_pretrained(name))
-            return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype_of(dtype), **settings)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            config = without_dropout(AutoConfig.from_pretrained(name, trust_remote_code=False))
+            plain_attention(config, attn_implementation)
+            return AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=dtype_of(dtype), trust_remote_code=False, **settings
+            )
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged folder raises almost anything
         raise UsageError(_not_opened(option, name, error)) from None
 
 
@@ -57,9 +62,30 @@ def build_model(config: str, *, dtype: torch.dtype, attn_implementation: str | N
 
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with silent(), torch.random.fork_rng(devices=[]):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**json.loads(config)), dtype=dtype, **settings
-        ).eval()
+        found = AutoConfig.for_model(**json.loads(config))
+        plain_attention(found, attn_implementation)
+        return AutoModelForCausalLM.from_config(found, dtype=dtype, trust_remote_code=False, **settings).eval()
+
+
+def plain_attention(config: Any, wanted: str | None) -> None:
+    """Keep `transformers` from fetching code: an attention ``org/name`` is a program of the hub.
+
+    Args:
+        config: of the model; what it names by itself comes from a file and is left out.
+        wanted: the option, which a file may have set too.
+
+    Raises:
+        UsageError: a file has set it.
+    """
+    if wanted and "/" in wanted and words().in_file and not allows(wanted):
+        raise UsageError(
+            f"`attn_implementation` is '{wanted}' in a file, which would fetch and run code of the hub; expected a "
+            "name such as sdpa. If you trust it, pass --model.attn_implementation yourself."
+        )
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "model_type"))):
+        for name in ("_attn_implementation", "_experts_implementation"):
+            if "/" in str(getattr(part, name, None)):
+                setattr(part, name, None)
 
 
 def describe_model(model: Any) -> str:
@@ -72,7 +98,10 @@ def adapter_base(folder: str) -> str | None:
     file = Path(folder, "adapter_config.json")
     if not file.is_file() or Path(folder, "config.json").is_file():
         return None
-    return str(json.loads(file.read_text("utf-8")).get("base_model_name_or_path"))
+    try:
+        return str(dict(json.loads(file.read_text("utf-8"))).get("base_model_name_or_path"))
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        raise UsageError(f"{file} is damaged ({_first(error)}) Make or download it again.") from None
 
 
 def add_adapter(model: Any, settings: Mapping[str, Any]) -> Any:
@@ -107,8 +136,18 @@ def open_adapter(model: Any, folder: str) -> Any:
         if Path(folder).is_dir() and not Path(folder, "adapter_config.json").is_file():
             raise ValueError("it has no adapter_config.json")  # before peft looks for it on the hub
         with silent(), found(folder):
+            config = peft.PeftConfig.from_pretrained(folder)
+            if getattr(config, "megatron_config", None) or getattr(config, "megatron_core", "megatron.core") not in (
+                None,
+                "megatron.core",
+            ):
+                raise ValueError("its configuration names a module to import (megatron_core)")
+            if (getattr(config, "tokenizer_kwargs", None) or {}).get("trust_remote_code"):
+                raise ValueError("its configuration asks to run code (trust_remote_code)")
             return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged folder raises almost anything
         raise UsageError(_not_opened("adapter", folder, error)) from None
 
 
@@ -167,7 +206,10 @@ def weights_digest(model: nn.Module, *, adapters: bool = True) -> str:
 
 
 def dtype_of(name: str) -> Any:
-    return name if name == "auto" else getattr(torch, name)
+    found = name if name == "auto" else getattr(torch, name, None)
+    if not (name == "auto" or isinstance(found, torch.dtype)):
+        raise UsageError(f"`dtype` is '{name}'; expected one of torch's, such as float32 or bfloat16.")
+    return found
 
 
 def pad_id(model: Any, tokenizer: Any) -> int:

@@ -43,6 +43,7 @@ from offpolicy.language.reference import evaluating
 from offpolicy.language.scoring import Scoring
 from offpolicy.language.solving import solve
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Tokens, Totals
+from offpolicy.trust import names_in, speaking, trusting
 
 log = logging.getLogger(__name__)
 OF_A_CRITIC = {"value", "old_value", "returns"}
@@ -207,7 +208,9 @@ class RolloutModule(LanguageModule):
                 raise UsageError(
                     f"`objective` has the slot '{slot}'; expected {', '.join(COMPONENTS)}.{nearest(slot, COMPONENTS)}"
                 )
-        found = Objective(**{**self.parts(), **own})
+        parts = self.parts()
+        with speaking(self.words), trusting(names=names_in(parts)):  # what the class itself names is its code
+            found = Objective(**{**parts, **own})
         unknown = found.reads - set(Tokens._fields)
         if unknown:
             raise UsageError(

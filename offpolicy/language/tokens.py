@@ -105,7 +105,7 @@ def load_tokenizer(name_or_tokenizer: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name_or_tokenizer)
+        return AutoTokenizer.from_pretrained(name_or_tokenizer, trust_remote_code=False)
     except Exception as error:  # the library raises almost anything here
         reason = " ".join(str(error).split())[:300]
         raise DataError(

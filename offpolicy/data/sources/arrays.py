@@ -13,6 +13,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.sources.fetch import Lock, corrupt, open_npz
 from offpolicy.data.validate import Raw, as_flag, check_structure
 from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.trust import take_environment
 
 ALIASES = {  # our column → the names it goes by
     "obs": ("obs", "observations", "observation"),
@@ -248,6 +249,7 @@ def environment(
         return {}
     from offpolicy.evaluation.rollout import NoEnvironment, make_environment
 
+    take_environment(meta)
     meta |= {"env_id": env_id, "env_kwargs": dict(env_kwargs or {})}
     if obs_keys is not None:
         meta["obs_keys"] = list(obs_keys)

@@ -23,6 +23,7 @@ from offpolicy.data.sources.arrays import assemble, match
 from offpolicy.data.sources.fetch import Lock, corrupt, facts, locate, open_hdf5
 from offpolicy.data.validate import check_structure
 from offpolicy.errors import UsageError
+from offpolicy.trust import check_environment
 
 if TYPE_CHECKING:
     import h5py
@@ -91,7 +92,8 @@ def read(
     lock.check(sha256)
     with open_hdf5(path) as file:
         columns, extra, notes = _columns(path, file, facts)
-        written = json.loads(file.attrs[META]) if META in file.attrs else {}
+        written = _written(path, file)
+        check_environment(written, str(path))
     if "family" in meta:
         written = {}  # a task of the table: the table is right
     meta = {**meta, **written, "file": str(path)}
@@ -113,6 +115,17 @@ def read(
     )
     replay.meta["sha256"] = lock.keep(replay.num_steps)
     return replay
+
+
+def _written(path: Path, file: h5py.File) -> dict[str, Any]:
+    """What :func:`write` has put into the file."""
+    try:
+        found = json.loads(file.attrs[META]) if META in file.attrs else {}
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise corrupt(path, META, error) from None
+    if not isinstance(found, dict):
+        raise corrupt(path, META, TypeError(f"it is {type(found).__name__}"))
+    return found
 
 
 def open_task(

@@ -22,6 +22,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.sources.fetch import Lock, check_network, corrupt, open_hdf5
 from offpolicy.data.validate import Raw
 from offpolicy.errors import DataError, UsageError
+from offpolicy.trust import check_environment
 
 REMOTE = "hf://farama-minari"  # Minari's default
 
@@ -70,8 +71,10 @@ def read(
                 "Delete the folder and fetch it again."
             )
         raw = _read_episodes(folder, record, storage, observation, action, obs_keys)
+    known = _environment(record)
+    check_environment(known, str(folder))
     raw.meta = {
-        **_environment(record),
+        **known,
         **raw.meta,
         "name": name or record.get("dataset_id", folder.name),
         "source": "minari",
