@@ -161,7 +161,7 @@ class HistoryAgent:
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Observations (n, O) → actions (n, A), both in environment units."""
         method = self.method
-        x = torch.as_tensor(obs).to(method.device, method.dtype_of_weights)
+        x = torch.as_tensor(obs, device=method.device, dtype=method.dtype_of_weights)
         training = method.training
         method.eval()
         action = self.predict(method.normalizer.obs(x))
@@ -186,8 +186,8 @@ class HistoryAgent:
 
     def observe(self, reward: np.ndarray, finished: np.ndarray) -> None:
         """Rewards (n,) of the last actions."""
-        scaled = torch.as_tensor(reward).to(self.left) * self.method.hparams.reward_scale
-        self.left = self.left - scaled[:, None]
+        earned = torch.as_tensor(reward, device=self.left.device, dtype=self.left.dtype)
+        self.left = self.left - (earned * self.method.hparams.reward_scale)[:, None]
 
 
 class Transformer(nn.Module):

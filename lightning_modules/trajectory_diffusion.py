@@ -132,10 +132,10 @@ class TrajectoryDiffusion(OfflineModule):
         bound = self.view.bind(rest, self.normalizer, self.device)
         self.on_bind(bound)
         chosen = sampling.permutation(0, 0, len(bound))[:HELD_OUT_ROWS].sort().values
-        batch, rows = bound.gather(chosen), torch.arange(len(chosen))
+        batch, rows = bound.gather(chosen), torch.arange(len(chosen), device=chosen.device)
         noise = {}
         for name, draw in self.draws().items():
-            key = sampling.keys(0, name, torch.zeros(1, dtype=torch.int64))
+            key = sampling.keys(0, name, torch.zeros(1, dtype=torch.int64, device=rows.device))
             noise[name] = sampling.normals(key, rows, draw.shape)[0].to(batch.x)
         return batch._replace(noise=Noise(**noise))
 

@@ -213,7 +213,7 @@ class WorldModel(OfflineModule):
         """
         check_range("steps", steps, 1)
         act = policy if not isinstance(policy, OfflineModule) else _actions(policy)
-        obs = torch.as_tensor(start_obs).to(self.device, self.dtype_of_weights)
+        obs = torch.as_tensor(start_obs, device=self.device, dtype=self.dtype_of_weights)
         rows = torch.arange(first, first + len(obs), device=self.device)
         found: dict[str, list[Tensor]] = {"obs": [], "action": [], "reward": [], "terminated": []}
         for t in range(steps):

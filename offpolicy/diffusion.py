@@ -105,15 +105,15 @@ EDM, UNGUIDED = SamplerOptions(), GuidanceOptions()
 
 
 def noise_levels(options: SamplerOptions) -> Tensor:
-    """σ₀ = sigma_max … σ_{N-1} = sigma_min, σ_N = 0: float64 (N + 1,) (Eq. 5)."""
-    ramp = torch.linspace(0.0, 1.0, options.steps, dtype=torch.float64)
+    """σ₀ = sigma_max … σ_{N-1} = sigma_min, σ_N = 0: float64 (N + 1,), on the host (Eq. 5)."""
+    ramp = torch.linspace(0.0, 1.0, options.steps, dtype=torch.float64, device="cpu")
     high, low = options.sigma_max ** (1.0 / options.rho), options.sigma_min ** (1.0 / options.rho)
     return torch.cat([(high + ramp * (low - high)) ** options.rho, ramp.new_zeros(1)])
 
 
 def guidance_schedule(steps: int, guidance: GuidanceOptions) -> Tensor:
-    """λ_i = κ·(1 - i/N + cosine·sin(π(i + 1)/N)), 0 before ``delay`` and at the last step: float64 (N,)."""
-    i = torch.arange(steps, dtype=torch.float64)
+    """Host float64 (N,): λ_i = κ·(1 - i/N + cosine·sin(π(i + 1)/N)), 0 before ``delay`` and at the last step."""
+    i = torch.arange(steps, dtype=torch.float64, device="cpu")
     strength = 1.0 - i / steps + guidance.cosine * torch.sin(math.pi * (i + 1) / steps)
     return guidance.coefficient * strength * ((i >= guidance.delay) & (i < steps - 1))
 

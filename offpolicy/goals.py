@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,7 +100,7 @@ class GoalModule(OfflineModule):
         def perturb(mean: Tensor) -> Tensor:
             if not temperature:
                 return mean
-            noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32)
+            noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32, device="cpu")
             return mean + temperature * noise.to(mean)
 
         def action(x: Tensor, g: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ class GoalModule(OfflineModule):
         x, g = self.normalized(obs), self.normalized(goal, "goal")
         if len(x) != len(g) and 1 not in (len(x), len(g)):
             raise UsageError(f"there are {len(x)} observations and {len(g)} goals; expected one goal, or one for each.")
-        single = torch.as_tensor(obs).dim() == 1 and torch.as_tensor(goal).dim() == 1
+        single = np.ndim(obs) == 1 and np.ndim(goal) == 1
         training = self.training
         self.eval()
         answer = question(*torch.broadcast_tensors(x, g))

@@ -157,7 +157,7 @@ def onednn_error() -> float:
     if not _switchable():
         return float("inf")
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(256, 256, generator=generator, dtype=torch.float64) for _ in range(2))
+    a, b = (torch.randn(256, 256, generator=generator, dtype=torch.float64, device="cpu") for _ in range(2))
     with matmul_setting("onednn"):
         product = a.float() @ b.float()
     exact = a.float().double() @ b.float().double()

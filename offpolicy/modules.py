@@ -466,7 +466,7 @@ class OfflineModule(Module):
         action = self.policy(x).clamp(-1.0, 1.0)
         self.train(training)
         action = self.normalizer.environment_action(action)
-        action = action[..., 0, :] if torch.as_tensor(obs).dim() == 1 else action
+        action = action[..., 0, :] if np.ndim(obs) == 1 else action
         return action if isinstance(obs, Tensor) else action.float().cpu().numpy()
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
@@ -500,7 +500,7 @@ class OfflineModule(Module):
         """Raw observation(s), NumPy or tensor, (O,) or (n, O), as normalised ones (n, O) on the method's device."""
         if self.sizes is None:
             raise UsageError("the method has no networks yet; expected a trained one. Fit it or load a checkpoint.")
-        x = torch.as_tensor(obs).to(self.device, self.dtype_of_weights)
+        x = torch.as_tensor(obs, device=self.device, dtype=self.dtype_of_weights)
         if x.shape[-1:] != (self.sizes.obs_dim,) or x.dim() not in (1, 2):
             raise UsageError(
                 f"`{name}` has shape {tuple(x.shape)}; expected ({self.sizes.obs_dim},) or (n, {self.sizes.obs_dim})."
@@ -739,7 +739,8 @@ class OfflineModule(Module):
             self._step = t + j + 1
             if self._has_dropout:  # dropout has no noise argument: make its generator a function of the update too
                 stream = f"dropout of process {self.global_rank if self.world_size > 1 else 0}"
-                torch.manual_seed(int(sampling.keys(self.seed or 0, stream, torch.tensor([self._step]))[0]))
+                number = torch.tensor([self._step], device="cpu")
+                torch.manual_seed(int(sampling.keys(self.seed or 0, stream, number)[0]))
             self.meter.add(self.update(batch, self._step))
 
     def training_step(self, tick: Any, _: int) -> None:

@@ -13,7 +13,8 @@ from torch.optim.adam import adam
 from offpolicy.errors import check_range
 
 FUSED_DEVICES = ("cpu", "cuda")
-ONE = torch.ones(())  # on the CPU a Python number would be made a tensor once per parameter
+# on the CPU a Python number would be made a tensor once per parameter
+ONE = torch.ones((), dtype=torch.float32, device="cpu")
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

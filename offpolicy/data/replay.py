@@ -251,8 +251,8 @@ class Replay:
     def to(self, device: torch.device | str) -> Replay:
         """The same replay with its columns as tensors on a device."""
         return self._derive(
-            {k: torch.as_tensor(v).to(device) for k, v in self.steps.items()},
-            {k: torch.as_tensor(v).to(device) for k, v in self.tail.items()},
+            {k: torch.as_tensor(v, device=device) for k, v in self.steps.items()},
+            {k: torch.as_tensor(v, device=device) for k, v in self.tail.items()},
         )
 
     # -- other indices over the same columns --------------------------------------------------------------------------
@@ -294,8 +294,8 @@ class Replay:
 
     def split(self, fraction: float, seed: int = 0) -> tuple[Replay, Replay]:
         """Two replays without a common episode; ``fraction`` of the episodes, chosen by a hash, go to the second."""
-        key = keys(seed, "split", torch.zeros(1, dtype=torch.int64))[0]
-        order = unit(bits(key, torch.arange(self.num_episodes))).argsort(stable=True).numpy()
+        key = keys(seed, "split", torch.zeros(1, dtype=torch.int64, device="cpu"))[0]
+        order = unit(bits(key, torch.arange(self.num_episodes, device="cpu"))).argsort(stable=True).numpy()
         count = round(fraction * self.num_episodes)
         if not 0 < count < self.num_episodes:
             raise DataError(

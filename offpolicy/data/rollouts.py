@@ -181,7 +181,7 @@ def group_rows(store: Replay) -> dict[int, np.ndarray]:
 
 def ordered(names: np.ndarray, seed: int, stream: str, iteration: int) -> np.ndarray:
     """Group numbers in a random order that depends on (seed, stream, iteration) and the numbers alone."""
-    key = sampling.keys(seed, stream, torch.tensor([iteration]))[0]
+    key = sampling.keys(seed, stream, torch.tensor([iteration], device="cpu"))[0]
     names = np.sort(names)
     return names[sampling.bits(key, torch.from_numpy(names)).argsort().numpy()]
 

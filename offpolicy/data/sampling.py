@@ -57,7 +57,7 @@ def keys(seeds: Sequence[int] | int, stream: int | str, steps: Tensor) -> Tensor
     """
     stream = stream_id(stream) if isinstance(stream, str) else stream
     listed = [seeds] if isinstance(seeds, int) else seeds
-    values = torch.tensor([_signed(seed) for seed in listed], dtype=torch.int64).to(steps.device)
+    values = torch.tensor([_signed(seed) for seed in listed], dtype=torch.int64, device=steps.device)
     key = mix(mix(values * _GOLDEN + stream) + steps[:, None] * _GOLDEN)
     return key[:, 0] if isinstance(seeds, int) else key
 
@@ -99,6 +99,6 @@ def normals(key: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    """A permutation of [0, n) that depends on (seed, epoch) only: rows sorted by their hash."""
-    key = keys(seed, "permutation", torch.tensor([epoch]))[0]
-    return torch.argsort(bits(key, torch.arange(n)), stable=True)
+    """A permutation of [0, n) on the host that depends on (seed, epoch) only: rows sorted by their hash."""
+    key = keys(seed, "permutation", torch.tensor([epoch], device="cpu"))[0]
+    return torch.argsort(bits(key, torch.arange(n, device="cpu")), stable=True)

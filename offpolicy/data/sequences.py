@@ -60,8 +60,8 @@ class Singles(NamedTuple):
 
 def spread(length: Tensor) -> tuple[Tensor, Tensor]:
     """For texts laid end to end: which text each token belongs to, and its place in it."""
-    owner = torch.repeat_interleave(torch.arange(len(length)), length)
-    return owner, torch.arange(len(owner)) - (torch.cumsum(length, 0) - length)[owner]
+    owner = torch.repeat_interleave(torch.arange(len(length), device=length.device), length)
+    return owner, torch.arange(len(owner), device=length.device) - (torch.cumsum(length, 0) - length)[owner]
 
 
 def runs(start: np.ndarray, length: np.ndarray) -> np.ndarray:

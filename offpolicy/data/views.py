@@ -203,7 +203,7 @@ class TransitionView:
     ) -> Tensor:
         """Σ γ^k r over the rows of each sum; the transformation of rewards applies to every r."""
         if "reward" not in replay.steps:
-            return numbers(torch.zeros(len(rows)))
+            return numbers(torch.zeros(len(rows), device="cpu"))
         if self.n_step == 1:
             return normalizer.reward(numbers(replay.take(rows, ("reward",))["reward"]))
         each = rows[:, None] + np.arange(self.n_step)

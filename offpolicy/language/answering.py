@@ -98,7 +98,8 @@ class Answering:
 
     def _store(self, made: list[dict[str, Any]], k: int) -> tuple[Replay, dict[str, float]]:
         column = {name: [row[name] for row in made] for name in made[0]}
-        rewards, source = torch.tensor(column["reward"], dtype=torch.float64), np.asarray(column["source"], np.uint8)
+        rewards = torch.tensor(column["reward"], dtype=torch.float64, device="cpu")
+        source = np.asarray(column["source"], np.uint8)
         group = np.asarray(column["slot"], np.int64) + (k << 32)
         own = torch.from_numpy(source == OWN)
         episodes: dict[str, Any] = {

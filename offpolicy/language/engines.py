@@ -293,10 +293,11 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
 
 
 def uniforms(requests: Sequence[Request], how: Sampling) -> Tensor:
-    """The random number of every place of every answer, (answers, max_new_tokens)."""
-    key = sampling.keys(how.seed, "rollout", torch.tensor([how.iteration]))[0]
+    """The random number of every place of every answer, (answers, max_new_tokens), on the host."""
+    key = sampling.keys(how.seed, "rollout", torch.tensor([how.iteration], device="cpu"))[0]
     stride = 1 << 20  # samples of one request
-    rows = torch.tensor([r.number * stride + k for r in requests for k in range(r.samples)], dtype=torch.int64)
+    numbers = [r.number * stride + k for r in requests for k in range(r.samples)]
+    rows = torch.tensor(numbers, dtype=torch.int64, device=key.device)
     return sampling.uniforms(key, rows, (how.max_new_tokens,))
 
 

@@ -86,13 +86,13 @@ def sample(
     stops = torch.tensor(sorted(set(stop)), dtype=torch.int64, device=device)
     rows = [(i, k) for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) for k in range(num_samples)]
     answers: list[list[Answer]] = [[Answer(np.empty(0, np.int64), False)] * num_samples for _ in prompts]
-    key = sampling.keys(seed, "generation", torch.tensor([0]))[0]
+    key = sampling.keys(seed, "generation", torch.tensor([0], device="cpu"))[0]
     training = model.training
     model.eval()
     try:
         for first in range(0, len(rows), batch_size):
             batch = rows[first : first + batch_size]
-            number = torch.tensor([i * num_samples + k for i, k in batch])
+            number = torch.tensor([i * num_samples + k for i, k in batch], device=key.device)
             uniform = sampling.uniforms(key, number, (max_new_tokens,)).to(device)
 
             def choose(logits: Tensor, position: int, uniform: Tensor = uniform) -> Tensor:
@@ -117,7 +117,7 @@ def _continue(
 ) -> list[Answer]:
     """One answer per prompt; ``choose(logits (B, V), position)`` gives the next tokens (B,)."""
     width, device = max(map(len, prompts)), stops.device
-    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):  # on the left, so that the last column is the last token of each
         ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))

@@ -95,13 +95,14 @@ def pair_layout(
         The layout. The first token of a row is never scored, as nothing predicts it.
     """
     size = len(pairs.row)
-    same = _equal(pairs.prompt_chosen, pairs.prompt_rejected) if shared_prompt else torch.zeros(size, dtype=torch.bool)
-    first = torch.arange(size)
+    prompt, other, chosen = (x.length for x in (pairs.prompt_chosen, pairs.prompt_rejected, pairs.chosen))
+    never = torch.zeros(size, dtype=torch.bool, device=prompt.device)
+    same = _equal(pairs.prompt_chosen, pairs.prompt_rejected) if shared_prompt else never
+    first = torch.arange(size, device=prompt.device)
     # a rejected answer with a prompt of its own has a row of its own, behind the rows of the chosen
     second = torch.where(same, first, size + torch.cumsum(~same, 0) - 1)
     own = ~same
     rows = size + int(own.sum())
-    prompt, other, chosen = (x.length for x in (pairs.prompt_chosen, pairs.prompt_rejected, pairs.chosen))
     builder = _Rows(rows, pad_id, pad_to_multiple_of)
     builder.put(pairs.prompt_chosen, first, torch.zeros_like(prompt), torch.zeros_like(prompt), segment=0)
     builder.put(pairs.prompt_rejected, second, torch.zeros_like(other), torch.zeros_like(other), segment=0, keep=own)
@@ -115,7 +116,8 @@ def pair_layout(
 def single_layout(singles: Singles, pad_id: int, *, prompt_too: bool = False, pad_to_multiple_of: int = 1) -> Layout:
     """Rows for a batch of B prompts with one answer each; arguments and result as in `pair_layout`."""
     size = len(singles.row)
-    first, length = torch.arange(size), singles.prompt.length
+    length = singles.prompt.length
+    first = torch.arange(size, device=length.device)
     builder = _Rows(size, pad_id, pad_to_multiple_of)
     builder.put(singles.prompt, first, torch.zeros_like(length), torch.zeros_like(length), segment=0)
     builder.answer(singles.answer, first, length, length, segment=1)
@@ -133,7 +135,7 @@ def group_layout(rollouts: Rollouts, pad_id: int) -> Layout:
     """
     lanes, turns = int(rollouts.lane.max()) + 1, torch.bincount(rollouts.turn).tolist()
     length, tokens = rollouts.prompt.length[:lanes], int(rollouts.prompt.length[:lanes].sum())
-    first = torch.arange(lanes)
+    first = torch.arange(lanes, device=length.device)
     builder = _Rows(lanes, pad_id, 1)
     builder.put(Ragged(rollouts.prompt.token[:tokens], length), first, 0 * first, 0 * first, segment=0)
     column, done, used = length.clone(), 0, 0
@@ -412,8 +414,9 @@ def check_shared(model: nn.Module) -> None:
         return
     weight = Head(model).weight
     device = weight.device
-    text = [Ragged((torch.arange(first, first + 3) % len(weight)), torch.tensor([3])) for first in (1, 4, 7)]
-    pair = Pairs(text[0], text[1], text[0], text[2], {}, torch.arange(1))
+    ids, length = torch.arange(10, device="cpu") % len(weight), torch.tensor([3], device="cpu")
+    text = [Ragged(ids[first : first + 3], length) for first in (1, 4, 7)]
+    pair = Pairs(text[0], text[1], text[0], text[2], {}, torch.zeros_like(length))
     training = [module for module in model.modules() if module.training]
     model.eval()  # dropout would make them differ
     try:
@@ -476,19 +479,19 @@ class _Rows:
 
     def layout(self, *, shared: bool) -> Layout:
         row, column, position, token = (torch.cat([p[i] for p in self.pieces]) for i in range(4))  # type: ignore[misc]
-        longest = int(column.max()) + 1 if len(column) else 1
+        longest, device = int(column.max()) + 1 if len(column) else 1, row.device
         width = -(-longest // self.multiple) * self.multiple
         flat = row * width + column
-        input_ids = torch.full((self.rows, width), self.pad_id, dtype=torch.int64)
+        input_ids = torch.full((self.rows, width), self.pad_id, dtype=torch.int64, device=device)
         input_ids.view(-1)[flat] = token
-        position_ids = torch.arange(width).repeat(self.rows, 1)
+        position_ids = torch.arange(width, device=device).repeat(self.rows, 1)
         position_ids.view(-1)[flat] = position
-        segment = torch.full((self.rows, width), -1)
+        segment = torch.full((self.rows, width), -1, device=device)
         segment.view(-1)[flat] = torch.cat([torch.full_like(p[0], p[4]) for p in self.pieces])
         if shared:
             position_ids[segment < 0] = 0  # a position inside the model's range, whatever the sum of both answers
             visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-            mask = (visible & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
+            mask = (visible & torch.ones(width, width, dtype=torch.bool, device=device).tril())[:, None]
         else:
             mask = (segment >= 0).long()
         scored_row, before, target, answer = (torch.cat([s[i] for s in self.scored]) for i in range(4))
@@ -505,7 +508,7 @@ def _equal(a: Ragged, b: Ragged) -> Tensor:
     owner_a, place = spread(a.length)
     start_b = torch.cumsum(b.length, 0) - b.length
     comparable = same[owner_a]
-    differs = torch.zeros(len(a.token), dtype=torch.bool)
+    differs = torch.zeros(len(a.token), dtype=torch.bool, device=same.device)
     differs[comparable] = a.token[comparable] != b.token[(start_b[owner_a] + place)[comparable]]
     return same & (torch.bincount(owner_a[differs], minlength=len(same)) == 0)
 

@@ -703,7 +703,7 @@ class LanguageModule(Module):
     def _seed_dropout(self, rank: int) -> None:
         """Let dropout be a function of the seed and the micro-batch."""
         if self.has_dropout:
-            place = torch.tensor([self.global_step * self._micro_batches + self._micro])
+            place = torch.tensor([self.global_step * self._micro_batches + self._micro], device="cpu")
             torch.manual_seed(int(sampling.keys(self.seed or 0, f"dropout of process {rank}", place)[0]))
 
     def _plan_of(self) -> Plan:

@@ -177,8 +177,8 @@ class Scoring:
     def _critic_advantages(self, store: Replay, rows: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
         """Advantages and returns of the tokens of these rows, stale ones too, under the critic of now."""
         length = torch.from_numpy(store.length[rows])
-        mask = torch.arange(int(length.max())) < length[:, None]
-        value = torch.zeros(mask.shape, dtype=torch.from_numpy(values).dtype)
+        mask = torch.arange(int(length.max()), device="cpu") < length[:, None]
+        value = torch.zeros(mask.shape, dtype=torch.from_numpy(values).dtype, device="cpu")
         value[mask] = torch.from_numpy(values)
         rewards = torch.from_numpy(store.episodes["reward"][rows]).to(value)
         found = self.method.objective.critic_advantages(rewards, value, mask.to(value))

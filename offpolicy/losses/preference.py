@@ -220,7 +220,7 @@ def idealised_ranking_accuracy(
         agreement: α, share of people who prefer y_w, in [0.5, 1); 0.75 when it is not known.
     """
     check_range("agreement", agreement, 0.5, 1.0, upper_open=True)
-    bonus = torch.logit(torch.tensor(agreement, dtype=torch.float64)).item() / beta
+    bonus = torch.logit(torch.tensor(agreement, dtype=torch.float64, device="cpu")).item() / beta
     return (ref_chosen - ref_rejected + bonus > 0).to(ref_chosen.dtype)
 
 

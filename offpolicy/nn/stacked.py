@@ -34,7 +34,7 @@ class GeluTanh(torch.autograd.Function):
     @staticmethod
     def gate(x: Tensor) -> Tensor:
         """σ(…), a new tensor."""
-        scale = torch.full((), GeluTanh.SCALE)
+        scale = torch.full((), GeluTanh.SCALE, dtype=x.dtype, device=x.device)
         return torch.addcmul(scale, x, x, value=0.044715 * GeluTanh.SCALE).mul_(x).sigmoid_()
 
     @staticmethod
@@ -48,7 +48,8 @@ class GeluTanh(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """σ + x·σ·(1 - σ)·(slope of the argument)."""
         x, gate = ctx.saved_tensors
-        slope = torch.addcmul(torch.full((), GeluTanh.SCALE), x, x, value=3 * 0.044715 * GeluTanh.SCALE)
+        scale = torch.full((), GeluTanh.SCALE, dtype=x.dtype, device=x.device)
+        slope = torch.addcmul(scale, x, x, value=3 * 0.044715 * GeluTanh.SCALE)
         return slope.mul_(x).mul_(torch.addcmul(gate, gate, gate, value=-1.0)).add_(gate).mul_(gradient)
 
 

@@ -90,8 +90,8 @@ class NoiseEmbedding(nn.Module):
     def __init__(self, num_features: int) -> None:
         super().__init__()
         half = num_features // 8
-        frequency = torch.exp(torch.arange(half) * (-math.log(10_000.0) / (half - 1)))
-        self.register_buffer("frequency", frequency, persistent=False)
+        step = -math.log(10_000.0) / (half - 1)
+        self.register_buffer("frequency", torch.exp(torch.arange(half) * step), persistent=False)
         self.first = lecun(nn.Linear(2 * half, num_features))
         self.second = lecun(nn.Linear(num_features, num_features))
 
