@@ -125,6 +125,8 @@ class PRDC(OfflineModule):
         """
         h = self.hparams
         self.index = NeighborIndex(obs, action, h.state_weight, search=h.search, candidates=h.candidates, rows=rows)
+        if obs.device.type != "cpu":
+            self.index.build()  # now, so that updates read nothing back to the host
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)

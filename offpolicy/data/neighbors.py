@@ -11,6 +11,10 @@ all; otherwise the whole store is searched.
 
 Every path ends in the same step: squared distances as direct differences in float64, the lowest row where several are
 equal. So all ways to search give the same rows, whatever was searched before and on however many processes.
+
+All this asks how many pairs are left, which costs nothing where the data lie in the memory of the processor. On other
+devices the host would have to wait for the answer, so a query there is a fixed row of operations: it reads nothing, and
+says of every answer whether it is proven.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ class Neighbors(NamedTuple):
     """What a query found, nearest first.
 
     ``distance (…, B, k)`` float64; ``row (…, B, k)`` int64; ``action (…, B, k, A)``: their stored actions;
-    ``certified (…, B)`` bool: answered by the remembered rows, None where none are kept.
+    ``certified (…, B)`` bool: proven to be nearest of all, by the remembered rows or, on other devices than the CPU, by
+    the rows compared; None where nothing has to be proven.
     """
 
     distance: Tensor
@@ -54,18 +59,24 @@ class NeighborIndex:
         state_weight: β ≥ 0. 0 compares actions only.
         search: "exact": remembered rows, and the whole store where they cannot be proven right. "cached": remembered
             rows only, that is, the best among the ``candidates`` rows nearest by state; the same on every visit.
-            "tree" or "brute": the whole store, always, by KD-tree or by products. Three of the four are exact.
+            "tree" or "brute": the whole store, always, by KD-tree or by products. Three of the four are exact. On other
+            devices than the CPU these three are one, by products.
         candidates: K in 1 … 32767, rows remembered for each row besides itself.
         rows: row number of each pair, int64 (N,), by which queries and answers speak; 0 … N-1 when None.
 
-    The whole store is searched by a KD-tree on the CPU and by products on other devices. Lists are made when a row is
-    first asked for, no longer than that query needs, and lengthened when a later one needs more; :meth:`build` makes
-    them ahead. A list costs about one KD-tree query at the same distance, which is little near the data, and in many
+    On the CPU the whole store is searched by a KD-tree unless it is "brute". Lists are made when a row is first asked
+    for, no longer than that query needs, and lengthened when a later one needs more; :meth:`build` makes them ahead. A
+    list costs about one KD-tree query at the same distance, which is little near the data, and in many
     dimensions and far from the data tens of milliseconds (``examples/benchmarks/neighbors.py``).
 
     Memory in bytes, at most: 4·N·(S + A) for the pairs (8 in float64), N·(4·K + 6) for the lists (touched as they are
     made), on the CPU 8·N·(2·S + A) plus about 44·N for two KD-trees, each made when first needed, and 40·N where pairs
     repeat or rows have numbers of their own. Every process keeps its own.
+
+    On other devices "cached" makes all its lists before the first query, and the others keep none. No query reads a
+    value back to the host. Products in float32 choose some thousand pairs per query, which are compared in float64; an
+    answer is not ``certified`` where rounding may have hidden a nearer pair among the others, which takes many pairs
+    that are as near up to 1e-6 of the largest squared distance.
 
     Equal pairs count as often as they are stored, but all are named by the lowest of their rows.
 
@@ -95,18 +106,18 @@ class NeighborIndex:
         self.weight[: self.state_dim] = state_weight
         self._set_rows(rows)
         self._merge_equal(self.points[:, self.state_dim :] if state_weight == 0.0 else self.points)
-        on_cpu = search == "tree" or (search != "brute" and self.device.type == "cpu")
-        self._backend: Any = Tree if on_cpu else Brute
-        self._sparse = self.device.type == "cpu"  # compare with listed pairs only: needs their number on the host
+        self._at_host = at_host(self.device)
+        self._backend: Any = Tree if self._at_host and search != "brute" else Brute
         self._whole: Any = None  # all pairs, made when first searched
         self._states: Any = None  # their states, made when a list is first wanted
-        self._remembers = search in ("exact", "cached") and state_weight > 0.0
+        lists = ("exact", "cached") if self._at_host else ("cached",)
+        self._remembers = search in lists and state_weight > 0.0
         if self._remembers:
             n, self._width = len(self.points), min(candidates, max(self.num_distinct - 1, 1))
             # Item numbers plus one, so that untouched memory is zero, means "none" and costs nothing.
             self._lists = torch.zeros(n, self._width, dtype=torch.int32, device=self.device)
             self._length = torch.zeros(n, dtype=torch.int16, device=self.device)
-            self._radius = torch.zeros(n, device=self.device)
+            self._radius = torch.zeros(n, dtype=torch.float32, device=self.device)
             self._complete = False
 
     @staticmethod
@@ -194,11 +205,10 @@ class NeighborIndex:
         shape = action.shape[:-1]
         action = action.detach().reshape(-1, action.shape[-1]).to(self.device, torch.float64)
         action = action.nan_to_num(0.0, posinf=1e9, neginf=-1e9)  # a diverged policy: any finite answer will do
-        certified = None
         if row is None:
             assert obs is not None
             state = obs.reshape(-1, self.state_dim).to(self.device, torch.float64)
-            square, found = self._search(torch.cat([state, action], 1), k)
+            square, found, certified = self._search(torch.cat([state, action], 1), k)
         else:
             item, key = self._start(row.reshape(-1))
             own = (key[:, self.state_dim :] - action).square_().sum(1)
@@ -206,7 +216,7 @@ class NeighborIndex:
             if self._remembers:
                 square, found, certified = self._recall(key, item, own, k)
             else:
-                square, found = self._search(key, k)
+                square, found, certified = self._search(key, k)
         return Neighbors(
             square.sqrt().reshape(*shape, k),
             (found if self._rows is None else self._rows[found]).reshape(*shape, k),
@@ -222,11 +232,14 @@ class NeighborIndex:
         return item if self._rows is None else self._rows[item]
 
     def build(self, chunk: int = 4096) -> None:
-        """Make all full lists now. Afterwards "cached" reads nothing back from the device."""
+        """Make all full lists now, and on other devices than the CPU what the first query would make."""
         if self._remembers:
             for place in torch.arange(self.num_distinct, device=self.device).split(chunk):
-                self._fill(self.numbered(place), torch.full(place.shape, math.inf, device=self.device).double())
+                reach = torch.full(place.shape, math.inf, dtype=torch.float64, device=self.device)
+                self._fill(self.numbered(place), reach)
             self._complete = True
+        elif not self._at_host:
+            self._whole = self._whole or self._backend(self, self.points.shape[1])
 
     def _start(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """The lowest items of these rows and the pairs stored there, in float64."""
@@ -248,6 +261,8 @@ class NeighborIndex:
 
         ``own (n,)`` is d² of each item itself.
         """
+        if not (self._at_host or self._complete):
+            self.build()
         square, found = self._from_lists(key, item, own, k)
         radius = self._radius.index_select(0, item)
         certified = square[:, -1].sqrt() < radius
@@ -267,12 +282,12 @@ class NeighborIndex:
             certified = square[:, -1].sqrt() < radius
             rest = _false(certified)
         if self.search == "exact" and len(rest):
-            square[rest], found[rest] = self._search(key[rest], k, crowded=True)
+            square[rest], found[rest], _ = self._search(key[rest], k, crowded=True)
         return square, found, certified
 
     def _from_lists(self, key: Tensor, item: Tensor, own: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest among the items themselves and their lists: d² and items, (n, k) each."""
-        if k > 1 or not self._sparse:
+        if k > 1 or not self._at_host:
             listed = torch.cat([item[:, None], self._lists.index_select(0, item).long() - 1], 1)
             return self.rank(self.squares(key, listed), listed, k)
         some = self._length.index_select(0, item).nonzero()[:, 0]
@@ -306,12 +321,15 @@ class NeighborIndex:
 
     # -- comparing -----------------------------------------------------------------------------------------------------
 
-    def _search(self, key: Tensor, k: int, crowded: bool = False) -> tuple[Tensor, Tensor]:
-        """The k nearest of all."""
+    def _search(self, key: Tensor, k: int, crowded: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The k nearest of all, and which answers are proven where not all are."""
         if self._whole is None:
             self._whole = self._backend(self, self.points.shape[1])
+        if not self._at_host:
+            square, listed, proven = self._whole.shortlist(key, k)
+            return *self.rank(square, listed, k), proven
         square, listed = self._whole.finalists(key, k, crowded)
-        return self.rank(square, listed, k)
+        return *self.rank(square, listed, k), None
 
     def square(self, key: Tensor, item: Tensor) -> Tensor:
         """d² of keys (…, D), or (…, S) for states alone, to items (…): direct differences in float64."""
@@ -321,7 +339,7 @@ class NeighborIndex:
 
     def squares(self, key: Tensor, listed: Tensor) -> Tensor:
         """d² of keys (n, D) or (n, S) to listed items (n, C), infinite where the item is -1: float64 (n, C)."""
-        if not self._sparse:
+        if not self._at_host:
             return self.square(key[:, None], listed.clamp(min=0)).masked_fill_(listed < 0, math.inf)
         query, place = (listed >= 0).nonzero(as_tuple=True)
         result = torch.full(listed.shape, math.inf, dtype=torch.float64, device=self.device)
@@ -346,6 +364,11 @@ class NeighborIndex:
             width, place = listed.shape[1], torch.searchsorted(stored, wanted, right=True)
         missing, place = place >= width, place.clamp(max=width - 1)
         return square.gather(1, place).masked_fill(missing, math.inf), listed.gather(1, place)
+
+
+def at_host(device: torch.device) -> bool:
+    """Whether values there can be looked at without waiting for them."""
+    return device.type == "cpu"
 
 
 def _false(mask: Tensor) -> Tensor:
@@ -418,16 +441,21 @@ class Brute:
     """All distances by products, in pieces, on any device.
 
     A product ‖x‖² − 2·q·x loses the digits of a distance that is small against ‖x‖, so it only shortlists: groups of
-    stored pairs, by the smallest value of each. Their members are compared by direct difference. Queries where the
-    bound on the rounding error cannot rule out the other groups are answered by direct differences to everything.
+    stored pairs, by the smallest value of each. Their members are compared by direct difference. A bound on the
+    rounding error tells for which queries that proves the answer; :meth:`finalists` answers the others by direct
+    differences to everything.
     """
 
     GROUP = 64
+    SPARE = 32  # groups beyond the k that could hold one neighbour each
 
     def __init__(self, index: NeighborIndex, width: int) -> None:
         self.index, self.weight = index, index.weight[:width]
-        self.points = index.columns(width).float()
         parts = index.columns(width).split(1 << 17)
+        sums = torch.stack([part.sum(0, dtype=torch.float64) for part in parts])
+        self.centre = sums.sum(0) / index.num_distinct  # distances do not depend on it, digits do
+        self.points = torch.cat([(part.double() - self.centre).float() for part in parts])
+        parts = self.points.split(1 << 17)
         self.norm = torch.cat([(part.double() * self.weight).square().sum(1) for part in parts]).float()
         self.largest = self.norm.max().double().sqrt()
 
@@ -444,41 +472,43 @@ class Brute:
     def finalists(self, key: Tensor, k: int, crowded: bool = False) -> tuple[Tensor, Tensor]:
         """d² and items of a shortlist that holds all no further than the k-th nearest: (n, C), -1 for none."""
         k = min(k, len(self.points))
-        groups = min(k + 3, -(-len(self.points) // self.GROUP))
-        fit = (1 << 24) // (groups * self.GROUP * key.shape[1])  # queries whose shortlists are held at once
-        parts = [self._shortlist(part, k, groups) for part in key.split(max(1, min(fit, 1024)))]
-        width = max(items.shape[1] for _, items in parts)
-        square, items = (
-            torch.cat([torch.nn.functional.pad(part[i], (0, width - part[i].shape[1]), value=fill) for part in parts])
-            for i, fill in ((0, math.inf), (1, -1))
-        )
+        square, items, proven = self.shortlist(key, k, 3)
+        rest = _false(proven).tolist()
+        if rest:
+            every = [self._everything(key[i : i + 1], k) for i in rest]
+            width = max(items.shape[1], *(found.shape[1] for found in every))
+            items = torch.nn.functional.pad(items, (0, width - items.shape[1]), value=-1)
+            for i, found in zip(rest, every, strict=True):
+                items[i] = torch.nn.functional.pad(found[0], (0, width - found.shape[1]), value=-1)
+            square = self.index.squares(key, items)
         return square, items
 
-    def _shortlist(self, key: Tensor, k: int, groups: int) -> tuple[Tensor, Tensor]:
+    def shortlist(self, key: Tensor, k: int, spare: int = SPARE) -> tuple[Tensor, Tensor, Tensor]:
+        """d² and items of the best groups, (n, C) each, and whether all no further than the k-th are in them, (n,)."""
+        k = min(k, len(self.points))
+        groups = min(k + spare, -(-len(self.points) // self.GROUP))
+        fit = (1 << 24) // (groups * self.GROUP * key.shape[1])  # queries whose shortlists are held at once
+        parts = [self._best_groups(part, k, groups) for part in key.split(max(1, min(fit, 1024)))]
+        square, items, proven = (torch.cat(column) for column in zip(*parts))
+        return square, items, proven
+
+    def _best_groups(self, key: Tensor, k: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         lowest = self._lowest_of_groups(key)
         best = lowest.topk(min(groups + 1, lowest.shape[1]), dim=1, largest=False, sorted=True)
         place = (best.indices[:, :groups, None] * self.GROUP + torch.arange(self.GROUP, device=key.device)).flatten(1)
         items = self.index.numbered(place)
         square = self.index.squares(key, items)
         if groups == lowest.shape[1]:
-            return square, items
+            return square, items, torch.ones(len(key), dtype=torch.bool, device=key.device)
         kth = square.kthvalue(k, dim=1).values
-        length = (key * self.weight).norm(dim=1)
+        length = ((key - self.centre) * self.weight).norm(dim=1)
         error = (key.shape[1] + 8) * 2.0**-24 * (length + self.largest).square()
-        open_ = (kth >= best.values[:, -1].double() + length.square() - error).nonzero()[:, 0]
-        if len(open_):
-            every = [self._everything(key[i : i + 1], k) for i in open_.tolist()]
-            width = max(items.shape[1], *(found.shape[1] for found in every))
-            items = torch.nn.functional.pad(items, (0, width - items.shape[1]), value=-1)
-            for i, found in zip(open_.tolist(), every, strict=True):
-                items[i] = torch.nn.functional.pad(found[0], (0, width - found.shape[1]), value=-1)
-            square = self.index.squares(key, items)
-        return square, items
+        return square, items, kth < best.values[:, -1].double() + length.square() - error
 
     def _lowest_of_groups(self, key: Tensor) -> Tensor:
         """Smallest ‖x‖² − 2·q·x of each group of consecutive pairs: (n, U) products → (n, U / GROUP)."""
         dtype = torch.float64 if key.is_cuda and tf32_allowed() else torch.float32
-        query = (key * self.weight.square()).to(dtype)
+        query = ((key - self.centre) * self.weight.square()).to(dtype)
         piece = (1 << (28 if key.is_cuda else 22)) // len(key) // self.GROUP * self.GROUP or self.GROUP
         found = []
         with torch.autocast(key.device.type, enabled=False), matmul_setting("mkl"):  # plain float32 everywhere

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from offpolicy.data import neighbors
 from offpolicy.data.neighbors import Brute, NeighborIndex, Tree
 from offpolicy.errors import DataError, UsageError
 
 BETAS = (0.0, 0.25, 1.0, 2.0, 7.5)
-# name → (search, options of the index, what is forced on it)
-WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "tree": ("tree", {}, {}),
-    "brute": ("brute", {}, {}),
-    "exact": ("exact", {"candidates": 16}, {}),
-    "short lists": ("exact", {"candidates": 3}, {}),
-    "as on a GPU": ("exact", {"candidates": 16}, {"_backend": Brute, "_sparse": False}),
+# name → (search, options of the index, whether the data lie at the host)
+WAYS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "tree": ("tree", {}, True),
+    "brute": ("brute", {}, True),
+    "exact": ("exact", {"candidates": 16}, True),
+    "short lists": ("exact", {"candidates": 3}, True),
+    "as on a GPU": ("exact", {}, False),
 }
 
 
 def index(obs: Tensor, action: Tensor, beta: float, way: str = "exact", **options: Any) -> NeighborIndex:
-    search, fixed, forced = WAYS[way]
-    made = NeighborIndex(obs, action, beta, **({"search": search} | fixed | options))
-    for name, value in forced.items():
-        setattr(made, name, value)
-    return made
+    search, fixed, at_host = WAYS[way]
+    with patch.object(neighbors, "at_host", lambda device: at_host):
+        return NeighborIndex(obs, action, beta, **({"search": search} | fixed | options))
 
 
 def enumerate_all(obs: Tensor, action: Tensor, beta: float, state: Tensor, query: Tensor, k: int) -> Tensor:
@@ -201,6 +201,76 @@ def test_memory_bound() -> None:
     assert sum(x.numel() * x.element_size() for x in held) == 4 * 200 * 5 + 200 * (4 * 16 + 6)
     trees = [search._whole.tree, search._states.tree]
     assert sum(tree.data.nbytes for tree in trees) == 8 * 200 * (2 * 3 + 2)
+
+
+# -- on other devices ------------------------------------------------------------------------------------------------
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: shapes and values that depend on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("nonzero", "_local_scalar_dense", "masked_select", "equal", "_unique2"), name
+        if name in ("index", "index_put_", "_index_put_impl_"):
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1]), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("search", neighbors.SEARCHES)
+@pytest.mark.parametrize("k", [1, 3])
+def test_queries_on_a_device_read_nothing_and_equal_those_at_the_host(search: str, k: int) -> None:
+    obs, action = made("duplicates", 5000)
+    row, query = asked(obs, action, "plain", n=64)
+    rows = torch.arange(5000) + 7
+    options = {"search": search, "candidates": 8, "rows": rows}
+    expected = NeighborIndex(obs, action, 2.0, **options).query(query, row + 7, k=k)
+    there = index(obs, action, 2.0, "as on a GPU", **options)
+    there.build()
+    with NoReads():
+        found = there.query(query, row + 7, k=k)
+    assert torch.equal(found.row, expected.row) and torch.equal(found.distance, expected.distance)
+    assert found.certified is not None
+    if search == "cached":
+        assert torch.equal(found.certified, expected.certified)
+    else:
+        assert found.certified.all()  # 2,200 of 5,000 pairs are compared
+
+
+def test_an_answer_on_a_device_is_certified_only_where_it_is_proven() -> None:
+    """More equal distances than pairs compared: the distance is right, the lowest of all rows is not known."""
+    ring = torch.randn(9000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    obs = torch.cat([torch.zeros(1, 3, dtype=torch.float64), ring / ring.norm(dim=1, keepdim=True)])
+    action = torch.zeros(len(obs), 1, dtype=torch.float64)
+    action[0] = 5.0  # the row asked for is far from its own action
+    here, there = (index(obs, action, 1.0, way) for way in ("exact", "as on a GPU"))
+    query, row = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([0])
+    found = there.query(query, row)
+    assert not found.certified.any()
+    torch.testing.assert_close(found.distance, here.query(query, row).distance)
+    assert there.query(query + 4.9, row).certified.all()
+
+
+def test_digits_survive_far_from_zero() -> None:
+    """Products of numbers around 300 have no digit of distances around 0.01; those around their mean have."""
+    obs, action = made("far from zero", 5000)
+    row, query = asked(obs, action, "plain", n=64)
+    found = index(obs, 0.01 * action, 1.0, "as on a GPU").query(0.01 * query, row)
+    _, rows = enumerate_all(obs, 0.01 * action, 1.0, obs[row], 0.01 * query, 1)
+    assert found.certified.all() and torch.equal(found.row, rows)
+
+
+@pytest.mark.parametrize("search", neighbors.SEARCHES)
+def test_the_default_type_of_numbers_does_not_matter(search: str) -> None:
+    obs, action = made("plain", 300)
+    row, query = asked(obs, action, "plain")
+    expected = NeighborIndex(obs, action, 2.0, search=search, candidates=8).query(query, row)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = NeighborIndex(obs, action, 2.0, search=search, candidates=8).query(query, row)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.row, expected.row) and torch.equal(found.distance, expected.distance)
 
 
 # -- what a query may be ---------------------------------------------------------------------------------------------

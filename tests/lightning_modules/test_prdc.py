@@ -14,6 +14,7 @@ from toy import Rows, differences, fit, toy_replay, weights
 
 from lightning_modules.prdc import PRDC
 from lightning_modules.td3bc import TD3BC
+from offpolicy.data import neighbors
 from offpolicy.data.views import Transitions
 from offpolicy.errors import UsageError
 from offpolicy.modules import Sizes
@@ -278,7 +279,8 @@ def test_seeds_in_one_module_equal_single_ones() -> None:
         assert_seeds_equal(OnPairs, (0, 3), num_neighbors=k, **SMALL)
 
 
-def test_with_full_lists_a_cached_search_reads_nothing_back() -> None:
+@pytest.mark.parametrize("search", ["exact", "cached", "tree", "brute"])
+def test_on_a_device_an_update_reads_nothing_back(search: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a number would make a GPU wait; every such read goes through one of two operators."""
 
     class NoReading(TorchDispatchMode):
@@ -286,9 +288,9 @@ def test_with_full_lists_a_cached_search_reads_nothing_back() -> None:
             assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
             return func(*args, **(kwargs or {}))
 
-    method = small(search="cached", candidates=5, num_neighbors=2)
+    monkeypatch.setattr(neighbors, "at_host", lambda device: False)
+    method = small(search=search, candidates=5, num_neighbors=2)
     assert method.index is not None
-    method.index._sparse = False  # as on a GPU
     method.index.build()
     batches = [batch_of(method, seed) for seed in (1, 2)]
     with NoReading():
