@@ -1,35 +1,58 @@
 """Problems with answers that can be checked: what a language model learns from by trying.
 
 A replay of problems has texts as episodes, as :mod:`offpolicy.data.sequences` does, and the table ``problems``, (P, 2)
-int64: the prompt, and the demonstration or −1. Columns: ``problems/answer`` (text of the right answer, for the reward),
+int64: the prompt, and the demonstration or −1. Columns: ``problems/answer`` (text of the right answer, for the reward;
+several, of which each is right, joined by :data:`offpolicy.data.answers.OR`; empty where there is none),
 ``problems/row`` (where it stood in the source), ``problems/prompt_hash``, and a bool column per kind of problem.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
+from offpolicy.data.answers import (
+    after_mark,
+    demonstration,
+    joined,
+    right_answers,
+    without_annotations,
+)
 from offpolicy.data.names import Target, resolve
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sampling import permutation
-from offpolicy.data.sources.formats import Faults, Source
+from offpolicy.data.sources.formats import Faults, Source, scan, template_options
+from offpolicy.data.sources.messages import Fault, WrongType, read_prompt
 from offpolicy.data.tokenised import TokenisedData
 from offpolicy.errors import DataError, UsageError, check_range, nearest
-from offpolicy.language.tokens import Limits, Row, encode, fingerprint, load_tokenizer, tokenise
+from offpolicy.language.numbers import MARK
+from offpolicy.language.tokens import Limits, Row, Text, encode, fingerprint, load_tokenizer, tokenise
 
 PROMPTS = ("prompt", "question", "problem")
-ANSWERS = ("answer", "ground_truth", "reward_model")
+ANSWERS = ("answer", "ground_truth", "reward_model", "golden_answers")
 SOLUTIONS = ("solution", "target", "completion")
-MARK = "####"  # of GSM8K, before the final answer
+OF_TEMPLATE = ("system", "tools", "chat_template_kwargs")
 THINK = "<think>"
 MARKED = "{prompt}\nSolve the problem step by step and end with the number alone after ####.\n"  # put to a policy
+BOXED = "{prompt}\nSolve the problem step by step and end with the answer alone in \\boxed{}.\n"
+
+
+class Problems(Replay):
+    """A replay of problems that knows where they came from."""
+
+    reopen: Callable[[], Source] | None = None
+
+    def source_column(self, name: str) -> list[Any]:
+        """A column of the source as it stands there, one value per problem; it is read again."""
+        assert self.reopen is not None
+        values = self.reopen().column(name)
+        return [values[row] for row in self.tables["problems/row"]]
 
 
 class ProblemData(TokenisedData):
@@ -42,11 +65,12 @@ class ProblemData(TokenisedData):
         on_bad: "error" stops at rows without a prompt or an answer; "drop" leaves them out and counts them.
         columns: our name → the source's name, where they differ; None leaves a column out. Ours: prompt, answer,
             solution (a demonstration), solution_logps (log-probability of each of its tokens and of EOS under who
-            wrote it). Without an answer, a solution's text after "####" is the answer.
+            wrote it), system, tools, chat_template_kwargs. Without an answer, what a solution marks by "####" or
+            \\boxed{} is the answer; without both there is none, which suits rewards that need none.
         split: part of a set that has several; None takes "train" or the only one.
         tokenizer: folder or hub name; None is the policy's.
         template: what a prompt of plain text is put into, with "{prompt}" in it; None asks for "####" before the
-            number where solutions have it.
+            number, or for \\boxed{}, where right answers were read from solutions that have it.
         chat: put prompts of plain text into the tokenizer's chat template, as a turn of the user.
         chat_template_kwargs: passed to the chat template.
         max_prompt_length: longest prompt in tokens, ≥ 1; longer ones are faulty rows.
@@ -153,14 +177,15 @@ def open_problems(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_prompt_length: int = 512,
     max_bad: float = 0.1,
-) -> Replay:
+) -> Problems:
     """Open, check and tokenise problems; arguments as of :class:`ProblemData`.
 
     Args:
         training: refuse questions of a known test set.
 
     Returns:
-        The replay with the table ``problems``; ``meta`` says what was found.
+        The replay with the table ``problems``; ``meta`` says what was found. Without a column of answers or solutions
+        there is no right answer, which suits rewards that compare with none.
 
     Raises:
         UsageError: an unknown name or an impossible option.
@@ -179,24 +204,22 @@ def open_problems(
             "one. Set its eos_token, or take another policy."
         )
     source = read(target, split, download=download)
-    named, prompts, answers, solutions = _contents(source, columns)
+    named = _columns(source, dict(columns or {}))
+    read_rows = list(_read(source, named))
     faults = Faults(source.where, source.rows, on_bad, max_bad)
-    marked = any(s is not None and MARK in s for s in solutions)
-    template = template or (MARKED if marked else "{prompt}")
+    marked = any(p.solution is not None and MARK in p.solution for p in read_rows)
+    boxed = "answer" not in named and "solution" in named
+    template = template or (MARKED if marked else BOXED if boxed else "{prompt}")
     test = known_test() if training else frozenset()
     kept, rows = [], []
-    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-        text = _text_of(prompt)
-        if text is None or not text.strip():
-            faults.add(i, named["prompt"], "no_prompt")
-        elif answer is None or not answer.strip():
-            faults.add(i, named.get("answer", named.get("solution", "answer")), "none" if answer is None else "empty")
-        elif question_hash(text) in test:
-            faults.add(i, named["prompt"], "known_test", text)
+    for i, problem in enumerate(read_rows):
+        if problem.fault is not None:
+            faults.add(i, *problem.fault.args)
+        elif test.intersection(problem.hashes()):
+            faults.add(i, named["prompt"], "known_test", problem.text)
         else:
-            put = template.replace("{prompt}", prompt) if isinstance(prompt, str) else prompt
-            asked = [{"role": "user", "content": put}] if chat and isinstance(put, str) else put
-            rows.append(Row(asked, (), dict(chat_template_kwargs or {})))
+            asked = problem.asked(template, chat)
+            rows.append(Row(asked, (), {**(chat_template_kwargs or {}), **problem.options}))
             kept.append(i)
     prompt_ids, left = [], []
     for i, one in zip(kept, encode(rows, tokenizer, Limits(1 << 30, truncation="keep_end"))):
@@ -207,22 +230,28 @@ def open_problems(
         prompt_ids.append(one.prompt)
         left.append(i)
     faults.check()
-    pairs = zip(prompt_ids, (solutions[i] for i in left))
-    demonstrations = _demonstrations([_continued(ids, s, tokenizer) for ids, s in pairs], tokenizer)
+    solutions = [_continued(ids, read_rows[i].solution, tokenizer) for ids, i in zip(prompt_ids, left)]
+    demonstrations = _demonstrations(solutions, tokenizer)
     logps: list[np.ndarray] | None = None
     if "solution_logps" in named:
         given_logps = source.column(named["solution_logps"])
         logps = [_logps(given_logps[i], d, i, faults) for i, d in zip(left, demonstrations) if d is not None]
         faults.check()
-    kinds = {k: v for k in source.names if k not in named.values() for v in [source.column(k)] if _is_kind(v)}
+    others = [name for name in source.names if name not in named.values()]
+    kinds = {name: v for name in others for v in [source.column(name)] if _is_kind(v)}
     replay = _build(prompt_ids, demonstrations, logps, len(tokenizer))
+    replay.reopen = partial(read, target, split, download=download)
     replay.tables |= {
-        "problems/answer": np.asarray([str(answers[i]).strip() for i in left]),
+        "problems/answer": np.asarray([joined(read_rows[i].answers) for i in left]),
         "problems/row": np.asarray(left, dtype=np.int64),
-        "problems/prompt_hash": np.asarray([int(question_hash(_text_of(prompts[i]) or ""), 16) for i in left]),
+        "problems/prompt_hash": np.asarray([int(question_hash(read_rows[i].text), 16) for i in left]),
         **{f"problems/{kind}": np.asarray(values, dtype=bool)[left] for kind, values in kinds.items()},
     }
     given = sum(d is not None for d in demonstrations)
+    notes = [] if given in (0, len(left)) else [f"problems without a demonstration: {len(left) - given:,}"]
+    several = sum(len(read_rows[i].answers) > 1 for i in left)
+    notes += [f"problems with several right answers, of which each is right: {several:,}"] if several else []
+    warnings = [f"{faults.bad} of {source.rows} rows were dropped: {faults.table()}"] if faults.bad else []
     replay.meta |= {
         "name": target.name,
         "source": "problems",
@@ -231,11 +260,12 @@ def open_problems(
         "problems": len(left),
         "demonstrations": given,
         "columns": named,
+        "source_columns": source.names,
         "template": template,
-        "reward": "math" if marked else "exact",
+        "reward": "math" if marked or boxed else "exact",
         "dropped": faults.counts(),
-        "notes": [] if given in (0, len(left)) else [f"problems without a demonstration: {len(left) - given:,}"],
-        "warnings": [f"{faults.bad} of {source.rows} rows were dropped: {faults.table()}"] if faults.bad else [],
+        "notes": [*source.notes, *notes],
+        "warnings": [*warnings, *source.doubts],
         "tokenizer": {"name": str(tokenizer.name_or_path), "fingerprint": fingerprint(tokenizer)},
     }
     return replay
@@ -248,11 +278,14 @@ def sketch(
     from offpolicy.data.sources.hf import read
 
     source = read(target, split, download=download)
-    named, prompts, answers, solutions = _contents(source, columns)
-    given = sum(s is not None for s in solutions)
+    named = _columns(source, dict(columns or {}))
+    problems = list(_read(source, named))
+    given = sum(p.solution is not None for p in problems)
     lines = [f"{target.name}: {source.rows:,} problems, {given:,} with a demonstration; columns {named}"]
-    for prompt, answer, solution in list(zip(prompts, answers, solutions))[:2]:
-        lines.append(f"  {_text_of(prompt)!r} ▶ {solution!r}, answer {answer!r}")
+    lines += [f"  note      {text}" for text in source.notes] + [f"  warning   {text}" for text in source.doubts]
+    for problem in problems[:2]:
+        answer = " or ".join(map(repr, problem.answers)) or None
+        lines.append(f"  {problem.text!r} ▶ {problem.solution!r}, answer {answer}")
     return "\n".join(lines)
 
 
@@ -288,31 +321,115 @@ def question_hash(text: str) -> str:
     return sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def without_annotations(solution: str) -> str:
-    """A GSM8K solution without its calculator annotations ``<<…>>``."""
-    return re.sub(r"<<[^<>]*>>", "", solution)
-
-
 def _test_split(name: str) -> str | None:
     """The held-out part of a known set."""
     target = resolve(name, language=True)
     return f"{target.name}@test" if "hub" in target.info else None
 
 
-def _contents(
-    source: Source, columns: Mapping[str, str | None] | None
-) -> tuple[dict[str, str], list[Any], list[str | None], list[str | None]]:
-    """Our name → the source's, and the prompts, answers and demonstrations in its rows."""
-    named = _columns(source, dict(columns or {}))
-    solutions: list[str | None] = [None] * source.rows
+@dataclass
+class _Problem:
+    """A row: its prompt as text or turns, right answers, demonstration, options of the template; or what is wrong."""
+
+    prompt: Text = ""
+    system: str | None = None
+    answers: list[str] = field(default_factory=list)
+    solution: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    fault: Fault | None = None
+
+    @property
+    def text(self) -> str:
+        """All that is asked."""
+        return self.prompt if isinstance(self.prompt, str) else "\n".join(turn["content"] for turn in self.prompt)
+
+    def hashes(self) -> set[str]:
+        """Of the question, wherever it stands."""
+        turns = [] if isinstance(self.prompt, str) else [turn["content"] for turn in self.prompt]
+        return {question_hash(text) for text in (self.text, *turns)}
+
+    def asked(self, template: str, chat: bool) -> Text:
+        """What is put to the policy."""
+        put = template.replace("{prompt}", self.prompt) if isinstance(self.prompt, str) else self.prompt
+        as_turns = chat or self.system is not None or not isinstance(put, str)
+        return read_prompt(put, "prompt", chat=as_turns, system=self.system)
+
+
+def _read(source: Source, named: dict[str, str]) -> Iterator[_Problem]:
+    """The rows of a source; what is wrong with one stands in it.
+
+    Raises:
+        DataError: a column holds values of a wrong or of different types.
+    """
+    scan(source, named["prompt"])
+    column = {ours: source.column(theirs) for ours, theirs in named.items()}
+    values = [{ours: column[ours][row] for ours in column} for row in range(source.rows)]
+    in_solutions = _marked_answers(values, named)
+    for row, value in enumerate(values):
+        problem = _Problem()
+        try:
+            _read_prompt(problem, value, named, row)
+            _read_answer(problem, value, named, in_solutions)
+        except Fault as fault:
+            problem.fault = fault
+        except WrongType as error:
+            raise DataError(f"{source.where}, row {row}: {error}") from None
+        yield problem
+
+
+def _read_prompt(problem: _Problem, value: dict[str, Any], named: dict[str, str], row: int) -> None:
+    name, prompt = named["prompt"], value["prompt"]
+    system = value.get("system")
+    chat = not isinstance(prompt, str | None)
+    if prompt is None:
+        raise Fault(name, "no_prompt", None)
+    problem.prompt = read_prompt(prompt, name, chat=chat)
+    if not problem.text.strip():
+        raise Fault(name, "no_prompt", prompt)
+    problem.system = str(system) if system else None
+    if chat or problem.system is not None:
+        problem.options = template_options(value, row)
+
+
+def _read_answer(problem: _Problem, value: dict[str, Any], named: dict[str, str], in_solutions: bool) -> None:
     if "solution" in named:
-        solutions = [_solution(value) for value in source.column(named["solution"])]
-    return named, source.column(named["prompt"]), _answers(source, named, solutions), solutions
+        problem.solution = demonstration(value["solution"], named["solution"], problem.prompt)
+    if "answer" in named:
+        name = named["answer"]
+        problem.answers = right_answers(value["answer"], name)
+        if not any(problem.answers):
+            raise Fault(name, "empty" if problem.answers or value["answer"] is not None else "none", value["answer"])
+        if in_solutions and len(problem.answers) == 1:
+            whole = problem.answers[0]
+            problem.solution = without_annotations(whole) if problem.solution is None else problem.solution
+            problem.answers = [after_hashes] if (after_hashes := _after_hashes(whole)) else []
+            if not problem.answers:
+                raise Fault(name, "no_mark", whole)
+    elif "solution" in named:
+        name = named["solution"]
+        if problem.solution is None:
+            raise Fault(name, "none" if value["solution"] is None else "empty", value["solution"])
+        found = after_mark(problem.solution)
+        if found is None:
+            raise Fault(name, "no_mark", problem.solution)
+        problem.answers = [found]
+
+
+def _marked_answers(values: list[dict[str, Any]], named: dict[str, str]) -> bool:
+    """Whether the column of answers holds solutions, which end with "####" and the answer."""
+    texts = [value["answer"] for value in values if isinstance(value.get("answer"), str) and value["answer"].strip()]
+    return bool(texts) and sum(MARK in text for text in texts) >= 0.9 * len(texts)
+
+
+def _after_hashes(text: str) -> str | None:
+    return text.rpartition(MARK)[2].strip() if MARK in text else None
 
 
 def _columns(source: Source, given: dict[str, str | None]) -> dict[str, str]:
     """Our name → the source's."""
-    wanted = {"prompt": PROMPTS, "answer": ANSWERS, "solution": SOLUTIONS, "solution_logps": ("solution_logps",)}
+    wanted: dict[str, tuple[str, ...]] = {"prompt": PROMPTS, "answer": ANSWERS, "solution": SOLUTIONS}
+    wanted |= {"solution_logps": ("solution_logps",), "system": ()}  # a system message only where it is named
+    wanted |= {"tools": ("tools",), "chat_template_kwargs": ("chat_template_kwargs",)}
     for ours, theirs in given.items():
         if ours not in wanted:
             raise UsageError(f"`columns` names '{ours}'; expected {', '.join(wanted)}.{nearest(ours, wanted)}")
@@ -322,44 +439,16 @@ def _columns(source: Source, given: dict[str, str | None]) -> dict[str, str]:
                 f"{nearest(theirs, source.names)}"
             )
     found = {k: next((n for n in names if n in source.names), None) for k, names in wanted.items()} | given
+    if "answer" not in given:  # the first column with any value: tables may keep an empty one
+        filled = (n for n in ANSWERS if n in source.names and any(v is not None for v in source.column(n)))
+        found["answer"] = next(filled, None)
     named = {k: v for k, v in found.items() if v is not None}
-    if "prompt" not in named or not {"answer", "solution"} & named.keys():
+    if "prompt" not in named:
         raise DataError(
             f"{source.where} has the columns {', '.join(source.names)}; expected a prompt ({', '.join(PROMPTS)}) and "
-            f'an answer ({", ".join(ANSWERS)}). Say which they are: --data.columns \'{{"answer": "…"}}\'.'
+            f'an answer ({", ".join(ANSWERS)}). Say which they are: --data.columns \'{{"prompt": "…"}}\'.'
         )
     return named
-
-
-def _answers(source: Source, named: dict[str, str], solutions: list[Any]) -> list[str | None]:
-    """The right answers; a column of solutions that end with "####" holds both."""
-    if "answer" not in named:
-        return [None if s is None else _after_mark(s) for s in solutions]
-    raw = [a.get("ground_truth") if isinstance(a, Mapping) else a for a in source.column(named["answer"])]
-    texts = [None if a is None or a != a else str(a) for a in raw]
-    marked = [MARK in t for t in texts if t]
-    if not marked or sum(marked) < 0.9 * len(marked):
-        return texts
-    solutions[:] = [s if t is None or s is not None else without_annotations(t) for s, t in zip(solutions, texts)]
-    return [None if t is None else _after_mark(t) for t in texts]
-
-
-def _after_mark(text: str) -> str | None:
-    return text.rpartition(MARK)[2].strip() if MARK in text else None
-
-
-def _solution(value: Any) -> str | None:
-    """The text of a demonstration: plain, or the turn of the assistant."""
-    text = value if isinstance(value, str) or value is None else _text_of(value)
-    return without_annotations(text) if text and text.strip() else None
-
-
-def _text_of(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, Sequence) and value and all(isinstance(m, Mapping) for m in value):
-        return "\n".join(str(m.get("content", "")) for m in value)
-    return None
 
 
 def _is_kind(values: list[Any]) -> bool:
@@ -395,7 +484,7 @@ def _build(
     demonstrations: list[np.ndarray | None],
     logps: list[np.ndarray] | None,
     vocabulary: int,
-) -> Replay:
+) -> Problems:
     from offpolicy.data.sources.hf import _smallest
 
     given = [d for d in demonstrations if d is not None]
@@ -409,7 +498,7 @@ def _build(
     if logps is not None:
         unknown = np.full(int(length[: len(prompts)].sum()), np.nan, np.float32)
         steps["logp"] = np.concatenate([unknown, *logps])
-    return Replay(
+    return Problems(
         steps,
         start=np.cumsum(length) - length,
         length=length,
@@ -437,7 +526,9 @@ def _split(replay: Replay, fraction: float) -> tuple[Replay, Replay | None]:
 def select(replay: Replay, keep: np.ndarray) -> Replay:
     """The problems that a mask (P,) keeps; texts are shared."""
     tables = {name: column[keep] for name, column in replay.tables.items()}
-    part = Replay(replay.steps, start=replay.start, length=replay.length, tables=tables, meta=dict(replay.meta))
+    part = type(replay)(replay.steps, start=replay.start, length=replay.length, tables=tables, meta=dict(replay.meta))
+    if isinstance(part, Problems) and isinstance(replay, Problems):
+        part.reopen = replay.reopen
     part.meta["problems"] = int(keep.sum())
     part.meta["demonstrations"] = int((tables["problems"][:, 1] >= 0).sum())
     return part

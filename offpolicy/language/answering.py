@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from offpolicy.data import rollouts as store_of
+from offpolicy.data.answers import alternatives
 from offpolicy.data.problems import step_column
 from offpolicy.data.replay import Replay
 from offpolicy.data.rollouts import DEMONSTRATION, OWN
 from offpolicy.data.sampling import permutation
 from offpolicy.data.sequences import token_ids
+from offpolicy.errors import DataError
 from offpolicy.language import policy as policies
 from offpolicy.language.engines import Completion, Request, Sampling, make_engine, room
 from offpolicy.language.generation import prompt_text, stop_ids
@@ -41,8 +43,22 @@ class Answering:
         self.method, self.problems, self.tokenizer = method, problems, tokenizer
         with speaking(method.words), trusting(in_file=method.words.in_file or not h.rewards):
             self.rewards = Rewards(h.rewards or [problems.meta.get("reward", "exact")])  # of the data: from a file
+        for asked in (problems, method.eval_problems):
+            if asked is not None:
+                self._check_answers(asked)
         self.engine: Any = None
         self.length = 0
+
+    def _check_answers(self, problems: Replay) -> None:
+        """Stop where a reward compares with right answers and there are none."""
+        needs, meta = self.rewards.verifiers, problems.meta
+        if not needs or problems.tables["problems/answer"].astype(bool).any():
+            return
+        raise DataError(
+            f"{meta.get('name', 'the data')} has the columns {', '.join(meta.get('source_columns', ()))} and no right "
+            f"answers, with which the reward {needs[0]} compares; expected a column of answers, as in --data.columns "
+            "'{\"answer\": \"…\"}', or rewards that need none, as in --model.rewards '[package.module.function]'."
+        )
 
     def open(self) -> int:
         """Get ready for the policy, once it is known; returns the tokens of the longest prompt with its answer."""
@@ -170,7 +186,7 @@ class Answering:
         return self.rewards(
             [prompts[row] for row in rows],
             self.texts(answers),
-            [str(references[row]) for row in rows],
+            [_reference(references[row]) for row in rows],
             ended=ended,
             lengths=[len(answer) for answer in answers],
         )
@@ -187,3 +203,9 @@ class Answering:
 def _row(slot: int, problem: int, source: int, answer: Completion) -> dict[str, Any]:
     token, logp, ended = answer
     return {"slot": slot, "problem": problem, "source": source, "token": token, "logp": logp, "ended": ended}
+
+
+def _reference(kept: str) -> str | list[str] | None:
+    """The right answer that a table holds, or all of them where there are several."""
+    found = alternatives(str(kept)) if kept else []
+    return found if len(found) > 1 else found[0] if found else None

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
+MARK = "####"  # of GSM8K, before the final answer
 LONGEST = 400  # characters of a number with its unit; longer texts are not looked at
 DIGITS = 3  # of an exponent
 

@@ -1,8 +1,9 @@
 """Rewards of answers: verifiers, which compare with an answer that is known to be right, and others.
 
 A verifier is called as ``verifier(prompt, answer, reference)`` with texts, ``reference`` None where the data have
-none, and returns a number, or None where it cannot judge. What stands before ``</think>`` is not part of the answer;
-of an answer that was cut off the last word does not count, as the rest of it may be missing.
+none, or a list where several answers are right, and returns a number, or None where it cannot judge. What stands before
+``</think>`` is not part of the answer; of an answer that was cut off the last word does not count, as the rest of it
+may be missing, nor does a marked answer whose line or box has not ended.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import wraps
 from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from offpolicy.data.answers import alternatives
 from offpolicy.errors import UsageError, check_range, nearest
 from offpolicy.language import mathematics
-from offpolicy.language.numbers import Mark, last_mark, last_number_in, number_of, plain_number
+from offpolicy.language.numbers import MARK, Mark, last_mark, last_number_in, number_of, plain_number
 from offpolicy.registry import Spec, import_callable, make
 
-Verifier = Callable[[str, str, str | None], float | None]
-
-MARK = "####"
+Reference = str | Sequence[str] | None  # the right answer, several of which each is right, or none
+Verifier = Callable[[str, str, Reference], float | None]
 
 
 # -- reading answers ---------------------------------------------------------------------------------------------------
@@ -66,35 +68,48 @@ def _expected(reference: str) -> Decimal | None:
     return number_of(reference) if mark is None else _number(mark)
 
 
+def _any_of(verifier: Callable[..., float | None]) -> Callable[..., float | None]:
+    """A verifier that is content with any of several right answers."""
+
+    @wraps(verifier)
+    def judged(prompt: str, answer: str, reference: Reference, **options: Any) -> float | None:
+        found = [verifier(prompt, answer, one, **options) for one in alternatives(reference)]
+        return max((score for score in found if score is not None), default=None)
+
+    return judged
+
+
 # -- verifiers and other rewards ---------------------------------------------------------------------------------------
 
 
-def exact(prompt: str, answer: str, reference: str | None, *, ended: bool = True) -> float | None:
+@_any_of
+def exact(prompt: str, answer: str, reference: str, *, ended: bool = True) -> float | None:
     """1 where a whole answer is the reference: the same text, or the same number and nothing else."""
-    if reference is None:
-        return None
     found, expected = final_part(answer, prompt).strip(), reference.strip()
     number = plain_number(expected)
     return float(ended and (found == expected or (number is not None and plain_number(found) == number)))
 
 
-def last_number(prompt: str, answer: str, reference: str | None, *, ended: bool = True) -> float | None:
+@_any_of
+def last_number(prompt: str, answer: str, reference: str, *, ended: bool = True) -> float | None:
     """1 where the last number of the answer is that of the reference, whatever stands beside it."""
-    expected = None if reference is None else _expected(reference)
+    expected = _expected(reference)
     return None if expected is None else float(last_number_in(final_part(answer, prompt, ended=ended)) == expected)
 
 
-def final_number(prompt: str, answer: str, reference: str | None, *, ended: bool = True) -> float | None:
+@_any_of
+def final_number(prompt: str, answer: str, reference: str, *, ended: bool = True) -> float | None:
     """1 where the number after the last ``####``, or in the last ``\\boxed{}``, is that of the reference, else 0.
 
     GSM8K's rule (arXiv:2110.14168). The number must stand alone (:mod:`offpolicy.language.numbers`), and its line must
-    have ended. None without a reference, or when the reference is no such number.
+    have ended. None when the reference is no such number.
     """
-    expected = None if reference is None else _expected(reference)
+    expected = _expected(reference)
     return None if expected is None else float(read_answer_number(final_part(answer, prompt), ended=ended) == expected)
 
 
-def math(prompt: str, answer: str, reference: str | None, *, ended: bool = True, timeout: float = 5.0) -> float | None:
+@_any_of
+def math(prompt: str, answer: str, reference: str, *, ended: bool = True, timeout: float = 5.0) -> float | None:
     """1 where the answer equals the reference as a mathematical expression, by ``math-verify`` (extra ``verify``).
 
     What ``####`` or ``\\boxed{}`` marks is the answer, else all of it. Without the extra, numbers are compared: the one
@@ -103,15 +118,13 @@ def math(prompt: str, answer: str, reference: str | None, *, ended: bool = True,
     Args:
         prompt: looked at for whether it opens the thinking.
         answer: of the policy.
-        reference: the right answer, as text or LaTeX.
+        reference: the right answer, as text or LaTeX; None for none.
         ended: false for an answer that was cut off.
         timeout: seconds for reading an expression, and for comparing.
 
     Raises:
         TimeoutError: that took longer.
     """
-    if reference is None:
-        return None
     expected, mark = _expected(reference), last_mark(final_part(answer, prompt), ended=ended)
     if mark is not None and not mark.whole:
         return 0.0
@@ -244,11 +257,16 @@ class Rewards:
         """Of the parts."""
         return tuple(self._parts)
 
+    @property
+    def verifiers(self) -> tuple[str, ...]:
+        """Those of the parts that compare with a right answer."""
+        return tuple(name for name in self._parts if name in VERIFIERS)
+
     def __call__(
         self,
         prompts: Sequence[str],
         answers: Sequence[str],
-        references: Sequence[str | None],
+        references: Sequence[Reference],
         *,
         ended: Sequence[bool] | None = None,
         lengths: Sequence[int] | None = None,
@@ -258,7 +276,7 @@ class Rewards:
         Args:
             prompts: n texts.
             answers: n texts, without special tokens.
-            references: n right answers, None where there is none.
+            references: n right answers, None where there is none, a list where each of several is right.
             ended: whether each answer stopped by itself; None for all.
             lengths: tokens of each answer; needed by the reward ``length``.
         """
@@ -279,7 +297,7 @@ class Rewards:
         """Which answers are right, (n,) bool: by the first verifier of the parts, else by a whole reward of ≥ 1."""
         return next((scored.parts[name] for name in self._parts if name in VERIFIERS), scored.scores) >= SOLVED
 
-    def _score(self, name: str, function: Callable[..., Any], row: tuple[str, str, str | None], facts: Any) -> float:
+    def _score(self, name: str, function: Callable[..., Any], row: tuple[str, str, Reference], facts: Any) -> float:
         try:
             value = function(*row, **facts)
             if value is None:

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from offpolicy.callbacks import Interruption, RunFolder
 from offpolicy.data import rollouts as store_of
+from offpolicy.data.answers import alternatives
 from offpolicy.data.module import DataModule
 from offpolicy.data.problems import ProblemData
 from offpolicy.data.replay import Replay
@@ -397,8 +398,8 @@ class RolloutModule(LanguageModule):
             text = self.tokenizer.decode(token_ids(problems, prompt)) + " ▶ "
             if demonstration >= 0:
                 text += self.tokenizer.decode(token_ids(problems, demonstration))
-            answer = problems.tables["problems/answer"][number]
-            lines.append(f"problem {number}\n  {text}\n  answer {answer}")
+            answers = " or ".join(alternatives(str(problems.tables["problems/answer"][number])))
+            lines.append(f"problem {number}\n  {text}" + (f"\n  answer {answers}" if answers else ""))
         return "\n".join(lines)
 
     # -- an iteration --------------------------------------------------------------------------------------------------

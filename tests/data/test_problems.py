@@ -152,8 +152,8 @@ def test_faulty_rows(row: dict[str, Any], words: str, tokenizer: str, tmp_path: 
 
 def test_impossible_data(tokenizer: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected a prompt .* and an answer"):
-        opened(tmp_path, [{"prompt": "a", "other": "b"}], tokenizer)
-    with pytest.raises(DataError, match=r"`completion` has nothing .None. in 1 row"):
+        opened(tmp_path, [{"ask": "a", "answer": "b"}], tokenizer)
+    with pytest.raises(DataError, match=r"`completion` has a solution without a marked answer .* in 1 row"):
         opened(tmp_path, [{"prompt": "a", "completion": "no mark"}], tokenizer)
     with pytest.raises(UsageError, match="Did you mean 'answer'"):
         opened(tmp_path, [{"prompt": "a", "answer": "b"}], tokenizer, columns={"anwser": "b"})

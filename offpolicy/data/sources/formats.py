@@ -105,6 +105,19 @@ FAULTS = {  # kind → what is wrong, what was expected
         "the prompt repeated in the answer",
         "the answer alone; where every row repeats it, pass --data.columns '{\"prompt\": null}'",
     ),
+    "other_question": (
+        "a conversation with a turn that is not in the prompt",
+        "the turns of the prompt and then the assistant's, or these alone",
+    ),
+    "answer_kind": (
+        "a right answer of a kind that no answer can be compared with",
+        "text, a number, a list of these (each is right) or an object with `ground_truth`; an own reward gets the "
+        "column by its name, with --data.columns '{\"answer\": null}'",
+    ),
+    "no_mark": (
+        "a solution without a marked answer ('####' or \\boxed{…})",
+        'the right answer so marked, or a column that holds it (--data.columns \'{"answer": "…"}\')',
+    ),
     "last_role": ("a last turn that is not the assistant's", "a turn with the role 'assistant'"),
     "other_turn": ("an answer that holds a turn of the user or system", "turns of the assistant after the prompt"),
     "prompt_mismatch": (
@@ -241,7 +254,7 @@ def detect(source: Source, columns: Mapping[str, str | None] | None = None) -> F
     kinds: dict[str, str] = {}
     for ours in ("prompt", "prompt_chosen", "prompt_rejected", "chosen", "rejected", "completion", "messages"):
         if ours in found:
-            kinds[ours] = _scan(source, found[ours])
+            kinds[ours] = scan(source, found[ours])
     if "chosen" in found or "rejected" in found:
         kind, answers = "pairs", ["chosen", "rejected"]
     elif "completions" in found:
@@ -343,8 +356,12 @@ def _listing(names: Sequence[str]) -> str:
     return ", ".join(names) or "no column"
 
 
-def _scan(source: Source, name: str) -> str:
-    """The one type of a column."""
+def scan(source: Source, name: str) -> str:
+    """The one type of a column, "text" or "chat".
+
+    Raises:
+        DataError: it holds another type, or both.
+    """
     first: dict[str, int] = {}
     for row, value in enumerate(source.column(name)):
         first.setdefault(kind_of(value), row)
@@ -478,7 +495,7 @@ def _pair(row: int, values: dict[str, Any], form: Format, counts: Counter[str]) 
     facts = _facts(values, ("score_chosen", "score_rejected", "weight"))
     if facts.get("score_chosen", math.inf) < facts.get("score_rejected", -math.inf):
         counts["chosen answers have a lower score than the rejected"] += 1
-    yield Record(row, prompt, (chosen, rejected), other, facts, _template(values, row))
+    yield Record(row, prompt, (chosen, rejected), other, facts, template_options(values, row))
 
 
 def _single(row: int, values: dict[str, Any], form: Format, counts: Counter[str]) -> Iterator[Record]:
@@ -500,7 +517,7 @@ def _single(row: int, values: dict[str, Any], form: Format, counts: Counter[str]
     facts = _facts(values, ("weight",))
     if "label" in values:
         facts["label"] = _label(values["label"], form)
-    yield Record(row, prompt, (answer,), None, facts, _template(values, row))
+    yield Record(row, prompt, (answer,), None, facts, template_options(values, row))
 
 
 def _list(row: int, values: dict[str, Any], form: Format, counts: Counter[str]) -> Iterator[Record]:
@@ -510,7 +527,7 @@ def _list(row: int, values: dict[str, Any], form: Format, counts: Counter[str]) 
         raise Fault("completions" if answers is None else "scores", "none", None)
     if not isinstance(scores, list) or len(scores) != len(answers):
         raise Fault("scores", "scores", scores)
-    template = _template(values, row)
+    template = template_options(values, row)
     made: list[Record] = []
     for answer, score in zip(answers, scores):
         if score is None or not isinstance(score, int | float) or not math.isfinite(score):
@@ -626,7 +643,7 @@ def _label(value: Any, form: Format) -> float:
     return float(value)
 
 
-def _template(values: Mapping[str, Any], row: int) -> dict[str, Any]:
+def template_options(values: Mapping[str, Any], row: int) -> dict[str, Any]:
     """What a row says to the chat template: tools, and arguments of its own."""
     options = _object(values.get("chat_template_kwargs"), "chat_template_kwargs", row)
     if options and not isinstance(options, Mapping):
