@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
@@ -118,7 +119,9 @@ class TrajectoryDiffusion(OfflineModule):
         self.clipped = self.channels.fit(replay, replay.rows, self.view.coverage(replay), self.normalizer)
         for name, at in (("action_low", -1.0), ("action_high", 1.0)):  # what generated actions are scaled back by
             bound = self.normalizer.environment_action(torch.full_like(self.normalizer.action_scale, at))
-            self.data_meta.setdefault(name, bound.tolist())
+            known = self.data_meta.get(name)
+            if known is None or self.data_meta.get("action_bounds") == "data" or not np.isfinite(known).all():
+                self.data_meta[name] = bound.tolist()
 
     def on_bind(self, bound: BoundView) -> None:
         assert isinstance(bound, BoundTrajectories)

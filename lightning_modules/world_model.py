@@ -27,7 +27,7 @@ from offpolicy.data import sampling
 from offpolicy.data.normalize import mean_std
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import Transitions
-from offpolicy.errors import UsageError, check_range
+from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.modules import Metrics, OfflineModule, Rate, Sizes
 from offpolicy.nn.critics import joined
 from offpolicy.nn.stacked import MLP
@@ -125,9 +125,21 @@ class WorldModel(OfflineModule):
 
     def select(self, replay: Replay) -> Replay:
         replay = replay.showing_successors()
+        if not len(replay.usable_rows()):
+            raise DataError(
+                f"{replay.meta.get('name', 'the replay')} shows no step's successor (its longest episode has "
+                f"{replay.length.max()} steps), so there are no dynamics to learn; expected `next_obs` or longer "
+                "episodes."
+            )
         if not self.hparams.held_out:
             return replay
         kept, self._held_out = replay.split(self.hparams.held_out)
+        for part, what in ((kept, "trained on"), (self._held_out, "held out")):
+            if not len(part.usable_rows()):
+                raise DataError(
+                    f"no step of the {part.num_episodes} episodes {what} shows its successor; expected some. Change "
+                    "--model.held_out, or pass more or longer episodes."
+                )
         return kept
 
     def fit_normalizer(self, replay: Replay) -> None:

@@ -21,6 +21,14 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean '{by_key[match[0]]}'?" if match else ""
 
 
+def listed(items: Iterable[object], limit: int = 10) -> str:
+    """The first items as one text, long ones shortened, and how many more there are: messages stay readable."""
+    texts = [str(item) for item in items]
+    shown = [text if len(text) <= 80 else f"{text[:77]}…" for text in texts[:limit]]
+    more = len(texts) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
+
+
 def fold(name: str) -> str:
     """The form in which names are compared: case, '-', '_' and '+' do not matter."""
     return name.lower().replace("-", "").replace("_", "").replace("+", "")

@@ -32,6 +32,7 @@ from offpolicy.data.mixing import SHARE
 from offpolicy.data.module import DataModule
 from offpolicy.data.normalize import Normalizer, parse_reward_transform
 from offpolicy.data.replay import Replay
+from offpolicy.data.spaces import check_suits
 from offpolicy.data.views import BoundView, Noise, TransitionView, WindowView
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.memory import keep_freed_memory
@@ -341,6 +342,8 @@ class OfflineModule(Module):
     ``normalize_obs`` (True), ``obs_eps`` (1e-3), ``reward_transform`` ("r"), ``max_grad_norm`` (None).
     """
 
+    takes_discrete_actions: ClassVar[bool] = False  # else data with discrete actions are refused
+    takes_images: ClassVar[bool] = False  # observations of any shape and type; else only vectors of floats
     view: Any = TransitionView()  # of the class, or of an instance where it depends on hyperparameters
     sizes: Sizes = None  # type: ignore[assignment]  # set by `initialize`
     normalizer: Normalizer
@@ -389,8 +392,15 @@ class OfflineModule(Module):
         return normal_log_prob(action, self.policy(obs).clamp(-1.0, 1.0), action.new_zeros(()).expand_as(action))
 
     def select(self, replay: Replay) -> Replay:
-        """The episodes this method trains on; all by default."""
+        """The episodes this method trains on; all by default.
+
+        Statistics of observations, and scales of actions that no environment bounds, are those of the chosen episodes.
+        """
         return replay
+
+    def check_data(self, replay: Replay) -> None:
+        """Refuse observations and actions of kinds that the method does not declare to take (DataError)."""
+        check_suits(replay, type(self).__name__, discrete=self.takes_discrete_actions, images=self.takes_images)
 
     def on_bind(self, bound: BoundView) -> None:
         """Called when the data lie on the device, and again whenever they changed: the place for an index over them."""
@@ -577,6 +587,7 @@ class OfflineModule(Module):
         self._check_hyperparameters()
         if self.seed is None:
             self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed())) % (1 << 63)
+        self.check_data(data.replay)
         replay = self.select(data.replay)
         self.data_meta, self.data_fingerprint = dict(data.replay.meta), data.replay.fingerprint()
         self.initialize(Sizes.of(replay))
@@ -602,6 +613,7 @@ class OfflineModule(Module):
     def prepare(self, replay: Replay, seed: int = 0) -> OfflineModule:
         """Ready for :meth:`run_block` without a Trainer: networks, normaliser, optimisers, data. Returns self."""
         self._check_hyperparameters()
+        self.check_data(replay)
         chosen = self.select(replay)
         self.initialize(Sizes.of(chosen), seed)
         self.fit_normalizer(chosen)

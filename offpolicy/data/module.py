@@ -3,14 +3,14 @@ device by the method."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -107,6 +107,18 @@ class DataModule(LightningDataModule):
         module = cls(str(replay.meta.get("name", "arrays")))
         module.replay = replay
         return module
+
+    def __repr__(self) -> str:
+        """The data report, once the data are open."""
+        if self.replay is None:
+            return f"<{type(self).__name__} of {self.name}, not open yet>"
+        if not {"obs", "action", "terminated"} <= self.replay.steps.keys():
+            return repr(self.replay)
+        from offpolicy.data.validate import report
+
+        return str(report(self.replay))
+
+    __str__ = __repr__
 
     def settings(self) -> dict[str, Any]:
         """The arguments this was made with, as plain values."""
@@ -229,16 +241,17 @@ class DataModule(LightningDataModule):
         return replay
 
 
-Loadable = str | Path | Replay | Mapping[str, np.ndarray] | DataModule
+Loadable = str | Path | Replay | Mapping[str, Any] | Sequence[Mapping[str, Any]] | DataModule
 
 
 def load_data(data: Loadable = "pendulum-stitch-v0", **options: Any) -> DataModule:
     """Open data for training.
 
     Args:
-        data: a known name, a file or folder, a :class:`Replay`, or a dict of NumPy arrays (``obs action reward
-            terminated`` and optionally ``next_obs episode_end``; D4RL's names work too).
-        options: as of :class:`DataModule` (``source`` and ``synthetic`` for a replay), for a dict of ``from_arrays``.
+        data: a known name, a file or folder, a :class:`Replay`, a dict of arrays (``obs action reward terminated`` and
+            optionally ``next_obs episode_end``; D4RL's names work too), or a list of such dicts, one for each episode.
+        options: as of :class:`DataModule` (``source`` and ``synthetic`` for a replay), for arrays those of
+            :func:`offpolicy.data.sources.from_arrays`.
 
     Returns:
         A data module; ``.replay`` is the open replay.
@@ -249,13 +262,19 @@ def load_data(data: Loadable = "pendulum-stitch-v0", **options: Any) -> DataModu
     if isinstance(data, DataModule):
         return data
     if isinstance(data, Replay):
+        left = [name for name in options if name not in ("source", "synthetic")]
+        if left:
+            raise UsageError(
+                f"`{left[0]}` was given for a replay, which is open and checked; expected `source` or `synthetic` "
+                "alone. Pass it where the replay is opened, or set its `meta`."
+            )
         module = DataModule(str(data.meta.get("name", "arrays")), **options)
         module.replay = data
         return module
-    if isinstance(data, Mapping):
+    if not isinstance(data, (str, os.PathLike)):
         from offpolicy.data.sources import from_arrays
 
         return DataModule.of(from_arrays(data, **options))
-    module = DataModule(str(data), **options)
+    module = DataModule(os.fspath(data), **options)
     module.load()
     return module

@@ -39,6 +39,9 @@ ROOTS = {
 }
 PROBLEMS = {"addition": "", "gsm8k": "openai/gsm8k:main"}  # tasks with answers that can be checked → name on the hub
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(:[\w.-]+)?$")  # owner/name, or owner/name:configuration
+COPY = re.compile(
+    r"( ?\(\d+\)| - copy( ?\(\d+\))?|[ _-]copy\d*)+$", re.IGNORECASE
+)  # what copies have at the end of a name
 MINARI_ID = re.compile(r"^([-\w]{2,}/)+[-\w]+-v\d+$")
 
 
@@ -130,7 +133,7 @@ def describe(target: Target) -> str:
     place, made = target.location(), target.kind == "made"
     what = {
         "hdf5": "a file in the layout of D4RL (HDF5)",
-        "npz": "a NumPy archive (.npz) of steps",
+        "npz": "a NumPy archive (.npz) with a row per step",
         "replay": "a folder in the format of this library",
         "made": "a set made here from a real environment",
         "d4rl": f"the D4RL task of the family {target.info.get('family')}",
@@ -189,10 +192,22 @@ def _of_path(path: Path) -> Target | None:
         return None
     if path.name == "main_data.hdf5" and (path.parent / "metadata.json").is_file():
         return _of_path(path.resolve().parent)
-    for known in _known().values():  # a known set kept somewhere else
-        if known.kind in ("d4rl", "ogbench") and known.location().name == path.name:  # type: ignore[union-attr]
-            return Target(known.kind, known.name, path, known.info)
+    known = _by_file_name(path, "ogbench" if suffix == ".npz" else "d4rl")
+    if known is not None:  # a known set kept somewhere else
+        return Target(known.kind, known.name, path, known.info)
     return Target(FILES[suffix], path.stem, path)
+
+
+def _by_file_name(path: Path, kind: Kind) -> Target | None:
+    """The known set that a file has the name of: its source's file name first, then the set's own name, in any
+    spelling; copies such as "hopper-medium-v2 (1).hdf5" too."""
+    stem = COPY.sub("", path.stem)
+    places = [(known, known.location()) for known in _known().values() if known.kind == kind]
+    by_file = next((known for known, place in places if place is not None and place.name == path.name), None)
+    by_name = _known().get(fold(stem))
+    if by_file is None and (by_name is None or by_name.kind != kind):
+        by_name = next((known for known, place in places if place is not None and fold(place.stem) == fold(stem)), None)
+    return by_file or by_name
 
 
 def _minari_name(folder: Path) -> str:

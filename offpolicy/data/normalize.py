@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from offpolicy.data.replay import Replay, _numpy
-from offpolicy.errors import UsageError
+from offpolicy.data.spaces import known_bounds, scale_bounds
+from offpolicy.errors import DataError, UsageError
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _AFFINE = re.compile(rf"^(?P<scale>[+-]?(?:{_NUMBER})?)\*?r(?P<shift>[+-]{_NUMBER})?$")
@@ -88,7 +89,8 @@ class Normalizer(nn.Module):
 
         Args:
             replay: the data; its ``meta`` may hold ``action_low`` and ``action_high``.
-            rows: rows whose observations are measured (those that training draws), int64; None for all.
+            rows: rows that training draws, int64; None for all of the index. Observations are measured on them, and
+                actions where no environment bounds them, so rows of dropped or unchosen episodes never count.
             normalize_obs: standardise observations; constant columns are left alone.
             reward_transform: see :func:`parse_reward_transform`.
             eps: added to the standard deviation.
@@ -98,7 +100,7 @@ class Normalizer(nn.Module):
             varies = std > 0
             self.obs_center.copy_(torch.from_numpy(np.where(varies, mean, 0.0)))
             self.obs_scale.copy_(torch.from_numpy(1.0 / np.where(varies, std + eps, 1.0)))
-        low, high = action_bounds(replay)
+        low, high = action_bounds(replay, rows)
         self.action_center.copy_(torch.from_numpy((high + low) / 2))
         self.action_scale.copy_(torch.from_numpy(2 / np.where(high > low, high - low, 2.0)))
         affine = parse_reward_transform(reward_transform)
@@ -116,13 +118,20 @@ class Normalizer(nn.Module):
         self.reward_scale.fill_(scale)
 
 
-def action_bounds(replay: Replay) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest action per dimension: the environment's, else the data's; float64 (A,) each."""
+def action_bounds(replay: Replay, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action per dimension, float64 (A,) each: the environment's where it bounds that side.
+
+    Elsewhere those of the rows, int64, that training draws; None for all rows of the episode index.
+    """
     low, high = replay.meta.get("action_low"), replay.meta.get("action_high")
-    if low is not None and high is not None and np.isfinite([low, high]).all():
-        return np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
+    if low is not None and high is not None and replay.meta.get("action_bounds") != "data":
+        low, high = known_bounds(low, high)
+        if np.isfinite([low, high]).all():
+            return low, high
     action = _numpy(replay.steps["action"])
-    return action.min(0).astype(np.float64), action.max(0).astype(np.float64)
+    if rows is None and not replay.is_whole:
+        rows = replay.rows
+    return scale_bounds(replay.meta, action if rows is None else action[rows])
 
 
 def mean_std(
@@ -131,6 +140,8 @@ def mean_std(
     """Mean and population standard deviation over rows (all when None), two passes in float64 and in chunks."""
     array = _numpy(column)
     count = len(array) if rows is None else len(rows)
+    if not count:
+        raise DataError("no row can be drawn for training; expected at least one usable transition. See `show`.")
 
     def chunks() -> Iterator[np.ndarray]:
         for i in range(0, count, chunk):

@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from offpolicy.data.doubts import next_obs_doubts, time_limit_doubts, whole_number_doubts
 from offpolicy.data.replay import Replay, _numpy
-from offpolicy.errors import DataError, UsageError
+from offpolicy.data.spaces import check_widths
+from offpolicy.errors import DataError, UsageError, listed
 
 CHUNK = 1 << 15  # rows per step of the pass: temporaries stay in the processor's cache
 TOLERANCE = 1e-4  # of an action's range: rounding, clipped and counted
 JUMP = 50.0  # largest step / median step inside an episode that looks like a missing end
 FIRST_ROWS = 8  # of an episode that tell duplicates
-WHOSE = {"environment": "of the environment", "data": "of the data", "given": "as given"}
+WHOSE = {"environment": "of the environment", "data": "of the data, as no environment is known", "given": "as given"}
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Raw:
             ``terminates`` (the environment has terminal states), ``action_n``/``action_start`` (discrete actions).
         owned: the columns may be changed in place.
         truncated: bool (E,), whether the source marks the end of each episode as a time limit or other cut.
+        marked: bool (E,), whether the source marks the end of each episode in any way; None when `truncated` tells it.
     """
 
     steps: dict[str, np.ndarray]
@@ -47,6 +50,7 @@ class Raw:
     facts: dict[str, Any] = field(default_factory=dict)
     owned: bool = True
     truncated: np.ndarray | None = None
+    marked: np.ndarray | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -73,13 +77,13 @@ def check_structure(
     Raises:
         DataError: a missing column, unequal lengths, a wrong rank or width, or no rows.
     """
-    listing = ", ".join(f"{k} {v}" for k, v in shapes.items()) or "nothing"
+    listing = listed(f"{k} {v}" for k, v in shapes.items()) or "nothing"
     missing = [name for name in need if name not in keys]
     if missing:
         raise DataError(
             f"{where} has no {' or '.join(f'`{NAMES[m][1]}`' for m in missing)}; it has {listing}. Expected the "
-            "keys of D4RL "
-            "(observations, actions, rewards, terminals) or ours (obs, action, reward, terminated). Rename the keys."
+            "keys of D4RL (observations, actions, rewards, terminals) or ours (obs, action, reward, terminated). "
+            "Rename the keys."
         )
     scalars = [keys[name] for name in keys if len(shapes[keys[name]]) == 0]
     lengths = {key: shapes[key][0] for key in keys.values() if shapes[key]}
@@ -118,7 +122,8 @@ NAMES: dict[str, tuple[int | None, str]] = {  # our name → rank (None: any), t
     "reward": (1, "rewards"),
     "terminated": (1, "terminals"),
     "next_obs": (2, "next_observations"),
-    "end": (1, "timeouts"),
+    "truncated": (1, "timeouts"),
+    "last": (1, "episode_end"),
     "valid_td": (1, "valid_td"),
 }
 
@@ -163,6 +168,7 @@ def finish(raw: Raw, *, on_bad: str = "error", clip_actions: bool = False) -> Re
         raise UsageError(f"`on_bad` is {on_bad!r}; expected 'error' or 'drop_episode'. Pass one of them.")
     if not len(raw.start):
         raise DataError(f"{raw.where} holds no steps; expected at least one episode with a step.")
+    check_widths(raw.where, raw.steps["obs"], raw.steps["action"])
     scan = _Scan(raw, clip_actions)
     scan.run()
     if scan.faults:
@@ -212,7 +218,7 @@ class _Scan:
             np.add.at(edges, raw.start + raw.length, -1)
             self.covered = np.cumsum(edges[:-1]).astype(bool)
         obs = raw.steps["obs"]
-        self.moves = np.full(self.rows, np.nan, dtype=np.float32) if obs.ndim == 2 and obs.dtype.kind == "f" else None
+        self.moves = np.full(self.rows, np.nan) if obs.ndim == 2 and obs.dtype.kind == "f" else None
 
     def run(self) -> None:
         with np.errstate(all="ignore"):
@@ -238,8 +244,8 @@ class _Scan:
         if self.moves is not None:
             stop = min(high, self.rows - 1)
             place = self.raw.facts.get("position", slice(None))
-            step = np.diff(self.raw.steps["obs"][low : stop + 1, place], axis=0)
-            self.moves[low:stop] = np.einsum("ij,ij->i", step, step)
+            step = np.diff(self.raw.steps["obs"][low : stop + 1, place], axis=0).astype(np.float64)
+            self.moves[low:stop] = np.einsum("ij,ij->i", step, step)  # squares of float32 overflow from 1e19 on
 
     def _actions(self, low: int, high: int) -> None:
         action, meta, facts = self.raw.steps["action"][low:high], self.raw.meta, self.raw.facts
@@ -252,13 +258,12 @@ class _Scan:
                 what = f"values outside the {facts['action_n']} discrete actions from {first}"
                 self._add("action", what, low + np.flatnonzero(wrong.reshape(high - low, -1).any(1)))
         elif meta.get("action_low") is not None:
-            bottom = np.asarray(meta["action_low"], dtype=np.float32)
-            top = np.asarray(meta["action_high"], dtype=np.float32)
+            bottom, top = (np.asarray(meta[key], dtype=np.float32) for key in ("action_low", "action_high"))
             excess = np.maximum(action - top, bottom - action)
             self.at_bound += int((excess == 0).any(1).sum())
             if not (excess > 0).any():
                 return
-            slack = TOLERANCE * (top - bottom)
+            slack = TOLERANCE * self._range_of_actions(bottom, top)
             if not self.clip_actions:
                 self._add("action", f"values outside {_range(meta)}", low + np.flatnonzero((excess > slack).any(1)))
             self.clipped += int((excess > slack).any(1).sum())
@@ -269,6 +274,11 @@ class _Scan:
                 action = self.raw.steps["action"][low:high]
             outside = (excess > 0) if self.clip_actions else (excess > 0) & (excess <= slack)
             np.copyto(action, np.clip(action, bottom, top), where=outside)
+
+    def _range_of_actions(self, bottom: np.ndarray, top: np.ndarray) -> np.ndarray:
+        """What rounding is measured by (A,); where one side has no bound, the size of the other's."""
+        bound = np.where(np.isfinite(bottom), bottom, np.where(np.isfinite(top), top, 1.0))
+        return np.where(np.isfinite(top - bottom), top - bottom, np.maximum(np.abs(bound), 1.0))
 
     def _tail(self, name: str, column: np.ndarray) -> None:
         finite = np.isfinite(column).reshape(len(column), -1).all(1)
@@ -310,6 +320,7 @@ def _drop_or_raise(raw: Raw, scan: _Scan, on_bad: str) -> None:
     raw.tail = {k: v[keep] for k, v in raw.tail.items()}
     raw.episodes = {k: v[keep] for k, v in raw.episodes.items()}
     raw.truncated = None if raw.truncated is None else raw.truncated[keep]
+    raw.marked = None if raw.marked is None else raw.marked[keep]
 
 
 def _counts(raw: Raw, scan: _Scan) -> None:
@@ -324,7 +335,8 @@ def _counts(raw: Raw, scan: _Scan) -> None:
     if scan.at_bound:
         say(f"{scan.at_bound} rows have an action exactly on a bound; likelihoods of squashed policies clip them")
     if raw.truncated is not None:
-        unfinished = int((~raw.truncated & ~terminated[end]).sum())
+        marked = raw.truncated if raw.marked is None else raw.marked
+        unfinished = int((~marked & ~terminated[end]).sum())
         both = int((raw.truncated & terminated[end]).sum())
         if unfinished:
             say(
@@ -341,6 +353,8 @@ def _counts(raw: Raw, scan: _Scan) -> None:
     if raw.facts.get("terminates") and not terminated.any():
         warn("no step is terminal although this environment has terminal states: the flags may be lost")
     _jumps(raw, scan)
+    for text in (*time_limit_doubts(raw), *next_obs_doubts(raw), *whole_number_doubts(raw)):
+        warn(text)
     twins = _duplicates(raw)
     if twins:
         warn(f"{twins} episodes begin and last like another one: they may be duplicates, and a split would share them")
@@ -393,16 +407,23 @@ def _bounds(raw: Raw) -> None:
     if "action_n" in raw.facts:
         raw.meta["action_n"] = int(raw.facts["action_n"])
         return
-    if raw.meta.get("action_low") is not None:
+    known = raw.meta.get("action_low") is not None and raw.meta.get("action_bounds") != "data"
+    if known:
         raw.meta.setdefault("action_bounds", "environment")
-        return
+        if np.isfinite([raw.meta["action_low"], raw.meta["action_high"]]).all():
+            return
     action = raw.steps["action"]
     covered = int(raw.length.sum()) == len(action)
     spans = [slice(0, len(action))] if covered else [slice(s, s + n) for s, n in zip(raw.start, raw.length)]
     low = np.min([action[span].min(0) for span in spans], axis=0)
     high = np.max([action[span].max(0) for span in spans], axis=0)
+    if known:
+        raw.notes.append(
+            f"actions are bounded by {_range(raw.meta)}; where a side has no bound, the data's is taken: "
+            f"[{_numbers(low.tolist())}] to [{_numbers(high.tolist())}]"
+        )
+        return
     raw.meta |= {"action_low": low.tolist(), "action_high": high.tolist(), "action_bounds": "data"}
-    raw.notes.append(f"no environment is known, so the action bounds are the data's: {_range(raw.meta)}")
 
 
 def _usable(raw: Raw) -> int:
@@ -474,10 +495,12 @@ class Report:
         def triple(values: tuple[float, float, float]) -> str:
             return " / ".join(f"{v:,.6g}" for v in values)
 
-        cut = self.episodes - self.terminated
+        cut = max(self.episodes - self.terminated, 0)
+        dropped = self.rows - self.usable
+        without = f" ({dropped:,} steps have no known successor)" if dropped else ""
         lines = [
             f"{self.name} ({self.source}{', ' + self.file if self.file else ''})",
-            f"  steps        {self.rows:,} in {self.episodes:,} episodes; {self.usable:,} usable transitions",
+            f"  steps        {self.rows:,} in {self.episodes:,} episodes; {self.usable:,} usable transitions{without}",
             f"  length       {triple(self.length)}   (smallest / mean / largest)",
         ]
         if self.returns is not None and self.reward is not None:
@@ -485,7 +508,7 @@ class Report:
         else:
             lines += ["  reward       none: for goal-conditioned and cloning methods"]
         lines += [
-            f"  ends         {self.terminated:,} terminated, {max(cut, 0):,} cut",
+            f"  ends         {self.terminated:,} terminated, {cut:,} truncated",
             f"  actions      {self.action_range}",
             "  columns      " + ", ".join(f"{k} {v}" for k, v in self.columns.items()),
         ]

@@ -57,8 +57,8 @@ def test_make_check(capsys: pytest.CaptureFixture[str]) -> None:
 def test_show_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "show", "walks.hdf5")
     assert code == 0
-    for words in ("walks: detected format: a file in the layout of D4", "8,000 in 40 episodes", "0 terminated, 40 cut",
-                  "fingerprint", "obs float32 (8000, 3)"):  # fmt: skip
+    for words in ("walks: detected format: a file in the layout of D4RL", "8,000 in 40 episodes",
+                  "0 terminated, 40 truncated", "fingerprint", "obs float32 (8000, 3)"):  # fmt: skip
         assert words in out
 
 

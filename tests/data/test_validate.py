@@ -170,7 +170,7 @@ def test_bounds_of_the_data_when_no_environment_is_known() -> None:
     replay = from_arrays(data)
     assert replay.meta["action_bounds"] == "data"
     assert replay.meta["action_low"] == [float(data["actions"].min())]
-    assert any("the action bounds are the data's" in n for n in replay.meta["notes"])
+    assert "(of the data, as no environment is known)" in str(report(replay))
 
 
 def test_bounds_of_the_data_leave_out_dropped_episodes() -> None:
@@ -265,7 +265,7 @@ def test_report_has_the_numbers_and_prints_them() -> None:
     assert shown.source_dtypes == {"obs": "float64"}
     assert shown.fingerprint == replay.fingerprint()
     text = str(shown)
-    for words in ("20 in 4 episodes", "1 terminated, 3 cut", "[-1, 1] (as given)", "obs float32 (20, 2)", "walks"):
+    for words in ("20 in 4 episodes", "1 terminated, 3 truncated", "[-1, 1] (as given)", "obs float32 (20, 2)", "walk"):
         assert words in text
     filtered = report(replay.filter([0, 2]))
     assert (filtered.rows, filtered.terminated) == (10, 1) and filtered.returns is not None

@@ -100,11 +100,15 @@ def open_source(
     if target.kind == "d4rl":
         from offpolicy.data.sources import d4rl
 
-        return d4rl.open_task(target.info, path, download=download, timeout_step=timeout_step, **common)
+        replay = d4rl.open_task(target.info, path, download=download, timeout_step=timeout_step, **common)
+        replay.meta["notes"] = [*_taken_by_name(target, path), *replay.meta["notes"]]
+        return replay
     from offpolicy.data.sources import ogbench
 
     if target.kind == "ogbench":
-        return ogbench.open_set(target.name, target.info, path, download=download, **common)
+        replay = ogbench.open_set(target.name, target.info, path, download=download, **common)
+        replay.meta["notes"] = [*_taken_by_name(target, path), *replay.meta["notes"]]
+        return replay
 
     meta: dict[str, Any] = {"name": target.name, "source": "arrays"}
     facts = environment(meta, env_id, env_kwargs, obs_keys, max_episode_steps)
@@ -119,8 +123,18 @@ def open_source(
         names = list(archive.files)
     if ogbench.is_ogbench(names):
         known, checks = ogbench.set_facts(target.name, ogbench.environment_row(env_id))
-        return ogbench.read(path, meta={**known, **meta, "source": "ogbench"}, facts={**checks, **facts}, **common)
+        known = {**known, **meta, "source": "ogbench", "warnings": ogbench.detected(names, bool(known.get("env_id")))}
+        return ogbench.read(path, meta=known, facts={**checks, **facts}, **common)
     return read_npz(path, meta=meta, facts=facts, timeout_step=timeout_step, **common)
+
+
+def _taken_by_name(target: Target, path: Path) -> list[str]:
+    """A note where a file of another name than the source's own was taken for a known set."""
+    own = Target(target.kind, target.name, None, target.info).location()
+    if target.path is None or own is None or own.name == path.name:
+        return []
+    kind = "D4RL task" if target.kind == "d4rl" else "OGBench set"
+    return [f"{path.name} was taken for the {kind} {target.name} by its name; rename the file if it holds other data"]
 
 
 def _open_folder(path: Path) -> Replay:

@@ -1,17 +1,21 @@
-"""Flat columns laid end to end, from memory or .npz, under D4RL's key names or ours."""
+"""Flat columns laid end to end, from memory or .npz, under D4RL's key names or ours (marks of ends: see `ends.py`)."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from offpolicy.data import validate
+from offpolicy.data import ends, validate
+from offpolicy.data.doubts import precision_doubts
 from offpolicy.data.replay import Replay
+from offpolicy.data.sources.containers import plain_columns
 from offpolicy.data.sources.fetch import Lock, corrupt, open_npz
-from offpolicy.data.validate import Raw, as_flag, check_structure
+from offpolicy.data.spaces import bounds_meta, check_widths, environment_facts
+from offpolicy.data.validate import NAMES, Raw, as_flag, check_structure
 from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.trust import take_environment
 
@@ -19,17 +23,14 @@ ALIASES = {  # our column → the names it goes by
     "obs": ("obs", "observations", "observation"),
     "action": ("action", "actions"),
     "reward": ("reward", "rewards"),
-    "terminated": ("terminated", "terminals", "terminations"),
     "next_obs": ("next_obs", "next_observations"),
-    "end": ("episode_end", "timeouts", "truncated", "truncations"),
     "valid_td": ("valid_td",),
 }
-UNCLEAR = ("done", "dones")
 TIMEOUT_STEPS = ("drop", "keep", "self")
 
 
 def from_arrays(
-    data: Mapping[str, Any] | None = None,
+    data: Any = None,
     *,
     name: str = "arrays",
     env_id: str | None = None,
@@ -51,14 +52,15 @@ def from_arrays(
         data: the columns by name; more can be given as keywords. ``obs (N, O)``, ``action (N, A)`` in environment
             units, ``reward (N,)``, ``terminated (N,)``; optionally ``next_obs (N, O)``, ``episode_end (N,)`` and any
             others of N rows, which are kept. D4RL's names work too (``observations actions rewards terminals timeouts
-            next_observations``), also ``masks`` (= not terminated). An episode ends where a row is terminated or
-            marked as the end.
+            next_observations``), also ``masks`` (= not terminated) and the usual other names of marks of ends
+            (``is_last``, ``is_first``, ``episode_id`` …, which a note names). An episode ends where a row is
+            terminated or marked as the end. Or a list of episodes, each a dict of such columns.
         name: of the data set, for reports and run folders.
         env_id: gymnasium environment to evaluate in; its spaces are checked and give the action bounds.
         env_kwargs: for making it.
-        obs_keys: parts of a dict observation that ``obs`` consists of, in order.
+        obs_keys: parts of a dict observation that ``obs`` consists of, in order; ``obs`` may be a dict of arrays then.
         max_episode_steps: the environment's limit; without ``episode_end`` longer episodes are cut there.
-        action_low, action_high: bounds, (A,) or one number, when no environment tells them.
+        action_low, action_high: bounds, (A,) or one number, when no environment tells them; infinite for none.
         ref_min_score, ref_max_score: returns that score 0 and 100.
         timeout_step: the last step of an episode that was cut: "drop" it from transitions, "keep" it with the stored
             next observation, or let its "self" be the next observation. None keeps it where the next is known.
@@ -71,16 +73,27 @@ def from_arrays(
     Raises:
         DataError: data that cannot be trained on.  UsageError: options that do not fit.
     """
-    given = {**(data or {}), **columns}
-    arrays = {key: np.asarray(value) for key, value in given.items() if value is not None}
+    obs_keys = None if obs_keys is None else list(obs_keys)
+    arrays, notes = ({}, []) if data is None else plain_columns(data, obs_keys)
+    for key, value in columns.items():
+        if isinstance(value, (str, bool, int, float)):
+            options = [p for p in inspect.signature(from_arrays).parameters if p not in ("data", "columns")]
+            raise UsageError(
+                f"`{key}` is {value!r}, which is neither a column nor an option; expected an array with a row for each "
+                f"step.{nearest(key, options)}"
+            )
+    arrays |= plain_columns(columns, obs_keys)[0]
     meta: dict[str, Any] = {"name": name, "source": "arrays"}
+    if obs_keys is not None:
+        meta["obs_keys"] = obs_keys
     facts = environment(meta, env_id, env_kwargs, obs_keys, max_episode_steps)
     if (action_low is None) != (action_high is None):
         raise UsageError("one of `action_low` and `action_high` is missing; expected both or none. Pass both.")
     if action_low is not None:
-        width = arrays[match(arrays).get("action", "")].shape[-1] if "action" in match(arrays) else 1
-        low, high = (np.broadcast_to(np.asarray(b, dtype=np.float64), (width,)) for b in (action_low, action_high))
-        meta |= {"action_low": low.tolist(), "action_high": high.tolist(), "action_bounds": "given"}
+        action = match(arrays).get("action")
+        width = arrays[action].shape[1] if action is not None and arrays[action].ndim == 2 else 1
+        meta |= {"action_low": None, "action_high": None} | bounds_meta(action_low, action_high, "given", width)
+        facts.setdefault("action_dim", width)
     if ref_min_score is not None and ref_max_score is not None:
         meta |= {"ref_min_score": ref_min_score, "ref_max_score": ref_max_score, "score_kind": "normalised"}
     return assemble(
@@ -92,6 +105,7 @@ def from_arrays(
         owned=False,
         on_bad=on_bad,
         clip_actions=clip_actions,
+        notes=notes,
     )
 
 
@@ -137,10 +151,9 @@ def match(names: Iterable[str]) -> dict[str, str]:
     """Our column names → the ones used here.
 
     Raises:
-        DataError: two names for one column, or ``dones``, which does not say whether the episode ended or was cut.
+        DataError: two names for one column.
     """
     names = list(names)
-    unclear = next((n for n in names if n in UNCLEAR), None)
     found: dict[str, str] = {}
     for ours, aliases in ALIASES.items():
         present = [a for a in aliases if a in names]
@@ -150,13 +163,26 @@ def match(names: Iterable[str]) -> dict[str, str]:
             )
         if present:
             found[ours] = present[0]
-    if unclear and not {"terminated", "end"} <= found.keys():
-        raise DataError(
-            f"`{unclear}` does not say whether the environment ended an episode or a time limit cut it, and only the "
-            "first stops bootstrapping; expected `terminated` and `episode_end` (or `terminals` and `timeouts`). "
-            "Pass both."
-        )
     return found
+
+
+def check_columns(where: str, columns: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
+    """Number of rows, and our names → the ones used here, of columns that fit together.
+
+    Args:
+        columns: name → anything with a shape and a dtype.
+        where, facts: as of :func:`offpolicy.data.validate.check_structure`.
+
+    Raises:
+        DataError: as :func:`offpolicy.data.validate.check_structure`.
+    """
+    keys, shapes = match(columns), {key: tuple(column.shape) for key, column in columns.items()}
+    length = next((shapes[keys[name]][0] for name in ("obs", "action") if name in keys and shapes[keys[name]]), None)
+    marks = ends.find(columns, length)
+    flags = {kind: marks[kind][0] for kind in ("terminated", "truncated", "last") if kind in marks}
+    need = ["obs", "action", "reward"] + ["terminated"] * (not marks)
+    plain = {kind: name for kind, name in flags.items() if kind in NAMES and name in ends.PLAIN}
+    return check_structure(where, shapes, {**keys, **plain}, facts, need), keys
 
 
 def assemble(
@@ -186,35 +212,38 @@ def assemble(
     if timeout_step is not None and timeout_step not in TIMEOUT_STEPS:
         raise UsageError(f"`timeout_step` is {timeout_step!r}; expected one of {', '.join(TIMEOUT_STEPS)}.")
     columns = dict(columns)
-    if "masks" in columns and "terminated" not in match(columns):
-        columns["terminated"] = ~as_flag(where, "masks", columns.pop("masks"))
-    keys = match(columns)
-    if "terminated" not in keys and "end" in keys:
-        columns["terminated"] = np.zeros(len(columns[keys["end"]]), dtype=bool)
-        keys["terminated"] = "terminated"
-        notes = [*notes, f"there are only end marks (`{keys['end']}`) and no `terminals`: nothing is taken as terminal"]
     shapes = {key: tuple(column.shape) for key, column in columns.items()}
-    rows = check_structure(where, shapes, keys, facts, ("obs", "action", "reward", "terminated"))
+    rows, keys = check_columns(where, columns, facts)
+    check_widths(where, columns[keys["obs"]], columns[keys["action"]])
     raw = Raw({}, np.zeros(0), np.zeros(0), where, meta=meta, keys=keys, facts=facts, owned=owned, notes=list(notes))
+    marks = ends.take(where, columns, rows)
+    keys["terminated"] = marks.names.get("terminated", "terminated")
+    raw.steps["terminated"] = marks.terminated
+    measured = {keys[n]: columns[keys[n]] for n in ("obs", "action", "reward") if n in keys}
+    raw.warnings += precision_doubts(measured, rows)
     meta.setdefault("source_dtypes", {})
-    for name, key in keys.items():
-        column = columns.pop(key)
-        if name in ("terminated", "end", "valid_td"):
-            raw.steps[name] = as_flag(where, key, column)
-        else:
-            raw.steps[name] = as_numbers(where, key, column, image=column.ndim > 2)
-        if raw.steps[name].dtype != column.dtype and name not in ("terminated", "end", "valid_td"):
+    for name in ("obs", "action", "reward", "next_obs", "valid_td"):
+        if name not in keys:
+            continue
+        column = columns.pop(keys[name])
+        if name == "valid_td":
+            raw.steps[name] = as_flag(where, keys[name], column)
+            continue
+        raw.steps[name] = as_numbers(where, keys[name], column, image=column.ndim > 2)
+        if raw.steps[name].dtype != column.dtype:
             meta["source_dtypes"][name] = str(column.dtype)
     raw.steps["reward"] = raw.steps["reward"].reshape(rows)
     _shape_actions(raw, columns, shapes[keys["action"]], np.dtype(meta["source_dtypes"].get("action", "float32")))
     for key, column in columns.items():
         if column.ndim and len(column) == rows and column.dtype.kind in "fiub":
-            raw.steps[key] = column
-        else:
+            raw.steps[key] = np.ascontiguousarray(column)
+        elif key not in marks.names.values():
             raw.notes.append(
                 f"`{key}` {tuple(column.shape)} was left out: it is not one number or row of numbers per step"
             )
-    _segment(raw, rows, timeout_step)
+    ends.segment(raw, marks)
+    raw.warnings += ends.lookalikes(raw, columns, marks.names.values(), rows)
+    _settle_cuts(raw, rows, timeout_step)
     return validate.finish(raw, on_bad=on_bad, clip_actions=clip_actions)
 
 
@@ -228,7 +257,8 @@ def as_numbers(where: str, key: str, column: np.ndarray, image: bool = False) ->
         raise DataError(f"{where}: `{key}` has type {column.dtype}; expected numbers. Cast it to float32.")
     if image and column.dtype == np.uint8:
         return np.ascontiguousarray(column)
-    return np.ascontiguousarray(column, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which the check of the content names
+        return np.ascontiguousarray(column, dtype=np.float32)
 
 
 def environment(
@@ -247,6 +277,10 @@ def environment(
         meta["max_episode_steps"] = int(max_episode_steps)
     if env_id is None:
         return {}
+    if not isinstance(env_id, str):
+        known = getattr(getattr(env_id, "spec", None), "id", None) or getattr(env_id, "id", None)
+        hint = f" Pass {known!r}." if isinstance(known, str) else " Register it with gymnasium and pass its id."
+        raise UsageError(f"`env_id` is of type {type(env_id).__name__}; expected the id of an environment, text.{hint}")
     from offpolicy.evaluation.rollout import NoEnvironment, make_environment
 
     take_environment(meta)
@@ -263,17 +297,11 @@ def environment(
             return {}
         raise UsageError(f"{error}{nearest(env_id, gymnasium.registry)} Correct `env_id`, or leave it out.") from None
     meta.setdefault("max_episode_steps", env.spec.max_episode_steps if env.spec else None)
-    action, obs = env.action_space, env.observation_space
-    env.close()
-    facts: dict[str, Any] = {}
-    if hasattr(action, "n"):
-        facts |= {"action_n": int(action.n), "action_start": int(action.start)}
-    elif getattr(action, "shape", None):
-        facts["action_dim"] = int(np.prod(action.shape))
-        meta |= {"action_low": action.low.ravel().tolist(), "action_high": action.high.ravel().tolist()}
-        meta["action_bounds"] = "environment"
-    if len(obs.shape or ()) == 1:
-        facts["obs_dim"] = int(obs.shape[0])
+    try:
+        facts, known = environment_facts(env_id, env)
+    finally:
+        env.close()
+    meta |= known
     return facts
 
 
@@ -284,10 +312,19 @@ def _shape_actions(raw: Raw, columns: Mapping[str, np.ndarray], shape: tuple[int
         raise DataError(
             f"{raw.where}: `{raw.keys['action']}` has shape {shape}; expected (rows, A). Flatten it per step."
         )
-    if "action_n" not in raw.facts and source.kind in "iu" and action.size == len(action):
+    numbers = "action_dim" in raw.facts or raw.meta.get("action_low") is not None  # of a Box
+    if "action_n" not in raw.facts and source.kind in "iub" and not numbers:
+        if action.size > len(action):
+            raw.steps["action"] = action.astype(np.int64)
+            raw.notes.append(
+                f"integer actions of width {shape[1]} are taken as discrete ones; if they are numbers, store them as "
+                "floats, or pass their environment or bounds"
+            )
+            return
         raw.facts["action_n"] = int(action.max()) + 1 if np.isfinite(action).all() else 1
         raw.notes.append(
-            f"integer actions are taken as {raw.facts['action_n']} discrete ones (the largest is that minus 1)"
+            f"integer actions are taken as {raw.facts['action_n']} discrete ones (the largest is that minus 1); if "
+            "they are numbers, store them as floats, or pass their environment or bounds"
         )
     if "action_n" in raw.facts:
         if action.size != len(action):
@@ -306,28 +343,9 @@ def _shape_actions(raw: Raw, columns: Mapping[str, np.ndarray], shape: tuple[int
         )
 
 
-def _segment(raw: Raw, rows: int, timeout_step: str | None) -> None:
-    """Fill the episode index, and settle the last step of the episodes that were cut."""
-    terminated, cut = raw.steps["terminated"], raw.steps.pop("end", None)
-    ends = terminated.copy() if cut is None else terminated | cut
-    limit = raw.meta.get("max_episode_steps")
-    if cut is None and limit:
-        t = np.arange(rows)
-        first = np.where(np.concatenate([[True], terminated[:-1]]), t, 0)
-        limited = (t - np.maximum.accumulate(first)) % limit == limit - 1
-        raw.notes.append(f"there are no end marks but terminals: episodes are cut after {limit} steps")
-        cut = limited
-        ends |= limited
-    elif cut is None and not terminated.any():
-        raw.warnings.append(
-            f"there are no end marks and no terminals: all {rows} steps are taken as one episode; pass `timeouts`, or "
-            "`max_episode_steps` to cut it"
-        )
-    ends[-1] = True
-    last = np.flatnonzero(ends)
-    raw.start = np.concatenate([[0], last[:-1] + 1])
-    raw.length = last + 1 - raw.start
-    raw.truncated = np.zeros(len(last), dtype=bool) if cut is None else cut[last]
+def _settle_cuts(raw: Raw, rows: int, timeout_step: str | None) -> None:
+    """What becomes of the last step of the episodes that were cut."""
+    terminated, last = raw.steps["terminated"], raw.start + raw.length - 1
     cut_rows = last[~terminated[last]]
     has_next = "next_obs" in raw.steps
     if timeout_step == "keep" and not has_next and len(cut_rows):
@@ -347,5 +365,5 @@ def _segment(raw: Raw, rows: int, timeout_step: str | None) -> None:
         if not raw.owned:
             raw.steps["valid_td"] = raw.steps["valid_td"].copy()
         raw.steps["valid_td"][cut_rows] = False
-    if len(cut_rows) and (timeout_step == "drop" or (not has_next and timeout_step is None)):
+    if len(cut_rows) and timeout_step == "drop":
         raw.notes.append(f"{len(cut_rows)} last steps before a cut are left out of transitions (timeout_step 'drop')")

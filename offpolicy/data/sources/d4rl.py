@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from offpolicy.data.doubts import precision_doubts
 from offpolicy.data.replay import Replay, _numpy
-from offpolicy.data.sources.arrays import assemble, match
+from offpolicy.data.sources.arrays import assemble, check_columns, match
 from offpolicy.data.sources.fetch import Lock, corrupt, facts, locate, open_hdf5
-from offpolicy.data.validate import check_structure
-from offpolicy.errors import UsageError
+from offpolicy.data.sources.hdf5 import datasets, group_per_episode, per_episode_recipe
+from offpolicy.errors import DataError, UsageError, listed
 from offpolicy.trust import check_environment
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def read(
         written = {}  # a task of the table: the table is right
     meta = {**meta, **written, "file": str(path)}
     notes = [*([] if written else meta.pop("notes", [])), *notes]
+    meta["warnings"] = [*meta.get("warnings", []), *extra.pop("warnings", [])]
     meta |= extra
     span = meta.pop("action_range", None)
     if span is not None and "action_low" not in meta:
@@ -207,17 +209,13 @@ def _columns(
     path: Path, file: h5py.File, facts: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
     """The per-step columns; scalars under ``metadata`` and stored types, for ``meta``; notes on what was left."""
-    import h5py
-
-    found: dict[str, h5py.Dataset] = {}
-    file.visititems(lambda key, item: found.update({key: item}) if isinstance(item, h5py.Dataset) else None)
+    found = datasets(path, file)
     steps = {k: d for k, d in found.items() if not k.startswith(("infos/", "metadata/"))}
-    keys = match(steps)
-    need = [n for n in ("obs", "action", "reward", "terminated") if not (n == "terminated" and {"end"} <= keys.keys())]
-    shapes = {k: tuple(d.shape) for k, d in steps.items()}
-    if "masks" in steps and "terminated" not in keys:
-        need.remove("terminated")
-    rows = check_structure(str(path), shapes, keys, facts, need)
+    per_episode = group_per_episode(steps) if "obs" not in match(steps) else None
+    if per_episode is not None:
+        raise DataError(per_episode_recipe(path, steps, per_episode))
+    rows, keys = check_columns(str(path), steps, facts)
+    wide = {k: steps[k] for n, k in keys.items() if n in ("obs", "action", "reward") and steps[k].dtype.kind == "f"}
     columns, extra = (
         {},
         {"source_dtypes": {n: str(steps[k].dtype) for n, k in keys.items() if steps[k].dtype.kind == "f"}},
@@ -225,7 +223,8 @@ def _columns(
     extra["source_dtypes"] = {n: dtype for n, dtype in extra["source_dtypes"].items() if dtype != "float32"}
     scalars, skipped = {}, [k for k in found if k.startswith("infos/")]
     for key, dataset in steps.items():
-        if dataset.shape[:1] == (rows,) and dataset.dtype.kind in "fiub":
+        per_row = dataset.shape[:1] == (rows,) and dataset.dtype.kind in "fiub"
+        if per_row or (len(dataset.shape) == 1 and dataset.dtype.kind in "iu"):  # rows of ends, or lengths of episodes
             columns[key] = _read(path, key, dataset)
         else:
             skipped.append(f"{key} {tuple(dataset.shape)}")
@@ -237,7 +236,16 @@ def _columns(
             )
     if scalars:
         extra["metadata"] = scalars
-    return columns, extra, [f"not read: {', '.join(skipped)}"] if skipped else []
+    doubts = precision_doubts(wide, rows, lambda dataset, chosen: _sample(dataset, chosen))
+    if doubts:
+        extra["warnings"] = doubts
+    return columns, extra, [f"not read: {listed(skipped)}"] if skipped else []
+
+
+def _sample(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
+    """Rows of a column in its own type, read in runs of consecutive ones."""
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    return np.concatenate([dataset[run[0] : run[-1] + 1] for run in runs])
 
 
 def _read(path: Path, key: str, dataset: h5py.Dataset) -> np.ndarray:

@@ -101,6 +101,14 @@ def file_fault(path: Path, error: Exception, kind: str) -> DataError:
 
 def corrupt(path: Path | str, key: str, error: Exception) -> DataError:
     """A part of a file that opens cannot be read."""
+    absent = re.search(r"required filter '?([^']*?)'? is not registered|can't open plugin|filter plugin", str(error))
+    if absent:
+        name = f" '{absent[1]}'" if absent[1] else ""
+        return DataError(
+            f"{path}: `{key}` is compressed with a filter{name} that this HDF5 library does not have; the file itself "
+            "may be sound. Install the filters (pip install hdf5plugin) and import hdf5plugin before loading, or write "
+            "the file anew without them (h5repack -f NONE, where it was made)."
+        )
     return DataError(f"{path}: `{key}` cannot be read ({error}); the file is damaged. Delete it and fetch it again.")
 
 

@@ -17,13 +17,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from offpolicy.data import validate
+from offpolicy.data.doubts import SAMPLE, precision_doubt
 from offpolicy.data.names import root
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.fetch import Lock, check_network, corrupt, open_hdf5
+from offpolicy.data.spaces import bounds_meta
 from offpolicy.data.validate import Raw
-from offpolicy.errors import DataError, UsageError
+from offpolicy.errors import DataError, UsageError, listed
 from offpolicy.trust import check_environment
 
+PRECISION_LIMIT = 1 << 23  # numbers of one episode that are read a second time, as float64
 REMOTE = "hf://farama-minari"  # Minari's default
 
 
@@ -269,7 +272,32 @@ def _read_episodes(
     _join_observations(raw, parts, obs_keys, folder)
     stored = {"obs": observation.get("dtype"), "action": action.get("dtype")}
     raw.meta["source_dtypes"] = {k: d for k, d in stored.items() if d and d != str(raw.steps[k].dtype)}
+    raw.warnings += _precision_doubts(storage, filled, episodes, length)
     return raw
+
+
+def _precision_doubts(
+    storage: Storage,
+    filled: list[tuple[str, np.ndarray, np.ndarray | None]],
+    episodes: np.ndarray,
+    length: np.ndarray,
+) -> list[str]:
+    """Warnings about observations and actions that float32 cannot hold, by a few episodes read as float64."""
+    some = np.unique(np.linspace(0, len(episodes) - 1, 4).astype(np.int64)).tolist()
+    found = []
+    for key, out, last in filled:
+        if out.dtype != np.float32 or key == "rewards":
+            continue
+        shape, parts = out.shape[1:], []
+        for k in some:
+            if (int(length[k]) + 1) * int(np.prod(shape)) > PRECISION_LIMIT:
+                continue
+            whole = np.empty((int(length[k]) + (last is not None), *shape))
+            storage.fill(int(episodes[k]), key, whole)
+            parts.append(whole[: SAMPLE // 4])
+        if parts:
+            found.append(precision_doubt(key, np.concatenate(parts)))
+    return [text for text in found if text]
 
 
 def _allocate_actions(raw: Raw, space: Mapping[str, Any], column: Callable[..., np.ndarray]) -> np.ndarray:
@@ -280,8 +308,7 @@ def _allocate_actions(raw: Raw, space: Mapping[str, Any], column: Callable[..., 
         raise UsageError(f"{raw.where} has {space['type']} actions; expected Box or Discrete. Choose another data set.")
     width = int(np.prod(space["shape"]))
     low, high = (np.broadcast_to(np.asarray(space[k], dtype=np.float64).ravel(), (width,)) for k in ("low", "high"))
-    if np.isfinite([low, high]).all():
-        raw.meta |= {"action_low": low.tolist(), "action_high": high.tolist(), "action_bounds": "environment"}
+    raw.meta |= bounds_meta(low, high, "environment")
     return column("actions", tuple(space["shape"]), np.float32)
 
 
@@ -303,7 +330,8 @@ def _join_observations(
     missing = [key for key in chosen if key not in parts]
     if missing or not chosen:
         raise UsageError(
-            f"{folder} has no observation {missing or 'chosen'}; expected some of {list(parts)}. Correct `obs_keys`."
+            f"{folder} has no observation {missing[:10] or 'chosen'}; expected some of {listed(parts)}. Correct "
+            "`obs_keys`."
         )
     images = [key for key in chosen if parts[key][0].ndim > 2]
     if images and len(chosen) > 1:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from offpolicy.data import validate
+from offpolicy.data.doubts import precision_doubts
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.arrays import as_numbers, load_npz
 from offpolicy.data.sources.fetch import Lock, facts, locate
@@ -30,9 +31,23 @@ from offpolicy.errors import DataError, UsageError
 SIMULATOR_STATE = ("qpos", "qvel", "button_states")  # not read: as large as the observations, only rewards need them
 
 
+LAYOUT = {"observations", "actions", "terminals", "next_observations", "valids", "recipe", *SIMULATOR_STATE}
+
+
 def is_ogbench(names: Mapping[str, Any] | list[str]) -> bool:
-    """Whether an archive with these arrays is in OGBench's layout: ends of trajectories but no rewards."""
-    return "terminals" in names and "rewards" not in names and "reward" not in names
+    """Whether an archive with these arrays is in OGBench's layout: ends of trajectories, no rewards, nothing else."""
+    return {"observations", "terminals"} <= set(names) <= LAYOUT
+
+
+def detected(names: list[str], known: bool) -> list[str]:
+    """A warning where an archive was taken for OGBench's by little: nothing but observations, actions and ends."""
+    if known or {"recipe", "next_observations", "valids", *SIMULATOR_STATE} & set(names):
+        return []
+    return [
+        "detected format: OGBench's, as there are `terminals` and no `rewards`; so a marked row holds the last state "
+        "only, its action is not used, and nothing is taken as terminal. If that is wrong, add `rewards` (zeros will "
+        "do for cloning)"
+    ]
 
 
 def set_facts(name: str, row: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -108,7 +123,7 @@ def read(
     lock.check(sha256)
     arrays = load_npz(path, skip=SIMULATOR_STATE)
     recipe = json.loads(str(arrays.pop("recipe"))) if "recipe" in arrays else None
-    keys = {"obs": "observations", "action": "actions", "end": "terminals"}
+    keys = {"obs": "observations", "action": "actions", "last": "terminals"}
     keys |= {"next_obs": "next_observations"} if "next_observations" in arrays else {}
     keys |= {"valid": "valids"} if "valids" in arrays else {}
     found = {ours: key for ours, key in keys.items() if key in arrays}
@@ -146,7 +161,7 @@ def read(
     meta = {**meta, "file": str(path)}
     checks, span = dict(facts), meta.pop("action_range", None)
     action = arrays["actions"]
-    if action.dtype.kind in "iu":
+    if action.dtype.kind in "iub" and "action_dim" not in facts:  # an environment with a Box says otherwise
         steps["action"] = action.reshape(rows, -1).astype(np.int64)
         if steps["action"].shape[1] == 1:
             checks["action_n"] = int(steps["action"].max()) + 1
@@ -156,6 +171,7 @@ def read(
             width = steps["action"].shape[-1]
             meta |= {"action_low": [span[0]] * width, "action_high": [span[1]] * width, "action_bounds": "environment"}
     raw = Raw(steps, start, length, str(path), {"obs": tail}, meta=meta, keys=found, facts=checks, notes=notes)
+    raw.warnings += precision_doubts({key: arrays[key] for key in ("observations", "actions")}, rows)
     replay = validate.finish(raw, on_bad=on_bad, clip_actions=clip_actions)
     replay.meta["sha256"] = lock.keep(replay.num_steps)
     return replay
