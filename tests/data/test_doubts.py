@@ -64,7 +64,9 @@ def test_terminals_at_the_time_limit_everywhere(options: dict[str, Any]) -> None
     assert any("the terminals may hold time limits" in w for w in warnings(data, **options))
     cut = data["terminated"].copy()
     cut[149] = False  # one at the limit that is not terminated: the data know the difference
-    assert not any("time limits" in w for w in warnings({**data, "terminated": cut, "timeouts": ~cut & walks()["episode_end"]}))
+    assert not any(
+        "time limits" in w for w in warnings({**data, "terminated": cut, "timeouts": ~cut & walks()["episode_end"]})
+    )
 
 
 def test_one_step_episodes_that_terminate_are_no_time_limit() -> None:

@@ -37,7 +37,16 @@ def words(replay: Replay) -> str:
     return " ".join([*replay.meta["notes"], *replay.meta["warnings"]])
 
 
-LAST = ("episode_terminals", "episode_ends", "is_last", "ends", "isLast", "end_of_episode", "trajectory_ends", "Is-Final")
+LAST = (
+    "episode_terminals",
+    "episode_ends",
+    "is_last",
+    "ends",
+    "isLast",
+    "end_of_episode",
+    "trajectory_ends",
+    "Is-Final",
+)
 CUT = ("timeout", "truncateds", "is_truncated", "time_limit", "Truncated")
 NUMBERS = ("episode_id", "traj_id", "episode_index", "trajectory_ids", "episode", "episode_indices", "EpisodeNumber")
 MARKS: dict[str, np.ndarray] = {
@@ -130,9 +139,14 @@ def test_contradictions_are_refused(marks: dict[str, Any], text: str) -> None:
 
 
 def test_columns_of_another_meaning_are_left_alone() -> None:
-    """Positions called `start`, an id that is the same everywhere would contradict nothing; ordinary words are words."""
+    """Ordinary words are no marks where the numbers do not fit."""
     rng = np.random.default_rng(0)
-    others = {"start": rng.normal(size=(N, 2)), "end": rng.normal(size=N), "mask": np.ones((N, 4)), "last": rng.random(N)}
+    others = {
+        "start": rng.normal(size=(N, 2)),
+        "end": rng.normal(size=N),
+        "mask": np.ones((N, 4)),
+        "last": rng.random(N),
+    }
     replay = from_arrays(walks(timeouts=END, **others))
     assert others.keys() <= replay.steps.keys() and replay.num_episodes == 4
     assert not replay.meta["warnings"]
@@ -144,7 +158,12 @@ def test_numbers_that_start_again_are_fine_where_other_marks_agree() -> None:
 
 @pytest.mark.parametrize(
     ("name", "column"),
-    [("my_end_flag", END), ("episode_reset", END), ("traj_done_marker", END.astype(int)), ("endsAt", np.array([9, 19]))],
+    [
+        ("my_end_flag", END),
+        ("episode_reset", END),
+        ("traj_done_marker", END.astype(int)),
+        ("endsAt", np.array([9, 19])),
+    ],
 )
 def test_columns_that_look_like_ends_are_warned_of(name: str, column: np.ndarray) -> None:
     assert any(f"`{name}`" in w and "not used" in w for w in from_arrays(walks(**{name: column})).meta["warnings"])
