@@ -62,7 +62,7 @@ def as_array(name: str, value: Any, obs_keys: list[str] | None = None) -> np.nda
     Raises:
         DataError: it is no array of numbers, or a dict of them and no ``obs_keys`` say what to take.
     """
-    if isinstance(value, np.ndarray) and type(value) in (np.ndarray, np.memmap) and value.dtype.kind in "fiub":
+    if isinstance(value, np.ndarray) and type(value) in (np.ndarray, np.memmap) and value.dtype.kind in "iub":
         return value.astype(value.dtype.newbyteorder("="), copy=False)
     parts = as_mapping(value)
     if parts is not None:
@@ -94,6 +94,8 @@ def as_array(name: str, value: Any, obs_keys: list[str] | None = None) -> np.nda
             array = array.astype(np.float32)
         except (TypeError, ValueError):
             raise DataError(f"`{name}` has type {array.dtype}; expected numbers. Cast it to float32.") from None
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:  # long doubles, which torch lacks
+        return array.astype(np.float64)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
