@@ -196,7 +196,7 @@ def test_missing_values_are_content_faults() -> None:
     ("obs", "text"),
     [
         ([[1.0, 2.0], [1.0]], "its rows differ in length"),
-        (objects(np.zeros((N, 2)))[:3].tolist() + [None], "`obs`"),
+        ([*objects(np.zeros((N, 2)))[:3].tolist(), None], "`obs`"),
         (np.array([{"a": 1}] * N, dtype=object), "`obs` holds objects (dict)"),
         (np.array([np.zeros(2)] * 11 + [np.zeros(3)], dtype=object), "`obs` holds rows of 2 shapes"),
         (["a"] * N, "`obs` has"),
