@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from offpolicy import screen
-from offpolicy.callbacks import RunFolder, UpdateBar
+from offpolicy.callbacks import Evaluation, EvaluationFailed, RunFolder, UpdateBar
 from offpolicy.checkpoint import newest_checkpoint, plain_hparams, read_checkpoint, resolve_checkpoint, to_plain
 from offpolicy.checkpoint_io import AtomicCheckpointIO
 from offpolicy.data.module import DataModule, Loadable, load_data
@@ -179,6 +179,8 @@ def fit(
         try:
             with clear_errors():
                 trainer.fit(method, datamodule=module, ckpt_path=checkpoint, weights_only=True)  # type: ignore[arg-type]
+        except EvaluationFailed as error:
+            raise EvaluationFailed(f"{error} Go on with: {resume_words(files.folder, origin)}") from error.__cause__
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
@@ -192,12 +194,12 @@ def fit(
     if trainer.is_global_zero and not result.interrupted:
         method.finish_files(result.folder)
     if verbose and trainer.is_global_zero:
-        cli = f"python -m offpolicy.fit --ckpt_path {shlex.quote(str(result.folder))}"
-        resume = cli if origin.command else f'offpolicy.fit(..., ckpt_path="{result.folder}")'
         seconds = time.perf_counter() - began
-        resume_or_none = resume if result.interrupted else None
+        resume_or_none = resume_words(result.folder, origin) if result.interrupted else None
         look = method.look_command.format(folder=shlex.quote(str(result.folder)))
-        print(screen.last_lines(result.folder, scores, result.updates, seconds, resume_or_none, look), flush=True)
+        failed = "error" in getattr(method, "eval_row", {})
+        lines = screen.last_lines(result.folder, scores, result.updates, seconds, resume_or_none, look, failed)
+        print(lines, flush=True)
     return result
 
 
@@ -391,6 +393,13 @@ def python_config(method: Module, data: DataModule, max_steps: int, options: Map
 # -- continuing --------------------------------------------------------------------------------------------------------
 
 
+def resume_words(folder: Path, origin: Origin) -> str:
+    """The command, or the call in Python, that continues a run."""
+    if origin.command:
+        return f"python -m offpolicy.fit --ckpt_path {shlex.quote(str(folder))}"
+    return f'offpolicy.fit(..., ckpt_path="{folder}")'
+
+
 def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
     """Updates in a checkpoint, whose seed the method takes, and which settings of the method have changed since.
 
@@ -426,8 +435,11 @@ def keep_earlier_rows(checkpoint: Path, folder: Path) -> None:
 
 
 def already_done(method: Module, checkpoint: Path, updates: int, max_steps: int, verbose: bool) -> FitResult:
-    """The result of a run that has nothing left to do."""
+    """The result of a run that has nothing left to do but perhaps its last evaluation."""
     folder = own_folder(checkpoint) or checkpoint.parent.parent
+    trained = load(checkpoint, method=type(method))
+    trained.run = method.run
+    missing = is_first_process() and not last_evaluation(trained, checkpoint, folder, updates)
     rows = Table(folder / "evals.csv").rows()
     scores = {k.removeprefix("eval/"): float(v) for k, v in (rows[-1] if rows else {}).items() if isinstance(v, float)}
     if verbose:
@@ -435,10 +447,27 @@ def already_done(method: Module, checkpoint: Path, updates: int, max_steps: int,
             f"{checkpoint} has {updates:,} updates and `max_steps` is {max_steps:,}: nothing to do. Raise "
             f"--trainer.max_steps to go on. {screen.scores_line(scores)}"
         )
-    trained = load(checkpoint, method=type(method))
+        if missing:
+            print(screen.line("note", f"The evaluation at update {updates:,} failed; going on begins with it."))
     if is_first_process() and not (folder / "hf").exists():  # stopped between the last update and the end
         trained.finish_files(folder)
     return FitResult(trained, folder, scores, updates)
+
+
+def last_evaluation(trained: Module, checkpoint: Path, folder: Path, updates: int) -> bool:
+    """Whether the last evaluation of a finished run has its row; one in an environment is made now if it had failed."""
+    measurement = trained.measurement()
+    state = read_checkpoint(checkpoint).get("callbacks", {}).get(type(measurement).__name__, {})
+    table = Table(folder / "evals.csv")
+    if not state.get("outstanding") or any(row["step"] == updates for row in table.rows()):
+        return True
+    if not isinstance(measurement, Evaluation):
+        return False
+    measurement.load_state_dict(state)
+    row = measurement.late(trained, updates)
+    if row:
+        table.append(row)
+    return True
 
 
 def data_name(data: DataModule) -> str:

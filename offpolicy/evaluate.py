@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
     state, updates = api.own_state(content, path), content["global_step"]
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     if "policy_config" in state:  # a language model
-        found = [row for row in Table(folder / "evals.csv").rows() if int(row["step"]) <= updates]
+        rows = Table(folder / "evals.csv").rows()
+        found = [row for row in rows if int(row["step"]) <= updates and "error" not in row]
         if not found:
             raise UsageError(f"{folder} has no held-out numbers; expected some in evals.csv. Nothing was held out.")
         print(f"{path}, {updates:,} updates; held-out texts, measured in training after update {found[-1]['step']:,}")

@@ -86,6 +86,7 @@ class Module(LightningModule):
     run_defaults: ClassVar[dict[str, Any]] = {}  # of `--run.*`, where they differ from those of RunOptions
     trains_on_texts: ClassVar[bool] = False
     look_command: ClassVar[str] = "python -m offpolicy.evaluate {folder}"  # shown at the end of a run
+    saved_again: ClassVar[bool] = True  # after an evaluation, which may change the method, as well as before it
     step_ended: bool = True  # false between the micro-batches of one optimiser step
     if TYPE_CHECKING:
         hparams: Any  # the arguments of the method's __init__, by name

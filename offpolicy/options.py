@@ -15,6 +15,8 @@ class RunOptions:
         block: updates per call of the Trainer, ≥ 1; cut at every interval. Any value gives the same weights.
         eval_every: updates between evaluations and checkpoints, ≥ 0; 0 evaluates at the end only.
         eval_episodes: episodes per evaluation, of each task where the data come with tasks, ≥ 0; 0 never evaluates.
+        eval_errors: what an evaluation that raises an error does: "stop" ends the run, whose checkpoint of that update
+            is kept; "skip" goes on, with a row in ``evals.csv`` that has the error and no numbers.
         log_every: updates between rows of metrics, ≥ 1.
         threads: torch threads during training; None leaves the setting alone.
         matmul: float32 products on CPU: "auto", "mkl" or "onednn" (see :mod:`offpolicy.matmul`).
@@ -25,6 +27,7 @@ class RunOptions:
     block: int = 64
     eval_every: int = 5000
     eval_episodes: int = 10
+    eval_errors: str = "stop"
     log_every: int = 500
     threads: int | None = None
     matmul: str = "auto"
@@ -36,6 +39,8 @@ class RunOptions:
             check_range(f"run.{name}", getattr(self, name), low)
         if self.threads is not None:
             check_range("run.threads", self.threads, 1)
+        if self.eval_errors not in ("stop", "skip"):
+            raise UsageError(f"`run.eval_errors` is {self.eval_errors!r}; expected 'stop' or 'skip'.")
         if self.matmul not in ("auto", "mkl", "onednn"):
             raise UsageError(f"`run.matmul` is {self.matmul!r}; expected 'auto', 'mkl' or 'onednn'.")
 

@@ -102,13 +102,23 @@ def scores_line(scores: Mapping[str, float]) -> str:
 
 
 def last_lines(
-    folder: Path, scores: Mapping[str, float], updates: int, seconds: float, resume: str | None, look: str
+    folder: Path,
+    scores: Mapping[str, float],
+    updates: int,
+    seconds: float,
+    resume: str | None,
+    look: str,
+    failed: bool = False,
 ) -> str:
-    """Scores, files, and the commands to go on: ``resume`` after an interruption, else ``look``."""
+    """Scores, files, and the commands to go on: ``resume`` after an interruption, else ``look``.
+
+    ``failed``: the last evaluation raised an error, so that it has no scores.
+    """
     known = ("metrics.csv", "evals.csv", "curves.png", "checkpoints/", "hf/")
     files = [name for name in known if (folder / name).exists()]
+    found = "the last evaluation failed, see evals.csv" if failed else scores_line(scores)
     lines = [
-        ("Interrupted" if resume else "Done") + f" at update {updates:,} after {seconds:,.0f} s. {scores_line(scores)}",
+        ("Interrupted" if resume else "Done") + f" at update {updates:,} after {seconds:,.0f} s. {found}",
         line("files", f"{folder}/: {', '.join(files)}"),
         line("resume", resume) if resume else line("look", look),
     ]

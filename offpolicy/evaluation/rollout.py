@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import random
 import re
 import tempfile
@@ -22,7 +23,10 @@ import numpy as np
 import torch
 
 from offpolicy.errors import UsageError
+from offpolicy.evaluation.environment import Episode, described, reach
 from offpolicy.trust import REFUSED, environment_refusal
+
+log = logging.getLogger(__name__)
 
 EVAL_SEED = 10_000
 MAX_STEPS = 100_000  # an episode that is longer than this has no end: the environment has no step limit
@@ -117,10 +121,12 @@ class Evaluator:
         self._keys = [str(key).split("/") for key in meta.get("obs_keys") or []]
         with isolated_rng(seed):
             self.envs = [make_environment(meta)]
-            self.obs_dim = self._check_obs(meta["env_id"], self.envs[0].observation_space, sizes.obs_dim)
-            self.action_dim = self._check_action(meta["env_id"], self.envs[0].action_space, sizes.action_dim)
+            self.env_id = str(meta["env_id"])
+            action_space, observation_space = spaces_of(self.envs[0], self.env_id)
+            self.obs_dim = self._check_obs(self.env_id, observation_space, sizes.obs_dim)
+            self.action_dim = self._check_action(self.env_id, action_space, sizes.action_dim)
             self.envs += [make_environment(meta) for _ in range(min(self.episodes, num_envs or 10) - 1)]
-        self._space = self.envs[0].action_space
+        self._space = action_space
 
     def run(self, agent: Agent | Callable[[np.ndarray], np.ndarray]) -> EvalResult:
         """Play all episodes and return one row for each.
@@ -162,13 +168,18 @@ class Evaluator:
         observe = getattr(agent, "observe", None)
         obs = np.empty((n, self.obs_dim), np.float32)
         goals = np.empty((n, self.obs_dim), np.float32) if self.tasks else None
-        for i in range(n):
-            options = self._options[(first + i) % len(self._options)]
-            self.envs[i].action_space.seed(self.seed + first + i)  # some resets try a few random actions
-            start, info = self.envs[i].reset(seed=self.seed + first + i, options=dict(options) if options else None)
-            obs[i] = self._flat(start)
+        episodes = [
+            Episode(self.envs[i], self.env_id, first + i, self.seed + first + i, self._keys, self.obs_dim)
+            for i in range(n)
+        ]
+        for i, episode in enumerate(episodes):
+            info = episode.reset(self._options[(first + i) % len(self._options)], obs[i])
             if goals is not None:
-                goals[i] = self._flat(info["goal"])
+                if "goal" not in info:
+                    raise episode.refuse("gave no goal", f'info["goal"], as its data come with {self.tasks} tasks')
+                episode.put(info["goal"], goals[i])
+                episode.check_finite(goals[i])
+        self._check_finite(episodes, obs)
         if hasattr(agent, "reset"):
             agent.reset(n)
         if goals is not None and hasattr(agent, "set_goals"):
@@ -193,33 +204,32 @@ class Evaluator:
                     if self.tasks:
                         success[i] = 0
                     continue
-                observation, reward, terminated, truncated, info = self.envs[i].step(actions[i])
-                obs[i] = self._flat(observation)
-                rewards[i] = reward
+                rewards[i], over, info = episodes[i].step(actions[i], obs[i])
                 lengths[i] += 1
-                alive[i] = not (terminated or truncated)
-                reached = info.get("success", info.get("is_success"))
+                alive[i] = not over
+                reached = episodes[i].success(info)
                 if reached is not None:
-                    success[i] = bool(reached) if self.tasks else max(success[i], bool(reached))
+                    success[i] = reached if self.tasks else max(success[i], reached)
+            self._check_finite(episodes, obs)
             returns += rewards
             if observe is not None:
                 observe(rewards, ~alive)
             if lengths.max() >= MAX_STEPS and alive.any():
                 raise UsageError(
-                    f"An episode ran for {MAX_STEPS:,} steps without an end; expected a step limit. "
-                    "Set `max_episode_steps` in the data's meta."
+                    f"An episode of {self.env_id} ran for {MAX_STEPS:,} steps without an end; expected a step limit. "
+                    "Set `max_episode_steps` in the data's meta: --data.max_episode_steps N."
                 )
 
-    def _flat(self, observation: Any) -> np.ndarray:
-        if not self._keys or not isinstance(observation, Mapping):
-            return np.ravel(observation)
-        return np.concatenate([np.ravel(_reach(observation, key)) for key in self._keys])
+    def _check_finite(self, episodes: list[Episode], obs: np.ndarray) -> None:
+        if not np.isfinite(obs).all():
+            for episode, row in zip(episodes, obs, strict=True):
+                episode.check_finite(row)
 
     def _check_obs(self, env_id: str, space: Any, expected: int) -> int:
         from gymnasium import spaces
 
         try:
-            parts = [_reach(space, key) for key in self._keys] if isinstance(space, spaces.Dict) else [space]
+            parts = [reach(space, key) for key in self._keys] if isinstance(space, spaces.Dict) else [space]
         except KeyError as error:
             raise UsageError(
                 f"{env_id} has no observation part {error}; it has {sorted(space)}. Correct `obs_keys` of the data."
@@ -283,6 +293,11 @@ def make_environment(meta: Mapping[str, Any]) -> Any:
         raise NoEnvironment(f"{text[0].upper()}{text[1:]}.")
     if not env_id:
         raise NoEnvironment("The data name no environment (`env_id`): returns and scores are not measured.")
+    if not isinstance(env_id, str):
+        raise UsageError(
+            f"`env_id` is an object ({type(env_id).__name__}); expected the id of an environment, which runs can keep. "
+            'Register the class, gymnasium.register("Mine-v0", Mine), and pass the id: "Mine-v0", or "module:Mine-v0".'
+        )
     kwargs = {k: v for k, v in (meta.get("env_kwargs") or {}).items() if k != "render_mode"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "v4 is out of date": the version is chosen to match the data
@@ -297,7 +312,7 @@ def make_environment(meta: Mapping[str, Any]) -> Any:
             return _repeatable(gymnasium.make(env_id, max_episode_steps=steps, disable_env_checker=True, **kwargs))
         except TypeError as error:
             raise UsageError(f"{env_id} refuses `env_kwargs` {kwargs}: {error}. Correct the data's meta.") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if "mujoco" in str(error).lower() and importlib.util.find_spec("mujoco") is None:
                 raise _missing(env_id, "mujoco", package[1] if package else "mujoco") from error
             reason = str(error.args[0] if error.args else "").strip().split("\n", 1)[0] or type(error).__name__
@@ -306,11 +321,40 @@ def make_environment(meta: Mapping[str, Any]) -> Any:
             ) from error
 
 
+def spaces_of(env: Any, env_id: str) -> tuple[Any, Any]:
+    """Its action space, a Box or Discrete, and its observation space.
+
+    Raises:
+        UsageError: it has none, or actions of another kind.
+    """
+    from gymnasium import spaces
+
+    try:
+        action, observation = env.action_space, env.observation_space
+    except AttributeError as error:
+        raise UsageError(
+            f"{env_id} does not say its spaces: {error}. Set `action_space` and `observation_space`."
+        ) from error
+    for name, space, kinds in (
+        ("action", action, (spaces.Box, spaces.Discrete)),
+        ("observation", observation, (spaces.Space,)),
+    ):
+        if not isinstance(space, kinds):
+            raise UsageError(
+                f"{env_id} has the {name} space {space}; expected a Box, as in the data. Correct `env_id` of the data, "
+                "or leave it out to train without evaluation."
+            )
+    return action, observation
+
+
 def close_environment(env: Any) -> None:
     """Close an environment and remove the description of it that mazes leave in the temporary folder."""
     inner = env.unwrapped
     left = getattr(inner, "fullpath", None) or getattr(inner, "tmp_xml_file_path", None)
-    env.close()
+    try:
+        env.close()
+    except (Exception, SystemExit) as error:  # what was measured counts all the same
+        log.warning("%s could not be closed: %s", getattr(env.spec, "id", "the environment"), described(error))
     if left and Path(left).parent == Path(tempfile.gettempdir()):
         Path(left).unlink(missing_ok=True)
 
@@ -341,12 +385,6 @@ def _repeatable(env: Any) -> Any:
     if inner.action_space is not inner.action_space:
         inner.__class__ = type(type(inner).__name__, (type(inner),), {"action_space": inner.action_space})
     return env
-
-
-def _reach(tree: Any, key: list[str]) -> Any:
-    for name in key:
-        tree = tree[name]
-    return tree
 
 
 def _same_width(env_id: str, what: str, found: int, expected: int) -> int:

@@ -105,6 +105,7 @@ class LanguageModule(Module):
 
     trains_on_texts = True
     run_defaults: ClassVar[dict[str, Any]] = {"eval_every": 100, "log_every": 10}
+    saved_again = False  # an evaluation changes nothing here, and weights take long to write
     look_command = "python -m offpolicy.generate {folder}, or offpolicy.export {folder} OUT [--merge]"
 
     view: ClassVar[Any] = PairView()

@@ -112,3 +112,49 @@ def test_the_newest_run_goes_on_in_its_folder(policy: Path, tmp_path: Path, monk
     assert again.folder == first.folder and again.updates == 3
     elsewhere = op.fit(method("DPO", policy), toy_pairs(), max_steps=4, ckpt_path=first.folder, seed=8, **options)
     assert elsewhere.method.seed == 0  # the order of the rows goes on
+
+
+def test_an_evaluation_that_fails_costs_no_training(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the evaluation of step 6, the run makes up for it; the row of step 3 is not measured again."""
+    one, two, skipping = (tmp_path / name for name in ("one", "two", "skipping"))
+    whole = fit(method("DPO", policy), max_steps=LAST, folder=one)
+    usual, calls = type(whole).held_out, [0]
+
+    def held_out(self: Any) -> dict[str, float]:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise RuntimeError("out of memory")
+        return usual(self)
+
+    monkeypatch.setattr(type(whole), "held_out", held_out)
+    with pytest.raises(callbacks.EvaluationFailed, match="update 6 failed: RuntimeError: out of memory"):
+        fit(method("DPO", policy), max_steps=LAST, folder=two)
+    path = newest_checkpoint(two)
+    assert path is not None and path.name == "step=00000006.ckpt"
+    fit(method("DPO", policy), max_steps=LAST, folder=two, ckpt_path=path)
+    assert calls[0] == 4  # 3, the failing one, 6 and 7
+    assert not differences(run_files(one, LAST), run_files(two, LAST))
+
+    calls[0] = 0
+    module = method("DPO", policy)
+    module.run.eval_errors = "skip"
+    fit(module, max_steps=LAST, folder=skipping)
+    rows = Table(skipping / "evals.csv").rows()
+    assert [row["step"] for row in rows] == [3, 6, 7] and "out of memory" in str(rows[1]["error"])
+    assert not [name for name in rows[1] if name.startswith("eval/")]
+    expected = Table(one / "evals.csv").rows()
+    assert rows[2]["eval/loss"] == expected[2]["eval/loss"]
+
+
+def test_a_row_that_is_there_counts_for_the_best(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint was written before it, so the run that goes on reads it from the table."""
+    numbers = iter([0.25, 0.75, 0.5, 0.625])
+    monkeypatch.setattr(type(method("DPO", policy)), "held_out", lambda self: {"rewards/accuracies": next(numbers)})
+    fit(method("DPO", policy), max_steps=6, folder=tmp_path)
+    fit(method("DPO", policy), max_steps=12, folder=tmp_path, ckpt_path=newest_checkpoint(tmp_path))
+    rows = Table(tmp_path / "evals.csv").rows()
+    assert [row["eval/rewards/accuracies_best"] for row in rows] == [0.25, 0.75, 0.75, 0.75]
+    kept = sorted(path.name for path in tmp_path.glob("checkpoints/*.ckpt"))
+    assert kept == ["step=00000006.ckpt", "step=00000009.ckpt", "step=00000012.ckpt"]

@@ -281,7 +281,7 @@ def environment(
         known = getattr(getattr(env_id, "spec", None), "id", None) or getattr(env_id, "id", None)
         hint = f" Pass {known!r}." if isinstance(known, str) else " Register it with gymnasium and pass its id."
         raise UsageError(f"`env_id` is of type {type(env_id).__name__}; expected the id of an environment, text.{hint}")
-    from offpolicy.evaluation.rollout import NoEnvironment, make_environment
+    from offpolicy.evaluation.rollout import NoEnvironment, close_environment, make_environment
 
     take_environment(meta)
     meta |= {"env_id": env_id, "env_kwargs": dict(env_kwargs or {})}
@@ -300,7 +300,7 @@ def environment(
     try:
         facts, known = environment_facts(env_id, env)
     finally:
-        env.close()
+        close_environment(env)
     meta |= known
     return facts
 
