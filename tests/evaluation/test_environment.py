@@ -199,7 +199,7 @@ def test_actions_of_other_spaces_are_refused_at_load(space, name):
     columns = {"obs": rng.normal(size=(9, 3)), "action": rng.uniform(-1, 1, (9, 1)), "reward": np.zeros(9)}
     gymnasium.register("Own-v0", entry_point=steady(action_space=space))
     try:
-        with pytest.raises(UsageError, match=f"Own-v0 has the action space {name}"):
+        with pytest.raises(UsageError, match=f"Own-v0.*{name}"):
             from_arrays(columns, terminated=np.zeros(9, bool), env_id="Own-v0")
     finally:
         del gymnasium.registry["Own-v0"]
