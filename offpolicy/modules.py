@@ -34,7 +34,7 @@ from offpolicy.data.normalize import Normalizer, parse_reward_transform
 from offpolicy.data.replay import Replay
 from offpolicy.data.spaces import check_suits
 from offpolicy.data.views import BoundView, Noise, TransitionView, WindowView
-from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.errors import DataError, UsageError, check_range, listed
 from offpolicy.memory import keep_freed_memory
 from offpolicy.nn.policies import normal_log_prob
 from offpolicy.optim import FusedAdam, gradients, polyak_
@@ -65,7 +65,7 @@ class Sizes:
     def of(cls, replay: Replay) -> Sizes:
         if not {"obs", "action"} <= replay.steps.keys():
             raise DataError(
-                f"{replay.meta.get('name', 'the replay')} holds {', '.join(replay.steps)} and no `obs` and `action`; "
+                f"{replay.meta.get('name', 'the replay')} holds {listed(replay.steps)} and no `obs` and `action`; "
                 "expected steps of an environment. For texts choose a method of language models, such as DPO."
             )
         obs, action = replay.steps["obs"], replay.steps["action"]

@@ -96,8 +96,6 @@ def time_limit_doubts(raw: Raw) -> list[str]:
     several = int(at.sum()) >= (2 if limit else max(3, len(raw.length) // 10))
     if not several or int(raw.length[at][0]) < 2 or not terminated[at].all():
         return []
-    if raw.truncated is not None and raw.truncated[at].any():  # the source knows of both
-        return []
     what = f"the step limit of {limit}" if limit else f"{int(raw.length.max())} steps, the longest length"
     return [
         f"all {int(at.sum())} episodes that reach {what} end there as terminated: the terminals may hold time limits, "

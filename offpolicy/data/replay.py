@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.sampling import bits, keys, unit
-from offpolicy.errors import DataError, UsageError
+from offpolicy.errors import DataError, UsageError, listed
 from offpolicy.trust import check_environment
 
 Column = np.ndarray | Tensor
@@ -72,7 +72,10 @@ class Replay:
         self.meta: dict[str, Any] = dict(meta or {})
         sizes = {name: len(column) for name, column in self.steps.items()}
         if not sizes or len(set(sizes.values())) != 1:
-            raise DataError(f"columns have lengths {sizes}; expected one common length. Pass one row per step in each.")
+            lengths = listed(f"{name} {size}" for name, size in sizes.items())
+            raise DataError(
+                f"columns have lengths {lengths}; expected one common length. Pass one row per step in each."
+            )
         rows = next(iter(sizes.values()))
         if episode_end is not None:
             ends = np.flatnonzero(np.asarray(episode_end)) + 1

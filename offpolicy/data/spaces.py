@@ -30,8 +30,8 @@ def known_bounds(low: Any, high: Any, width: int | None = None) -> tuple[np.ndar
             low, high = (np.broadcast_to(b, (width,)) for b in (low, high))
     except (TypeError, ValueError):
         raise UsageError(
-            f"the action bounds are {_short(low)} and {_short(high)}; expected numbers"
-            + (f", one or {width} (the width of the actions) each." if width is not None else ".")
+            f"the action bounds are {_short(low)} and {_short(high)}; expected "
+            + ("numbers." if width is None else f"one number, or {width} (the width of the actions), for each.")
         ) from None
     if low.shape != high.shape or np.isnan(low).any() or np.isnan(high).any() or (low > high).any():
         raise UsageError(

@@ -83,7 +83,8 @@ def check_structure(
         raise DataError(
             f"{where} has no {' or '.join(f'`{NAMES[m][1]}`' for m in missing)}; it has {listing}. Expected the "
             "keys of D4RL (observations, actions, rewards, terminals) or ours (obs, action, reward, terminated). "
-            "Rename the keys."
+            "Rename the keys"
+            + (", or add rewards: for cloning and goals zeros will do." if missing == ["reward"] else ".")
         )
     scalars = [keys[name] for name in keys if len(shapes[keys[name]]) == 0]
     lengths = {key: shapes[key][0] for key in keys.values() if shapes[key]}

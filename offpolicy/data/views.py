@@ -19,7 +19,7 @@ from offpolicy.data.mixing import mixture_weights
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sampling import unit
-from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.errors import DataError, UsageError, check_range, listed
 
 PACK_LIMIT = 8 << 30  # bytes: larger stores are gathered column by column
 CHUNK = 1 << 14  # rows packed at a time
@@ -359,6 +359,6 @@ def _require(replay: Replay, columns: Sequence[str]) -> None:
     missing = [name for name in columns if name not in replay.steps]
     if missing:
         raise DataError(
-            f"the data have columns {sorted(replay.steps)} but the method needs {missing} too; expected all of "
+            f"the data have columns {listed(sorted(replay.steps))} but the method needs {missing} too; expected all of "
             f"{list(columns)}. Add the columns or choose a method that does not need them."
         )

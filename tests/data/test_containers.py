@@ -81,7 +81,7 @@ def test_the_observation_after_the_last_action_becomes_a_next_observation() -> N
         ([walks(4), walks(3, extra=np.zeros(3))], "episode 1 has the columns"),
         ([walks(4), walks(3, obs=np.zeros((3, 2)))], "`obs` has rows of shape (2,) in episode 1 and (3,) in episode 0"),
         ([walks(4, reward=np.zeros(3))], "`reward` has shape (3,) and `action` (4, 2)"),
-        ([{"obs": np.zeros(3), "action": 1.0, "reward": 0.0}], "holds single numbers"),
+        ([{"obs": np.zeros(3), "action": 1.0, "reward": 0.0}], "holds a single number"),
         ([walks(0)], "episode 0 has no steps"),
         ([{"state": np.zeros((3, 2))}], "episode 0 has the columns state"),
         (3, "the data are of type int"),

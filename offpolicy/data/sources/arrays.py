@@ -74,7 +74,7 @@ def from_arrays(
         DataError: data that cannot be trained on.  UsageError: options that do not fit.
     """
     obs_keys = None if obs_keys is None else list(obs_keys)
-    arrays, notes = ({}, []) if data is None else plain_columns(data, obs_keys)
+    arrays = {} if data is None else plain_columns(data, obs_keys)
     for key, value in columns.items():
         if isinstance(value, (str, bool, int, float)):
             options = [p for p in inspect.signature(from_arrays).parameters if p not in ("data", "columns")]
@@ -82,10 +82,8 @@ def from_arrays(
                 f"`{key}` is {value!r}, which is neither a column nor an option; expected an array with a row for each "
                 f"step.{nearest(key, options)}"
             )
-    arrays |= plain_columns(columns, obs_keys)[0]
+    arrays |= plain_columns(columns, obs_keys)
     meta: dict[str, Any] = {"name": name, "source": "arrays"}
-    if obs_keys is not None:
-        meta["obs_keys"] = obs_keys
     facts = environment(meta, env_id, env_kwargs, obs_keys, max_episode_steps)
     if (action_low is None) != (action_high is None):
         raise UsageError("one of `action_low` and `action_high` is missing; expected both or none. Pass both.")
@@ -105,7 +103,6 @@ def from_arrays(
         owned=False,
         on_bad=on_bad,
         clip_actions=clip_actions,
-        notes=notes,
     )
 
 
@@ -275,6 +272,8 @@ def environment(
     """
     if max_episode_steps is not None:
         meta["max_episode_steps"] = int(max_episode_steps)
+    if obs_keys is not None:
+        meta["obs_keys"] = list(obs_keys)
     if env_id is None:
         return {}
     if not isinstance(env_id, str):
@@ -285,8 +284,6 @@ def environment(
 
     take_environment(meta)
     meta |= {"env_id": env_id, "env_kwargs": dict(env_kwargs or {})}
-    if obs_keys is not None:
-        meta["obs_keys"] = list(obs_keys)
     try:
         env = make_environment(meta)
     except NoEnvironment as error:

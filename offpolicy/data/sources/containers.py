@@ -14,8 +14,8 @@ from offpolicy.errors import DataError, listed
 OBSERVATIONS = ("obs", "observation", "observations", "next_obs", "next_observations")
 
 
-def plain_columns(data: Any, obs_keys: Iterable[str] | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Columns as plain arrays, one row per step, and notes.
+def plain_columns(data: Any, obs_keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Columns as plain arrays, one row per step.
 
     Args:
         data: a mapping or a data frame of columns, a structured array, or a list of episodes, each of which is a
@@ -29,7 +29,7 @@ def plain_columns(data: Any, obs_keys: Iterable[str] | None = None) -> tuple[dic
     keys = None if obs_keys is None else list(obs_keys)
     columns = as_mapping(data)
     if columns is not None:
-        return {str(name): as_array(str(name), value, keys) for name, value in columns.items() if value is not None}, []
+        return {str(name): as_array(str(name), value, keys) for name, value in columns.items() if value is not None}
     if isinstance(data, (list, tuple, Iterator)):
         return _joined(list(data), keys)
     raise DataError(
@@ -66,7 +66,7 @@ def as_array(name: str, value: Any, obs_keys: list[str] | None = None) -> np.nda
         return value.astype(value.dtype.newbyteorder("="), copy=False)
     parts = as_mapping(value)
     if parts is not None:
-        return _side_by_side(name, parts, obs_keys)
+        return side_by_side(name, parts, obs_keys)
     value = _of_tensor(value)
     if isinstance(value, np.ma.MaskedArray):
         value = _unmasked(name, value)
@@ -142,7 +142,7 @@ def _of_objects(name: str, array: np.ndarray) -> np.ndarray:
     )
 
 
-def _side_by_side(name: str, parts: Mapping[str, Any], obs_keys: list[str] | None) -> np.ndarray:
+def side_by_side(name: str, parts: Mapping[str, Any], obs_keys: list[str] | None) -> np.ndarray:
     """A dict of observations as one array: the chosen parts, each flattened per step."""
     leaves = dict(_leaves(parts))
     if name not in OBSERVATIONS:
@@ -178,7 +178,7 @@ def _leaves(parts: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
 # -- lists of episodes -------------------------------------------------------------------------------------------------
 
 
-def _joined(episodes: list[Any], obs_keys: list[str] | None) -> tuple[dict[str, np.ndarray], list[str]]:
+def _joined(episodes: list[Any], obs_keys: list[str] | None) -> dict[str, np.ndarray]:
     """The columns of all episodes, one after the other, with ``episode_end`` where each ends."""
     if not episodes:
         raise DataError("the list of episodes is empty; expected at least one, a dict of columns.")
@@ -216,7 +216,7 @@ def _joined(episodes: list[Any], obs_keys: list[str] | None) -> tuple[dict[str, 
     else:
         whole["episode_end"] = whole["episode_end"].astype(bool)
         whole["episode_end"][ends] = True
-    return whole, [f"{len(parts)} episodes were given as a list"]
+    return whole
 
 
 def _episode(k: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -229,11 +229,12 @@ def _episode(k: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise DataError(
             f"episode {k} has the columns {listed(arrays)}; expected {EXAMPLE}. Rename them, or leave out others."
         )
-    action, obs = arrays[known["action"]], arrays[known["obs"]]
-    if not action.ndim or not obs.ndim:
+    action = arrays[known["action"]]
+    single = [known[name] for name in ("obs", "action", "reward") if name in known and not arrays[known[name]].ndim]
+    if single:
         raise DataError(
-            f"episode {k} holds single numbers in `{known['action']}` or `{known['obs']}`; expected an array with a "
-            "row for each step. For single steps pass a dict of arrays instead of a list."
+            f"episode {k} holds a single number in `{single[0]}`; expected an array with a row for each step. For "
+            "single steps pass a dict of arrays instead of a list."
         )
     steps = len(action)
     if not steps:

@@ -21,6 +21,7 @@ import numpy as np
 from offpolicy.data.doubts import precision_doubts
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sources.arrays import assemble, check_columns, match
+from offpolicy.data.sources.containers import OBSERVATIONS, side_by_side
 from offpolicy.data.sources.fetch import Lock, corrupt, facts, locate, open_hdf5
 from offpolicy.data.sources.hdf5 import datasets, group_per_episode, per_episode_recipe
 from offpolicy.errors import DataError, UsageError, listed
@@ -92,7 +93,7 @@ def read(
     lock = Lock([path])
     lock.check(sha256)
     with open_hdf5(path) as file:
-        columns, extra, notes = _columns(path, file, facts)
+        columns, extra, notes = _columns(path, file, facts, meta.get("obs_keys"))
         written = _written(path, file)
         check_environment(written, str(path))
     if "family" in meta:
@@ -206,14 +207,19 @@ def _matches(name: str, entry: Mapping[str, Any]) -> bool:
 
 
 def _columns(
-    path: Path, file: h5py.File, facts: Mapping[str, Any]
+    path: Path, file: h5py.File, facts: Mapping[str, Any], obs_keys: list[str] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
     """The per-step columns; scalars under ``metadata`` and stored types, for ``meta``; notes on what was left."""
     found = datasets(path, file)
     steps = {k: d for k, d in found.items() if not k.startswith(("infos/", "metadata/"))}
-    per_episode = group_per_episode(steps) if "obs" not in match(steps) else None
+    per_episode = group_per_episode(steps) if "action" not in match(steps) else None
     if per_episode is not None:
-        raise DataError(per_episode_recipe(path, steps, per_episode))
+        raise DataError(per_episode_recipe(path, per_episode))
+    for name in OBSERVATIONS:  # a group of parts is a dict of observations
+        parts = {k.removeprefix(f"{name}/"): steps.pop(k) for k in list(steps) if k.startswith(f"{name}/")}
+        if parts and name not in steps:
+            chosen = {k: _read(path, f"{name}/{k}", d) if k in (obs_keys or ()) else d for k, d in parts.items()}
+            steps[name] = side_by_side(name, chosen, obs_keys)
     rows, keys = check_columns(str(path), steps, facts)
     wide = {k: steps[k] for n, k in keys.items() if n in ("obs", "action", "reward") and steps[k].dtype.kind == "f"}
     columns, extra = (
@@ -225,7 +231,7 @@ def _columns(
     for key, dataset in steps.items():
         per_row = dataset.shape[:1] == (rows,) and dataset.dtype.kind in "fiub"
         if per_row or (len(dataset.shape) == 1 and dataset.dtype.kind in "iu"):  # rows of ends, or lengths of episodes
-            columns[key] = _read(path, key, dataset)
+            columns[key] = dataset if isinstance(dataset, np.ndarray) else _read(path, key, dataset)
         else:
             skipped.append(f"{key} {tuple(dataset.shape)}")
     for key, dataset in found.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -53,6 +55,9 @@ def open_hdf5(path: Path) -> h5py.File:
     """
     import h5py
 
+    if importlib.util.find_spec("hdf5plugin") is not None:  # more filters of compression, where they are installed
+        with contextlib.suppress(Exception):
+            importlib.import_module("hdf5plugin")
     try:
         return h5py.File(path, "r", locking="best-effort")  # some network file systems cannot lock
     except OSError as error:
@@ -101,13 +106,11 @@ def file_fault(path: Path, error: Exception, kind: str) -> DataError:
 
 def corrupt(path: Path | str, key: str, error: Exception) -> DataError:
     """A part of a file that opens cannot be read."""
-    absent = re.search(r"required filter '?([^']*?)'? is not registered|can't open plugin|filter plugin", str(error))
-    if absent:
-        name = f" '{absent[1]}'" if absent[1] else ""
+    if re.search(r"filter .*not registered|can't open directory|plugin", str(error)):
         return DataError(
-            f"{path}: `{key}` is compressed with a filter{name} that this HDF5 library does not have; the file itself "
-            "may be sound. Install the filters (pip install hdf5plugin) and import hdf5plugin before loading, or write "
-            "the file anew without them (h5repack -f NONE, where it was made)."
+            f"{path}: `{key}` is compressed with a filter that this HDF5 library does not have ({error}); the file "
+            "itself may be sound. Install the usual filters (pip install hdf5plugin), or write the file anew without "
+            "(`h5repack -f NONE`, where it was made)."
         )
     return DataError(f"{path}: `{key}` cannot be read ({error}); the file is damaged. Delete it and fetch it again.")
 

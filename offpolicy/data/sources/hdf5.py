@@ -69,13 +69,14 @@ def group_per_episode(found: Mapping[str, Any]) -> tuple[str, list[str], list[st
         return None
     above = parents.most_common(1)[0][0]
     names = sorted(episodes[above], key=lambda n: int(re.search(r"\d+$", n)[0]))  # type: ignore[index]
+    if not {"action", "actions"} & set(episodes[above][names[0]]):
+        return None
     return above, names, episodes[above][names[0]]
 
 
-def per_episode_recipe(path: Path, found: Mapping[str, Any], where: tuple[str, list[str], list[str]]) -> str:
+def per_episode_recipe(path: Path, where: tuple[str, list[str], list[str]]) -> str:
     """The message for such a file, with lines that read it."""
     above, names, columns = where
-    first = f"{above}/{names[0]}" if above else names[0]
     obs = [c for c in columns if "/" in c and c.split("/")[0] in ("obs", "observations")]
     keys = f", obs_keys={[c.split('/', 1)[1] for c in obs][:10]!r}" if obs else ""
     unclear = any(c in ("dones", "done") for c in columns)
@@ -93,6 +94,5 @@ def per_episode_recipe(path: Path, found: Mapping[str, Any], where: tuple[str, l
             if unclear
             else ""
         )
-        + f"    data = offpolicy.load_data(episodes{keys})\n"
-        f"(the first is {first}; leave out what is no column)"
+        + f"    data = offpolicy.load_data(episodes{keys})"
     )
