@@ -1,4 +1,4 @@
-"""HDF5 files as people have them: links, absent filters, a group per episode, dict observations, names of D4RL's files."""
+"""HDF5 files as people have them: links, filters, a group per episode, dict observations, names of tasks."""
 
 from __future__ import annotations
 
