@@ -137,7 +137,7 @@ def make(option: str, spec: Spec, known: Mapping[str, Callable[..., Any]], *, at
         option: what it is for, named in errors.
         spec: the name, or a mapping with ``name`` and parameters.
         known: name → class or function.
-        at_call: keywords that are given when it is called.
+        at_call: keywords that are given to a function when it is called.
 
     Raises:
         UsageError: there is none of that name, it does not take a parameter, or needs one that is missing.
@@ -158,7 +158,8 @@ def make(option: str, spec: Spec, known: Mapping[str, Callable[..., Any]], *, at
     free = [
         n
         for n, p in parameters.items()
-        if n not in at_call and (p.kind == p.KEYWORD_ONLY or (is_class and p.kind == p.POSITIONAL_OR_KEYWORD))
+        if (is_class and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
+        or (n not in at_call and p.kind == p.KEYWORD_ONLY)
     ]
     anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     for parameter in given:

@@ -10,12 +10,12 @@ import torch
 
 from offpolicy.data import rollouts as store_of
 from offpolicy.data.answers import alternatives
-from offpolicy.data.problems import step_column
+from offpolicy.data.problems import Problems, step_column
 from offpolicy.data.replay import Replay
 from offpolicy.data.rollouts import DEMONSTRATION, OWN
 from offpolicy.data.sampling import permutation
 from offpolicy.data.sequences import token_ids
-from offpolicy.errors import DataError
+from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.engines import Completion, Request, Sampling, make_engine, room
 from offpolicy.language.generation import prompt_text, stop_ids
@@ -42,10 +42,15 @@ class Answering:
         h = method.hparams
         self.method, self.problems, self.tokenizer = method, problems, tokenizer
         with speaking(method.words), trusting(in_file=method.words.in_file or not h.rewards):
-            self.rewards = Rewards(h.rewards or [problems.meta.get("reward", "exact")])  # of the data: from a file
+            self.rewards = Rewards(
+                h.rewards or [problems.meta.get("reward", "exact")],  # of the data: from a file
+                columns=problems.meta.get("source_columns", ()),
+                seconds=h.reward_seconds,
+            )
         for asked in (problems, method.eval_problems):
             if asked is not None:
                 self._check_answers(asked)
+        self._columns: dict[tuple[int, str], list[Any]] = {}  # of the data, that rewards ask for
         self.engine: Any = None
         self.length = 0
 
@@ -108,7 +113,9 @@ class Answering:
                 whole = len(token) == self.problems.length[given[i]]
                 made.append(_row(int(i), int(problems[i]), DEMONSTRATION, Completion(token, logp, bool(whole))))
         self._judge(made)
-        everyone = [row for part in method._of_all_processes(made) for row in part]
+        parts = method._of_all_processes((made, self.rewards.tallies))
+        self.rewards.check([tallies for _, tallies in parts])
+        everyone = [row for rows, _ in parts for row in rows]
         everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
         return self._store(everyone, k)
 
@@ -189,7 +196,24 @@ class Answering:
             [_reference(references[row]) for row in rows],
             ended=ended,
             lengths=[len(answer) for answer in answers],
+            columns={name: self._column(problems, name, rows) for name in self.rewards.columns},
         )
+
+    def _column(self, problems: Replay, name: str, rows: Sequence[int]) -> list[Any]:
+        """A column of the data, as it stands in the source, of rows of problems."""
+        key = id(problems), name
+        if key not in self._columns:
+            if name not in problems.meta.get("source_columns", ()) or not isinstance(problems, Problems):
+                raise UsageError(
+                    f"a reward asks for the column '{name}', which {problems.meta.get('name', 'the data')} has not; "
+                    "expected it in the held-out problems too. Add it, or leave it out of the function."
+                )
+            self._columns[key] = problems.source_column(name)
+        return [self._columns[key][row] for row in rows]
+
+    def check_rewards(self) -> None:
+        """Stop at the end of a run in which no reward ever gave a number; called on every process."""
+        self.rewards.check(self.method._of_all_processes(self.rewards.tallies), ended=True)
 
     def _judge(self, made: list[dict[str, Any]]) -> None:
         rows = [row["problem"] for row in made]

@@ -12,11 +12,10 @@ import importlib.util
 import math as maths
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import wraps
-from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from offpolicy.data.answers import alternatives
 from offpolicy.errors import UsageError, check_range, nearest
 from offpolicy.language import mathematics
 from offpolicy.language.numbers import MARK, Mark, last_mark, last_number_in, number_of, plain_number
+from offpolicy.language.reward_calls import FACTS, RESERVED, SECONDS, Call, Rows, TooLong, Watchdog, bind
 from offpolicy.registry import Spec, import_callable, make
 
 Reference = str | Sequence[str] | None  # the right answer, several of which each is right, or none
@@ -194,8 +194,9 @@ VERIFIERS: dict[str, Verifier] = {
     "math": math,
 }
 REWARDS: dict[str, Callable[..., Any]] = {**VERIFIERS, "format": Format, "length": Length}
-AT_CALL = ("ended", "length")
 SOLVED = 1.0  # what a verifier gives to a right answer
+ENOUGH = 8  # different problems after which a reward that never gave a number is given up
+MISTAKES = (TypeError, NameError, AttributeError, ImportError, SyntaxError, NotImplementedError)  # not of one answer
 
 
 # -- combination -------------------------------------------------------------------------------------------------------
@@ -215,42 +216,88 @@ class Scored(NamedTuple):
     problems: int
 
 
+class Tally(NamedTuple):
+    """How one reward fared so far.
+
+    Attributes:
+        worked, failed: answers it gave a number for, and others.
+        mistakes: those of the latter in which it raised what looks like a mistake in its code.
+        problems: hashes of the different problems it was asked about, up to a few.
+        first: what was wrong first, or None.
+    """
+
+    worked: int = 0
+    failed: int = 0
+    mistakes: int = 0
+    problems: frozenset[int] = frozenset()
+    first: str | None = None
+
+    def __add__(self, other: Tally) -> Tally:  # type: ignore[override]
+        counts = (a + b for a, b in zip(self[:3], other[:3]))
+        return Tally(*counts, self.problems | other.problems, self.first or other.first)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it never gave a number, and will not."""
+        mistaken = self.mistakes == self.failed
+        return not self.worked and self.failed > 0 and (mistaken or len(self.problems) >= ENOUGH)
+
+
+@dataclass
+class _Part:
+    """A reward: what the user called it, its weight, how it is called and how it fared."""
+
+    path: str
+    weight: float
+    call: Call
+    tally: Tally = field(default_factory=Tally)
+
+
 class Rewards:
-    """A weighted sum of rewards. None of them can stop a run: what fails scores 0 and is counted.
+    """A weighted sum of rewards. What fails for an answer scores 0 there and is counted.
 
     Args:
         parts: one reward or several, each a name (final_number, exact, last_number, math, format, length), an import
-            path ``package.module.function`` of one's own, or ``{"name": …, "weight": 1.0, **parameters}``. A function
-            is called with prompt, answer and reference, and with ``ended`` and ``length`` where it has such keywords.
+            path ``package.module.function`` of one's own, or ``{"name": …, "weight": 1.0, **parameters}``. How a
+            function is called :func:`offpolicy.language.reward_calls.bind` says.
+        columns: of the data, that functions may ask for by name.
+        seconds: longest time for one answer, ≥ 0; then it is interrupted and has failed
+            (:class:`offpolicy.language.reward_calls.Watchdog`). 0 is no limit.
 
     Attributes:
-        problems: scores that could not be had so far: an exception, None, or a number that is not finite.
+        problems: scores that could not be had so far: an exception, an exit, a time-out, None, or a number that is not
+            finite.
         first_problem: what was wrong with the first, or None.
 
     Raises:
-        UsageError: a name or a parameter is not known.
+        UsageError: a name or a parameter is not known, or a function cannot be called.
     """
 
-    def __init__(self, parts: Spec | Sequence[Spec] = "final_number") -> None:
+    def __init__(
+        self, parts: Spec | Sequence[Spec] = "final_number", *, columns: Collection[str] = (), seconds: float = SECONDS
+    ) -> None:
+        check_range("reward_seconds", seconds, 0)
         listed = [parts] if isinstance(parts, str) or not isinstance(parts, Sequence) else list(parts)
         if not listed:
             raise UsageError("`reward` names none; expected one or several, such as final_number.")
-        self._parts: dict[str, tuple[float, Callable[..., Any], tuple[str, ...]]] = {}
+        self._parts: dict[str, _Part] = {}
         for spec in listed:
             given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
             weight = given.pop("weight", 1.0)
             check_range("weight", weight)
-            function = make("reward", given, REWARDS, at_call=AT_CALL)
-            name = str(given["name"]).replace(":", ".").rpartition(".")[2]
+            at_call = {*FACTS, *({*RESERVED, *columns} - given.keys())}
+            function = make("reward", given, REWARDS, at_call=at_call)
+            path = str(given["name"])
+            name = path.replace(":", ".").rpartition(".")[2]
             if name in self._parts:
                 raise UsageError(f"`reward` has '{name}' twice; expected different rewards. Add up their weights.")
-            wanted = signature(function).parameters
-            self._parts[name] = float(weight), function, tuple(k for k in AT_CALL if k in wanted)
+            self._parts[name] = _Part(path, float(weight), bind(function, path, columns))
+        self.seconds = seconds
         self.problems = 0
         self.first_problem: str | None = None
 
     def __str__(self) -> str:
-        return " + ".join(n if weight == 1.0 else f"{weight:g}·{n}" for n, (weight, _, _) in self._parts.items())
+        return " + ".join(n if p.weight == 1.0 else f"{p.weight:g}·{n}" for n, p in self._parts.items())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -260,7 +307,17 @@ class Rewards:
     @property
     def verifiers(self) -> tuple[str, ...]:
         """Those of the parts that compare with a right answer."""
-        return tuple(name for name in self._parts if name in VERIFIERS)
+        return tuple(name for name, part in self._parts.items() if part.path in VERIFIERS)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the data, which functions ask for."""
+        return tuple(dict.fromkeys(name for part in self._parts.values() for name in part.call.columns))
+
+    @property
+    def tallies(self) -> dict[str, Tally]:
+        """How each part fared so far."""
+        return {name: part.tally for name, part in self._parts.items()}
 
     def __call__(
         self,
@@ -270,6 +327,7 @@ class Rewards:
         *,
         ended: Sequence[bool] | None = None,
         lengths: Sequence[int] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Scored:
         """Score n answers.
 
@@ -279,40 +337,115 @@ class Rewards:
             references: n right answers, None where there is none, a list where each of several is right.
             ended: whether each answer stopped by itself; None for all.
             lengths: tokens of each answer; needed by the reward ``length``.
+            columns: those of the data that functions ask for, n values each.
         """
         n, before = len(answers), self.problems
-        if lengths is None and any("length" in wanted for _, _, wanted in self._parts.values()):
+        if lengths is None and any("length" in p.call.needs for p in self._parts.values()):
             raise UsageError("a reward looks at `length`, and no `lengths` were given; expected tokens per answer.")
-        facts = {"ended": [True] * n if ended is None else ended, "length": lengths}
-        found = {name: np.zeros(n) for name in self._parts}
-        for name, (_, function, wanted) in self._parts.items():
-            for i, row in enumerate(zip(prompts, answers, references, strict=True)):
-                found[name][i] = self._score(name, function, row, {k: facts[k][i] for k in wanted})  # type: ignore[index]
+        facts = {"ended": [True] * n if ended is None else ended} | ({} if lengths is None else {"length": lengths})
+        rows = Rows(prompts, answers, references, facts, columns or {})
+        with Watchdog(self.seconds) as watchdog:
+            found = {name: self._scores(name, part, rows, watchdog) for name, part in self._parts.items()}
         total = np.zeros(n)
-        for name, (weight, _, _) in self._parts.items():
-            total += weight * found[name]
+        for name, part in self._parts.items():
+            total += part.weight * found[name]
         return Scored(total, found, self.problems - before)
 
     def solved(self, scored: Scored) -> np.ndarray:
         """Which answers are right, (n,) bool: by the first verifier of the parts, else by a whole reward of ≥ 1."""
-        return next((scored.parts[name] for name in self._parts if name in VERIFIERS), scored.scores) >= SOLVED
+        return next((scored.parts[name] for name in self.verifiers), scored.scores) >= SOLVED
 
-    def _score(self, name: str, function: Callable[..., Any], row: tuple[str, str, Reference], facts: Any) -> float:
-        try:
-            value = function(*row, **facts)
-            if value is None:
-                problem = f"it could not judge (the reference is {row[2]!r})"
-            elif maths.isfinite(score := float(value)):
-                return score
+    def check(self, tallies: Sequence[Mapping[str, Tally]], *, ended: bool = False) -> None:
+        """Stop where rewards cannot be had.
+
+        Args:
+            tallies: of every process.
+            ended: whether the run is over, so that a single failure of all is enough.
+
+        Raises:
+            UsageError: a reward never gave a number; or, at the end, none of them ever did.
+        """
+        whole = {name: sum((one[name] for one in tallies), Tally()) for name in self._parts}
+        failed = [name for name, tally in whole.items() if tally.failed and not tally.worked]
+        given_up = failed if ended and len(failed) == len(whole) else [n for n in failed if whole[n].is_hopeless]
+        for name in given_up[:1]:
+            expected = "a list with a number for each" if self._parts[name].call.is_batch else "a number for each"
+            expected = "right answers that it can read" if name in self.verifiers else expected
+            raise UsageError(
+                f"the reward {self._parts[name].path} failed for every one of {whole[name].failed:,} answers: "
+                f"{whole[name].first}; expected {expected}. Correct it, or choose another with --model.rewards."
+            )
+
+    def _scores(self, name: str, part: _Part, rows: Rows, watchdog: Watchdog) -> np.ndarray:
+        found = np.zeros(len(rows))
+        values: Any = [None] * len(rows)
+        if part.call.is_batch and len(rows):
+            values, failure = _guarded(lambda: _listed(part.call.all(rows), len(rows)), watchdog, len(rows))
+            if failure is not None:
+                values = [failure] * len(rows)
+        for i in range(len(rows)):
+            if part.call.is_batch:
+                value, failure = values[i], values[i] if isinstance(values[i], _Failure) else None
             else:
-                problem = f"it returned {score}"
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
+                value, failure = _guarded(lambda: part.call.one(rows, i), watchdog)  # noqa: B023 - called at once
+            if failure is None:
+                found[i], failure = _number_of(value, rows.references[i])
+            self._note(name, part, rows, i, failure)
+        return found
+
+    def _note(self, name: str, part: _Part, rows: Rows, i: int, failure: _Failure | None) -> None:
+        seen = part.tally.problems
+        if len(seen) < ENOUGH:
+            seen |= {hash((rows.prompts[i], str(rows.references[i])))}
+        if failure is None:
+            part.tally += Tally(1, problems=seen)
+            return
+        part.tally += Tally(0, 1, int(failure.mistake), seen, failure.words)
         self.problems += 1
         if self.first_problem is None:
-            self.first_problem = f"reward '{name}': {problem}; answer {row[1][:80]!r}"
+            self.first_problem = f"reward '{name}': {failure.words}; answer {rows.answers[i][:80]!r}"
             warnings.warn(f"{self.first_problem}. It scores 0; further failures are only counted.", stacklevel=2)
-        return 0.0
+
+
+class _Failure(NamedTuple):
+    words: str
+    mistake: bool = False
+
+
+def _guarded(do: Callable[[], Any], watchdog: Watchdog, calls: int = 1) -> tuple[Any, _Failure | None]:
+    """What a call returns, or why it does not; only an interruption by the user gets through."""
+    try:
+        watchdog.start(calls)
+        try:
+            return do(), None
+        finally:
+            watchdog.stop()
+    except KeyboardInterrupt:
+        raise
+    except TooLong:
+        return None, _Failure(f"it took longer than {watchdog.seconds:g} s (--model.reward_seconds)")
+    except SystemExit as error:
+        return None, _Failure(f"it called sys.exit({'' if error.code is None else repr(error.code)})")
+    except BaseException as error:  # graders raise anything
+        return None, _Failure(f"{type(error).__name__}: {str(error)[:300]}", isinstance(error, MISTAKES))
+
+
+def _listed(values: Any, n: int) -> list[Any]:
+    """The numbers that a function of a batch returned."""
+    if not hasattr(values, "__len__") or isinstance(values, str | Mapping) or len(values) != n:
+        shown = f"{len(values)} values" if hasattr(values, "__len__") else repr(values)[:80]
+        raise TypeError(f"it returned {shown} for {n} answers")
+    return list(values)
+
+
+def _number_of(value: Any, reference: Reference) -> tuple[float, _Failure | None]:
+    if value is None:
+        return 0.0, _Failure(f"it could not judge (the reference is {reference!r})")
+    try:
+        number = float(value)
+    except Exception as error:
+        return 0.0, _Failure(f"{type(error).__name__}: {error}", mistake=isinstance(error, TypeError))
+    return (number, None) if maths.isfinite(number) else (0.0, _Failure(f"it returned {number}"))
 
 
 def resolve_verifier(name: str) -> Verifier:
@@ -328,7 +461,24 @@ def resolve_verifier(name: str) -> Verifier:
             f"no verifier is called '{name}'; expected one of {', '.join(VERIFIERS)}, or an import path "
             f"package.module.function.{nearest(name, VERIFIERS)}"
         )
-    return import_callable(name, "verifier")
+    call = bind(import_callable(name, "verifier"), name)
+    failures: list[str] = []
+
+    def judged(prompt: str, answer: str, reference: Reference) -> float | None:
+        rows = Rows([prompt], [answer], [reference], {"ended": [True]})
+        with Watchdog(SECONDS) as watchdog:
+            value, failure = _guarded(
+                lambda: _listed(call.all(rows), 1)[0] if call.is_batch else call.one(rows, 0), watchdog
+            )
+        if failure is None and value is not None:
+            number, failure = _number_of(value, reference)
+        if failure is not None and not failures:
+            failures.append(failure.words)
+            warnings.warn(f"verifier '{name}': {failure.words}; answer {answer[:80]!r}. It has no score.", stacklevel=2)
+        return None if failure is not None or value is None else number
+
+    judged.__name__ = name.replace(":", ".").rpartition(".")[2]
+    return judged
 
 
 def choose_verifier(references: list[str | None]) -> Verifier | None:

@@ -61,8 +61,12 @@ class RolloutModule(LanguageModule):
             "uniform": "one"}}``, or an import path of one's own component; the slots are those of
             :class:`offpolicy.losses.policy_gradient.Objective`.
         rewards: names (exact, math, final_number, format, length), import paths ``package.module.function`` or
-            ``{"name": …, "weight": …}``; their weighted sum is the reward. None is "math" where solutions end with
-            "####", else "exact".
+            ``{"name": …, "weight": …}``; their weighted sum is the reward. None is "math" where solutions mark the
+            answer by "####" or \\boxed{}, else "exact". An own function is ``def f(prompt, answer, reference)`` and
+            returns a number, or ``def f(prompts, completions, **kwargs)`` and returns a list; columns of the data are
+            given to parameters of their name.
+        reward_seconds: longest time a reward may take for one answer, ≥ 0; then it is interrupted and scores 0. 0 is no
+            limit.
         group_size: answers per problem, ≥ 1, a demonstration included.
         minibatches: optimiser steps per sweep, ≥ 1; an iteration has ``batch_size · minibatches`` answers.
         sweeps: times that an iteration goes over its answers, ≥ 1.
@@ -101,6 +105,7 @@ class RolloutModule(LanguageModule):
         *,
         objective: dict[str, Any] | None = None,
         rewards: list[Any] | None = None,
+        reward_seconds: float = 10.0,
         group_size: int = 8,
         minibatches: int = 1,
         sweeps: int = 1,
@@ -137,6 +142,7 @@ class RolloutModule(LanguageModule):
             ("replay_window", replay_window, 0),
             ("eval_samples", eval_samples, 0),
             ("save_seconds", save_seconds, 0),
+            ("reward_seconds", reward_seconds, 0),
         ):
             check_range(name, value, low)
         check_range("temperature", temperature, 0.0, lower_open=True)
@@ -414,6 +420,11 @@ class RolloutModule(LanguageModule):
             self._recorder = Recorder(Path(self.trainer.default_root_dir) / "records.jsonl", self.iteration)
         if store is not None and self.iteration:
             self._go_on(store)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if not self.interrupted_by:
+            self.answering.check_rewards()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         super().on_train_batch_start(batch, batch_idx)
