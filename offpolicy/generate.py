@@ -1,20 +1,25 @@
 """Draw answers from a tuned language model: ``python -m offpolicy.generate RUN [--data FILE]``.
 
-Prompts are those held out in training, or all of a file. Answers go to a JSON-lines file of scored lists, which can
-be given to ``--data`` again.
+Prompts are those held out in training, all of a file (with answers or without), or given with ``--prompt``. Answers go
+to a JSON-lines file of scored lists, which can be given to ``--data`` again.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from offpolicy import entry
-from offpolicy.errors import UsageError, nearest
+from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.trust import Trust
+
+if TYPE_CHECKING:
+    from offpolicy.data.prompts import Asking
+    from offpolicy.language.generation import Prompt
 
 OF_A_FILE = ("columns", "split", "eval_data", "eval_fraction")  # options that another file does not share
 
@@ -30,7 +35,8 @@ def main(argv: list[str]) -> int:
         epilog="--data.OPTION VALUE reads the prompts as in training (columns, max_prompt_length, separator, …).",
     )
     parser.add_argument("run", help="run folder, checkpoint file, or folder of a causal language model")
-    parser.add_argument("--data", help="texts whose prompts are answered (those held out in training)")
+    parser.add_argument("--data", help="texts, problems or prompts that are answered (those held out in training)")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument("--prompts", type=int, default=64, help="how many prompts, 0 for all (64)")
     parser.add_argument("--num_samples", type=int, default=4, help="answers per prompt (4)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (256)")
@@ -52,14 +58,12 @@ def main(argv: list[str]) -> int:
 
     from offpolicy import screen
     from offpolicy.files import atomic_write
-    from offpolicy.language.generation import answer_prompts, answer_text, prompts_of
+    from offpolicy.language.generation import answer_prompts, answer_text
     from offpolicy.language.rewards import choose_verifier, resolve_verifier
 
     verifier = None if args.verifier in ("auto", "none") else resolve_verifier(args.verifier)
     model, tokenizer, settings, file, words = open_run(args.run, args.seed, args.trust)
-    if args.data:
-        settings = {k: v for k, v in settings.items() if k not in OF_A_FILE} | {"name": args.data, "eval_fraction": 0.0}
-    prompts = prompts_of(read_texts(settings | asked, tokenizer), args.prompts)
+    prompts, how = find_prompts(args, settings, asked, tokenizer)
     if args.verifier == "auto":
         references = [None if p.reference is None else answer_text(tokenizer, p.token, p.reference) for p in prompts]
         verifier = choose_verifier(references)
@@ -74,6 +78,9 @@ def main(argv: list[str]) -> int:
     atomic_write(file.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
 
     print(f"{words}, {len(prompts):,} prompts, {args.num_samples} answers each")
+    if how:
+        print(screen.line("prompts", how))
+    print(first_answers(rows))
     for name, label, meaning in (
         ("score", "score", f"mean over answers ({getattr(verifier, '__name__', 'verifier')})"),
         ("best_score", "best", "mean over prompts of the best answer"),
@@ -88,6 +95,119 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def find_prompts(
+    args: argparse.Namespace, settings: dict[str, Any], asked: dict[str, Any], tokenizer: Any
+) -> tuple[list[Prompt], str]:
+    """The prompts that a command means, and how those without answers are put.
+
+    Args:
+        args: of the command: ``data``, ``prompt`` and ``prompts``.
+        settings: the options of the data of the run; empty for a folder of ``transformers``.
+        asked: options of the data in the command.
+        tokenizer: of the model.
+
+    Raises:
+        UsageError: no prompts, or both a file and given ones.
+        DataError: a file without prompts.
+    """
+    from offpolicy.data import prompts as asking
+    from offpolicy.language.generation import Prompt, prompts_of
+
+    if args.prompt and args.data:
+        raise UsageError("--prompt and --data were given; expected one of them. Leave the other out.")
+    trained_on = settings or data_of_run(Path(args.run).resolve().parent)  # of RUN/hf
+    if args.data:
+        settings = {k: v for k, v in settings.items() if k not in OF_A_FILE} | {"name": args.data, "eval_fraction": 0.0}
+    source = None
+    if args.data:
+        split, download = asked.get("split"), asked.get("download", settings.get("download", True))
+        source = asking.rows_of(args.data, split, download=download)
+    kind = asking.kind_of_rows(source, asked.get("columns") or {}) if source is not None else "texts"
+    problems = "template" in settings | asked
+    if not args.prompt and (source is None or kind == ("problems" if problems else "texts")):
+        if "chat" in asked and not problems:
+            raise UsageError("--data.chat is for prompts of plain text without answers; these have some. Leave it out.")
+        return prompts_of(read_texts(settings | asked, tokenizer), args.prompts), ""
+    put, words = _asking(settings | asked, trained_on, asked, tokenizer)
+    if args.prompt:
+        return [Prompt(ids, None) for ids in asking.given_prompts(args.prompt, tokenizer, put)], words
+    assert source is not None
+    if kind == "problems":
+        shared = ("download", "on_bad", "max_bad", "chat_template_kwargs")
+        options = {k: settings[k] for k in shared if k in settings} | asked
+        options |= {"name": args.data, "chat": put.chat, "template": options.get("template"), "eval_fraction": 0.0}
+        return prompts_of(read_texts(options, tokenizer), args.prompts), words
+    options = {k: v for k, v in (settings | asked).items() if k in ("on_bad", "max_bad")}
+    found = asking.read_prompts(source, tokenizer, put, columns=asked.get("columns"), **options)
+    return [Prompt(ids, None) for ids in found[: args.prompts or None]], words
+
+
+def _asking(
+    options: dict[str, Any], trained_on: dict[str, Any], asked: dict[str, Any], tokenizer: Any
+) -> tuple[Asking, str]:
+    """How prompts of plain text are put, as in training where that is known, and in words."""
+    from offpolicy.data.prompts import Asking
+
+    template, chat = options.get("template"), asked.get("chat")
+    if chat is None:
+        chat = bool(tokenizer.chat_template) and _trained_on_messages(trained_on)
+    if "template" in options and template is None:
+        template = _template_of(trained_on, tokenizer)
+    words = "plain text is a turn of the user in the chat template" if chat else "plain text is put as it is"
+    if template not in (None, "{prompt}"):
+        words += f", inside {template!r}"
+    other = "" if not tokenizer.chat_template else f" (--data.chat {'false' if chat else 'true'} changes that)"
+    length = options.get("max_prompt_length")
+    return Asking(chat, template or "{prompt}", options.get("chat_template_kwargs"), length), words + other
+
+
+def _trained_on_messages(options: dict[str, Any]) -> bool:
+    """Whether training had messages; a model of which that is not known counts as one of a chat."""
+    from offpolicy.data.prompts import rows_of
+    from offpolicy.data.sources.formats import detect
+
+    if "template" in options:
+        return bool(options.get("chat"))
+    if not options.get("name"):
+        return True
+    try:
+        source = rows_of(options["name"], options.get("split"), download=False)
+        return source is None or detect(source, options.get("columns")).style == "chat"
+    except (UsageError, DataError):  # the data of training are gone
+        return True
+
+
+def _template_of(options: dict[str, Any], tokenizer: Any) -> str | None:
+    """What the problems of training were put into; None where they are gone."""
+    from offpolicy.data.problems import open_problems
+
+    names = ("columns", "split", "on_bad", "max_bad")
+    try:
+        given = {k: options[k] for k in names if k in options}
+        return open_problems(options.get("name") or "", tokenizer=tokenizer, download=False, **given).meta["template"]
+    except (UsageError, DataError):
+        return None
+
+
+def first_answers(rows: list[dict[str, Any]], number: int = 2, longest: int = 1000) -> str:
+    """The first answers with their prompts, of different prompts where there are several, as lines for the screen."""
+    from offpolicy import screen
+
+    pairs = [(row["prompt"], row["completions"][0]) for row in rows[:number]]
+    if len(rows) == 1:
+        pairs = [(rows[0]["prompt"], completion) for completion in rows[0]["completions"][:number]]
+
+    def shown(label: str, text: str) -> str:
+        plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)  # nothing steers a terminal
+        return screen.line(label, plain.replace("\n", "\n" + " " * (screen.LABEL + 2)))
+
+    lines = []
+    for prompt, answer in pairs:
+        lines.append(shown("prompt", prompt if len(prompt) <= longest else "…" + prompt[-longest:]))
+        lines.append(shown("answer", answer if len(answer) <= longest else answer[:longest] + "…"))
+    return "\n".join(lines)
+
+
 def open_run(run: str, seed: int = 0, trust: Trust = None) -> tuple[Any, Any, dict[str, Any], Path, str]:
     """The model and tokenizer behind a run, a checkpoint or a folder of ``transformers``.
 
@@ -98,7 +218,6 @@ def open_run(run: str, seed: int = 0, trust: Trust = None) -> tuple[Any, Any, di
         UsageError: there is nothing of that kind.
     """
     from offpolicy import api
-    from offpolicy.arguments import read_settings
     from offpolicy.checkpoint import read_checkpoint, resolve_checkpoint
     from offpolicy.language.module import LanguageModule
     from offpolicy.language.policy import adapter_base, open_adapter, open_model
@@ -117,11 +236,17 @@ def open_run(run: str, seed: int = 0, trust: Trust = None) -> tuple[Any, Any, di
             "SimPO and the like."
         )
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    stored = read_settings(str(folder)) if (folder / "config.yaml").is_file() else {}
-    options = {key.removeprefix("data."): value for key, value in stored.items() if key.startswith("data.")}
     updates = int(read_checkpoint(path)["global_step"])
     file = folder / f"answers-step{updates:08d}-seed{seed}.jsonl"
-    return method.model, method.tokenizer, options, file, f"{path}, {updates:,} updates"
+    return method.model, method.tokenizer, data_of_run(folder), file, f"{path}, {updates:,} updates"
+
+
+def data_of_run(folder: Path) -> dict[str, Any]:
+    """The options of the data that a run was trained on; empty where the folder is none of a run."""
+    from offpolicy.arguments import read_settings
+
+    stored = read_settings(str(folder)) if (folder / "config.yaml").is_file() else {}
+    return {key.removeprefix("data."): value for key, value in stored.items() if key.startswith("data.")}
 
 
 def read_texts(options: dict[str, Any], tokenizer: Any) -> Any:
@@ -130,7 +255,7 @@ def read_texts(options: dict[str, Any], tokenizer: Any) -> Any:
     from offpolicy.data.text import TextData
 
     if not options.get("name"):
-        raise UsageError("no prompts are known; expected texts. Pass --data FILE.")
+        raise UsageError("no prompts are known; expected texts. Pass --data FILE or --prompt TEXT.")
     try:
         data = (ProblemData if "template" in options else TextData)(**options)
     except TypeError as error:  # of a run's own config.yaml

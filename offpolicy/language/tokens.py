@@ -335,9 +335,9 @@ def _cut(row: Encoded, limits: Limits, tokenizer: Any) -> Encoded:
         return row
     before = len(row.prompt)
     if limits.truncation == "prompt_first":
-        row.prompt = _tail(row.prompt, limits.max_prompt_length or 1, tokenizer)
+        row.prompt = shortened(row.prompt, limits.max_prompt_length or 1, tokenizer)
     elif limits.truncation == "keep_end":
-        row.prompt = _tail(row.prompt, max(0, limits.max_length - longest), tokenizer)
+        row.prompt = shortened(row.prompt, max(0, limits.max_length - longest), tokenizer)
     room = limits.max_length - len(row.prompt)
     row.cut_prompt = len(row.prompt) < before
     row.cut_answer = longest > room
@@ -350,7 +350,7 @@ def _cut(row: Encoded, limits: Limits, tokenizer: Any) -> Encoded:
     return row
 
 
-def _tail(prompt: np.ndarray, keep: int, tokenizer: Any) -> np.ndarray:
+def shortened(prompt: np.ndarray, keep: int, tokenizer: Any) -> np.ndarray:
     """The last ``keep`` tokens of a prompt, the first of them BOS where it begins with BOS."""
     if len(prompt) <= keep:
         return prompt
