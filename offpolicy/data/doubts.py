@@ -58,7 +58,7 @@ def next_obs_doubts(raw: Raw) -> list[str]:
     rows = rows[(episode >= 0) & (rows <= end[episode])]  # rows of dropped episodes do not count
     found = []
     same = (next_obs[rows] == obs[rows]).reshape(len(rows), -1).all(1)
-    if len(rows) and same.mean() > 0.5:
+    if len(rows) > 10 and same.mean() > 0.5:
         found.append(
             f"`{key}` equals the row's own observation in {same.mean():.0%} of the rows looked at: it may have been "
             "stored after the observation was overwritten; check how it was recorded"
@@ -96,7 +96,7 @@ def time_limit_doubts(raw: Raw) -> list[str]:
     several = int(at.sum()) >= (2 if limit else max(3, len(raw.length) // 10))
     if not several or int(raw.length[at][0]) < 2 or not terminated[at].all():
         return []
-    what = f"the step limit of {limit}" if limit else f"{int(raw.length.max())} steps, the longest length"
+    what = f"the step limit of {limit}" if limit else f"{int(raw.length.max())} steps, the longest length,"
     return [
         f"all {int(at.sum())} episodes that reach {what} end there as terminated: the terminals may hold time limits, "
         "which must not stop bootstrapping; if so, pass them as `episode_end` (or `timeouts`) instead"

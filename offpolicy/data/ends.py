@@ -74,6 +74,11 @@ class Marks:
     warnings: list[str] = field(default_factory=list)
 
 
+def has_name(name: str) -> bool:
+    """Whether a column of this name marks ends for sure, whatever is in it."""
+    return _fold(name) not in COMMON_WORDS and any(_fold(name) in names for names in NAMES.values())
+
+
 def find(columns: Mapping[str, Any], rows: int | None) -> dict[str, list[str]]:
     """What columns say about ends, by their names: kind → names.
 

@@ -231,6 +231,14 @@ def test_dict_observations() -> None:
         from_arrays(walks(action=nested))
 
 
+def test_other_columns_need_not_be_numbers() -> None:
+    others = {"infos": {"a": 1, "b": {}}, "names": objects(np.array(["x"] * N)), "log": [{"k": 1}] * N, "fn": len}
+    for data in (walks(**others), [walks(**others)]):
+        replay = from_arrays(data)
+        assert not others.keys() & replay.steps.keys() and replay.num_steps == N
+    assert any("`infos`" in n and "left out" in n for n in from_arrays(walks(**others)).meta["notes"])
+
+
 def test_a_misspelt_option_is_no_column() -> None:
     with pytest.raises(UsageError, match=r"`env_ids` is 'Pendulum-v1'.* Did you mean 'env_id'\?"):
         from_arrays(walks(), env_ids="Pendulum-v1")

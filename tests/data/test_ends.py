@@ -56,6 +56,7 @@ MARKS: dict[str, np.ndarray] = {
     **dict.fromkeys(("is_first", "episode_starts", "first", "new_episode"), np.roll(END, 1)),
     "dones": END,
     "trajectory_id": np.array([f"walk {k}" for k in NUMBER]),
+    "traj_ids": np.array([f"walk {k}" for k in NUMBER], dtype=object),
     "ends_as_floats": END.astype(np.float64)[:, None],
 }
 
@@ -88,13 +89,13 @@ def test_row_numbers_and_lengths_are_understood(name: str, numbers: list[int], t
     assert open_source(tmp_path / "a.hdf5").length.tolist() == [EPISODE] * 4
 
 
-@pytest.mark.parametrize("name", ["is_last", "episode_id", "episode_starts", "timeout"])
+@pytest.mark.parametrize("name", ["is_last", "episode_id", "episode_starts", "timeout", "trajectory_id"])
 def test_files_are_read_alike(name: str, tmp_path: Path) -> None:
     data = walks(**{name: MARKS[name]})
     np.savez(tmp_path / "a.npz", **data)
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         for key, column in data.items():
-            file[key] = column
+            file[key] = column.astype("S") if column.dtype.kind == "U" else column
     for path in ("a.npz", "a.hdf5"):
         replay = open_source(tmp_path / path)
         assert replay.length.tolist() == [EPISODE] * 4 and f"`{name}`" in words(replay)

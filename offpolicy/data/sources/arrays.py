@@ -215,7 +215,6 @@ def assemble(
     raw = Raw({}, np.zeros(0), np.zeros(0), where, meta=meta, keys=keys, facts=facts, owned=owned, notes=list(notes))
     marks = ends.take(where, columns, rows)
     keys["terminated"] = marks.names.get("terminated", "terminated")
-    raw.steps["terminated"] = marks.terminated
     measured = {keys[n]: columns[keys[n]] for n in ("obs", "action", "reward") if n in keys}
     raw.warnings += precision_doubts(measured, rows)
     meta.setdefault("source_dtypes", {})
@@ -230,6 +229,7 @@ def assemble(
         if raw.steps[name].dtype != column.dtype:
             meta["source_dtypes"][name] = str(column.dtype)
     raw.steps["reward"] = raw.steps["reward"].reshape(rows)
+    raw.steps["terminated"] = marks.terminated
     _shape_actions(raw, columns, shapes[keys["action"]], np.dtype(meta["source_dtypes"].get("action", "float32")))
     for key, column in columns.items():
         if column.ndim and len(column) == rows and column.dtype.kind in "fiub":

@@ -29,13 +29,32 @@ def plain_columns(data: Any, obs_keys: Iterable[str] | None = None) -> dict[str,
     keys = None if obs_keys is None else list(obs_keys)
     columns = as_mapping(data)
     if columns is not None:
-        return {str(name): as_array(str(name), value, keys) for name, value in columns.items() if value is not None}
+        return _arrays(columns, keys)
     if isinstance(data, (list, tuple, Iterator)):
         return _joined(list(data), keys)
     raise DataError(
         f"the data are of type {type(data).__name__}; expected a dict of columns ({EXAMPLE}) or a list of such dicts, "
         "one for each episode."
     )
+
+
+def _arrays(columns: Mapping[Any, Any], obs_keys: list[str] | None) -> dict[str, np.ndarray]:
+    """Every column as an array; others than those that are trained on or mark ends need not be made of numbers."""
+    from offpolicy.data.ends import has_name
+    from offpolicy.data.sources.arrays import match
+
+    found = {}
+    for key, value in columns.items():
+        name = str(key)
+        if value is None:
+            continue
+        try:
+            found[name] = as_array(name, value, obs_keys)
+        except DataError:
+            if match([name]) or has_name(name):
+                raise
+            found[name] = np.empty((), dtype=object)  # left out, with a note
+    return found
 
 
 EXAMPLE = "obs, action, reward, terminated and, where episodes were cut, episode_end"
@@ -129,7 +148,7 @@ def _of_objects(name: str, array: np.ndarray) -> np.ndarray:
     rows = [_of_tensor(row) for row in array.reshape(-1)] if array.ndim else []
     try:
         stacked = np.stack([np.asarray(row) for row in rows]) if rows else np.zeros(0)
-        if stacked.dtype.kind in "fiub":
+        if stacked.dtype.kind in "fiubSU":
             return stacked.reshape(*array.shape, *stacked.shape[1:])
     except (TypeError, ValueError):
         pass
@@ -192,8 +211,7 @@ def _joined(episodes: list[Any], obs_keys: list[str] | None) -> dict[str, np.nda
                 f"item {k} of the list is of type {type(episode).__name__}; expected a dict of columns ({EXAMPLE}) for "
                 "each episode. For single steps pass a dict of arrays with a row for each step instead."
             )
-        arrays = {str(n): as_array(str(n), v, obs_keys) for n, v in columns.items() if v is not None}
-        parts.append(_episode(k, arrays))
+        parts.append(_episode(k, _arrays(columns, obs_keys)))
     names = list(parts[0])
     for k, part in enumerate(parts):
         if set(part) != set(names):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from offpolicy.data import ends
 from offpolicy.data.doubts import precision_doubts
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sources.arrays import assemble, check_columns, match
@@ -210,6 +211,8 @@ def _columns(
     path: Path, file: h5py.File, facts: Mapping[str, Any], obs_keys: list[str] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
     """The per-step columns; scalars under ``metadata`` and stored types, for ``meta``; notes on what was left."""
+    import h5py
+
     found = datasets(path, file)
     steps = {k: d for k, d in found.items() if not k.startswith(("infos/", "metadata/"))}
     per_episode = group_per_episode(steps) if "action" not in match(steps) else None
@@ -227,11 +230,14 @@ def _columns(
         {"source_dtypes": {n: str(steps[k].dtype) for n, k in keys.items() if steps[k].dtype.kind == "f"}},
     )
     extra["source_dtypes"] = {n: dtype for n, dtype in extra["source_dtypes"].items() if dtype != "float32"}
+    numbers = ends.find(steps, rows).get("number", [])  # of episodes may be text
     scalars, skipped = {}, [k for k in found if k.startswith("infos/")]
     for key, dataset in steps.items():
         per_row = dataset.shape[:1] == (rows,) and dataset.dtype.kind in "fiub"
         if per_row or (len(dataset.shape) == 1 and dataset.dtype.kind in "iu"):  # rows of ends, or lengths of episodes
             columns[key] = dataset if isinstance(dataset, np.ndarray) else _read(path, key, dataset)
+        elif key in numbers and h5py.check_string_dtype(dataset.dtype) is not None:
+            columns[key] = np.array(dataset.asstr(errors="replace")[()])
         else:
             skipped.append(f"{key} {tuple(dataset.shape)}")
     for key, dataset in found.items():
