@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from offpolicy.data import sampling
 from offpolicy.errors import UsageError, nearest
 from offpolicy.language.generation import draw, positions
+from offpolicy.language.reading import Reader, read_anew, way_of
 from offpolicy.registry import import_callable
 
 
@@ -109,6 +110,9 @@ class LocalEngine:
 class TransformersEngine(LocalEngine):
     """Generation with a cache of keys and values: a prompt is read once for all answers to it.
 
+    A model that keeps something else, or nothing that works, is read in the way that is right for it, see
+    :mod:`offpolicy.language.reading`.
+
     Args:
         batch_size: answers drawn at once, ≥ 1.
     """
@@ -116,6 +120,10 @@ class TransformersEngine(LocalEngine):
     def generate(
         self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
     ) -> list[list[Completion]]:
+        if not way_of(self.model).keeps:
+            anew = TinyEngine(self.batch_size)
+            anew.sync(self.model, how.iteration)
+            return anew.generate(requests, how, stopped)
         found: list[list[Completion]] = [[] for _ in requests]
         for part in self._batches(requests):
             if stopped is not None and stopped():
@@ -131,7 +139,9 @@ class TransformersEngine(LocalEngine):
         part: list[int] = []
         answers = 0
         for i in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt)):
-            if part and answers + requests[i].samples > self.batch_size:
+            length = len(requests[i].prompt)
+            alone = not way_of(self.model).padded and part and len(requests[part[0]].prompt) != length
+            if part and (alone or answers + requests[i].samples > self.batch_size):
                 yield part
                 part, answers = [], 0
             part.append(i)
@@ -140,32 +150,15 @@ class TransformersEngine(LocalEngine):
             yield part
 
     def _answers(self, requests: list[Request], how: Sampling) -> list[list[Completion]]:
-        model, device = self.model, next(self.model.parameters()).device
-        samples = torch.tensor([r.samples for r in requests], device=device)
-        rows = int(samples.sum())
-        if not rows:
+        samples = [r.samples for r in requests]
+        if not sum(samples):
             return [[] for _ in requests]
-        owner = torch.repeat_interleave(torch.arange(len(requests), device=device), samples)
-        ids, mask = padded([r.prompt for r in requests], device)
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        out = model(
-            input_ids=ids,
-            attention_mask=None if bool(mask.all()) else mask,
-            position_ids=position,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = getattr(out, "past_key_values", None)
-        if cache is None or not hasattr(cache, "batch_select_indices"):
-            raise UsageError(
-                f"{type(model).__name__} keeps no cache of keys and values that answers could share; expected one. "
-                "Pass --model.engine tiny."
-            )
-        cache.batch_select_indices(owner)
-        logits, mask, last = out.logits[:, -1][owner], mask[owner], position[owner, -1:]
+        reader = Reader(self.model, way_of(self.model))
+        logits = reader.read([r.prompt for r in requests], samples)
+        rows, device = len(logits), logits.device
         uniform = uniforms(requests, how).to(device)
         stops = torch.tensor(sorted(set(how.stop)), dtype=torch.int64, device=device)
-        alive = torch.arange(rows, device=device)  # answers that are not finished, by their place in the cache
+        alive = torch.arange(rows, device=device)  # answers that are not finished
         table = torch.zeros(rows, how.max_new_tokens, dtype=torch.int64, device=device)
         logps = torch.zeros(rows, how.max_new_tokens, dtype=torch.float32, device=device)
         length = torch.full((rows,), how.max_new_tokens, device=device)
@@ -176,23 +169,13 @@ class TransformersEngine(LocalEngine):
             length[alive[ended]] = t + 1
             if t + 1 == how.max_new_tokens:
                 break
-            going = ~ended & (length[alive] > t + 1)
-            count = int(going.sum())
-            if not count:
+            going = (~ended).nonzero()[:, 0]
+            if not len(going):
                 break
-            last, mask = last + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            if count < len(alive):
-                cache.batch_select_indices(going.nonzero()[:, 0])
-                alive, token, last, mask = alive[going], token[going], last[going], mask[going]
-            out = model(
-                input_ids=token[:, None],
-                attention_mask=None if bool(mask.all()) else mask,
-                position_ids=last,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = out.logits[:, -1]
-        return completions(table, logps, length, stops, samples.tolist())
+            keep = going if len(going) < len(alive) else None
+            alive = alive[going]
+            logits = reader.next(token[going], keep)
+        return completions(table, logps, length, stops, samples)
 
 
 class TinyEngine(LocalEngine):
@@ -212,7 +195,7 @@ class TinyEngine(LocalEngine):
         texts = [tuple(r.prompt.tolist()) for r in requests for _ in range(r.samples)]
         uniform = uniforms(requests, how).to(device)
         stops = torch.tensor(sorted(set(how.stop)), dtype=torch.int64, device=device)
-        alive = list(range(len(texts)))
+        alive, way = list(range(len(texts))), way_of(self.model, keeps=False)
         table = torch.zeros(len(texts), how.max_new_tokens, dtype=torch.int64, device=device)
         logps = torch.zeros(len(texts), how.max_new_tokens, dtype=torch.float32, device=device)
         length = torch.full((len(texts),), how.max_new_tokens, device=device)
@@ -220,7 +203,8 @@ class TinyEngine(LocalEngine):
             if not alive or (stopped is not None and stopped()):
                 break
             distinct = {text: i for i, text in enumerate(dict.fromkeys(texts[i] for i in alive))}
-            logits = torch.cat([self._logits(part, device) for part in _chunks(list(distinct), self.batch_size)])
+            chunks = _chunks([np.asarray(text) for text in distinct], self.batch_size)
+            logits = torch.cat([read_anew(self.model, part, way) for part in chunks])
             rows = torch.tensor(alive, device=device)
             token, logp = choose(
                 logits[torch.tensor([distinct[texts[i]] for i in alive], device=device)],
@@ -236,14 +220,6 @@ class TinyEngine(LocalEngine):
                 going += [] if end else [i]
             alive = going
         return completions(table, logps, length, stops, samples)
-
-    @torch.no_grad()
-    def _logits(self, texts: list[tuple[int, ...]], device: torch.device) -> Tensor:
-        ids, mask = padded([np.asarray(text) for text in texts], device)
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        return self.model(
-            input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=1
-        ).logits[:, -1]
 
 
 ENGINES = ("transformers", "tiny", "replay")
@@ -299,15 +275,6 @@ def uniforms(requests: Sequence[Request], how: Sampling) -> Tensor:
     numbers = [r.number * stride + k for r in requests for k in range(r.samples)]
     rows = torch.tensor(numbers, dtype=torch.int64, device=key.device)
     return sampling.uniforms(key, rows, (how.max_new_tokens,))
-
-
-def padded(texts: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (B, T) each, with padding on the left, so that the last column ends every text."""
-    width = max(map(len, texts))
-    ids, mask = np.zeros((len(texts), width), np.int64), np.zeros((len(texts), width), np.int64)
-    for row, text in enumerate(texts):
-        ids[row, width - len(text) :], mask[row, width - len(text) :] = text, 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
 def completions(

@@ -6,7 +6,7 @@ how they are batched, up to rounding, and the generators of torch are not touche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from offpolicy.data import sampling
 from offpolicy.data.replay import Replay
 from offpolicy.data.sequences import token_ids
 from offpolicy.errors import UsageError, check_range
+from offpolicy.language.reading import Reader, Way, together, way_of
 from offpolicy.language.rewards import Verifier
 
 
@@ -90,65 +91,52 @@ def sample(
     training = model.training
     model.eval()
     try:
-        for first in range(0, len(rows), batch_size):
-            batch = rows[first : first + batch_size]
+        done, way = 0, way_of(model)
+        for batch in _batches(rows, [len(prompts[i]) for i, _ in rows], batch_size, way):
             number = torch.tensor([i * num_samples + k for i, k in batch], device=key.device)
             uniform = sampling.uniforms(key, number, (max_new_tokens,)).to(device)
 
             def choose(logits: Tensor, position: int, uniform: Tensor = uniform) -> Tensor:
                 return draw(logits, uniform[:, position], temperature=temperature, top_k=top_k, top_p=top_p)
 
-            drawn = _continue(model, [prompts[i] for i, _ in batch], stops, max_new_tokens, choose)
+            drawn = _continue(Reader(model, way), [prompts[i] for i, _ in batch], stops, max_new_tokens, choose)
             for (i, k), answer in zip(batch, drawn):
                 answers[i][k] = answer
             if on_batch is not None:
-                on_batch(first + len(batch))
+                done += len(batch)
+                on_batch(done)
     finally:
         model.train(training)
     return answers
 
 
+def _batches(rows: list[Any], lengths: list[int], size: int, way: Way) -> Iterator[list[Any]]:
+    """Rows of ascending lengths in batches that can be read in this way."""
+    for part in together(lengths, way):
+        for first in range(0, len(part), size):
+            yield [rows[i] for i in part[first : first + size]]
+
+
 def _continue(
-    model: nn.Module,
+    reader: Reader,
     prompts: list[np.ndarray],
     stops: Tensor,
     max_new_tokens: int,
     choose: Callable[[Tensor, int], Tensor],
 ) -> list[Answer]:
     """One answer per prompt; ``choose(logits (B, V), position)`` gives the next tokens (B,)."""
-    width, device = max(map(len, prompts)), stops.device
-    ids = torch.zeros(len(prompts), width, dtype=torch.int64, device="cpu")
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # on the left, so that the last column is the last token of each
-        ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
-        mask[row, width - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    length = torch.full((len(prompts),), max_new_tokens, device=device)
-    tokens, cache = [], None
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=stops.device)
+    length = torch.full((len(prompts),), max_new_tokens, device=stops.device)
+    tokens: list[Tensor] = []
+    logits = reader.read(prompts, [1] * len(prompts))
     for t in range(max_new_tokens):
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache, token = getattr(out, "past_key_values", None), choose(out.logits[:, -1], t)
-        tokens.append(token)
-        stopped = torch.isin(token, stops) & ~ended
+        tokens.append(choose(logits, t))
+        stopped = torch.isin(tokens[-1], stops) & ~ended
         length = torch.where(stopped, t + 1, length)
         ended |= stopped
-        if ended.all():
+        if t + 1 == max_new_tokens or ended.all():
             break
-        last = token[:, None], position[:, -1:] + 1
-        if cache is None:  # state-space models have none to share: the whole row again
-            ids, position = (torch.cat(both, 1) for both in zip((ids, position), last))
-        else:
-            ids, position = last
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
+        logits = reader.next(tokens[-1])
     table, lengths = torch.stack(tokens, 1).cpu().numpy(), length.tolist()
     return [Answer(row[:n].copy(), end) for row, n, end in zip(table, lengths, ended.tolist())]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,17 @@ from offpolicy.data.rollouts import Rollouts
 from offpolicy.data.sequences import Pairs, Ragged, Singles, spread
 from offpolicy.errors import UsageError
 from offpolicy.language.logprobs import token_divergence, token_logps
+from offpolicy.language.reading import call, in_eval, taken
 
 # kinds of attention layers (``config.layer_types``) that see the whole past, and no more
 WHOLE_PAST = ("full_attention", "attention")
 # configuration entries of recurrent layers and of windows or chunks of attention
-LIMITED_PAST = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size")
+LIMITED_PAST = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size", "local_attention")
 RECURRENT = ("ssm_state_size", "state_size", "mamba_d_state", "linear_num_key_heads", "conv_L_cache")
 # positions enter these models through the attention mask or as a bias on the distance in the row
 OWN_POSITIONS = ("bloom", "mpt", "opt", "xlnet", "ctrl", "xglm")
+# entries under which models say how their logits are capped
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class Layout(NamedTuple):
@@ -212,10 +215,7 @@ def _hidden(head: Head, layout: Layout) -> Tensor:
         mask.masked_fill_(~layout.attention_mask, blocked)
     elif not layout.shared and shares_prompt(head.config):
         mask = None  # padding on the right is behind every answer; without a mask attention takes its fast path
-    output = head.decoder(
-        input_ids=layout.input_ids, attention_mask=mask, position_ids=layout.position_ids, use_cache=False
-    )
-    return output.last_hidden_state.flatten(0, 1).index_select(0, layout.predict)
+    return head.states(layout.input_ids, mask, layout.position_ids).flatten(0, 1).index_select(0, layout.predict)
 
 
 class States(NamedTuple):
@@ -294,6 +294,18 @@ def score_tokens(
     return TokenScores(logps, facts.get("entropy"), hidden, apart)
 
 
+class Route(NamedTuple):
+    """How the states before the output layer are got: from the ``decoder``, or where they enter that layer in a pass
+    of the whole model; and whether the model is told ``positions``."""
+
+    decoder: bool
+    positions: bool
+
+
+ROUTES = (Route(True, True), Route(False, True), Route(True, False), Route(False, False))
+_routes: WeakKeyDictionary[nn.Module, Route] = WeakKeyDictionary()
+
+
 class Head:
     """The last part of a causal language model: decoder, output weight, and what its logits are multiplied with.
 
@@ -308,28 +320,52 @@ class Head:
                 "its own would not be seen here. Use a LoRA adapter."
             )
         whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        head = whole.get_output_embeddings()
+        self.whole, self.layer = whole, whole.get_output_embeddings()
+        head = self.layer
         if hasattr(head, "modules_to_save"):  # peft trains a copy; with adapters off the original counts
             off = head.disable_adapters or not head.active_adapters
             head = head.original_module if off else head.modules_to_save[head.active_adapters[0]]
         if hasattr(head, "base_layer"):
             raise UsageError(
-                "the output layer (lm_head) carries a LoRA adapter; expected a plain layer, since log-probabilities "
-                "are computed from its weight. Leave it out of `--model.lora_targets`."
+                "the output layer (lm_head) carries an adapter; expected a plain layer, since log-probabilities are "
+                "computed from its weight. Leave it out of `--model.lora_targets`."
             )
         if not isinstance(head, nn.Linear):
             raise UsageError(
                 f"the output layer of {type(whole).__name__} is {type(head).__name__}; expected torch.nn.Linear. Use a "
                 "causal language model with a linear head."
             )
-        self.decoder: nn.Module = whole.get_decoder()
+        self.route = _routes.get(whole, ROUTES[0])
         self.weight, self.bias = head.weight, head.bias
         self.config = config = whole.config.get_text_config()
-        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.softcap = next((c for c in (getattr(config, name, None) for name in SOFTCAPS) if c), None)
         self.scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         self.scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
         if scaling := getattr(config, "logits_scaling", None):  # Granite and others divide
             self.scale *= scaling if config.model_type == "hyperclovax" else 1 / scaling
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.whole.get_decoder()
+
+    def states(self, ids: Tensor, mask: Tensor | None, position: Tensor) -> Tensor:
+        """What enters the output layer at every place, (R, T, D)."""
+        wanted = {"attention_mask": mask, "position_ids": position if self.route.positions else None}
+        if self.route.decoder:
+            decoder = self.decoder
+            return decoder(input_ids=ids, use_cache=False, **taken(decoder, wanted)).last_hidden_state
+        seen: list[Tensor] = []
+
+        def look(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(inputs[0])
+            return inputs[0][:, :1], *inputs[1:]  # logits of one place, which nobody reads
+
+        hook = self.layer.register_forward_pre_hook(look)
+        try:
+            self.whole(input_ids=ids, **taken(self.whole, {**wanted, "use_cache": False}))
+        finally:
+            hook.remove()
+        return seen[0]
 
     def logps(
         self,
@@ -372,68 +408,105 @@ class Head:
 
 
 _checked: WeakSet[nn.Module] = WeakSet()
-_checked_shared: WeakSet[nn.Module] = WeakSet()
+_shared: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # what is wrong with a shared prompt
 
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Compare `Head` with the model's own logits on three tokens, once per model.
+    """Compare scores of a small padded batch with the model's own logits of each text alone, once per model.
+
+    The states before the output layer are taken from the decoder, or where that is not what feeds the output layer,
+    from the layer's input in a pass of the whole model.
 
     Raises:
-        UsageError: they differ: the model does something to its logits that `Head` does not know.
+        UsageError: they differ both ways, or the model looks at tokens that follow.
     """
     if model in _checked:
         return
     head = Head(model)
-    seen: list[Tensor] = []
-    hook = head.decoder.register_forward_hook(lambda _module, _args, output: seen.append(output.last_hidden_state))
-    try:
-        ids = torch.arange(1, 4, device=head.weight.device)[None] % len(head.weight)
-        logits = model(input_ids=ids, use_cache=False).logits[0]
-    finally:
-        hook.remove()
-    expected = logits.float().log_softmax(-1)[:, :3].diagonal()
-    found = head.logps(seen[0][0], torch.arange(3, device=ids.device)).float()
-    tolerance = _tolerance(logits)
-    if not torch.allclose(found, expected, atol=tolerance, rtol=tolerance):
+    size, device = len(head.weight), head.weight.device
+    text = torch.arange(3, 12, device="cpu") % size
+    texts, length = [text, text[:5]], torch.tensor([9, 5], device="cpu")
+    prompt = Ragged(torch.cat([t[:2] for t in texts]), torch.full_like(length, 2))
+    rows = Singles(prompt, Ragged(torch.cat([t[2:] for t in texts]), length - 2), {}, torch.zeros_like(length))
+    layout = single_layout(rows, 0).to(device)
+    with in_eval(model):
+        logps = [call(model, t[None].to(device), use_cache=False)[0][0].float().log_softmax(-1) for t in texts]
+        tolerance = _tolerance(head.weight)
+        if not torch.allclose(logps[0][:5].exp(), logps[1].exp(), atol=tolerance, rtol=0):
+            raise UsageError(
+                f"{type(head.whole).__name__} gives a token other probabilities once other tokens follow it; expected "
+                "a model that looks back only. Use a decoder, or set is_decoder in its config.json."
+            )
+        expected = torch.cat([p[1:-1].gather(1, t[2:, None].to(device))[:, 0] for p, t in zip(logps, texts)])
+        found: list[Any] = []
+        for route in ROUTES:
+            _routes[head.whole] = route
+            try:
+                head = Head(model)
+                found.append(head.logps(_hidden(head, layout), layout.target).float())
+            except Exception as error:  # a decoder of another kind: any error of the model
+                found.append(error)
+                continue
+            if torch.allclose(found[-1], expected, atol=tolerance, rtol=tolerance):
+                _checked.add(model)
+                return
+    del _routes[head.whole]
+    numbers = [one for one in found if isinstance(one, Tensor)]
+    if not numbers:
         raise UsageError(
-            f"{type(model).__name__} changes its logits in a way that is not known here: log-probabilities from its "
-            f"output layer are {found.tolist()}, its own are {expected.tolist()}. Use another model, or report it."
+            f"{type(head.whole).__name__} gives no states from which log-probabilities can be computed "
+            f"({' '.join(str(found[0]).split())[:200]}). Use another model, or report it."
         )
-    _checked.add(model)
+    raise UsageError(
+        f"{type(head.whole).__name__} changes its logits in a way that is not known here: log-probabilities from its "
+        f"output layer are {numbers[0][:3].tolist()}, its own are {expected[:3].tolist()}. Use another model, or "
+        "report it."
+    )
 
 
-@torch.no_grad()
 def check_shared(model: nn.Module) -> None:
     """Compare the scores of one small pair with and without a shared prompt, once per model.
 
     Raises:
         UsageError: they differ, though `shares_prompt` may hold: attention or positions are of a kind not known here.
     """
-    if model in _checked_shared:
-        return
+    if fault := shared_fault(model):
+        raise UsageError(
+            f"{type(model).__name__} gives other log-probabilities when two answers share a prompt: {fault}. Pass "
+            "`--model.shared_prompt=false`."
+        )
+
+
+@torch.no_grad()
+def shared_fault(model: nn.Module) -> str:
+    """What is wrong with the scores of a small pair that shares its prompt; "" where they are right."""
+    if model in _shared:
+        return _shared[model]
+    check_head(model)
     weight = Head(model).weight
-    device = weight.device
     ids, length = torch.arange(10, device="cpu") % len(weight), torch.tensor([3], device="cpu")
     text = [Ragged(ids[first : first + 3], length) for first in (1, 4, 7)]
     pair = Pairs(text[0], text[1], text[0], text[2], {}, torch.zeros_like(length))
-    training = [module for module in model.modules() if module.training]
-    model.eval()  # dropout would make them differ
-    try:
-        plain, shared = (
-            _score(model, pair_layout(pair, 0, shared_prompt=share).to(device), 256, False).sum_logps
-            for share in (False, True)
-        )
-    finally:
-        for module in training:
-            module.training = True
-    tolerance = _tolerance(weight)
-    if not torch.allclose(plain, shared, atol=tolerance, rtol=tolerance):
-        raise UsageError(
-            f"{type(model).__name__} gives other log-probabilities when two answers share a prompt: {shared.tolist()} "
-            f"instead of {plain.tolist()}. Pass `--model.shared_prompt=false`."
-        )
-    _checked_shared.add(model)
+
+    def scores(shared: bool) -> Tensor:
+        layout = pair_layout(pair, 0, shared_prompt=shared).to(weight.device)
+        return _score(model, layout, 256, False).sum_logps
+
+    tolerance, fault = _tolerance(weight), ""
+    with in_eval(model):  # dropout would make them differ
+        plain = scores(False)
+        try:
+            shared = scores(True)
+        except Exception as error:  # attention that takes no mask of this shape: any error of the model
+            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        else:
+            if not torch.allclose(plain, shared, atol=tolerance, rtol=tolerance):
+                fault = f"{shared.tolist()} instead of {plain.tolist()}"
+    if not fault and not _routes.get(Head(model).whole, ROUTES[0]).positions:
+        fault = "it has positions of its own"
+    _shared[model] = fault
+    return fault
 
 
 def _tolerance(x: Tensor) -> float:

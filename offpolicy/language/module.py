@@ -31,7 +31,16 @@ from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.language import policy as policies
 from offpolicy.language.evaluation import eval_sample, evaluate
 from offpolicy.language.generation import positions
-from offpolicy.language.layout import Answers, Layout, check_head, pair_layout, score, shares_prompt, single_layout
+from offpolicy.language.layout import (
+    Answers,
+    Layout,
+    check_head,
+    pair_layout,
+    score,
+    shared_fault,
+    shares_prompt,
+    single_layout,
+)
 from offpolicy.language.meters import RowMeter
 from offpolicy.language.plan import Plan, previous_of_other_prompt
 from offpolicy.language.reference import Reference, Table, evaluating
@@ -266,7 +275,10 @@ class LanguageModule(Module):
     @property
     def shared_prompt(self) -> bool:
         """Whether prompts that two answers share are computed once."""
-        wanted, exact = self.hparams.shared_prompt, shares_prompt(policies.base_of(self.model).config)
+        wanted = self.hparams.shared_prompt
+        exact = wanted is not False and shares_prompt(policies.base_of(self.model).config)
+        if exact and not wanted:
+            exact = not shared_fault(self.model)
         if wanted and not exact:
             raise UsageError(
                 "`shared_prompt` is true, but with this model or attention it would change the numbers; expected null, "
