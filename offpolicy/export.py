@@ -58,6 +58,7 @@ def export(
         UsageError: the folder holds something, or the method is no language model.
     """
     from offpolicy.api import load
+    from offpolicy.language.adapters import adapter_settings, merged
     from offpolicy.language.module import LanguageModule
     from offpolicy.language.policy import base_of, save_tokenizer, silent
 
@@ -74,8 +75,8 @@ def export(
     model = method.model
     if model is None:
         raise UsageError("the method has no model yet; expected a trained one. Fit it or load a checkpoint.")
-    if merge and hasattr(model, "merge_and_unload"):
-        model = (model if owned else copy.deepcopy(model)).merge_and_unload()
+    if merge and adapter_settings(model) is not None:
+        model = merged(model if owned else copy.deepcopy(model))
 
     temporary, former = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old.tmp"))
     config = base_of(model).config

@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -29,6 +29,7 @@ from offpolicy.data.module import DataModule
 from offpolicy.data.sequences import BoundTexts, PairView, row_weights
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.language import policy as policies
+from offpolicy.language.adapters import adapter_names, adapter_settings, drops_out, same_settings
 from offpolicy.language.evaluation import eval_sample, evaluate
 from offpolicy.language.generation import positions
 from offpolicy.language.layout import (
@@ -254,10 +255,10 @@ class LanguageModule(Module):
         self._take_model(model)
         return self
 
-    def _adapted(self, model: Any, settings: Mapping[str, Any]) -> Any:
+    def _adapted(self, model: Any, settings: Mapping[str, Any], add: Callable[..., Any] = policies.add_adapter) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed or 0)
-            return policies.add_adapter(model, settings)
+            return add(model, settings)
 
     def _take_model(self, model: Any) -> None:
         self.model = model
@@ -293,8 +294,8 @@ class LanguageModule(Module):
         return {
             "policy_config": policies.describe_model(self.model),
             "policy_folder": os.path.abspath(self.hparams.policy) if os.path.isdir(self.hparams.policy) else None,
-            "dtype": str(next(base.get_decoder().parameters()).dtype).removeprefix("torch."),
-            "adapter": policies.adapter_settings(self.model),
+            "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
+            "adapter": adapter_settings(self.model),
             "start_digest": self._start_digest,
         }
 
@@ -310,11 +311,11 @@ class LanguageModule(Module):
             folder = state.get("policy_folder")  # where the run was started from another one than now
             name = folder if folder and os.path.isdir(folder) else h.policy
             model = policies.open_model(name, dtype=state["dtype"], attn_implementation=h.attn_implementation)
-            model = self._adapted(model, state["adapter"])
+            model = self._adapted(model, state["adapter"], policies.same_adapter)
         self._take_model(model)
 
     def _check_same_start(self, state: Mapping[str, Any]) -> None:
-        if policies.adapter_settings(self.model) != state["adapter"]:
+        if not same_settings(adapter_settings(self.model), state["adapter"]):
             raise UsageError("the checkpoint has other adapters than the method now. Pass the settings of its run.")
         if self._start_digest and state["start_digest"] and self._start_digest != state["start_digest"]:
             raise UsageError(
@@ -325,8 +326,8 @@ class LanguageModule(Module):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         if not self.strict_loading:
-            trained = self._trained_names()
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+            kept = self._trained_names() | {f"model.{name}" for name in adapter_names(self.model)}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
 
     def _trained_names(self) -> set[str]:
         return {name for name, p in self.named_parameters() if p.requires_grad}
@@ -391,7 +392,7 @@ class LanguageModule(Module):
         return "" if self.eval_table is None else f"{len(self.eval_table.needed):,} held-out rows"
 
     def notes(self) -> list[str]:
-        dtype = next(policies.base_of(self.model).get_decoder().parameters()).dtype
+        dtype = next(policies.base_of(self.model).parameters()).dtype
         if dtype != torch.bfloat16 or not self.strict_loading:
             return []
         return [
@@ -443,7 +444,9 @@ class LanguageModule(Module):
         self._check_texts(data.replay)
         check_head(self.model)  # here, as it runs the model once
         trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
-        self._start_digest = policies.weights_digest(self.model, adapters=bool(h.adapter))  # new ones begin as nothing
+        self._start_digest = policies.weights_digest(
+            self.model, with_adapters=bool(h.adapter)
+        )  # new ones begin as nothing
         share, longest = math.ceil(h.batch_size / self.world_size), self._longest()
         self.rows_per_forward = min(share, h.micro_batch_size or max(1, FORWARD_TOKENS // longest))
         self._micro_batches = math.ceil(h.batch_size / (self.rows_per_forward * self.world_size))
@@ -710,8 +713,7 @@ class LanguageModule(Module):
     @property
     def has_dropout(self) -> bool:
         """Whether the policy's adapters drop numbers out in training."""
-        settings = policies.adapter_settings(self.model)
-        return settings is not None and settings["lora_dropout"] > 0
+        return drops_out(adapter_settings(self.model))
 
     def _seed_dropout(self, rank: int) -> None:
         """Let dropout be a function of the seed and the micro-batch."""

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from offpolicy.errors import UsageError
+from offpolicy.language import adapters
+from offpolicy.language.adapters import adapter_base
 from offpolicy.trust import allows, words
 
 
@@ -93,87 +95,34 @@ def describe_model(model: Any) -> str:
     return base_of(model).config.to_json_string(use_diff=False)
 
 
-def adapter_base(folder: str) -> str | None:
-    """The model that the adapter in a folder belongs to; None where there is no adapter alone."""
-    file = Path(folder, "adapter_config.json")
-    if not file.is_file() or Path(folder, "config.json").is_file():
-        return None
-    try:
-        return str(dict(json.loads(file.read_text("utf-8"))).get("base_model_name_or_path"))
-    except (ValueError, TypeError, RecursionError, OSError) as error:
-        raise UsageError(f"{file} is damaged ({_first(error)}) Make or download it again.") from None
-
-
 def add_adapter(model: Any, settings: Mapping[str, Any]) -> Any:
-    """LoRA adapters on a model (arXiv:2106.09685): all other weights are frozen. They start as no change.
+    """New LoRA adapters on a model, see :func:`offpolicy.language.adapters.new_adapter`."""
+    with silent():
+        return adapters.new_adapter(model, settings)
 
-    Args:
-        settings: of ``peft.LoraConfig``.
 
-    Raises:
-        UsageError: peft is not installed, or a target is not in the model.
-    """
-    peft, targets = import_peft(), settings["target_modules"]
-    try:
-        for target in [] if isinstance(targets, str) else targets:
-            if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
-                raise ValueError(f"No layer is called {target}.")
-        with silent():
-            return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-    except ValueError as error:
-        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise UsageError(f"`lora_targets` cannot be used: {_first(error)} The layers are {', '.join(names)}.") from None
+def same_adapter(model: Any, settings: Mapping[str, Any]) -> Any:
+    """The adapters of a checkpoint, see :func:`offpolicy.language.adapters.same_adapter`."""
+    with silent():
+        return adapters.same_adapter(model, settings)
 
 
 def open_adapter(model: Any, folder: str) -> Any:
     """A trained adapter on its base model, to be trained further.
 
     Raises:
-        UsageError: peft is not installed, or the folder holds no adapter of this model.
+        UsageError: peft is not installed, or the folder holds no adapter of this model, or one that cannot be kept.
     """
-    peft = import_peft()
+    adapters.import_peft()
     try:
         if Path(folder).is_dir() and not Path(folder, "adapter_config.json").is_file():
             raise ValueError("it has no adapter_config.json")  # before peft looks for it on the hub
         with silent(), found(folder):
-            config = peft.PeftConfig.from_pretrained(folder)
-            if getattr(config, "megatron_config", None) or getattr(config, "megatron_core", "megatron.core") not in (
-                None,
-                "megatron.core",
-            ):
-                raise ValueError("its configuration names a module to import (megatron_core)")
-            if (getattr(config, "tokenizer_kwargs", None) or {}).get("trust_remote_code"):
-                raise ValueError("its configuration asks to run code (trust_remote_code)")
-            return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+            return adapters.trained_adapter(model, folder)
     except UsageError:
         raise
     except Exception as error:  # a damaged folder raises almost anything
         raise UsageError(_not_opened("adapter", folder, error)) from None
-
-
-def adapter_settings(model: Any) -> dict[str, Any] | None:
-    """What rebuilds the adapters of a model, plain; None without adapters."""
-    configs = getattr(model, "peft_config", None)
-    if configs is None:
-        return None
-    config = configs["default"]
-    plain = {
-        name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
-    }
-    targets = config.target_modules
-    plain["target_modules"] = targets if isinstance(targets, str) else sorted(targets or ())
-    plain["modules_to_save"] = sorted(config.modules_to_save) if config.modules_to_save else None
-    return plain
-
-
-def import_peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise UsageError(
-            "LoRA needs the package peft, which is not installed. Run: pip install 'offpolicy[lora]'."
-        ) from None
-    return peft
 
 
 def base_of(model: Any) -> Any:
@@ -189,16 +138,16 @@ def without_dropout(config: Any) -> Any:
     return config
 
 
-def weights_digest(model: nn.Module, *, adapters: bool = True) -> str:
+def weights_digest(model: nn.Module, *, with_adapters: bool = True) -> str:
     """A hash of names, types and bytes of all weights and buffers; equal for equal models on any machine.
 
     Args:
-        adapters: count them; without, the hash is that of the model below them.
+        with_adapters: count them; without, the hash is that of the model below them.
     """
     digest = hashlib.blake2b(digest_size=16)
     state = {n.removeprefix("base_model.model.").replace(".base_layer.", "."): v for n, v in model.state_dict().items()}
     for name, value in sorted(state.items()):
-        if "lora_" in name and not adapters:
+        if "lora_" in name and not with_adapters:
             continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -283,9 +232,5 @@ def silent() -> Iterator[None]:
 
 def _not_opened(option: str, name: str, error: Exception) -> str:
     expected = "an adapter of this model" if option == "adapter" else "a causal language model"
-    place = _first(error).rstrip(".")
+    place = adapters.first(error).rstrip(".")
     return f"`{option}` is '{name}', which does not open as {expected}: {place}. Pass a folder or a hub id org/name."
-
-
-def _first(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") + "."
