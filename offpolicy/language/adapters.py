@@ -194,7 +194,7 @@ def merged(model: Any) -> Any:
     Raises:
         UsageError: adapters of this kind cannot be merged, or the merged model is another one.
     """
-    ids = (torch.arange(3, 11) % model.get_input_embeddings().weight.shape[0])[None].to(model.device)
+    ids = (torch.arange(3, 11, device="cpu") % model.get_input_embeddings().weight.shape[0])[None].to(model.device)
     kind, training = adapter_settings(model)["peft_type"], model.training  # type: ignore[index]
     model.eval()
     expected = model(input_ids=ids, use_cache=False).logits.float().softmax(-1)

@@ -66,7 +66,9 @@ def _tried(model: nn.Module, ways: Sequence[Way]) -> Way:
     rng, size = np.random.default_rng(0), _base(model).get_input_embeddings().num_embeddings
     texts = [rng.integers(min(3, size - 1), size, first + STEPS) for first in TRIAL]
     right, itself = _alone(model, texts)
-    whole = next(model.parameters()).dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    whole = next(model.parameters()).dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
+        right.device.type
+    )
     if sorted(itself)[len(itself) // 2] > (EXACT if whole else ROUNDED):
         raise UsageError(
             f"{type(_base(model)).__name__} gives a token other probabilities once other tokens follow it; expected a "
