@@ -46,7 +46,7 @@ def open_model(
         )
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
-        with silent(), found(name):
+        with silent(), found(name, option):
             config = without_dropout(AutoConfig.from_pretrained(name, trust_remote_code=False))
             plain_attention(config, attn_implementation)
             return AutoModelForCausalLM.from_pretrained(
@@ -117,7 +117,7 @@ def open_adapter(model: Any, folder: str) -> Any:
     try:
         if Path(folder).is_dir() and not Path(folder, "adapter_config.json").is_file():
             raise ValueError("it has no adapter_config.json")  # before peft looks for it on the hub
-        with silent(), found(folder):
+        with silent(), found(folder, "adapter"):
             return adapters.trained_adapter(model, folder)
     except UsageError:
         raise
@@ -183,8 +183,11 @@ def open_tokenizer(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def found(name: str) -> Iterator[None]:
+def found(name: str, option: str = "policy") -> Iterator[None]:
     """Look for a name of the hub in the local cache only when nothing answers, which is known within seconds.
+
+    Args:
+        option: what the name was given as, for messages.
 
     Raises:
         UsageError: no folder, not in the cache, and no answer.
@@ -202,10 +205,12 @@ def found(name: str) -> Iterator[None]:
     try:
         cached = any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
     except HFValidationError:
-        raise UsageError(f"'{name}' is no folder, and no id of the hub either (org/name). Check the path.") from None
+        raise UsageError(
+            f"`{option}` is '{name}', which is no folder, and no id of the hub either (org/name). Check the path."
+        ) from None
     if not (reachable or cached):
         raise UsageError(
-            f"'{name}' is no folder here, so it was taken for a model of the Hugging Face hub, which does not answer; "
+            f"`{option}` is '{name}', which is no folder here, so it was taken for a model of the Hugging Face hub, which does not answer; "
             f"it is not in {constants.HF_HUB_CACHE} either. Check the path, or the network."
         )
     with hub_mode(offline=not reachable):
