@@ -210,8 +210,8 @@ def found(name: str, option: str = "policy") -> Iterator[None]:
         ) from None
     if not (reachable or cached):
         raise UsageError(
-            f"`{option}` is '{name}', which is no folder here, so it was taken for a model of the Hugging Face hub, which does not answer; "
-            f"it is not in {constants.HF_HUB_CACHE} either. Check the path, or the network."
+            f"`{option}` is '{name}', and '{name}' is no folder here, so it was taken for a model of the Hugging Face "
+            f"hub, which does not answer; it is not in {constants.HF_HUB_CACHE} either. Check the path, or the network."
         )
     with hub_mode(offline=not reachable):
         yield
