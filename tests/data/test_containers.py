@@ -182,6 +182,16 @@ def test_data_frames_and_structured_arrays() -> None:
         assert from_arrays(given).fingerprint() == from_arrays(data).fingerprint()
 
 
+def test_tables_of_arrow() -> None:
+    import pyarrow as pa
+
+    data = walks()
+    table = pa.table({name: column.tolist() for name, column in data.items()})
+    replay = from_arrays(table)
+    for name, column in data.items():
+        np.testing.assert_array_equal(replay.steps[name], column)
+
+
 def test_missing_values_are_content_faults() -> None:
     obs = np.ma.MaskedArray(walks()["obs"], mask=np.arange(36).reshape(12, 3) == 7)
     with pytest.raises(DataError, match=r"`obs` has NaN or infinite values in 1 rows \(first: row 2"):

@@ -153,6 +153,11 @@ def test_columns_of_another_meaning_are_left_alone() -> None:
     assert not replay.meta["warnings"]
 
 
+def test_a_column_of_another_meaning_is_no_substitute_for_marks() -> None:
+    with pytest.raises(DataError, match="has no `terminals`"):
+        from_arrays(walks(terminated=None, last=np.random.default_rng(0).random(N)))
+
+
 def test_numbers_that_start_again_are_fine_where_other_marks_agree() -> None:
     assert from_arrays(walks(episode_id=NUMBER % 2, episode_end=END)).num_episodes == 4
 

@@ -117,6 +117,13 @@ def test_dict_observations_in_a_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(replay.steps["obs"], obs[:, [2, 0, 1]])
 
 
+def test_parts_beside_whole_observations_are_columns(tmp_path: Path) -> None:
+    data = walks()
+    path = write(tmp_path / "a.hdf5", **data, **{"obs/goal": data["observations"][:, :1]})
+    replay = open_source(path)
+    assert replay.steps["obs"].shape == (N, 3) and replay.steps["obs/goal"].shape == (N, 1)
+
+
 def test_messages_about_many_columns_stay_short(tmp_path: Path) -> None:
     path = write(tmp_path / "a.hdf5", **{f"{'a' * 100}{i}": np.zeros(3) for i in range(400)})
     with pytest.raises(DataError) as error:

@@ -214,6 +214,8 @@ def assemble(
     check_widths(where, columns[keys["obs"]], columns[keys["action"]])
     raw = Raw({}, np.zeros(0), np.zeros(0), where, meta=meta, keys=keys, facts=facts, owned=owned, notes=list(notes))
     marks = ends.take(where, columns, rows)
+    if not marks.names:  # what had the name of a mark was something else
+        check_structure(where, shapes, keys, facts, ("terminated",))
     keys["terminated"] = marks.names.get("terminated", "terminated")
     measured = {keys[n]: columns[keys[n]] for n in ("obs", "action", "reward") if n in keys}
     raw.warnings += precision_doubts(measured, rows)

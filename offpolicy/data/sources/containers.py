@@ -70,8 +70,10 @@ def as_mapping(data: Any) -> Mapping[str, Any] | None:
         return data._asdict()
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         return {f.name: getattr(data, f.name) for f in dataclasses.fields(data)}
-    if hasattr(data, "columns") and hasattr(data, "iloc"):  # a data frame
+    if hasattr(data, "columns") and (hasattr(data, "iloc") or hasattr(data, "get_column")):  # a data frame
         return {str(name): data[name] for name in data.columns}
+    if hasattr(data, "column_names") and hasattr(data, "__getitem__"):  # a table
+        return {str(name): data[name] for name in data.column_names}
     return None
 
 

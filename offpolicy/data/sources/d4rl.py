@@ -21,8 +21,8 @@ import numpy as np
 from offpolicy.data import ends
 from offpolicy.data.doubts import precision_doubts
 from offpolicy.data.replay import Replay, _numpy
-from offpolicy.data.sources.arrays import assemble, check_columns, match
-from offpolicy.data.sources.containers import OBSERVATIONS, side_by_side
+from offpolicy.data.sources.arrays import ALIASES, assemble, check_columns, match
+from offpolicy.data.sources.containers import side_by_side
 from offpolicy.data.sources.fetch import Lock, corrupt, facts, locate, open_hdf5
 from offpolicy.data.sources.hdf5 import datasets, group_per_episode, per_episode_recipe
 from offpolicy.errors import DataError, UsageError, listed
@@ -218,9 +218,10 @@ def _columns(
     per_episode = group_per_episode(steps) if "action" not in match(steps) else None
     if per_episode is not None:
         raise DataError(per_episode_recipe(path, per_episode))
-    for name in OBSERVATIONS:  # a group of parts is a dict of observations
+    known = match(steps)
+    for name in [n for ours in ("obs", "next_obs") if ours not in known for n in ALIASES[ours]]:
         parts = {k.removeprefix(f"{name}/"): steps.pop(k) for k in list(steps) if k.startswith(f"{name}/")}
-        if parts and name not in steps:
+        if parts:  # a group of parts is a dict of observations
             chosen = {k: _read(path, f"{name}/{k}", d) if k in (obs_keys or ()) else d for k, d in parts.items()}
             steps[name] = side_by_side(name, chosen, obs_keys)
     rows, keys = check_columns(str(path), steps, facts)
