@@ -28,7 +28,7 @@ from offpolicy.data.names import Target, resolve
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sampling import permutation
 from offpolicy.data.sources.formats import Faults, Source, scan, template_options
-from offpolicy.data.sources.messages import Fault, WrongType, read_prompt
+from offpolicy.data.sources.messages import Fault, WrongType, check_characters, read_prompt
 from offpolicy.data.tokenised import TokenisedData
 from offpolicy.errors import DataError, UsageError, check_range, nearest
 from offpolicy.language.numbers import MARK
@@ -370,6 +370,9 @@ def _read(source: Source, named: dict[str, str]) -> Iterator[_Problem]:
         try:
             _read_prompt(problem, value, named, row)
             _read_answer(problem, value, named, in_solutions)
+            check_characters(problem.solution, named.get("solution", named.get("answer", "solution")))
+            for answer in problem.answers:
+                check_characters(answer, named.get("answer", named.get("solution", "answer")))
         except Fault as fault:
             problem.fault = fault
         except WrongType as error:

@@ -174,3 +174,38 @@ def test_a_replay_of_problems_is_stored_and_opened(tokenizer: str, tmp_path: Pat
     again = Replay.load(tmp_path / "saved")
     assert again.fingerprint() == data.replay.fingerprint()
     assert again.tables["problems/answer"].tolist() == ["é"] and again.tables["problems/odd"].tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("change", "column"),
+    [
+        ({"prompt": "a\ud83d"}, "prompt"),
+        ({"prompt": [{"role": "user", "content": "a\ud83d"}]}, "prompt"),
+        ({"answer": "\ud83d"}, "answer"),
+        ({"answer": ["1", "\ud83d"]}, "answer"),
+        ({"solution": "a\ud83d"}, "solution"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_a_fault(
+    change: dict[str, Any], column: str, tokenizer: str, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"a {i}", "answer": "1", "solution": "b"} for i in range(12)]
+    rows.append({**rows[0], **change})
+    if not isinstance(rows[-1]["prompt"], str):
+        rows = rows[-1:]
+    with pytest.raises(DataError, match=f"`{column}` has half of a surrogate pair.*row {len(rows) - 1}: ") as error:
+        opened(tmp_path, rows, with_template(tokenizer, tmp_path))
+    str(error.value).encode()
+    if len(rows) > 1:
+        kept = opened(tmp_path, rows, tokenizer, on_bad="drop").replay
+        assert kept is not None and len(kept.tables["problems"]) == 12
+
+
+def with_template(tokenizer: str, folder: Path) -> str:
+    """The tokenizer with a chat template."""
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(tokenizer)
+    made.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    made.save_pretrained(folder / "chat")
+    return str(folder / "chat")

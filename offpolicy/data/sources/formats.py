@@ -20,6 +20,7 @@ from offpolicy.data.sources.messages import (
     Fault,
     WrongType,
     blank,
+    check_characters,
     differing_keys,
     kind_of,
     read_prompt,
@@ -31,7 +32,7 @@ from offpolicy.data.sources.messages import (
     unpack_lists,
 )
 from offpolicy.errors import DataError, UsageError, nearest
-from offpolicy.language.tokens import Message, Text, lone_surrogate
+from offpolicy.language.tokens import Message, Text
 
 NAMES = (
     *("prompt", "chosen", "rejected", "completion", "label", "messages", "completions", "scores"),
@@ -465,9 +466,7 @@ def _check_characters(record: Record, form: Format) -> None:
     texts = [(prompts.get(form.prompt, "prompt"), record.prompt), *zip(names, record.answers)]
     texts += [("prompt_rejected", record.rejected_prompt)] if record.rejected_prompt is not None else []
     for name, text in texts:
-        for part in [text] if isinstance(text, str) else [turn["content"] for turn in text]:
-            if found := lone_surrogate(part):
-                raise Fault(name, "surrogate", found)
+        check_characters(text, name)
 
 
 def _pair(row: int, values: dict[str, Any], form: Format, counts: Counter[str]) -> Iterator[Record]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-from offpolicy.language.tokens import Message, Text
+from offpolicy.language.tokens import Message, Text, lone_surrogate
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 ROLES |= {"observation": "tool", "function_response": "tool"}
@@ -130,6 +130,13 @@ def _of_json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def check_characters(text: Text | None, name: str) -> None:
+    """Raise :class:`Fault` where a text holds half of a surrogate pair, which no tokenizer takes."""
+    for part in [text] if isinstance(text, str) else [turn["content"] for turn in text or []]:
+        if found := lone_surrogate(part):
+            raise Fault(name, "surrogate", found)
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
