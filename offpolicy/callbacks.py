@@ -119,8 +119,9 @@ class Measurement(Callback):
             self.evaluate(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        pl_module.stop_clock()
-        if not pl_module.step_ended or not due(trainer.global_step, pl_module.run.eval_every, trainer.max_steps):
+        measures = pl_module.step_ended and due(trainer.global_step, pl_module.run.eval_every, trainer.max_steps)
+        pl_module.stop_clock(wait=measures)
+        if not measures:
             return
         folder = run_folder(trainer)
         if folder is not None:

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from offpolicy import matmul
 from offpolicy.callbacks import Evaluation, HeldOut, Interruption, RestoreSettings
+from offpolicy.casts import fresh_casts
 from offpolicy.checkpoint import plain_hparams, to_plain
 from offpolicy.data import sampling
 from offpolicy.data.mixing import SHARE
@@ -34,6 +35,7 @@ from offpolicy.data.normalize import Normalizer, parse_reward_transform
 from offpolicy.data.replay import Replay
 from offpolicy.data.spaces import check_suits
 from offpolicy.data.views import BoundView, Noise, TransitionView, WindowView
+from offpolicy.devices import finish_work
 from offpolicy.errors import DataError, UsageError, check_range, listed
 from offpolicy.memory import keep_freed_memory
 from offpolicy.nn.policies import normal_log_prob
@@ -160,8 +162,12 @@ class Module(LightningModule):
         """Numbers on data held out of training, for :class:`HeldOut`; none where nothing is held out."""
         return {}
 
-    def stop_clock(self) -> None:
-        """Training stands still from here on: evaluation and files do not count as its time."""
+    def stop_clock(self, wait: bool = False) -> None:
+        """Training stands still from here on: evaluation and files do not count as its time.
+
+        Args:
+            wait: until an accelerator has done what training gave it, which does count.
+        """
 
     def batch_words(self) -> str:
         """What one update takes, in a few words."""
@@ -271,6 +277,7 @@ class Module(LightningModule):
         if self.run.threads is not None:
             self._undo.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.run.threads)
+        self._undo.enter_context(fresh_casts())  # the user may train inside an autocast of his own
         self.run.matmul = matmul.choose_matmul(self.run.matmul)
         self._undo.enter_context(matmul.matmul_setting(self.run.matmul))
 
@@ -748,13 +755,14 @@ class OfflineModule(Module):
 
     def run_block(self, t: int, k: int) -> None:
         """Updates t + 1 … t + k, without any reading of values back to the host."""
-        for j, batch in enumerate(self.draw(t, k)):
-            self._step = t + j + 1
-            if self._has_dropout:  # dropout has no noise argument: make its generator a function of the update too
-                stream = f"dropout of process {self.global_rank if self.world_size > 1 else 0}"
-                number = torch.tensor([self._step], device="cpu")
-                torch.manual_seed(int(sampling.keys(self.seed or 0, stream, number)[0]))
-            self.meter.add(self.update(batch, self._step))
+        with fresh_casts():
+            for j, batch in enumerate(self.draw(t, k)):
+                self._step = t + j + 1
+                if self._has_dropout:  # dropout has no noise argument: make its generator a function of the update too
+                    stream = f"dropout of process {self.global_rank if self.world_size > 1 else 0}"
+                    number = torch.tensor([self._step], device="cpu")
+                    torch.manual_seed(int(sampling.keys(self.seed or 0, stream, number)[0]))
+                self.meter.add(self.update(batch, self._step))
 
     def training_step(self, tick: Any, _: int) -> None:
         t = self.global_step
@@ -772,6 +780,12 @@ class OfflineModule(Module):
         if (t + k) % self.run.log_every == 0 or t + k == self.trainer.max_steps:
             self._write_row(t + k)
 
+    def stop_clock(self, wait: bool = False) -> None:
+        if wait:
+            began = time.perf_counter()
+            finish_work(self.device)
+            self._update_time += time.perf_counter() - began
+
     def _count(self, k: int) -> None:
         """Let ``global_step`` count k updates. The only place that touches the Trainer's private counters."""
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
@@ -781,6 +795,7 @@ class OfflineModule(Module):
 
     def _write_row(self, updates: int) -> None:
         """One row of metrics: means since the last row, read back once."""
+        self.stop_clock(wait=True)
         means = self.meter.read(self._mean_over_processes)
         row: dict[str, Any] = {k if k.startswith("synthetic/") else f"train/{k}": v for k, v in means.items()}
         speed = self._updates_timed / max(self._update_time, 1e-9)

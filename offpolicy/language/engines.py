@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from offpolicy.casts import kept_casts
 from offpolicy.data import sampling
 from offpolicy.errors import UsageError, nearest
 from offpolicy.language.generation import draw, positions
@@ -106,6 +107,17 @@ class LocalEngine:
     def sync(self, model: nn.Module, version: int) -> None:
         self.model = model
 
+    def generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
+    ) -> list[list[Completion]]:
+        with kept_casts(self.model), torch.no_grad():
+            return self._generate(requests, how, stopped)
+
+    def _generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None
+    ) -> list[list[Completion]]:
+        raise NotImplementedError(f"{type(self).__name__} must define generate.")
+
 
 class TransformersEngine(LocalEngine):
     """Generation with a cache of keys and values: a prompt is read once for all answers to it.
@@ -117,8 +129,8 @@ class TransformersEngine(LocalEngine):
         batch_size: answers drawn at once, ≥ 1.
     """
 
-    def generate(
-        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
+    def _generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None
     ) -> list[list[Completion]]:
         if not way_of(self.model).keeps:
             anew = TinyEngine(self.batch_size)
@@ -128,9 +140,7 @@ class TransformersEngine(LocalEngine):
         for part in self._batches(requests):
             if stopped is not None and stopped():
                 break
-            with torch.no_grad():
-                answers = self._answers([requests[i] for i in part], how)
-            for i, some in zip(part, answers):
+            for i, some in zip(part, self._answers([requests[i] for i in part], how)):
                 found[i] = some
         return found
 
@@ -185,8 +195,8 @@ class TinyEngine(LocalEngine):
         batch_size: beginnings computed at once, ≥ 1.
     """
 
-    def generate(
-        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
+    def _generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None
     ) -> list[list[Completion]]:
         device = next(self.model.parameters()).device
         samples = [r.samples for r in requests]

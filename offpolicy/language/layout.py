@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from offpolicy.data.rollouts import Rollouts
 from offpolicy.data.sequences import Pairs, Ragged, Singles, spread
+from offpolicy.devices import send
 from offpolicy.errors import UsageError
 from offpolicy.language.logprobs import token_divergence, token_logps
 from offpolicy.language.reading import call, in_eval, taken
@@ -61,9 +62,8 @@ class Layout(NamedTuple):
 
     def to(self, device: torch.device | str) -> Layout:
         """The same on a device."""
-        tensors: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if isinstance(v, Tensor)
-        }
+        device = torch.device(device)
+        tensors: dict[str, Any] = {k: send(v, device) for k, v in self._asdict().items() if isinstance(v, Tensor)}
         return self._replace(**tensors)
 
     @property
@@ -588,4 +588,6 @@ def _equal(a: Ragged, b: Ragged) -> Tensor:
 
 def _per_answer(values: Tensor, layout: Layout) -> Tensor:
     """Sum over the tokens of each answer, (A,) float32; float64 stays. In a fixed order, on any device."""
-    return torch.segment_reduce(values.double(), "sum", lengths=layout.length, initial=0.0).to(values.dtype)
+    # lengths are those of the layout: a check of them would make the host wait for a GPU
+    sums = torch.segment_reduce(values.double(), "sum", lengths=layout.length, unsafe=True, initial=0.0)
+    return sums.to(values.dtype)

@@ -27,6 +27,7 @@ from offpolicy.callbacks import Interruption, RestoreSettings
 from offpolicy.data import sampling
 from offpolicy.data.module import DataModule
 from offpolicy.data.sequences import BoundTexts, PairView, row_weights
+from offpolicy.devices import finish_work
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.language import policy as policies
 from offpolicy.language.adapters import adapter_names, adapter_settings, drops_out, same_settings
@@ -681,7 +682,9 @@ class LanguageModule(Module):
         self._began = time.perf_counter()
         return None
 
-    def stop_clock(self) -> None:
+    def stop_clock(self, wait: bool = False) -> None:
+        if wait:
+            finish_work(self.device)
         self._seconds += time.perf_counter() - self._began
         self._began = time.perf_counter()
 
@@ -738,7 +741,7 @@ class LanguageModule(Module):
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         norm: Any = torch.nn.utils.get_total_norm(grads)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self.stop_clock()
+        self.stop_clock(wait=True)
         tokens = self.sum_over_processes(torch.tensor(float(self._tokens), device=self.device)).item()
         seconds = max(self._seconds, 1e-9)
         row = {
