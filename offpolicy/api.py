@@ -428,6 +428,7 @@ def own_folder(checkpoint: Path) -> Path | None:
 
 def keep_earlier_rows(checkpoint: Path, folder: Path) -> None:
     """Copy the tables of the run a checkpoint belongs to into the new folder it continues in."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.csv", "evals.csv"):
         table = checkpoint.parent.parent / name
         if table.exists() and not (folder / name).exists():

@@ -1,0 +1,248 @@
+"""Whole runs of methods on the pretend device, in a process of their own: ``runs.py FOLDER NAME …``.
+
+Prints one JSON object per method: what was tried → "" or what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "language"), str(HERE.parents[1])]
+
+import pretend  # noqa: E402
+
+if __name__ == "__main__":
+    torch = pretend.install()  # before anything imports torch
+
+import inspect  # noqa: E402
+
+import numpy as np  # noqa: E402
+import tiny  # noqa: E402
+import tiny_rl  # noqa: E402
+import toy  # noqa: E402
+
+import offpolicy  # noqa: E402
+from offpolicy import callbacks  # noqa: E402
+from offpolicy.checkpoint import read_checkpoint  # noqa: E402
+from offpolicy.data.problems import ProblemData  # noqa: E402
+from offpolicy.data.text import TextData  # noqa: E402
+from offpolicy.export import export  # noqa: E402
+from offpolicy.goals import GoalModule  # noqa: E402
+from offpolicy.language import policy as policies  # noqa: E402
+from offpolicy.language.generation import sample  # noqa: E402
+from offpolicy.modules import OfflineModule, Sizes  # noqa: E402
+from offpolicy.registry import find_method  # noqa: E402
+
+SMALL: dict[str, Any] = {  # options that a method may have, for methods without a line in `toy.METHODS`
+    "batch_size": 16,
+    "hidden_dims": (8, 8),
+    "actor_hidden_dims": (8, 8),
+    "critic_hidden_dims": (8, 8),
+    "value_hidden_dims": (8, 8),
+}
+BLOCK: Counter[str] = Counter()  # reads of the host inside blocks of updates
+
+
+def watch_blocks() -> None:
+    callbacks.plot_curves = lambda *_: None  # the picture costs more than the runs here
+    run_block = OfflineModule.run_block
+
+    def watched(self: OfflineModule, t: int, k: int) -> None:
+        with pretend.reads() as found:
+            run_block(self, t, k)
+        BLOCK.update(found)
+
+    OfflineModule.run_block = watched  # type: ignore[method-assign]
+
+
+class Place:
+    """A folder for the runs of one method, the policy that language methods tune, and how methods are made."""
+
+    def __init__(self, name: str, root: Path, policy: Path) -> None:
+        self.name, self.root, self.policy = name, root, policy
+        self.kind: Any = find_method(toy.METHODS[name][0] if name in toy.METHODS else name)
+        self.rolls_out = issubclass(self.kind.data_class(), ProblemData)
+
+    def method(self, **options: Any) -> Any:
+        if self.kind.trains_on_texts:
+            return (tiny_rl if self.rolls_out else tiny).method(self.name, self.policy, **options)
+        if self.name not in toy.METHODS:
+            known = inspect.signature(self.kind).parameters
+            toy.METHODS[self.name] = (self.name, {k: v for k, v in SMALL.items() if k in known})
+        return toy.method(self.name, **options)
+
+    def data(self) -> Any:
+        if self.rolls_out:
+            return ProblemData.of(tiny_rl.toy_problems(), tiny_rl.toy_problems(5, seed=1))
+        if self.kind.trains_on_texts:
+            return TextData.of(tiny.toy_pairs(), tiny.toy_pairs(5, seed=1))
+        return toy.toy_replay()
+
+    def fit(self, folder: str, method: Any, max_steps: int, every: int, **options: Any) -> Any:
+        BLOCK.clear()
+        found = offpolicy.fit(
+            method,
+            self.data(),
+            max_steps=max_steps,
+            folder=self.root / self.name / folder,
+            verbose=False,
+            log_every=every,
+            eval_every=every,
+            eval_episodes=1,
+            **options,
+        )
+        assert found.updates == max_steps
+        assert not BLOCK, f"the host reads values inside a block of updates: {dict(BLOCK)}"
+        return found
+
+    def checkpoint(self, folder: str, update: int) -> Path:
+        return self.root / self.name / folder / "checkpoints" / f"step={update:08d}.ckpt"
+
+
+def state(path: Path) -> dict[str, Any]:
+    content = read_checkpoint(path)
+    return {part: content[part] for part in ("state_dict", "optimizer_states")}
+
+
+def on_device(place: Place) -> None:
+    """A fit trains there, with evaluation and checkpoints; an interrupted one goes on bit by bit."""
+    total, every = (4, 2) if place.kind.trains_on_texts else (24, 12)
+    method = place.method()
+    found = place.fit("whole", method, total, every)
+    assert method.trainer.strategy.root_device.type == "cuda"
+    assert set(found.method.metric_row) > {"step"}
+    half = place.checkpoint("whole", every)
+    place.fit("resumed", place.method(), total, every, ckpt_path=half)
+    apart = toy.differences(state(place.checkpoint("whole", total)), state(place.checkpoint("resumed", total)))
+    assert not apart, apart[:3]
+
+
+def mixed(place: Place) -> None:
+    """bf16-mixed."""
+    place.fit("mixed", place.method(), 2 if place.kind.trains_on_texts else 8, 2, precision="bf16-mixed")
+
+
+def low(place: Place) -> None:
+    """bf16-true."""
+    place.fit("low", place.method(), 2 if place.kind.trains_on_texts else 8, 2, precision="bf16-true")
+
+
+def adapters(place: Place) -> None:
+    """LoRA under bf16-mixed, merged at the end."""
+    options = {"lora_rank": 2, "export": "merged", "gradient_checkpointing": True}
+    if place.kind.uses_reference:
+        options["reference"] = "adapter_off"
+    found = place.fit("adapters", place.method(**options), 2, 2, precision="bf16-mixed")
+    assert (found.folder / "hf" / "config.json").exists()
+
+
+def live(place: Place) -> None:
+    """The reference as a frozen copy beside the policy."""
+    place.fit("live", place.method(reference="live"), 2, 2)
+
+
+def answers(place: Place) -> None:
+    """A trained model answers prompts there, and is written for others."""
+    model = offpolicy.load(place.root / place.name / "whole").to("cuda").model
+    drawn = sample(model, [np.array([5, 6, 7]), np.array([8])], stop=[2], num_samples=2, max_new_tokens=4, top_p=0.9)
+    assert [len(some) for some in drawn] == [2, 2]
+    loaded = offpolicy.load(place.root / place.name / "whole").to("cuda")
+    export(loaded, place.root / place.name / "written")
+    assert policies.open_model(str(place.root / place.name / "written")) is not None
+
+
+def acts(place: Place) -> None:
+    """A trained policy acts there on arrays and on tensors, and its fit can be opened at the host."""
+    if place.kind.__name__ in ("TrajectoryDiffusion", "WorldModel"):
+        return
+    device = torch.device("cuda")
+    for method in (
+        offpolicy.load(place.root / place.name / "whole"),
+        offpolicy.load(place.root / place.name / "whole"),
+    ):
+        method.to(device)
+        obs = np.zeros((2, 3), np.float32)
+        if isinstance(method, GoalModule):
+            action = method.act_goal(obs, np.ones(3, np.float32), temperature=0.5)
+            there = method.act_goal(torch.zeros(2, 3, device=device), torch.ones(2, 3, device=device))
+        elif place.kind.__name__ == "DecisionTransformer":
+            agent = method.agent()
+            agent.reset(2)
+            action, there = agent.act(obs), torch.zeros(2, 1, device=device)
+            agent.observe(np.zeros(2), np.zeros(2, dtype=bool))
+        else:
+            action, there = method.act(obs), method.act(torch.zeros(2, 3, device=device))
+        assert isinstance(action, np.ndarray) and action.shape == (2, 1)
+        assert there.device.type == "cuda" and there.shape == (2, 1)
+
+
+def seeds(place: Place) -> None:
+    """A block of updates of two seeds at once."""
+    replay = toy.toy_replay()
+    method = place.method()
+    method.seeds = (0, 1)
+    try:
+        method.initialize(Sizes.of(method.select(replay)), 0).to("cuda").prepare(replay)
+    except offpolicy.errors.UsageError:
+        return  # not made for several seeds
+    BLOCK.clear()
+    method.run_block(0, 4)
+    assert not BLOCK, dict(BLOCK)
+
+
+def draws(place: Place) -> None:
+    """Trajectories are drawn there from a trained model."""
+    if place.kind.__name__ == "TrajectoryDiffusion":
+        model = offpolicy.load(place.root / place.name / "whole").to("cuda")
+        found = offpolicy.sample(model, place.root / place.name / "drawn", trajectories=4, sampling_steps=3, bf16=True)
+        assert found.num_episodes >= 4
+    if place.kind.__name__ == "WorldModel":
+        model = offpolicy.load(place.root / place.name / "whole").to("cuda")
+        found = model.rollout(np.zeros((2, 3), np.float32), lambda obs: torch.zeros(2, 1, device=obs.device), steps=3)
+        assert found["obs"].device.type == "cuda"
+
+
+def checks(place: Place) -> list[Callable[[Place], None]]:
+    if place.kind.trains_on_texts:
+        more = [live] if place.kind.uses_reference else []
+        return [on_device, mixed, low, adapters, answers, *more]
+    return [on_device, mixed, low, acts, seeds, draws]
+
+
+def tried(check: Callable[[Place], None], place: Place) -> str:
+    try:
+        check(place)
+    except Exception as error:
+        trace = traceback.extract_tb(error.__traceback__)
+        lines = [f"{Path(f.filename).name}:{f.lineno}" for f in trace if f.filename.startswith(str(HERE.parents[1]))]
+        return f"{type(error).__name__}: {error} ({' > '.join(lines[-4:])})"
+    return ""
+
+
+def main() -> None:
+    root, names = Path(sys.argv[1]), sys.argv[2:]
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    watch_blocks()
+    policy = tiny.make_policy(root / "policy")
+    for name in names:
+        place = Place(name, root, policy)
+        found = {}
+        for check in checks(place):
+            began = time.process_time()
+            found[check.__name__] = tried(check, place)
+            print(f"{name} {check.__name__}: {time.process_time() - began:.1f} s", file=sys.stderr)
+        print(json.dumps({"name": name, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
