@@ -136,22 +136,23 @@ def _caller(name: str) -> Callable[..., Iterator[Tensor]]:
 
 
 def _made_tokens() -> tuple[Tokens, Totals]:
-    """A batch with every field, the same each time."""
+    """A batch with every field on the host, the same each time."""
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+        return torch.rand(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     grid = (ROWS, LENGTH)
-    mask = (torch.arange(LENGTH) < torch.tensor([5, 3, 4, 2])[:, None]).double()
+    row, place = torch.arange(ROWS, device="cpu"), torch.arange(LENGTH, device="cpu")
+    mask = (place < torch.tensor([5, 3, 4, 2], device="cpu")[:, None]).double()
     fields: dict[str, Any] = {name: -numbers(*grid) for name in Tokens._fields if name.endswith("logp")}
     fields |= {name: numbers(*grid) for name in Tokens._fields if name not in fields}
     fields |= {
         "mask": mask,
         "advantage": numbers(ROWS) - 0.5,
-        "external": (torch.arange(ROWS) == 3)[:, None].expand(grid),
+        "external": (row == 3)[:, None].expand(grid),
     }
-    fields |= {"lag": torch.arange(ROWS), "logp": fields["logp"].requires_grad_()}
+    fields |= {"lag": row, "logp": fields["logp"].requires_grad_()}
     return Tokens(**fields), Totals(ROWS, int(mask.sum()), 2 * LENGTH, LENGTH)
 
 

@@ -14,7 +14,7 @@ import pretend
 torch = pretend.install()
 
 there, here = torch.ones(3, 3, device="cuda"), torch.ones(3, 3)
-mask = there > 0
+mask, counts = there > 0, torch.tensor([1, 2], device="cuda")
 REFUSED: dict[str, Callable[[], Any]] = {
     "a sum": lambda: there + here,
     "a sum in place": lambda: there.add_(here),
@@ -36,15 +36,13 @@ WAITS: dict[str, tuple[bool, Callable[[], Any]]] = {
     "a mask as an index": (True, lambda: there[mask]),
     "values put at a mask": (True, lambda: there.index_put_((mask,), torch.ones(9, device="cuda"))),
     "a number put at a mask": (False, lambda: there.masked_fill_(mask, 2.0)),
-    "repeats": (True, lambda: torch.repeat_interleave(torch.tensor([1, 2], device="cuda"))),
+    "repeats": (True, lambda: torch.repeat_interleave(counts)),
     "repeats of a known sum": (
         False,
-        lambda: torch.repeat_interleave(torch.tensor([1, 2], device="cuda"), output_size=3),
+        lambda: torch.repeat_interleave(counts, output_size=3),
     ),
-    "checked lengths": (
-        True,
-        lambda: torch.segment_reduce(torch.ones(3, device="cuda"), "sum", lengths=torch.tensor([1, 2], device="cuda")),
-    ),
+    "checked lengths": (True, lambda: torch.segment_reduce(there[0], "sum", lengths=counts)),
+    "lengths that are right": (False, lambda: torch.segment_reduce(there[0], "sum", lengths=counts, unsafe=True)),
     "arithmetic": (False, lambda: torch.nn.Linear(3, 2).to("cuda")(there).square().sum().backward()),
     "a number at the host": (False, lambda: there * torch.tensor(2.0)),
     "numbers sent": (False, lambda: torch.tensor([1.0, 2.0], device="cuda")),

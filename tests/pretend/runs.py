@@ -161,28 +161,23 @@ def answers(place: Place) -> None:
 
 
 def acts(place: Place) -> None:
-    """A trained policy acts there on arrays and on tensors, and its fit can be opened at the host."""
+    """A trained policy acts there on arrays and on tensors."""
     if place.kind.__name__ in ("TrajectoryDiffusion", "WorldModel"):
         return
-    device = torch.device("cuda")
-    for method in (
-        offpolicy.load(place.root / place.name / "whole"),
-        offpolicy.load(place.root / place.name / "whole"),
-    ):
-        method.to(device)
-        obs = np.zeros((2, 3), np.float32)
-        if isinstance(method, GoalModule):
-            action = method.act_goal(obs, np.ones(3, np.float32), temperature=0.5)
-            there = method.act_goal(torch.zeros(2, 3, device=device), torch.ones(2, 3, device=device))
-        elif place.kind.__name__ == "DecisionTransformer":
-            agent = method.agent()
-            agent.reset(2)
-            action, there = agent.act(obs), torch.zeros(2, 1, device=device)
-            agent.observe(np.zeros(2), np.zeros(2, dtype=bool))
-        else:
-            action, there = method.act(obs), method.act(torch.zeros(2, 3, device=device))
-        assert isinstance(action, np.ndarray) and action.shape == (2, 1)
-        assert there.device.type == "cuda" and there.shape == (2, 1)
+    method = offpolicy.load(place.root / place.name / "whole").to("cuda")
+    obs, there = np.zeros((2, 3), np.float32), torch.zeros(2, 3, device="cuda")
+    if place.kind.__name__ == "DecisionTransformer":
+        agent = method.agent()
+        agent.reset(2)
+        action = agent.act(obs)
+        agent.observe(np.zeros(2), np.zeros(2, dtype=bool))
+    elif isinstance(method, GoalModule):
+        action = method.act_goal(obs, np.ones(3, np.float32), temperature=0.5)
+        assert method.act_goal(there, there).device.type == "cuda"
+    else:
+        action = method.act(obs)
+        assert method.act(there).device.type == "cuda"
+    assert isinstance(action, np.ndarray) and action.shape == (2, 1)
 
 
 def seeds(place: Place) -> None:

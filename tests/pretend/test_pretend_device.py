@@ -1,4 +1,4 @@
-"""Every method trains, evaluates, goes on, acts and draws on a GPU as far as devices and reads of the host are concerned.
+"""Every method trains, evaluates, goes on, acts and draws on a GPU, as far as devices and reads of the host go.
 
 There is none here: a device of the processor's own memory stands for it (`pretend.py`).
 """
