@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import signal
 import time
 import warnings
@@ -29,11 +28,12 @@ from offpolicy.checkpoint_io import AtomicCheckpointIO
 from offpolicy.data.module import DataModule, Loadable, load_data
 from offpolicy.data.names import resolve
 from offpolicy.data.replay import Replay
-from offpolicy.errors import DataError, UsageError, check_range, nearest
+from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.evaluation.order import make_order
 from offpolicy.evaluation.rollout import EVAL_SEED, Evaluator
 from offpolicy.evaluation.scores import has_score, interval, normalized_score, score_kind, summarize
 from offpolicy.files import Table, WriteError, atomic_write, unique_run_folder
+from offpolicy.given import place, plain, refuse_half, seed_number, whole
 from offpolicy.goals import GoalModule
 from offpolicy.modules import KEY, Module, OfflineModule
 from offpolicy.options import RunOptions
@@ -128,8 +128,10 @@ def fit(
     for name in options:
         if name not in known:
             raise UsageError(f"fit has no option `{name}`; expected a RunOptions or Trainer one.{nearest(name, known)}")
-    if max_steps is not None:
-        check_range("trainer.max_steps", max_steps, 1)
+    options = {name: plain(value) for name, value in options.items()}
+    max_steps = None if max_steps is None else whole("trainer.max_steps", max_steps, 1)
+    seed, root = seed_number(seed), place("root", root)
+    folder = None if folder is None else place("folder", folder)
     if method.trains_on_texts and options.get("max_epochs") not in (None, -1):
         raise UsageError(
             f"`trainer.max_epochs` is {options['max_epochs']}; expected none, as passes over the data are an option of "
@@ -145,24 +147,35 @@ def fit(
     method.bind_data(module)
 
     with trusting(trust), quiet(), forget_if_empty() as made:
-        seed_everything(seed, workers=True, verbose=False)
+        seed_everything(seed % 2**32, workers=True, verbose=False)
         if first:
             module.load()  # before anything is written, as data may be faulty
         if max_steps is None:
             max_steps = method.planned_steps(module)
             if max_steps is None:
                 raise TypeError("fit has no `max_steps`; expected the number of updates, e.g. max_steps=10000.")
-        checkpoint, changed, target = None, "", None if folder is None else Path(folder)
+        checkpoint, changed, target = None, "", folder
         if ckpt_path is not None:
-            where = {"root": root, "data": data_name(module), "method": type(method).__name__, "seed": seed}
-            checkpoint = resolve_checkpoint(ckpt_path, **where)  # type: ignore[arg-type]
+            checkpoint = resolve_checkpoint(
+                ckpt_path,
+                root=root,
+                data=data_name(module),
+                method=type(method).__name__,
+                seed=seed,
+                fingerprint=lambda: module.load().fingerprint(),
+            )
             updates, changed = check_same_method(method, checkpoint)
             origin.lines += [screen.line("changed", changed)] if changed else []
+            if target is not None and newest_checkpoint(target) and not target.samefile(run_of(checkpoint)):
+                raise UsageError(
+                    f"`folder` is {target}, which holds another run than {checkpoint}; expected a new folder. "
+                    "Pass one, or leave it out."
+                )
             target = target or own_folder(checkpoint)
             if updates >= max_steps:
                 with trusting(names=names_of(method) | names_in(module.settings())):
                     return already_done(method, checkpoint, updates, max_steps, verbose and first)
-        elif target is not None and newest_checkpoint(target):
+        elif target is not None and newest_checkpoint(target):  # never two runs in one
             raise UsageError(
                 f"`folder` is {target}, which holds a run; expected a new one. Pass it as `ckpt_path` to continue it."
             )
@@ -171,7 +184,7 @@ def fit(
                 target = unique_run_folder(root, data_name(module), type(method).__name__, seed)
                 made += [target, *target.parents[:2]]
             if checkpoint is not None:
-                keep_earlier_rows(checkpoint, target)
+                keep_earlier_rows(checkpoint, updates, target)
         files = RunFolder(target or root)  # other processes are told the folder by the first
         start = Start(files, origin, module, options, verbose)
         trainer = make_trainer(files.folder, max_steps, options, [start, files], bar=verbose)
@@ -333,8 +346,7 @@ def make_trainer(
     given = TRAINER_DEFAULTS | {k: v for k, v in options.items() if v is not None}
     if "default_root_dir" in given:
         raise UsageError("`trainer.default_root_dir` is the run folder here; use `folder`: --folder DIR.")
-    if str(given.get("precision")) in ("16", "16-mixed"):  # on a CPU Lightning would silently take another
-        raise UsageError("precision '16-mixed' needs loss scaling, which methods do not do; use 'bf16-mixed'.")
+    refuse_half(given.get("precision"))  # on a CPU Lightning would silently take another
     own = _as_list(given.pop("callbacks", None))
     bars = [UpdateBar()] if bar and given.get("enable_progress_bar", True) else []
     given["enable_progress_bar"] = bool(bars)
@@ -421,23 +433,28 @@ def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
 
 def own_folder(checkpoint: Path) -> Path | None:
     """The run folder in which a checkpoint continues: that of the run whose newest it is, else None."""
-    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    folder = run_of(checkpoint)
     newest = newest_checkpoint(folder)
     return folder if newest is not None and newest.samefile(checkpoint) else None
 
 
-def keep_earlier_rows(checkpoint: Path, folder: Path) -> None:
-    """Copy the tables of the run a checkpoint belongs to into the new folder it continues in."""
-    folder.mkdir(parents=True, exist_ok=True)
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
+def keep_earlier_rows(checkpoint: Path, updates: int, folder: Path) -> None:
+    """Copy the rows up to a checkpoint from the tables of its run into the new folder it continues in."""
     for name in ("metrics.csv", "evals.csv"):
-        table = checkpoint.parent.parent / name
+        table = run_of(checkpoint) / name
         if table.exists() and not (folder / name).exists():
-            shutil.copyfile(table, folder / name)
+            atomic_write(folder / name, table.read_bytes())
+            Table(folder / name).cut(updates)
 
 
 def already_done(method: Module, checkpoint: Path, updates: int, max_steps: int, verbose: bool) -> FitResult:
     """The result of a run that has nothing left to do but perhaps its last evaluation."""
-    folder = own_folder(checkpoint) or checkpoint.parent.parent
+    folder = own_folder(checkpoint) or run_of(checkpoint)
     trained = load(checkpoint, method=type(method))
     trained.run = method.run
     missing = is_first_process() and not last_evaluation(trained, checkpoint, folder, updates)

@@ -16,12 +16,14 @@ import yaml
 
 from offpolicy.data.names import HUB_ID, Target, resolve
 from offpolicy.errors import UsageError, nearest
+from offpolicy.given import TEXTS, as_whole, expanded, refuse_empty
 from offpolicy.options import RunOptions
 from offpolicy.recipes import Recipe, named_recipe, recipe, recipes
 from offpolicy.registry import class_path
 from offpolicy.trust import NAME, Words, check_settings, names_in, trusting, words
 
 DEFAULT_METHOD, DEFAULT_DATA = "TD3BC", "pendulum-stitch-v0"
+PLACES = {"model", "data.name", "recipe", "root", "folder", "ckpt_path"}  # whatever they look like, these are text
 GROUPS = ("model", "data", "run", "trainer")
 TOP = (
     "config", "model", "data", "recipe", "root", "folder", "ckpt_path", "seed_everything", "trust", "print_config",
@@ -177,8 +179,9 @@ def find_data(text: str, method: str) -> Target:
 
 
 def split(argv: Iterable[str]) -> list[tuple[str, str | None]]:
-    """``--name value`` and ``--name=value`` as pairs, in order; a number like 1e6 becomes 1000000."""
+    """``--name value`` and ``--name=value`` as pairs, in order; a path ``~/x`` with the home folder."""
     words, pairs = list(argv), []
+    refuse_empty(words)
     while words:
         word = words.pop(0)
         head, equals, text = word.partition("=")
@@ -190,7 +193,9 @@ def split(argv: Iterable[str]) -> list[tuple[str, str | None]]:
             value = words.pop(0)
         if value is None and name not in ("help", "print_config", "model.help"):
             raise UsageError(f"--{name} has no value; expected --{name} VALUE.")
-        pairs.append((name, whole_number(value)))
+        if value is not None and name.rpartition(".")[2] not in TEXTS:
+            value = expanded(value)
+        pairs.append((name, value))
     return pairs
 
 
@@ -236,7 +241,7 @@ def check_options(names: Iterable[str], known: Mapping[str, Iterable[str]], wher
 
 def read_settings(source: str) -> dict[str, Any]:
     """Settings of a YAML file, of the ``config.yaml`` in a run folder, or of a recipe ``method/name``, dotted."""
-    path = Path(source).expanduser()
+    path = Path(expanded(source))
     path = path / "config.yaml" if path.is_dir() else path
     if not path.exists():
         known = {one.name: one for one in recipes()}
@@ -248,13 +253,29 @@ def read_settings(source: str) -> dict[str, Any]:
             f"{nearest(path.name, siblings) or nearest(source, known)}"
         )
     try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        raw, written = yaml.load(text, SettingsLoader), yaml.load(text, yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{path} cannot be read as YAML: {reason}. Correct the file.") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path} holds {type(raw).__name__}; expected settings such as `model:` and `trainer:`.")
-    return flatten(raw)
+    flat, texts = flatten(raw), flatten(written)
+    for key in PLACES & flat.keys():  # a folder may be called 007 or true
+        flat[key] = flat[key] if isinstance(flat[key], str) else texts[key]
+        if isinstance(flat[key], str) and not flat[key].strip():
+            raise UsageError(f"{path} sets `{key}` to an empty text; expected a name. Leave it out or correct it.")
+    return flat
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """YAML whose dates are text, as no option is one."""
+
+
+SettingsLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag != "tag:yaml.org,2002:timestamp"]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,13 +288,18 @@ def flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
             value = {k: v for k, v in {**value, **(value.get("init_args") or {})}.items() if k != "init_args"}
             if "class_path" in value:
                 flat["model"] = value.pop("class_path")
-        elif key == "data" and isinstance(value, str):
+        elif key == "data" and value is not None and not isinstance(value, Mapping):
             value = {"name": value}
         if isinstance(value, Mapping):
-            flat |= {f"{key}.{option}": whole_number(v) for option, v in value.items()}
+            flat |= {f"{key}.{option}": _local(option, v) for option, v in value.items()}
         elif value is not None:
-            flat[key] = whole_number(value)
+            flat[key] = _local(key, value)
     return flat
+
+
+def _local(option: str, value: Any) -> Any:
+    """A path of a file with the home folder in it."""
+    return expanded(value) if isinstance(value, str) and option not in TEXTS else value
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,16 +323,17 @@ def parsed(value: str | None) -> Any:
         return value
 
 
-def whole_number(value: Any) -> Any:
-    """The text 1e6 as 1000000, which an option for whole numbers takes; anything else as it is."""
-    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d+", value) and float(value).is_integer():
-        return str(int(float(value)))
-    return value
+def whole_text(value: Any) -> Any:
+    """1e6 and 4.0, as text or numbers, for an option of whole numbers; anything else as it is."""
+    if isinstance(value, str):
+        number = re.fullmatch(r"[+-]?\d+(\.\d*|(?=[eE]))([eE]\+?\d+)?", value)  # digits alone are exact as they are
+        return str(int(float(value))) if number and float(value).is_integer() else value
+    return as_whole(value)
 
 
 def _run_folder(ckpt: str | None) -> Path | None:
     """The run folder that a checkpoint path points into, when it holds the settings of the run."""
-    path = Path(ckpt or "last")
+    path = Path(expanded(ckpt or "last"))
     candidates = [path, path.parent, path.parent.parent] if path.exists() else []
     return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
 

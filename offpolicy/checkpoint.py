@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import enum
+import json
 import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 
 from offpolicy.errors import UsageError
 from offpolicy.files import atomic_file, is_stray, method_folder
+from offpolicy.given import expanded, place
 
 PLAIN = (type(None), bool, torch.Tensor, torch.dtype, torch.device, torch.layout)
 UNREADABLE = (
@@ -147,11 +149,19 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     return next((path for path in _by_update(Path(folder)) if opens(path)), None)
 
 
-def newest_run(root: str | os.PathLike[str], data: str, method: str, seed: int | None = None) -> Path | None:
+def newest_run(
+    root: str | os.PathLike[str],
+    data: str,
+    method: str,
+    seed: int | None = None,
+    fingerprint: Callable[[], str] | None = None,
+) -> Path | None:
     """The run folder under `<root>/<data>/<method>/` that wrote a checkpoint last, or None.
 
     Args:
         seed: only runs of this seed (`seed<seed>-<n>`); any seed when None.
+        fingerprint: gives that of the data at hand. Files of one name share a folder of runs (a/x.npz and b/x.npz), so
+            a run on the same data is preferred; asked only where there are runs on several.
     """
     runs = []
     for folder in method_folder(root, data, method).glob("seed*-*"):
@@ -159,7 +169,20 @@ def newest_run(root: str | os.PathLike[str], data: str, method: str, seed: int |
         files = _by_update(folder)
         if match and files and seed in (None, int(match[1])):
             runs.append((max(file.stat().st_mtime_ns for file in files), int(match[2]), folder))
-    return next((folder for *_, folder in sorted(runs, reverse=True) if newest_checkpoint(folder)), None)
+    folders = [folder for *_, folder in sorted(runs, reverse=True)]
+    if fingerprint is not None and len({trained_on(folder) for folder in folders}) > 1:
+        wanted = fingerprint()
+        folders.sort(key=lambda folder: trained_on(folder) not in (wanted, None))  # stable: newest first
+    return next((folder for folder in folders if newest_checkpoint(folder)), None)
+
+
+def trained_on(folder: Path) -> str | None:
+    """The fingerprint of the data that a run was started with, None where its folder does not tell."""
+    try:
+        found = json.loads((folder / "versions.json").read_text())["data"]["fingerprint"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def resolve_checkpoint(
@@ -169,11 +192,13 @@ def resolve_checkpoint(
     data: str | None = None,
     method: str | None = None,
     seed: int | None = None,
+    fingerprint: Callable[[], str] | None = None,
 ) -> Path:
     """The checkpoint file that the user means.
 
     Args:
         ckpt: `"last"` (the newest run of `method` on `data` under `root`), a checkpoint file, or a run folder.
+        fingerprint: as of :func:`newest_run`.
 
     Raises:
         UsageError: nothing there that opens; the message names the places searched.
@@ -181,17 +206,18 @@ def resolve_checkpoint(
     if os.fspath(ckpt) == "last":
         if data is None or method is None:
             raise UsageError("`ckpt_path` is 'last'; expected the data and the method too. Pass both or a path.")
-        run = newest_run(root, data, method, seed)
+        root = expanded(os.fspath(root))
+        run = newest_run(root, data, method, seed, fingerprint)
         found = run and newest_checkpoint(run)
         if found:
             return found
-        place = method_folder(root, data, method).resolve()
+        searched = method_folder(root, data, method).resolve()
         pattern = f"seed{'*' if seed is None else seed}-*"
         raise UsageError(
-            f"`ckpt_path` is 'last', but no whole checkpoint was found; searched {place / pattern / 'checkpoints'}. "
+            f"`ckpt_path` is 'last', but no whole checkpoint was found; searched {searched / pattern / 'checkpoints'}. "
             "Leave `ckpt_path` out to start a new run, or pass a checkpoint file or run folder."
         )
-    path = Path(ckpt)
+    path = place("ckpt_path", ckpt)
     if path.is_dir():
         found = newest_checkpoint(path)
         if found:

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
+from itertools import pairwise
 from typing import Any
 
 import jsonargparse
@@ -19,9 +20,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from offpolicy import api, screen
-from offpolicy.arguments import Command, check_options, nested
+from offpolicy.arguments import Command, check_options, nested, whole_text
 from offpolicy.data.module import DataModule
-from offpolicy.errors import UsageError
+from offpolicy.errors import DataError, UsageError
+from offpolicy.given import is_whole_type, seed_number
 from offpolicy.modules import Module, OfflineModule
 from offpolicy.options import RunOptions
 from offpolicy.registry import import_class
@@ -60,15 +62,27 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.config = parser.parse_args(args)
+        seed = self.config.seed_everything
+        if isinstance(seed, bool):
+            raise UsageError(f"--seed_everything is {str(seed).lower()}; expected a whole number.")
+        self.config.seed_everything = seed_number(seed, "seed_everything")
         check_classes(self.config.as_dict())
 
     def instantiate_classes(self) -> None:
         """Make data, run options and the Trainer's parts; the method directly, so that its own errors arrive whole."""
         config = self.config.clone()
         model = config.pop("model")
-        self.config_init = self.parser.instantiate_classes(config)
+        try:
+            self.config_init = self.parser.instantiate_classes(config)
+        except (ModuleNotFoundError, ValueError) as error:
+            if isinstance(error, (UsageError, DataError)):
+                raise
+            raise UsageError(unmade(error)) from error
         self.model = import_class(model.class_path)(**model.get("init_args", {}))
         self.datamodule = self.config_init.data
+
+    def _set_seed(self) -> None:
+        """Lightning's parser would seed the process here, and takes no seed above 2³²; ``fit`` does it."""
 
     def settings_file(self) -> str:
         """What ``--config`` takes to repeat this run, all values written out."""
@@ -136,15 +150,32 @@ def _parse(command: Command) -> FitCLI:
         if None in known["model"].values():  # **kwargs: the parser knows more
             del known["model"]
         check_options([*command.settings, *(name for name, _ in command.flags)], known, method.__name__)
+        take_whole_numbers(command, known)
         args = ["--config", json.dumps(nested(command.settings)), *command.parser_args]
     signal_handler = signal.getsignal(signal.SIGTERM)
     try:
         with api.quiet(), only_allowed_names():
-            return FitCLI(args, method)
+            made = FitCLI(args, method)
     except ArgumentError as error:
         raise UsageError(one_sentence(str(error), known)) from None
     finally:
         signal.signal(signal.SIGTERM, signal_handler)
+    for name in ("folder", "ckpt_path"):  # the parser takes a folder that is called null for none
+        given = [value for flag, value in command.flags if flag == name] or [command.settings.get(name)]
+        made.config[name] = given[-1]
+    return made
+
+
+def take_whole_numbers(command: Command, known: Mapping[str, Mapping[str, str | None]]) -> None:
+    """Let options of whole numbers take 1e6 and 4.0; other options keep what they were given, as names may look so."""
+
+    def taken(name: str, value: Any) -> Any:
+        group, _, option = name.partition(".")
+        kind = "int" if group not in known and option else known.get(group, {}).get(option)
+        return whole_text(value) if name == "seed_everything" or is_whole_type(kind) else value
+
+    command.flags = [(name, taken(name, value)) for name, value in command.flags]
+    command.settings = {name: taken(name, value) for name, value in command.settings.items()}
 
 
 def check_classes(config: Mapping[str, Any]) -> None:
@@ -241,7 +272,31 @@ def one_sentence(message: str, known: Mapping[str, Mapping[str, str | None]]) ->
         details = [text.strip(" -") for text in message.splitlines() if text.strip() and not plain.search(text)]
         return f"--{key} cannot be used: {' '.join(details)}"
     value = next(text for text in found[0] if text)
+    expected = PLAINLY.get(key, expected)
     return f"--{key} is '{value}'; expected {expected}. See --{'model.help' if group == 'model' else 'help=all'}."
+
+
+def unmade(error: Exception) -> str:
+    """Why a part of the Trainer, such as a logger, could not be made, from the parser's report."""
+    text = str(error)
+    named = re.search(r"class_path '([^']+)'", text)
+    part = named[1].rpartition(".")[2] if named else "a part of the Trainer"
+    absent = re.search(r"Requirement '([\w.-]+)|No module named '([\w-]+)|pip install (?:-U )?'?([\w.-]+)", text)
+    if absent:
+        package = next(name for name in absent.groups() if name)
+        return (
+            f"{part} needs {package}, which is not installed. Install it: pip install {package}; or leave {part} out."
+        )
+    lines = [line.strip(" -") for line in text.splitlines()]
+    reasons = [after for before, after in pairwise(lines) if "class_path" in before] or lines
+    return f"{part} cannot be made: {' '.join(reasons[0].split())[:300]} Correct its options, or leave it out."
+
+
+PLAINLY = {  # option → what it takes, where its type would fill the screen
+    "trainer.logger": "false, or the import path of a logger, such as lightning.pytorch.loggers.CSVLogger with "
+    "--trainer.logger.save_dir DIR",
+    "trainer.callbacks": "the import path of a callback, such as lightning.pytorch.callbacks.LearningRateMonitor",
+}
 
 
 def lines(command: Command, config: Any) -> list[str]:

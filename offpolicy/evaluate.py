@@ -9,13 +9,22 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from offpolicy import entry
 from offpolicy.errors import UsageError
+from offpolicy.given import refuse_empty, tidy
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, that refuses empty values and expands tildes."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # parse_args comes here too
+        refuse_empty(sys.argv[1:] if args is None else args)
+        found, rest = super().parse_known_args(args, namespace)
+        tidy(vars(found), {})
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}. See --help.")
 
@@ -38,7 +47,7 @@ def main(argv: list[str]) -> int:
     from offpolicy import api, screen
     from offpolicy.checkpoint import read_checkpoint, resolve_checkpoint
     from offpolicy.evaluation.rollout import EVAL_SEED
-    from offpolicy.files import Table, atomic_write
+    from offpolicy.files import Table, WriteError, atomic_write
 
     path = resolve_checkpoint(args.run)
     seed = EVAL_SEED if args.seed is None else args.seed
@@ -59,7 +68,11 @@ def main(argv: list[str]) -> int:
     numbers = api.evaluate(path, episodes=args.episodes, seed=seed, temperature=args.temperature, trust=args.trust)
     noise = f"-temperature{args.temperature:g}" if args.temperature else ""
     file = Path(folder) / f"evaluation-step{updates:08d}-seed{seed}-episodes{args.episodes}{noise}.json"
-    atomic_write(file, json.dumps({"checkpoint": path.name, "updates": updates, **numbers}, indent=2) + "\n")
+    unwritten = ""
+    try:
+        atomic_write(file, json.dumps({"checkpoint": path.name, "updates": updates, **numbers}, indent=2) + "\n")
+    except WriteError as error:  # the numbers count, whoever owns the folder
+        unwritten = str(error)
 
     each = " of each task" if "success_mean" in numbers else ""
     print(f"{path}, {updates:,} updates, {args.episodes} episodes{each} ({numbers['score_kind']})")
@@ -74,7 +87,10 @@ def main(argv: list[str]) -> int:
     for name, value in numbers.items():
         if name.startswith(("success_task", "order_consistency")):
             print(screen.line("", f"{name:<24}{value:.4g}"))
-    print(screen.line("file", str(file)))
+    if unwritten:
+        print(f"Warning: {unwritten}", file=sys.stderr)
+    else:
+        print(screen.line("file", str(file)))
     return 0
 
 

@@ -8,6 +8,7 @@ is one class that says which view it needs, builds its networks, and writes its 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ from offpolicy.data.spaces import check_suits
 from offpolicy.data.views import BoundView, Noise, TransitionView, WindowView
 from offpolicy.devices import finish_work
 from offpolicy.errors import DataError, UsageError, check_range, listed
+from offpolicy.given import refuse_half, tidy
 from offpolicy.memory import keep_freed_memory
 from offpolicy.nn.policies import normal_log_prob
 from offpolicy.optim import FusedAdam, gradients, polyak_
@@ -121,6 +123,13 @@ class Module(LightningModule):
                 "the options it was trained with. Leave them out."
             )
         return load(checkpoint_path, method=cls).to(map_location or "cpu")
+
+    def save_hyperparameters(self, *args: Any, frame: Any = None, **kwargs: Any) -> None:
+        """Keep the arguments of ``__init__`` as ``hparams``, numbers of NumPy as Python's own and ``~`` expanded."""
+        frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
+        super().save_hyperparameters(*args, frame=frame, **kwargs)
+        types = {name: p.annotation for name, p in inspect.signature(type(self)).parameters.items()}
+        tidy(self._hparams, types)
 
     @classmethod
     def data_class(cls) -> type[DataModule]:
@@ -592,6 +601,7 @@ class OfflineModule(Module):
                 "fit was given no replay; expected a data module. Use `data = offpolicy.load_data(...)` and "
                 "`trainer.fit(method, data)`."
             )
+        refuse_half(self.trainer.precision)
         self._check_hyperparameters()
         if self.seed is None:
             self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed())) % (1 << 63)
@@ -655,8 +665,6 @@ class OfflineModule(Module):
         trainer = self.trainer
         if trainer.max_steps < 1:
             raise UsageError("the Trainer has no `max_steps`; expected the number of updates, e.g. max_steps=10000.")
-        if trainer.precision == "16-mixed":
-            raise UsageError("precision '16-mixed' needs loss scaling, which methods do not do; use 'bf16-mixed'.")
         if self.option("batch_size", 256) % self.world_size:
             raise UsageError(
                 f"`batch_size` is {self.option('batch_size', 256)}; expected a multiple of the {self.world_size} "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from offpolicy.errors import UsageError, check_range
+from offpolicy.given import is_whole_type, whole
 
 
 @dataclass
@@ -35,6 +37,7 @@ class RunOptions:
     allow_other_data: bool = False
 
     def __post_init__(self) -> None:
+        whole_fields(self, "run")
         for name, low in (("block", 1), ("eval_every", 0), ("eval_episodes", 0), ("log_every", 1)):
             check_range(f"run.{name}", getattr(self, name), low)
         if self.threads is not None:
@@ -43,6 +46,14 @@ class RunOptions:
             raise UsageError(f"`run.eval_errors` is {self.eval_errors!r}; expected 'stop' or 'skip'.")
         if self.matmul not in ("auto", "mkl", "onednn"):
             raise UsageError(f"`run.matmul` is {self.matmul!r}; expected 'auto', 'mkl' or 'onednn'.")
+
+
+def whole_fields(options: Any, group: str) -> None:
+    """Make the fields for whole numbers ints, in whatever form they were given. Raises :class:`UsageError`."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_whole_type(field.type) and value is not None:
+            object.__setattr__(options, field.name, whole(f"{group}.{field.name}", value))
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,7 @@ class SyntheticOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        whole_fields(self, "data.synthetic")
         lows = {"guidance": 0, "cosine": 0, "trajectories": 1, "horizon": 2, "every": 1}
         for name, low in {**lows, "sampling_steps": 2, "batch_size": 1}.items():
             if getattr(self, name) is not None:

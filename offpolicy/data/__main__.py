@@ -15,13 +15,20 @@ from typing import Any, NoReturn
 
 from offpolicy.data.names import Target, describe, known_names, resolve
 from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.given import refuse_empty, tidy
 from offpolicy.trust import trusting
 
 COMMANDS = ("make", "show", "convert", "compare")
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, that refuses empty values and expands tildes."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # parse_args comes here too
+        refuse_empty(sys.argv[1:] if args is None else args)
+        found, rest = super().parse_known_args(args, namespace)
+        tidy(vars(found), {})
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}. `{self.prog} --help` shows how.")

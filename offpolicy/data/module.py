@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from offpolicy.data.replay import Replay, Ring
 from offpolicy.errors import DataError, UsageError, fold, nearest
+from offpolicy.given import whole
 from offpolicy.options import SOURCES, SyntheticOptions
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class DataModule(LightningDataModule):
                 "or 'unguided'. Add --data.source policy-guided."
             )
         self.name, self.source, self.synthetic = name, source, synthetic
+        max_episode_steps = None if max_episode_steps is None else whole("max_episode_steps", max_episode_steps, 1)
         self.options: dict[str, Any] = {
             "download": download,
             "on_bad": on_bad,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from offpolicy.errors import UsageError, fold, nearest
+from offpolicy.given import expanded, place
 
 Kind = Literal["hdf5", "npz", "replay", "made", "d4rl", "minari", "ogbench", "language"]
 
@@ -76,7 +77,7 @@ class Target:
 def root(kind: str) -> Path:
     """Folder in which sets of a kind ("d4rl", "minari", "ogbench", "made") are kept; an environment variable wins."""
     variable, default = ROOTS[kind]
-    return Path(os.environ.get(variable) or default).expanduser()
+    return Path(expanded(os.environ.get(variable) or default))
 
 
 def resolve(text: str | os.PathLike[str], *, language: bool = False) -> Target:
@@ -88,8 +89,8 @@ def resolve(text: str | os.PathLike[str], *, language: bool = False) -> Target:
     Raises:
         UsageError: no such file and no such name (with the nearest name), or a file of an unknown type.
     """
+    path = place("data", text)
     name = os.fspath(text)
-    path = Path(name).expanduser()
     found = _of_path(path) if path.exists() else None
     if found is not None:
         return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar, Self
 
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.given import tidy
 
 
 class TokenisedData(DataModule):
@@ -20,6 +22,7 @@ class TokenisedData(DataModule):
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
         super().__init__(name)
+        tidy(options, {field: p.annotation for field, p in inspect.signature(type(self)).parameters.items()})
         check_range("data.max_bad", options["max_bad"], 0.0, 1.0)
         check_range("data.eval_fraction", options["eval_fraction"], 0.0, 1.0, upper_open=True)
         check_range("data.show", options["show"], 0)

@@ -24,6 +24,7 @@ import torch
 
 from offpolicy.errors import UsageError
 from offpolicy.evaluation.environment import Episode, described, reach
+from offpolicy.given import seed_number, whole
 from offpolicy.trust import REFUSED, environment_refusal
 
 log = logging.getLogger(__name__)
@@ -108,9 +109,8 @@ class Evaluator:
         seed: int = EVAL_SEED,
         num_envs: int | None = None,
     ) -> None:
-        for name, value in (("episodes", episodes), ("num_envs", num_envs)):
-            if value is not None and value < 1:
-                raise UsageError(f"`{name}` is {value}; expected at least 1. Pass a positive number or leave it out.")
+        episodes, seed = whole("episodes", episodes, 1), seed_number(seed)
+        num_envs = None if num_envs is None else whole("num_envs", num_envs, 1)
         self.tasks = int(meta.get("tasks") or 0)
         self.episodes = episodes * (self.tasks or 1)
         self.seed = seed

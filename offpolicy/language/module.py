@@ -29,6 +29,7 @@ from offpolicy.data.module import DataModule
 from offpolicy.data.sequences import BoundTexts, PairView, row_weights
 from offpolicy.devices import finish_work
 from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.given import refuse_half
 from offpolicy.language import policy as policies
 from offpolicy.language.adapters import adapter_names, adapter_settings, drops_out, same_settings
 from offpolicy.language.evaluation import eval_sample, evaluate
@@ -433,6 +434,7 @@ class LanguageModule(Module):
         data: Any = getattr(trainer, "datamodule", None)
         if getattr(data, "replay", None) is None:
             raise UsageError("fit was given no texts; expected a data module, such as TextData('pairs.jsonl').")
+        refuse_half(trainer.precision)
         if getattr(data, "change_every", 0):
             raise UsageError("`change_every` is set, but texts cannot change during training yet; expected 0.")
         if self.seed is None:
@@ -442,6 +444,7 @@ class LanguageModule(Module):
         if self.tokenizer is None and "tokenizer" in data.replay.meta:
             self.tokenizer = data.tokenizer
         self.initialize()
+        self._refuse_half_weights()
         self._check_texts(data.replay)
         check_head(self.model)  # here, as it runs the model once
         trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
@@ -493,6 +496,14 @@ class LanguageModule(Module):
             seed=self.seed or 0,
             by_length=self.hparams.group_by_length,
         )
+
+    def _refuse_half_weights(self) -> None:
+        """A policy stored in float16 would be trained in it by dtype "auto"."""
+        if any(p.dtype == torch.float16 for p in self.model.parameters() if p.requires_grad):
+            raise UsageError(
+                f"`dtype` is '{self.hparams.dtype}' and {self.hparams.policy} is stored in float16, which needs loss "
+                "scaling; expected 'bfloat16' or 'float32'. Pass --model.dtype bfloat16."
+            )
 
     def _check_texts(self, replay: Any) -> None:
         """Every token and every position must be one that the model knows.
@@ -658,8 +669,6 @@ class LanguageModule(Module):
         return h.lr * left[h.lr_schedule]
 
     def on_fit_start(self) -> None:
-        if self.trainer.precision == "16-mixed":
-            raise UsageError("precision '16-mixed' needs loss scaling, which methods do not do; use 'bf16-mixed'.")
         self.apply_settings()
         self.model.train()
 
