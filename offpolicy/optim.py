@@ -155,12 +155,12 @@ class FusedAdam(torch.optim.Optimizer):
         if found is None:
             group = next(g for g in self.param_groups if any(p is params[0] for p in g["params"]))
             for p in params:
-                state = self.state[p]
+                state, on = self.state[p], p.device if p.device.type == "cuda" else torch.device("cpu")
                 if not state:
-                    on = p.device if p.device.type == "cuda" else torch.device("cpu")
                     state["step"] = torch.zeros((), dtype=torch.float32, device=on)
                     state["exp_avg"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
                     state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+                state["step"] = state["step"].to(on)  # torch and Lightning leave that of a checkpoint at the host
             first, second, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
             found = self._moments[key] = (group, first, second, steps)
         return found

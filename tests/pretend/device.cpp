@@ -183,8 +183,12 @@ int64_t choose_attention(const Tensor&, const Tensor&, const Tensor&, const std:
 const std::set<std::string> READS{"nonzero",    "masked_select", "_unique",  "_unique2",   "unique_dim",
                                   "is_nonzero", "bincount",      "equal",    "multinomial", "unique_consecutive",
                                   "histc",      "argwhere"};
-const std::set<std::string> NO_SCALARS{"mm",     "addmm",        "bmm",          "baddbmm", "cat",
-                                       "gather", "index_select", "searchsorted", "embedding"};
+// kernels that take one number from the host beside tensors of the device
+const std::set<std::string> TAKES_NUMBER{
+    "add",  "sub",     "rsub",      "mul",        "div",         "true_divide", "floor_divide", "remainder",   "fmod",
+    "pow",  "eq",      "ne",        "lt",         "le",          "gt",          "ge",           "maximum",     "minimum",
+    "fmax", "fmin",    "where",     "masked_fill", "fill",       "atan2",       "bitwise_and",  "bitwise_or",  "bitwise_xor",
+    "xlogy", "index_put", "_index_put_impl", "logical_and", "logical_or",  "logical_xor", "copysign",     "hypot"};
 
 // Whether the operation's result, or its check, depends on values, so that the host waits for them.
 bool reads_values(const std::string& name, const torch::jit::Stack& arguments, const c10::FunctionSchema& schema) {
@@ -263,7 +267,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       call.plain.resize(before);  // a tensor of the device may be indexed from the host
   }
   for (const Tensor& x : call.plain)
-    TORCH_CHECK(call.seen.empty() || (x.dim() == 0 && !NO_SCALARS.count(name)),
+    TORCH_CHECK(call.seen.empty() || (x.dim() == 0 && TAKES_NUMBER.count(name.substr(0, name.find_last_not_of('_') + 1))),
                 "Expected all tensors to be on the same device, but ", full, " found at least two devices, cuda:0 and cpu");
   {
     at::AutoDispatchBelowADInplaceOrView guard;
