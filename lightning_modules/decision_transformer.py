@@ -58,6 +58,7 @@ class DecisionTransformer(OfflineModule):
         obs_eps: added to the standard deviation, ≥ 0.
     """
 
+    seed_axis = False
     view = WindowView(20)
 
     def __init__(
@@ -93,8 +94,6 @@ class DecisionTransformer(OfflineModule):
         self.view = WindowView(context_length, pad="right")  # type: ignore[misc]  # this instance's own
 
     def build(self, sizes: Sizes) -> None:
-        if self.seeds:
-            raise UsageError("DecisionTransformer trains one seed per process; expected `seeds` empty. Start one each.")
         h = self.hparams
         steps = sizes.max_steps + h.context_length  # beyond the longest episode: time steps of padding
         self.transformer = Transformer(

@@ -176,10 +176,9 @@ class IQL(OfflineModule):
             return super().log_density(obs, action)
         return self.actor.log_prob(obs, action)
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit" and self.horizon is None:
-            self.horizon = self.trainer.max_steps
+    def plan_rates(self, max_steps: int | None) -> None:
+        if self.horizon is None:
+            self.horizon = self.planned_horizon(max_steps)
 
     def extra_state(self) -> dict[str, Any]:
         return {"lr_decay_steps": self.horizon}

@@ -5,8 +5,16 @@ A denoiser D of sub-trajectories x = [s, arctanh a, r, terminated]₁…T, train
 New trajectories come from EDM's sampler on the averaged weights. With a policy π their actions are moved along
 ∇ log π(a|s), so that they follow p(τ) ∝ p_data(τ)·Π π(a|s)^λ: what π would do, where the data can tell what follows.
 
-Differs from the authors' code: the sampler's predictor (see :mod:`offpolicy.diffusion`), episodes held out by a hash,
-a last step that terminates is kept, and constant channels are generated exactly.
+Differs from the authors' code:
+  - the sampler's predictor starts from the noised state (see :mod:`offpolicy.diffusion`);
+  - the small number that keeps a guidance gradient of length 0 finite is added to its norm, not after the division;
+  - guidance is normalised and taken at the denoised estimate by default, which their command line leaves off;
+  - batches are drawn uniformly with replacement, not as shuffled epochs without the last incomplete batch;
+  - episodes are held out by a hash;
+  - actions are scaled to ±1 by the bounds of the data before arctanh, which theirs takes of the actions as they are;
+  - pieces are as long as those of training unless another length is asked for; theirs have 129 steps after 32;
+  - a last step that terminates is kept, and constant channels are generated exactly;
+  - the width of the network is 128 by default, theirs 1024.
 """
 
 from __future__ import annotations
@@ -57,6 +65,7 @@ class TrajectoryDiffusion(OfflineModule):
         max_grad_norm: limit on the gradient norm, > 0; None for no limit.
     """
 
+    seed_axis = False
     look_command: ClassVar[str] = "python -m offpolicy.sample {folder} synthetic"
 
     def __init__(
@@ -94,8 +103,6 @@ class TrajectoryDiffusion(OfflineModule):
         self._held_out: Trajectories | None = None
 
     def build(self, sizes: Sizes) -> None:
-        if self.seeds:
-            raise UsageError("TrajectoryDiffusion trains one seed per process; expected `seeds` empty. Start one each.")
         h = self.hparams
         self.channels = Channels(sizes.obs_dim, sizes.action_dim)
         self.denoiser = TrajectoryUNet(
@@ -282,10 +289,13 @@ class TrajectoryDiffusion(OfflineModule):
 
     # -- a run ---------------------------------------------------------------------------------------------------------
 
+    def plan_rates(self, max_steps: int | None) -> None:
+        if self.decay_steps is None:
+            self.decay_steps = self.planned_horizon(max_steps)
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            self.decay_steps = self.trainer.max_steps if self.decay_steps is None else self.decay_steps
             self._held_out = None
 
     def extra_state(self) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class WorldModel(OfflineModule):
         max_grad_norm: limit on the gradient norm, > 0; None for no limit.
     """
 
+    seed_axis = False
     look_command = 'offpolicy.load("{folder}").rollout(obs, policy, steps)'
     elite: Tensor
     target_center: Tensor
@@ -107,8 +108,6 @@ class WorldModel(OfflineModule):
         self._held_out: Replay | None = None
 
     def build(self, sizes: Sizes) -> None:
-        if self.seeds:
-            raise UsageError("WorldModel trains one seed per process; expected `seeds` empty. Start one each.")
         h, out_dim = self.hparams, sizes.obs_dim + 1
         self.model = GaussianEnsemble(sizes.obs_dim + sizes.action_dim, out_dim, h.members, h.hidden_dims)
         self.register_buffer("target_center", torch.zeros(out_dim))
@@ -257,6 +256,12 @@ class WorldModel(OfflineModule):
 
 def _actions(method: OfflineModule) -> Callable[[Tensor], Tensor]:
     """The deterministic action in [-1, 1] of a method, for observations in environment units."""
+
+    if method.seeds:
+        raise UsageError(
+            f"the policy holds the seeds {', '.join(map(str, method.seeds))}; expected one policy. Take one out: "
+            f"take_seed({method.seeds[0]})."
+        )
 
     def act(obs: Tensor) -> Tensor:
         return method.policy(method.normalized(obs))

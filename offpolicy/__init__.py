@@ -45,6 +45,8 @@ _COMMANDS = ("fit", "evaluate", "sample")  # modules behind `python -m`, callabl
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":  # asked for by `from offpolicy import *`, which therefore loads everything
+        return __dir__()
     if name in _COMMANDS:
         return importlib.import_module(f"offpolicy.{name}")
     if name in _NAMES:

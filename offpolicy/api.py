@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -30,7 +31,7 @@ from offpolicy.data.names import resolve
 from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.evaluation.order import make_order
-from offpolicy.evaluation.rollout import EVAL_SEED, Evaluator
+from offpolicy.evaluation.rollout import EVAL_SEED, EvalResult, Evaluator
 from offpolicy.evaluation.scores import has_score, interval, normalized_score, score_kind, summarize
 from offpolicy.files import Table, WriteError, atomic_write, unique_run_folder
 from offpolicy.given import place, plain, refuse_half, seed_number, whole
@@ -38,6 +39,7 @@ from offpolicy.goals import GoalModule
 from offpolicy.modules import KEY, Module, OfflineModule
 from offpolicy.options import RunOptions
 from offpolicy.registry import import_class
+from offpolicy.seeds import over_seeds
 from offpolicy.synthetic import sample
 from offpolicy.trust import NAME, Trust, check_environment, names_in, names_of, trusting
 
@@ -294,7 +296,9 @@ def evaluate(
         ``return_mean return_std length_mean score score_std success_rate`` as far as they exist ("std" over episodes),
         ``score_interval`` (half of the 95 % interval of the mean), ``score_kind``, and per episode ``returns lengths``.
         With tasks also ``success_mean success_interval success_task1 …`` and, where the method learns values and there
-        are trajectories to measure on, ``order_consistency``.
+        are trajectories to measure on, ``order_consistency``. Of a method with several seeds each plays the same
+        episodes by itself: the numbers are means over seeds, ``<name>_seed<seed>`` are those of each,
+        ``score_interval`` is that of the mean over seeds, and ``returns lengths`` are one list per seed.
 
     Raises:
         UsageError: no environment is known or installed, or it does not match the data.
@@ -314,25 +318,34 @@ def evaluate(
             )
         given = {"temperature": temperature}
     evaluator = Evaluator(meta, method.sizes, episodes=episodes, seed=seed, num_envs=num_envs)
+    order = make_order(meta, method.option("subgoal_steps", 25)) if isinstance(method, GoalModule) else None
+    results: list[EvalResult] = []
+
+    def play(single: OfflineModule) -> dict[str, float]:
+        result = evaluator.run(single.agent(**given))
+        results.append(result)
+        found = summarize(result, meta) | (order(single.value_of) if isinstance(single, GoalModule) and order else {})
+        if "success_interval" in found:
+            found["score_interval"] = 100.0 * found["success_interval"]
+        elif has_score(meta):
+            scores = normalized_score(result.returns, meta["ref_min_score"], meta["ref_max_score"])
+            found["score_interval"] = interval(scores)
+        return found
+
     try:
-        result = evaluator.run(method.agent(**given))
+        numbers: dict[str, Any] = over_seeds(method, play)
     finally:
         evaluator.close()
-    numbers: dict[str, Any] = dict(summarize(result, meta))
-    if isinstance(method, GoalModule):
-        order = make_order(meta, method.option("subgoal_steps", 25))
-        numbers |= order(method.value_of) if order else {}
-    if "success_interval" in numbers:
-        numbers["score_interval"] = 100.0 * numbers["success_interval"]
-    elif has_score(meta):
-        scores = normalized_score(result.returns, meta["ref_min_score"], meta["ref_max_score"])
-        numbers["score_interval"] = interval(scores)
+    if method.seeds and "score" in numbers:  # how far seeds differ, which says more than episodes of one
+        numbers["score_interval"] = interval(np.array([numbers[f"score_seed{k}"] for k in method.seeds]))
+    returns, lengths = ([getattr(r, name).tolist() for r in results] for name in ("returns", "lengths"))
     return numbers | {
         "score_kind": score_kind(meta),
         "episodes": episodes,
         "seed": seed,
-        "returns": result.returns.tolist(),
-        "lengths": result.lengths.tolist(),
+        **({"seeds": list(method.seeds)} if method.seeds else {}),
+        "returns": returns if method.seeds else returns[0],
+        "lengths": lengths if method.seeds else lengths[0],
     }
 
 
@@ -388,9 +401,14 @@ class Start(Callback):
 
 def python_config(method: Module, data: DataModule, max_steps: int, options: Mapping[str, Any]) -> str:
     """The settings of a run started from Python, in the form of the command line's ``config.yaml``."""
-    plain = {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str))}
+    plain, left_out = {}, []
+    for name, value in options.items():
+        try:
+            plain[name] = as_settings(value)
+        except UsageError:  # an object
+            left_out.append(name)
     path = f"{type(method).__module__}.{type(method).__qualname__}"
-    hparams = {k: list(v) if isinstance(v, tuple) else v for k, v in plain_hparams(method.hparams).items()}
+    hparams = as_settings(plain_hparams(method.hparams))
     settings = {
         "seed_everything": method.seed,
         "model": {"class_path": path, "init_args": hparams},
@@ -399,7 +417,24 @@ def python_config(method: Module, data: DataModule, max_steps: int, options: Map
         "trainer": {**plain, "max_steps": max_steps},
         "recipe": "none",
     }
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    note = f"# Objects cannot stand here; the run also had trainer.{', trainer.'.join(left_out)}.\n" if left_out else ""
+    return note + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def as_settings(value: Any) -> Any:
+    """Plain values as YAML has them: numbers, text, lists and dicts.
+
+    Raises:
+        UsageError: it is or holds something else.
+    """
+    plain = to_plain(value)
+    if isinstance(plain, Mapping):
+        return {key: as_settings(item) for key, item in plain.items()}
+    if isinstance(plain, (list, tuple)):
+        return [as_settings(item) for item in plain]
+    if plain is None or isinstance(plain, (bool, int, float, str)):
+        return plain
+    raise UsageError(f"{value!r} is no plain value; expected numbers, text, lists or dicts of them.")
 
 
 # -- continuing --------------------------------------------------------------------------------------------------------
@@ -427,7 +462,20 @@ def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
         raise UsageError(f"{checkpoint} holds the method {before}; expected {now}. Pass the same method.")
     former, current = content["hyper_parameters"], plain_hparams(method.hparams)
     changed = [f"{k} {former[k]} → {current[k]}" for k in current if k in former and former[k] != current[k]]
-    method.seed = content[KEY]["seed"]  # the order of the data goes on
+    state = content[KEY]
+    if "optimizer_states" not in content:
+        raise UsageError(
+            f"{checkpoint} holds weights alone, as `save` writes them; expected a checkpoint of a run, which training "
+            "can go on from. Pass a run folder or a file of its checkpoints."
+        )
+    method.seed = state["seed"]  # the order of the data goes on
+    seeds = tuple(state.get("seeds") or ())
+    if method.seeds and method.seeds != seeds:
+        held = f"the seeds {seeds}" if seeds else f"the seed {method.seed} alone"
+        raise UsageError(
+            f"{checkpoint} holds {held}, and `seeds` is {method.seeds}; expected the same. Set no `seeds`."
+        )
+    method.seeds = seeds
     return content["global_step"], ", ".join(changed)
 
 

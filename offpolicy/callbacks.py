@@ -20,12 +20,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
-from offpolicy.errors import DataError, UsageError
+from offpolicy.errors import DataError, DivergenceError, UsageError
 from offpolicy.evaluation.environment import described
 from offpolicy.evaluation.order import OrderConsistency, make_order
 from offpolicy.evaluation.rollout import Evaluator, make_evaluator
 from offpolicy.evaluation.scores import score_kind, simulator_note, simulator_version, summarize
 from offpolicy.files import Table, WriteError, atomic_write, plot_curves
+from offpolicy.seeds import over_seeds
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,9 @@ class Measurement(Callback):
 class Evaluation(Measurement):
     """Runs the policy in the data's environment, on the first process.
 
-    Nothing of the training is touched: environments have their own fixed seeds and the generators are put back.
+    Nothing of the training is touched: environments have their own fixed seeds and the generators are put back. Of a
+    method with several seeds each plays the same episodes by itself, and the numbers are the means over seeds, with
+    those of each under ``eval/<name>_seed<seed>``.
     """
 
     everywhere = False
@@ -217,8 +220,13 @@ class Evaluation(Measurement):
             self._broken = False
         if self.evaluator is None:
             return {}
-        found = summarize(self.evaluator.run(pl_module.agent()), pl_module.data_meta)
-        return found | (self.order(pl_module.value_of) if self.order else {})
+        return over_seeds(pl_module, self.play)
+
+    def play(self, method: Any) -> dict[str, float]:
+        """The numbers of a method of one seed."""
+        assert self.evaluator is not None
+        found = summarize(self.evaluator.run(method.agent()), method.data_meta)
+        return found | (self.order(method.value_of) if self.order else {})
 
     def late(self, method: Any, updates: int) -> dict[str, Any]:
         """The row that a finished run still owes, of a method loaded from its last checkpoint; empty for none."""
@@ -401,6 +409,11 @@ class RunFolder(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             plot_curves(self.folder)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Keep the row in which a run was found to have diverged."""
+        if isinstance(exception, DivergenceError):
+            self._append(trainer, self.metrics, pl_module.metric_row)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_path": self.best_path, "best_value": self.best_value}

@@ -9,22 +9,25 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
-from offpolicy.errors import DataError, UsageError
+from offpolicy.errors import DataError, DivergenceError, UsageError
 from offpolicy.files import WriteError
 
-USAGE, DATA, MACHINE, CTRL_C = 2, 3, 1, 130  # exit codes; 128 + signal number after an interruption
+USAGE, DATA, DIVERGED, MACHINE, CTRL_C = 2, 3, 4, 1, 130  # exit codes; 128 + signal number after an interruption
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command on ``sys.argv`` and leave with its exit code.
 
-    0 done, 2 a misspelt or impossible option, 3 data that cannot be used, 1 a disk or folder that cannot be written,
-    130 and 143 after Ctrl-C and SIGTERM. A user's mistake is one message without a traceback.
+    0 done, 2 a misspelt or impossible option, 3 data that cannot be used, 4 training that diverged, 1 a disk or
+    folder that cannot be written, 130 and 143 after Ctrl-C and SIGTERM. A user's mistake is one message without a
+    traceback.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's own class lies beside the command
     try:
         code = main(sys.argv[1:])
+    except DivergenceError as error:  # a UsageError too
+        code = _say(error, DIVERGED)
     except UsageError as error:
         code = _say(error, USAGE)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""The two kinds of mistake a user can make, and the checks that name them."""
+"""The kinds of mistake a user can make, and the checks that name them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class UsageError(ValueError):
 
 class DataError(ValueError):
     """Data that cannot be trained on as they are (exit code 3)."""
+
+
+class DivergenceError(UsageError):
+    """Training whose losses or weights are no longer finite, by its settings or the scale of its data (exit code 4)."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -85,8 +85,12 @@ def main(argv: list[str]) -> int:
         if name == "score" and numbers.get("score_interval", 0) > 0:
             print(screen.line("", f"± {numbers['score_interval']:.4g} (95 % interval of the mean)"))
     for name, value in numbers.items():
-        if name.startswith(("success_task", "order_consistency")):
+        if name.startswith(("success_task", "order_consistency")) and "_seed" not in name:
             print(screen.line("", f"{name:<24}{value:.4g}"))
+    headline = next((name for name in ("score", "success_rate", "return_mean") if name in numbers), "")
+    for seed_trained in numbers.get("seeds", ()):
+        name = f"{headline}_seed{seed_trained}"
+        print(screen.line("", f"{name:<24}{numbers[name]:.4g}"))
     if unwritten:
         print(f"Warning: {unwritten}", file=sys.stderr)
     else:

@@ -25,7 +25,8 @@ class GoalModule(OfflineModule):
     reference agents (arXiv:2410.20092, code).
 
     Observations and goals are given raw, NumPy or tensor, (O,) or (n, O), and answers are of the same kind; one goal
-    serves any number of observations.
+    serves any number of observations. With S seeds every answer has one more axis in front, of length S: what each seed
+    says to the same observations and goals.
     """
 
     losses: ClassVar[tuple[str, ...]]
@@ -93,7 +94,7 @@ class GoalModule(OfflineModule):
             generator: source of that noise; None takes torch's global one.
 
         Returns:
-            (A,) or (n, A), of the kind of ``obs``.
+            (A,) or (n, A), of the kind of ``obs``; with S seeds (S, A) or (S, n, A).
         """
         check_range("temperature", temperature, 0.0)
 
@@ -158,10 +159,8 @@ class GoalModule(OfflineModule):
         if len(x) != len(g) and 1 not in (len(x), len(g)):
             raise UsageError(f"there are {len(x)} observations and {len(g)} goals; expected one goal, or one for each.")
         single = np.ndim(obs) == 1 and np.ndim(goal) == 1
-        training = self.training
-        self.eval()
-        answer = question(*torch.broadcast_tensors(x, g))
-        self.train(training)
+        x, g = torch.broadcast_tensors(x, g)
+        answer = self.ask(lambda: question(x, g))
         if answer is None:
             raise UsageError(
                 f"{type(self).__name__} has no high level; expected a hierarchical method, such as HIQL or OTA."

@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -25,11 +26,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from offpolicy import matmul
+from offpolicy import divergence, matmul
 from offpolicy.callbacks import Evaluation, HeldOut, Interruption, RestoreSettings
 from offpolicy.casts import fresh_casts
-from offpolicy.checkpoint import plain_hparams, to_plain
+from offpolicy.checkpoint import plain_hparams, to_plain, write_checkpoint
 from offpolicy.data import sampling
+from offpolicy.data.batches import check_rows
 from offpolicy.data.mixing import SHARE
 from offpolicy.data.module import DataModule
 from offpolicy.data.normalize import Normalizer, parse_reward_transform
@@ -43,6 +45,7 @@ from offpolicy.memory import keep_freed_memory
 from offpolicy.nn.policies import normal_log_prob
 from offpolicy.optim import FusedAdam, gradients, polyak_
 from offpolicy.options import RunOptions
+from offpolicy.seeds import ask_each, build_stacked, checked_seeds, taken
 from offpolicy.trust import words
 
 log = logging.getLogger(__name__)
@@ -91,6 +94,7 @@ class Module(LightningModule):
     trains_on_texts: ClassVar[bool] = False
     look_command: ClassVar[str] = "python -m offpolicy.evaluate {folder}"  # shown at the end of a run
     saved_again: ClassVar[bool] = True  # after an evaluation, which may change the method, as well as before it
+    divergence_advice: ClassVar[str] = "Lower the learning rate"  # begins a sentence
     step_ended: bool = True  # false between the micro-batches of one optimiser step
     if TYPE_CHECKING:
         hparams: Any  # the arguments of the method's __init__, by name
@@ -108,7 +112,22 @@ class Module(LightningModule):
         self.eval_row: dict[str, Any] = {}
         self.interrupted_by = 0  # signal that ended the last fit, 0 when none did
         self.words = words()  # whose word the names in its options are
+        self._seeds: tuple[int, ...] = ()
+        self._finite_at = -1  # the update after which losses and weights were last found finite
         self._undo = ExitStack()
+
+    def __repr__(self) -> str:
+        """The method in a few lines: sizes and parameters, and its options."""
+        facts = [f"{name} {value}" for name, value in self.repr_facts() if value]
+        built = num_trained(self)
+        facts.append(f"{built:,} trained parameters" if built else "no networks yet")
+        options = ", ".join(f"{name}={value!r}" for name, value in self.hparams.items() if name[0] != "_")
+        text = textwrap.fill(options, 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        return f"{type(self).__name__}: {', '.join(facts)}" + (f"\n{text}" if options else "")
+
+    def repr_facts(self) -> list[tuple[str, Any]]:
+        """What stands in the first line of :meth:`__repr__`: (label, value)."""
+        return [("data", self.data_meta.get("name")), ("update", self.updates)]
 
     # -- construction --------------------------------------------------------------------------------------------------
 
@@ -142,6 +161,24 @@ class Module(LightningModule):
     def planned_steps(self, data: DataModule) -> int | None:
         """Updates to make when the user gave no ``max_steps``; None when they have to be given."""
         return None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Several seeds trained at once, each with weights and batches of its own; empty for one, which is ``seed``."""
+        return self._seeds
+
+    @seeds.setter
+    def seeds(self, seeds: Sequence[int]) -> None:
+        found = checked_seeds(seeds)
+        name = type(self).__name__
+        if found and self.trains_on_texts:
+            raise UsageError(f"{name} trains one seed per process; expected `seeds` empty. Start one each.")
+        if found != self._seeds and getattr(self, "sizes", None) is not None:
+            raise UsageError(
+                f"`seeds` is {found}, but {name} has its networks already, with `seeds` {self._seeds}; expected it to "
+                "be set before they are made. Set it on a new method."
+            )
+        self._seeds = found
 
     def option(self, name: str, default: Any) -> Any:
         """A hyperparameter that a method may leave out."""
@@ -220,6 +257,24 @@ class Module(LightningModule):
             x = x / self.world_size
         return x
 
+    def on_any_process(self, flag: bool) -> bool:
+        """Whether a flag is set on one of the processes; all of them must ask."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=self.device)
+        torch.distributed.all_reduce(flags)
+        return bool(flags > 0)
+
+    def check_finite(self) -> None:
+        """Stop a run whose losses or weights are not finite; asked between blocks, on every process.
+
+        Raises:
+            DivergenceError: they are not.
+        """
+        if self._finite_at != self.updates:
+            divergence.check_finite(self)
+            self._finite_at = self.updates
+
     def _of_all_processes(self, value: Any) -> list[Any]:
         """The value of every process, by rank."""
         values = [value] * self.world_size
@@ -230,13 +285,14 @@ class Module(LightningModule):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_finite()  # a checkpoint is one that training can go on from
         checkpoint["hyper_parameters"] = plain_hparams(self.hparams)
         checkpoint[KEY] = to_plain(
             {
                 "class": f"{type(self).__module__}.{type(self).__qualname__}",
                 **self.network_state(),
                 "seed": self.seed,
-                "updates": self.global_step,
+                "updates": self.updates,
                 "threads": torch.get_num_threads(),
                 "matmul": self.run.matmul,
                 "data": {"fingerprint": self.data_fingerprint, "meta": self.data_meta},
@@ -258,10 +314,19 @@ class Module(LightningModule):
             )
         self.seed = state["seed"]
         self.restore_networks(state)
+        self.restore_step(state["updates"])
         self.data_meta = self.data_meta or data["meta"]
         self.run.threads, self.run.matmul = state["threads"], state["matmul"]
         self.meter.load_state_dict(state["meters"], self.global_rank, self.world_size)
         self.load_extra_state(state)
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far."""
+        return self.global_step
+
+    def restore_step(self, updates: int) -> None:
+        """Take the count of updates from a checkpoint."""
 
     def network_state(self) -> dict[str, Any]:
         """What the networks are built from, as plain values for a checkpoint."""
@@ -338,6 +403,10 @@ class Meter:
         self.sums, self.counts = {}, {}
         return row
 
+    def by_name(self) -> dict[str, Tensor]:
+        """What was added up since the last row."""
+        return self.sums
+
     def state_dict(self) -> dict[str, Any]:
         return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "counts": dict(self.counts)}
 
@@ -351,6 +420,22 @@ class Meter:
         self.sums = {k: v.to(device) for k, v in self.sums.items()}
 
 
+def counted(update: Callable[[Any, Any, int], Metrics]) -> Callable[[Any, Any, int], Metrics]:
+    """A method's ``update`` that also remembers its number, as learning rates are functions of it.
+
+    A batch from outside of :meth:`OfflineModule.run_block` is checked first.
+    """
+
+    @wraps(update)
+    def counting(self: OfflineModule, batch: Any, step: int) -> Metrics:
+        if not self._in_block:
+            self._check_update(batch)
+        self._step = step
+        return update(self, batch, step)
+
+    return counting
+
+
 class OfflineModule(Module):
     """Base of control methods: one update = one batch = one ``trainer.global_step``, whatever the optimisers.
 
@@ -362,14 +447,24 @@ class OfflineModule(Module):
     takes_discrete_actions: ClassVar[bool] = False  # else data with discrete actions are refused
     takes_images: ClassVar[bool] = False  # observations of any shape and type; else only vectors of floats
     view: Any = TransitionView()  # of the class, or of an instance where it depends on hyperparameters
+    divergence_advice: ClassVar[str] = (
+        "Lower the learning rates, limit gradients by `max_grad_norm`, or look at the scale of the rewards and "
+        "observations (`reward_transform`, `normalize_obs`)"
+    )
+    seed_axis: ClassVar[bool] = True  # false where a layer or a loss has no room for several seeds
     sizes: Sizes = None  # type: ignore[assignment]  # set by `initialize`
     normalizer: Normalizer
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "update" in vars(cls):
+            cls.update = counted(vars(cls)["update"])  # type: ignore[method-assign]
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.seeds: tuple[int, ...] = ()  # several seeds trained at once: one more axis in front of every weight
-        self._step = 1  # number of the update being made, which learning rates are functions of
+        self._step = 0  # the newest update, which learning rates are functions of
+        self._in_block = False
         self._params: dict[str, list[Tensor]] = {}
         self._optimizers: dict[str, FusedAdam] = {}
         self._rates: dict[str, Rate] = {}
@@ -393,7 +488,14 @@ class OfflineModule(Module):
         return {}
 
     def update(self, batch: Any, step: int) -> Metrics:
-        """One update in the order of the paper; ``step`` counts from 1. Returns detached metrics."""
+        """One update in the order of the paper; ``step`` counts from 1. Returns detached metrics.
+
+        Learning rates are those of update ``step``.
+
+        Raises:
+            UsageError: called from outside of training, and there are no networks, optimisers or noise yet, or a field
+                of the batch has another number of axes than it should.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define update(batch, step).")
 
     def policy(self, obs: Tensor) -> Tensor:
@@ -443,19 +545,80 @@ class OfflineModule(Module):
                 torch.manual_seed(self.seed)
                 self.build(sizes)
             else:
-                self._build_stacked(sizes)
+                build_stacked(self, partial(self.build, sizes))
         return self
 
-    def _build_stacked(self, sizes: Sizes) -> None:
-        """Build once per seed and put the parameters of all seeds into one tensor with an axis in front."""
-        states = []
-        for seed in self.seeds:
-            torch.manual_seed(seed)
-            self.build(sizes)
-            own = [(n, p) for n, p in self.named_parameters()]
-            states.append({name: p.detach().clone() for name, p in own})
-        for name, p in self.named_parameters():
-            p.data = torch.stack([state[name] for state in states])
+    def _check_built(self) -> None:
+        if self.sizes is None:
+            raise UsageError(
+                f"{type(self).__name__} has no networks yet; expected a trained method. Fit it, load a checkpoint, or "
+                "call `prepare(replay)`."
+            )
+
+    def _check_update(self, batch: Any) -> None:
+        """What an update needs and fit has always; asked where a batch comes from outside."""
+        self._check_built()
+        if not self._optimizers and self.learning_rates():
+            raise self._no_optimizers()
+        draws = self.draws()
+        missing = [name for name in draws if not hasattr(getattr(batch, "noise", None), name)]
+        if missing:
+            raise UsageError(
+                f"the batch has no noise `{missing[0]}`; {type(self).__name__} needs {', '.join(draws)}. Take batches "
+                "of `draw(t, k)`, or pass `noise=offpolicy.Noise(…)`."
+            )
+        check_rows(batch)
+
+    def _no_optimizers(self) -> UsageError:
+        return UsageError(
+            f"{type(self).__name__} has no optimisers yet, so it can make no update; expected them first. Call "
+            "`prepare(replay)`, or `configure_optimizers()` after `initialize(sizes)`."
+        )
+
+    def take_seed(self, seed: int) -> OfflineModule:
+        """A method of one seed alone, out of a method of several.
+
+        Its weights are those of that seed, bit by bit, so it acts and is evaluated as that seed is; it can be saved by
+        :meth:`save`. It does not share memory with this method, and its optimisers are new.
+
+        Args:
+            seed: one of ``seeds``, the number itself and not its place.
+
+        Raises:
+            UsageError: no such seed, or no networks yet.
+        """
+        self._check_built()
+        if seed not in self.seeds:
+            held = f"the seeds {', '.join(map(str, self.seeds))}" if self.seeds else f"one seed, {self.seed}, alone"
+            raise UsageError(
+                f"there is no seed {seed} to take: {type(self).__name__} holds {held}. Pass one of several."
+            )
+        return taken(self, seed)
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights and settings into a file that :func:`offpolicy.load` opens, as ``policy.ckpt``.
+
+        Training cannot go on from it, since it has no optimisers: a run writes checkpoints for that.
+
+        Raises:
+            UsageError: no networks yet.  WriteError: the file cannot be written.
+        """
+        self._check_built()
+        checkpoint: dict[str, Any] = {"state_dict": self.state_dict(), "global_step": self.updates}
+        self.on_save_checkpoint(checkpoint)
+        write_checkpoint(checkpoint, path)
+
+    @property
+    def updates(self) -> int:
+        return self._step if self._trainer is None else self.global_step
+
+    def restore_step(self, updates: int) -> None:
+        self._step = updates
+
+    def repr_facts(self) -> list[tuple[str, Any]]:
+        widths = [] if self.sizes is None else [("observation", self.sizes.obs_dim), ("action", self.sizes.action_dim)]
+        seeds = ", ".join(map(str, self.seeds))
+        return [*widths, ("seeds", f"({seeds})" if seeds else ""), *super().repr_facts()]
 
     def network_state(self) -> dict[str, Any]:
         return {"sizes": asdict(self.sizes), "seeds": self.seeds}
@@ -485,16 +648,20 @@ class OfflineModule(Module):
             obs: raw observation(s), NumPy or tensor, shape (O,) or (n, O).
 
         Returns:
-            Action(s) of the same kind, (A,) or (n, A).
+            Action(s) of the same kind, (A,) or (n, A). With S seeds what each of them does, (S, A) or (S, n, A).
         """
         x = self.normalized(obs)
-        training = self.training
-        self.eval()
-        action = self.policy(x).clamp(-1.0, 1.0)
-        self.train(training)
-        action = self.normalizer.environment_action(action)
+        action = self.ask(lambda: self.normalizer.environment_action(self.policy(x).clamp(-1.0, 1.0)))
         action = action[..., 0, :] if np.ndim(obs) == 1 else action
         return action if isinstance(obs, Tensor) else action.float().cpu().numpy()
+
+    def ask(self, question: Callable[[], Any]) -> Any:
+        """The answer of the networks in evaluation mode; with seeds that of each, along a new first axis."""
+        training = self.training
+        self.eval()
+        answer = ask_each(self, question) if self.seeds else question()
+        self.train(training)
+        return answer
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         """log π(action | obs) under the policy as trained, summed over the dimensions of the action.
@@ -513,8 +680,8 @@ class OfflineModule(Module):
         """
         if self.seeds:
             raise UsageError(
-                f"the method holds {len(self.seeds)} seeds, each a policy of its own; expected one. Train one seed per "
-                "process."
+                f"the method holds {len(self.seeds)} seeds, each a policy of its own; expected one. Take one out: "
+                f"take_seed({self.seeds[0]})."
             )
         x = self.normalized(obs.reshape(-1, obs.shape[-1]))
         training = self.training
@@ -525,8 +692,7 @@ class OfflineModule(Module):
 
     def normalized(self, obs: Any, name: str = "obs") -> Tensor:
         """Raw observation(s), NumPy or tensor, (O,) or (n, O), as normalised ones (n, O) on the method's device."""
-        if self.sizes is None:
-            raise UsageError("the method has no networks yet; expected a trained one. Fit it or load a checkpoint.")
+        self._check_built()
         x = torch.as_tensor(obs, device=self.device, dtype=self.dtype_of_weights)
         if x.shape[-1:] != (self.sizes.obs_dim,) or x.dim() not in (1, 2):
             raise UsageError(
@@ -546,7 +712,13 @@ class OfflineModule(Module):
     def params(self, name: str) -> list[Tensor]:
         """The parameters of a network (or the parameter) of this name."""
         if name not in self._params:
-            part = getattr(self, name)
+            part = getattr(self, name, None)
+            if part is None:
+                self._check_built()
+                raise UsageError(
+                    f"`{name}` is no network or parameter of {type(self).__name__}; expected a name that its `build` "
+                    f"makes: {', '.join(dict(self.named_children()))}."
+                )
             self._params[name] = [part] if isinstance(part, Tensor) else list(part.parameters())
         return self._params[name]
 
@@ -578,8 +750,16 @@ class OfflineModule(Module):
         limit = self.option("max_grad_norm", None)
         if limit is not None:
             grads = clip_per_seed(grads, limit, seeds=bool(self.seeds))
-        rate = self._rates[name]
-        self._optimizers[name].apply(params, grads, rate(self._step) if callable(rate) else rate)
+        try:
+            rate = self._rates[name]
+        except KeyError:
+            if self._rates:
+                known = ", ".join(self._rates)
+                raise UsageError(
+                    f"`{name}` has no learning rate; expected one of {known}. See learning_rates."
+                ) from None
+            raise self._no_optimizers() from None
+        self._optimizers[name].apply(params, grads, rate(self._step or 1) if callable(rate) else rate)
 
     def reduce_gradients(self, grads: list[Tensor]) -> list[Tensor]:
         """Mean over processes of a list of tensors, as one flat all-reduce."""
@@ -609,6 +789,7 @@ class OfflineModule(Module):
         replay = self.select(data.replay)
         self.data_meta, self.data_fingerprint = dict(data.replay.meta), data.replay.fingerprint()
         self.initialize(Sizes.of(replay))
+        self.plan_rates(self.trainer.max_steps)
         self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self.fit_normalizer(replay)
 
@@ -616,6 +797,7 @@ class OfflineModule(Module):
         episodes, env = self.run.eval_episodes, self.data_meta.get("env_id")
         tasks = self.data_meta.get("tasks")
         each = f" for each of {tasks} goals" if tasks else ""
+        each += f" by each of {len(self.seeds)} seeds" if self.seeds else ""
         return f"{episodes} episodes of {env}{each}" if episodes and env else ""
 
     def fit_normalizer(self, replay: Replay) -> None:
@@ -628,18 +810,45 @@ class OfflineModule(Module):
             eps=self.option("obs_eps", 1e-3),
         )
 
-    def prepare(self, replay: Replay, seed: int = 0) -> OfflineModule:
-        """Ready for :meth:`run_block` without a Trainer: networks, normaliser, optimisers, data. Returns self."""
+    def prepare(self, replay: Replay | DataModule, seed: int = 0, *, max_steps: int | None = None) -> OfflineModule:
+        """Ready for :meth:`run_block` without a Trainer: networks, normaliser, optimisers, data. Returns self.
+
+        Args:
+            replay: the data; of a data module the replay that it opens.
+            seed: of weights, batches and noise, unless ``seeds`` are set.
+            max_steps: updates to be made, ≥ 1, over which learning rates with ``lr_decay_steps=None`` fall. Without it
+                such rates stay constant, and a warning says so.
+        """
+        if max_steps is not None:
+            check_range("max_steps", max_steps, 1)
         self._check_hyperparameters()
+        replay = replay.load() if isinstance(replay, DataModule) else replay
         self.check_data(replay)
         chosen = self.select(replay)
         self.initialize(Sizes.of(chosen), seed)
+        self.plan_rates(max_steps)
         self.fit_normalizer(chosen)
         self.configure_optimizers()
         self._has_dropout = any(map(has_dropout, self.modules()))
         self._bound = self.view.bind(chosen, self.normalizer, self.device)
         self.on_bind(self._bound)
         return self
+
+    def plan_rates(self, max_steps: int | None) -> None:
+        """Called before training with the updates of the run, for learning rates that fall over them.
+
+        None is for updates without a Trainer whose number nobody gave.
+        """
+
+    def planned_horizon(self, max_steps: int | None) -> int | None:
+        """The updates over which a rate falls that follows the length of the run; None for a constant one."""
+        if max_steps is None:
+            log.warning(
+                "%s has `lr_decay_steps` None, which stands for the updates of the run, and `prepare` was not told how "
+                "many there are: the rate stays constant. Pass `max_steps` to `prepare`, or `lr_decay_steps`.",
+                type(self).__name__,
+            )
+        return max_steps
 
     def _check_hyperparameters(self) -> None:
         check_range("batch_size", self.option("batch_size", 256), 1)
@@ -722,7 +931,7 @@ class OfflineModule(Module):
                 )
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise UsageError("sharding (fsdp2) is for language models; expected another strategy. Use ddp.")
-        return [RestoreSettings(), self.measurement(), Interruption()]
+        return [RestoreSettings(), divergence.Divergence(), self.measurement(), Interruption()]
 
     def measurement(self) -> Callback:
         return Evaluation()
@@ -735,13 +944,17 @@ class OfflineModule(Module):
 
     def draw(self, t: int, k: int) -> list[Any]:
         """The batches of updates t + 1 … t + k: this process's rows of each, with their noise."""
-        assert self._bound is not None and self.seed is not None
+        if self._bound is None:
+            raise UsageError(
+                f"{type(self).__name__} has no data to draw batches from; expected them to be laid out. Call "
+                "`prepare(replay)` first."
+            )
         size = self.option("batch_size", 256)
         local = size // self.world_size
         rank = self.global_rank if self.world_size > 1 else 0
         rows = torch.arange(rank * local, (rank + 1) * local, device=self._bound.device)
         steps = torch.arange(t + 1, t + k + 1, device=rows.device)
-        seeds: Any = list(self.seeds) if self.seeds else self.seed
+        seeds: Any = list(self.seeds) if self.seeds else self.seed or 0
         words = sampling.bits(sampling.keys(seeds, "index", steps), rows)
         more = self._bound.uniforms
         uniforms = [sampling.uniforms(sampling.keys(seeds, "view", steps), rows, (more,))] if more else []
@@ -763,20 +976,25 @@ class OfflineModule(Module):
 
     def run_block(self, t: int, k: int) -> None:
         """Updates t + 1 … t + k, without any reading of values back to the host."""
-        with fresh_casts():
-            for j, batch in enumerate(self.draw(t, k)):
-                self._step = t + j + 1
-                if self._has_dropout:  # dropout has no noise argument: make its generator a function of the update too
-                    stream = f"dropout of process {self.global_rank if self.world_size > 1 else 0}"
-                    number = torch.tensor([self._step], device="cpu")
-                    torch.manual_seed(int(sampling.keys(self.seed or 0, stream, number)[0]))
-                self.meter.add(self.update(batch, self._step))
+        self._in_block = True
+        try:
+            with fresh_casts():
+                for step, batch in enumerate(self.draw(t, k), t + 1):
+                    if self._has_dropout:  # it has no noise argument: make its generator a function of the update too
+                        stream = f"dropout of process {self.global_rank if self.world_size > 1 else 0}"
+                        number = torch.tensor([step], device="cpu")
+                        torch.manual_seed(int(sampling.keys(self.seed or 0, stream, number)[0]))
+                    self.meter.add(self.update(batch, step))
+        finally:
+            self._in_block = False
 
+    @divergence.named
     def training_step(self, tick: Any, _: int) -> None:
         t = self.global_step
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         change_every = getattr(data, "change_every", 0)
         if change_every and t % change_every == 0:
+            self.check_finite()  # before the data are changed by the policy
             data.on_block_start(self)
             self._bind()
         k = self.block_length(t)

@@ -39,10 +39,11 @@ def first_screen(trainer: Any, method: Any, folder: Path, extra: list[str]) -> s
         device = f"{trainer.world_size} processes on {device}"
     threads, matmul = settings_in_use(method)
     what = method.evaluates()
+    which = f"seeds {', '.join(map(str, method.seeds))}" if method.seeds else f"seed {method.seed}"
     when = f"every {method.run.eval_every:,} updates" if method.run.eval_every else "after the last update"
     start = f"continuing at update {now:,} of {total:,}" if now else "new"
     lines = [
-        f"{type(method).__name__} on {meta.get('name', 'data')}, seed {method.seed}",
+        f"{type(method).__name__} on {meta.get('name', 'data')}, {which}",
         *(line(label, text) for label, text in method.facts()),
         *extra,
         line("updates", f"{total:,} of {method.batch_words()}"),

@@ -76,6 +76,14 @@ class Replay:
             raise DataError(
                 f"columns have lengths {lengths}; expected one common length. Pass one row per step in each."
             )
+        for name in ("reward", "terminated"):
+            shape = tuple(getattr(self.steps.get(name), "shape", (0,)))
+            if len(shape) != 1:
+                raise DataError(
+                    f"`{name}` has shape {shape}; expected ({shape[0]},), one number per step, since a further axis "
+                    f"would turn losses into tables of all pairs of rows. Pass `{name}.reshape(-1)`, or leave the axis "
+                    "of several rewards out."
+                )
         rows = next(iter(sizes.values()))
         if episode_end is not None:
             ends = np.flatnonzero(np.asarray(episode_end)) + 1

@@ -104,3 +104,10 @@ class TextData(TokenisedData):
                 replay, self.eval_replay = split_by_prompt(replay, self.options["eval_fraction"])
             self.replay = replay
         return self.replay
+
+    def __repr__(self) -> str:
+        """The data report, once the texts are open."""
+        open_ = self.replay is not None and "format" in self.replay.meta
+        return report(self.replay) if open_ else super().__repr__()  # type: ignore[arg-type]
+
+    __str__ = __repr__

@@ -62,24 +62,31 @@ class OrderConsistency:
         """Name of a value → its order consistency at each distance (len(distances),), the mean over trajectories.
 
         Args:
-            value_of: (obs (n, O), goals (n, O)) → name → values (n,), as of a goal-conditioned method.
+            value_of: (obs (n, O), goals (n, O)) → name → values (n,), as of a goal-conditioned method. Values (S, n) of
+                a method with S seeds give (S, len(distances)).
             distances: in steps; NaN where no trajectory is longer.
         """
         found = {}
         for name, values in value_of(self.obs, self.goals).items():
-            parts = np.split(np.asarray(values), np.cumsum(self.lengths)[:-1])
-            smooth = [trailing_mean(part, self.window) for part in parts]
-            table = np.array([[order_consistency(part, k, 1) for part in smooth] for k in distances])
-            known = ~np.isnan(table)
-            total = np.where(known, table, 0.0).sum(1)
-            found[name] = np.divide(total, known.sum(1), out=np.full(len(table), np.nan), where=known.any(1))
+            values = np.asarray(values)
+            each = [self._curve(one, distances) for one in values.reshape(-1, values.shape[-1])]
+            found[name] = np.stack(each).reshape(*values.shape[:-1], len(distances))
         return found
 
+    def _curve(self, values: np.ndarray, distances: Sequence[int]) -> np.ndarray:
+        parts = np.split(values, np.cumsum(self.lengths)[:-1])
+        smooth = [trailing_mean(part, self.window) for part in parts]
+        table = np.array([[order_consistency(part, k, 1) for part in smooth] for k in distances])
+        known = ~np.isnan(table)
+        total = np.where(known, table, 0.0).sum(1)
+        return np.divide(total, known.sum(1), out=np.full(len(table), np.nan), where=known.any(1))
+
     def __call__(self, value_of: ValueOf) -> dict[str, float]:
-        """``order_consistency`` of a single value, or ``order_consistency/<name>`` of each of several."""
+        """``order_consistency`` of a single value, or ``order_consistency/<name>`` of each of several; of several seeds
+        the mean."""
         curves = self.curves(value_of, [self.distance])
         return {
-            "order_consistency" if name == "value" else f"order_consistency/{name}": float(curve[0])
+            "order_consistency" if name == "value" else f"order_consistency/{name}": float(curve[..., 0].mean())
             for name, curve in curves.items()
         }
 

@@ -54,7 +54,8 @@ class SumMeter(Sums):
 
 
 class RowMeter(Sums):
-    """Means of metrics over rows, weighted; NaN is a row that does not count, and :class:`TokenMean` pools tokens.
+    """Means of metrics over rows, weighted; NaN is a row that does not count, but in the loss, where it is one of
+    training that has diverged. :class:`TokenMean` pools tokens.
 
     Names that come together are kept together: M names → (M, 2) float64, weighted sums and sums of weights.
     """
@@ -67,6 +68,8 @@ class RowMeter(Sums):
         pairs = [m if isinstance(m, TokenMean) else TokenMean(m, torch.ones_like(m)) for m in metrics.values()]
         total, count = (torch.stack(part).double() for part in zip(*pairs))
         known = ~torch.isnan(total)
+        if "loss" in metrics:
+            known[list(metrics).index("loss")] = True
         w = weight.double() * known
         self.put(tuple(metrics), torch.stack([(torch.where(known, total, 0.0) * w).sum(-1), (count * w).sum(-1)], -1))
 

@@ -23,6 +23,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from offpolicy import divergence
 from offpolicy.callbacks import Interruption, RestoreSettings
 from offpolicy.data import sampling
 from offpolicy.data.module import DataModule
@@ -116,6 +117,7 @@ class LanguageModule(Module):
     """
 
     trains_on_texts = True
+    divergence_advice = "Lower --model.lr, or give it a longer rise by --model.warmup_ratio"
     run_defaults: ClassVar[dict[str, Any]] = {"eval_every": 100, "log_every": 10}
     saved_again = False  # an evaluation changes nothing here, and weights take long to write
     look_command = "python -m offpolicy.generate {folder}, or offpolicy.export {folder} OUT [--merge]"
@@ -422,7 +424,7 @@ class LanguageModule(Module):
             )
         if getattr(trainer, "datamodule", None) is not None:
             self.bind_data(trainer.datamodule)  # type: ignore[attr-defined]
-        return [RestoreSettings(), self.measurement(), Interruption()]
+        return [RestoreSettings(), divergence.Divergence(), self.measurement(), Interruption()]
 
     def held_out(self) -> dict[str, float]:
         return {} if self.eval_table is None else evaluate(self)
@@ -697,6 +699,7 @@ class LanguageModule(Module):
         self._seconds += time.perf_counter() - self._began
         self._began = time.perf_counter()
 
+    @divergence.named
     def training_step(self, tick: Any, batch_idx: int) -> Tensor:
         t, j, table, plan = self.global_step, self._micro, self._table, self._plan_of()
         assert table is not None

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from offpolicy import divergence
 from offpolicy.callbacks import Interruption, RunFolder
 from offpolicy.data import rollouts as store_of
 from offpolicy.data.answers import alternatives
@@ -430,6 +431,7 @@ class RolloutModule(LanguageModule):
         super().on_train_batch_start(batch, batch_idx)
         if self.global_step < self._first_step + len(self._steps):
             return None
+        self.check_finite()  # before answers are drawn
         try:
             self.trainer.datamodule.on_block_start(self)  # type: ignore[attr-defined]
         except Stopped:
@@ -506,6 +508,7 @@ class RolloutModule(LanguageModule):
     def layout(self, batch: Any) -> Layout:
         return group_layout(batch, self.pad_id).to(self.trainer.strategy.root_device)
 
+    @divergence.named
     def training_step(self, tick: Any, batch_idx: int) -> Tensor:
         t, j = self.global_step, self._micro
         bound, rows = self._rollouts, self._steps[t - self._first_step]
