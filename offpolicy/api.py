@@ -24,7 +24,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from offpolicy import screen
 from offpolicy.callbacks import Evaluation, EvaluationFailed, RunFolder, UpdateBar
-from offpolicy.checkpoint import newest_checkpoint, plain_hparams, read_checkpoint, resolve_checkpoint, to_plain
+from offpolicy.checkpoint import (
+    check_proportions,
+    newest_checkpoint,
+    plain_hparams,
+    read_checkpoint,
+    resolve_checkpoint,
+    to_plain,
+)
 from offpolicy.checkpoint_io import AtomicCheckpointIO
 from offpolicy.data.module import DataModule, Loadable, load_data
 from offpolicy.data.names import resolve
@@ -244,6 +251,7 @@ def load(run_or_checkpoint: str | Path, *, method: type[Module] | None = None, t
             raise UsageError(f"{path} is to be opened as {cls!r}, which is no method; expected a class of one.")
         try:
             check_environment(state["data"]["meta"], str(path))
+            check_proportions(checkpoint, state, str(path))
             loaded = cls(**checkpoint["hyper_parameters"])
             loaded.on_load_checkpoint(checkpoint)
             loaded.load_state_dict(checkpoint["state_dict"], strict=loaded.strict_loading)

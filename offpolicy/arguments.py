@@ -285,7 +285,12 @@ def flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(key, str):
             raise UsageError(f"the settings have {key!r} as a name; expected text, such as `model:`. Correct the file.")
         if key == "model" and isinstance(value, Mapping):
-            value = {k: v for k, v in {**value, **(value.get("init_args") or {})}.items() if k != "init_args"}
+            inner = value.get("init_args") or {}
+            if not isinstance(inner, Mapping):
+                raise UsageError(
+                    f"the settings have `init_args` {inner!r}; expected names and values. Correct the file."
+                )
+            value = {k: v for k, v in {**value, **inner}.items() if k != "init_args"}
             if "class_path" in value:
                 flat["model"] = value.pop("class_path")
         elif key == "data" and value is not None and not isinstance(value, Mapping):

@@ -6,14 +6,18 @@ Nothing here needs Lightning; the plugin that makes Lightning write this way is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import enum
 import json
+import logging
 import os
-import pickle
 import re
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +29,8 @@ from offpolicy.files import atomic_file, is_stray, method_folder
 from offpolicy.given import expanded, place
 
 PLAIN = (type(None), bool, torch.Tensor, torch.dtype, torch.device, torch.layout)
-UNREADABLE = (
-    OSError,
-    RuntimeError,  # torch's archive reader
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    EOFError,
-    pickle.UnpicklingError,
-)
+_told: set[Path] = set()  # damaged checkpoints that were spoken of
+log = logging.getLogger(__name__)
 
 
 def to_plain(value: Any, where: str = "value", *, freeze_lists: bool = False) -> Any:
@@ -106,7 +102,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
         WriteError: full disk, read-only folder; no temporary stays, earlier files are untouched.
     """
     plain = to_plain(checkpoint, "checkpoint")
-    with atomic_file(path) as file:
+    with atomic_file(path) as file, checksums():
         torch.save(plain, file)
 
 
@@ -114,15 +110,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a whole checkpoint to the CPU with ``weights_only=True``.
 
     Raises:
-        UsageError: no such file, a file cut short, or one that holds more than plain types.
+        UsageError: no such file, a file cut short or damaged (the checksums of its parts are compared), or one that
+            holds more than plain types.
     """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"Found no checkpoint {path}; expected a file. Check the path or pass the run folder.")
     try:
+        check_parts(path)
         return _load(path)
-    except UNREADABLE as error:
-        reason = str(error).split("\n", 1)[0][:200]
+    except Exception as error:  # what a damaged pickle raises can be anything
+        reason = str(error).split("\n", 1)[0][:200] or type(error).__name__
         raise UsageError(
             f"{path} ({path.stat().st_size:,} bytes) is not a whole checkpoint of plain types: {reason} "
             "Pass an earlier one, or the run folder to take the newest that opens."
@@ -130,15 +128,97 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def opens(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a whole checkpoint. Cheap: tensors are mapped, not read.
-
-    A file cut anywhere fails, because the archive's directory stands at its end.
-    """
+    """Whether `path` is a whole checkpoint: the checksums of its parts are right, and it holds plain types."""
     try:
-        _load(Path(path), mmap=True)
-    except UNREADABLE:
+        check_parts(Path(path))
+        _load(Path(path), mmap=zipfile.is_zipfile(path))
+    except Exception:  # what a damaged pickle raises can be anything
         return False
     return True
+
+
+def check_parts(path: Path) -> None:
+    """Compare the parts of a checkpoint with their checksums (CRC-32), once per file and process.
+
+    Files that are no archive, as torch wrote them long ago, have none and are left to torch. The parts are not packed,
+    so that nothing in the file becomes larger than the file.
+
+    Raises:
+        ValueError: a part differs, or is packed.  OSError: the file cannot be read.
+    """
+    stamp = path.stat()
+    _check_parts(path, (stamp.st_dev, stamp.st_ino, stamp.st_size, stamp.st_mtime_ns, stamp.st_ctime_ns))
+
+
+@lru_cache(maxsize=64)
+def _check_parts(path: Path, stamp: tuple[int, ...]) -> None:
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
+                raise ValueError(f"its part {part.filename} is packed, which torch does not do.")
+            with archive.open(part) as content:
+                while content.read(1 << 20):  # compares the checksum at the end
+                    pass
+
+
+@contextlib.contextmanager
+def checksums() -> Iterator[None]:
+    """Within it, torch writes checksums, whatever the process has chosen for its own files."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+WIDTHS = ("num_critics", "members", "num_layers", "num_blocks", "num_features")  # and what ends with _dim or _dims
+
+
+def check_proportions(checkpoint: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:
+    """Refuse networks that are larger than their weights, before any room is made for them.
+
+    Args:
+        checkpoint: its ``hyper_parameters`` and ``state_dict``.
+        state: our part of it: ``sizes`` of control, ``policy_config`` of a language model, where they are there.
+        where: the file, for the message.
+
+    Raises:
+        UsageError: an option or size says more than all weights together have.
+    """
+    weights = checkpoint["state_dict"]
+    total = sum(value.numel() for value in weights.values() if isinstance(value, torch.Tensor))
+    most = max(total, 1 << 24)  # an option may be of no use to a method; so much room does no harm
+
+    def check(name: str, value: Any, most: int) -> None:
+        listed = list(value) if isinstance(value, (list, tuple)) else [value]
+        numbers = [number for number in listed if isinstance(number, int)]
+        products = [a * b for a, b in pairwise(numbers)] if name.endswith("_dims") else []
+        if any(not 0 <= number <= most for number in (*numbers, *products)):
+            raise UsageError(
+                f"{where} has `{name}` {value}, which is below 0 or more than the {total:,} numbers of its weights "
+                "can make; expected a checkpoint whose weights fit its options. Pass another."
+            )
+
+    def look(settings: Any) -> None:
+        for name, value in settings.items() if isinstance(settings, Mapping) else ():
+            if isinstance(name, str) and (name.endswith(("_dim", "_dims")) or name in WIDTHS):
+                check(name, value, most)
+            look(value)
+
+    look(checkpoint["hyper_parameters"])
+    sizes = state.get("sizes")
+    for name, value in sizes.items() if isinstance(sizes, Mapping) else ():
+        check(name, value, most)
+    config = state.get("policy_config")
+    if isinstance(config, str) and state.get("adapter") is None:
+        found = json.loads(config)
+        check("num_hidden_layers", found.get("num_hidden_layers", 0), len(weights))
+        for name in ("vocab_size", "hidden_size", "intermediate_size"):
+            check(name, found.get(name, 0), most)
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
@@ -146,7 +226,13 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
     `folder` is a folder of checkpoints or a run folder with `checkpoints/` in it.
     """
-    return next((path for path in _by_update(Path(folder)) if opens(path)), None)
+    for path in _by_update(Path(folder)):
+        if opens(path):
+            return path
+        if path not in _told:
+            _told.add(path)
+            log.warning("%s is damaged or cut short and was passed over; an earlier checkpoint is looked for.", path)
+    return None
 
 
 def newest_run(

@@ -271,7 +271,7 @@ def one_sentence(message: str, known: Mapping[str, Mapping[str, str | None]]) ->
         plain = re.compile(r"Expected a <class|Subtypes|Errors:|Given value|Parser key|Does not validate")
         details = [text.strip(" -") for text in message.splitlines() if text.strip() and not plain.search(text)]
         return f"--{key} cannot be used: {' '.join(details)}"
-    value = next(text for text in found[0] if text)
+    value = next((text for text in found[0] if text), "")
     expected = PLAINLY.get(key, expected)
     return f"--{key} is '{value}'; expected {expected}. See --{'model.help' if group == 'model' else 'help=all'}."
 

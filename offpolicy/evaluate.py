@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     state, updates = api.own_state(content, path), content["global_step"]
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     if "policy_config" in state:  # a language model
-        rows = Table(folder / "evals.csv").rows()
+        rows = [row for row in Table(folder / "evals.csv").rows() if isinstance(row.get("step"), int)]
         found = [row for row in rows if int(row["step"]) <= updates and "error" not in row]
         if not found:
             raise UsageError(f"{folder} has no held-out numbers; expected some in evals.csv. Nothing was held out.")

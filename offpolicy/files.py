@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from offpolicy.errors import DataError
+
 Value = int | float | str
 Columns = dict[str, tuple[list[float], list[float]]]  # name -> (steps, values)
 COUNTS = ("version", "steps")  # of synthetic data: no curves
@@ -142,13 +144,19 @@ class Table:
         self.columns = []
         lines = _whole_lines(self.path)
         if lines:
-            self.columns = next(csv.reader(lines[:1]))
+            try:
+                self.columns = next(csv.reader(lines[:1]))
+            except csv.Error as error:
+                raise DataError(f"{self.path} is damaged ({error}). Move it away to go on without it.") from None
         content = _encode(lines)
         if _size(self.path) > len(content):
             atomic_write(self.path, content)
 
     def _read(self) -> list[dict[str, str]]:
-        return [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(_whole_lines(self.path))]
+        try:
+            return [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(_whole_lines(self.path))]
+        except csv.Error as error:
+            raise DataError(f"{self.path} is damaged ({error}). Move it away to go on without it.") from None
 
     def _rewrite(self, rows: Iterable[Mapping[str, str]]) -> None:
         body = [_line([row.get(name, "") for name in self.columns]) for row in rows]
@@ -323,8 +331,9 @@ def _columns(rows: list[dict[str, Value]]) -> Columns:
     columns: Columns = {}
     for row in rows:
         for name, value in row.items():
-            if name != "step" and not isinstance(value, str) and not isinstance(row["step"], str):
-                steps, values = columns.setdefault(name, ([], []))
+            if name != "step" and not isinstance(value, str) and not isinstance(row.get("step", ""), str):
+                shown = name.encode(errors="replace").decode().replace("$", "S")  # what a picture can write
+                steps, values = columns.setdefault(shown, ([], []))
                 steps.append(row["step"])
                 values.append(value)
     return columns

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from offpolicy.data.guard import read_json
 from offpolicy.data.mixing import joined, mixed
 from offpolicy.data.replay import Replay
 from offpolicy.diffusion import GuidanceOptions, SamplerOptions, to_replay
@@ -166,11 +167,11 @@ def _join(folders: list[Path], record: dict[str, Any]) -> Replay:
 def _claim(parts: Path, key: str, plan: Plan, fresh: bool) -> None:
     """Make the folder of pieces, or make sure that those in it belong to this plan."""
     record = parts / "plan.json"
-    found = json.loads(record.read_text()) if record.is_file() else None
-    if found is not None and found["key"] != key:
+    found = read_json(record) if record.is_file() else None
+    if found is not None and found.get("key") != key:
         if not fresh:
-            now = json.loads(json.dumps(asdict(plan)))
-            changed = [f"{k} {found['plan'].get(k)} → {now[k]}" for k in now if found["plan"].get(k) != now[k]]
+            now, before = json.loads(json.dumps(asdict(plan))), dict(found.get("plan") or {})
+            changed = [f"{k} {before.get(k)} → {now[k]}" for k in now if before.get(k) != now[k]]
             raise UsageError(
                 f"{parts} holds trajectories of another call ({', '.join(changed) or 'other weights'}); expected those "
                 "of this one. Repeat that call to finish it, remove the folder, or write somewhere else."
@@ -183,7 +184,11 @@ def _claim(parts: Path, key: str, plan: Plan, fresh: bool) -> None:
 def _holds(out: Path, key: str) -> bool:
     """Whether a folder is what the plan with this key makes."""
     file = out / "meta.json"
-    return file.is_file() and json.loads(file.read_text())["meta"].get("drawn", {}).get("key") == key
+    if not file.is_file():
+        return False
+    meta = read_json(file).get("meta")
+    drawn = meta.get("drawn") if isinstance(meta, dict) else None
+    return isinstance(drawn, dict) and drawn.get("key") == key
 
 
 def opened(folder: Path) -> Replay:

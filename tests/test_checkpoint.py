@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from offpolicy import files
 from offpolicy.checkpoint import (
+    check_proportions,
     newest_checkpoint,
     newest_run,
     opens,
@@ -200,9 +202,78 @@ def test_missing_foreign_and_odd_files_do_not_open(tmp_path):
 def test_looking_whether_it_opens_is_cheap(tmp_path):
     path = tmp_path / "big.ckpt"
     write_checkpoint({"state_dict": {"w": torch.zeros(20_000_000)}}, path)  # 80 MB
+    assert opens(path)  # reads the file once, to compare its checksums
     start = time.perf_counter()
     assert opens(path)
     assert time.perf_counter() - start < 0.1
+
+
+def test_a_flipped_bit_is_noticed_and_last_passes_it_over(tmp_path, caplog):
+    """The archive of torch opens with any of its tensors changed; only the checksums tell."""
+    for step in (100, 200):
+        write_checkpoint(
+            {"state_dict": {"w": torch.arange(5000.0)}, "global_step": step}, tmp_path / f"step={step}.ckpt"
+        )
+    path = tmp_path / "step=200.ckpt"
+    content = bytearray(path.read_bytes())
+    at = content.find(torch.arange(5000.0).numpy().tobytes()) + 4 * 2500
+    content[at + 2] ^= 4
+    path.write_bytes(content)
+    assert torch.load(path)["state_dict"]["w"][2500] != 2500  # nobody else notices
+    assert not opens(path)
+    with pytest.raises(UsageError, match="is not a whole checkpoint of plain types: Bad CRC-32"):
+        read_checkpoint(path)
+    assert newest_checkpoint(tmp_path) == tmp_path / "step=100.ckpt"
+    assert "step=200.ckpt is damaged or cut short and was passed over" in caplog.text
+    with pytest.raises(UsageError, match=r"step=200.ckpt .* does not open; .* Continue from .*step=100.ckpt"):
+        resolve_checkpoint(path)
+
+
+def test_checkpoints_of_before_open(tmp_path):
+    """Written without checksums that anybody compares, or in the form before archives."""
+    torch.save(checkpoint(), tmp_path / "a.ckpt")
+    torch.save(checkpoint(), tmp_path / "b.ckpt", _use_new_zipfile_serialization=False)
+    for name in ("a.ckpt", "b.ckpt"):
+        assert opens(tmp_path / name) and read_checkpoint(tmp_path / name)["global_step"] == 100
+
+
+def test_checksums_are_written_whatever_the_process_chose(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        write_checkpoint(checkpoint(), tmp_path / "a.ckpt")
+        assert torch.serialization.get_crc32_options() is False
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert opens(tmp_path / "a.ckpt")
+
+
+def test_a_packed_archive_is_refused(tmp_path):
+    """Zeros shrink a thousandfold, so that a small file would fill the memory."""
+    write_checkpoint({"state_dict": {"w": torch.zeros(100_000)}}, tmp_path / "a.ckpt")
+    with zipfile.ZipFile(tmp_path / "a.ckpt") as old, zipfile.ZipFile(tmp_path / "b.ckpt", "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert not opens(tmp_path / "b.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("hparams", "sizes"),
+    [
+        ({"hidden_dims": (1_000_000, 1_000_000)}, {}),
+        ({"hidden_dims": 1 << 40}, {}),
+        ({"inner": {"num_critics": 1 << 40}}, {}),
+        ({}, {"obs_dim": 1 << 40}),
+        ({}, {"max_steps": 1 << 40}),
+        ({}, {"action_dim": -3}),
+    ],
+)
+def test_networks_larger_than_their_weights_are_not_made(hparams, sizes):
+    weights = {"w": torch.zeros(500, 500)}
+    sizes = {"obs_dim": 3, "action_dim": 1, "max_steps": 1000} | sizes
+    with pytest.raises(UsageError, match="more than the 250,000 numbers of its weights"):
+        check_proportions({"hyper_parameters": hparams, "state_dict": weights}, {"sizes": sizes}, "a.ckpt")
+    fitting = {"hyper_parameters": {"hidden_dims": (400, 400), "batch_size": 10**9}, "state_dict": weights}
+    check_proportions(fitting, {"sizes": {"obs_dim": 3, "action_dim": 1, "max_steps": 1000}}, "a.ckpt")
 
 
 def test_a_full_disk(tmp_path):

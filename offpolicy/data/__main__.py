@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from offpolicy.data.guard import read_json
 from offpolicy.data.names import Target, describe, known_names, resolve
 from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.given import refuse_empty, tidy
@@ -169,7 +170,7 @@ def _show(options: argparse.Namespace) -> None:
 def _is_text(target: Target) -> bool:
     """Whether a target holds texts; a folder of our format says so in its index of columns."""
     if target.kind == "replay" and target.path is not None:
-        return "token" in json.loads((target.path / "meta.json").read_text()).get("columns", {})
+        return "token" in (read_json(target.path / "meta.json").get("columns") or {})
     return target.kind == "language"
 
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.sampling import bits, keys, unit
+from offpolicy.data.stored import FORMAT, check_content, read_parts
 from offpolicy.errors import DataError, UsageError, listed
 from offpolicy.trust import check_environment
 
 Column = np.ndarray | Tensor
-FORMAT = 1
 
 
 class Replay:
@@ -376,33 +376,21 @@ class Replay:
 
     @classmethod
     def load(cls, folder: str | Path, *, mmap: bool = True) -> Replay:
-        """Open a folder written by :meth:`save`; with ``mmap`` the columns stay on disk and open at once."""
+        """Open a folder written by :meth:`save`; with ``mmap`` the columns stay on disk.
+
+        The fingerprint is compared with the content up to 2 GiB; above that, columns open at once and it is believed.
+
+        Raises:
+            DataError: damaged, changed, or with names that lead out of the folder.
+        """
         path = Path(folder)
         if not (path / "meta.json").is_file():
             raise FileNotFoundError(f"{path} has no meta.json; expected a folder written by Replay.save.")
-        record = json.loads((path / "meta.json").read_text())
-        if record.get("format") != FORMAT:
-            raise DataError(f"{path} has format {record.get('format')}; this version reads {FORMAT}. Convert it anew.")
-        try:
-            steps = {
-                name: np.load(path / "steps" / file, mmap_mode="r" if mmap else None, allow_pickle=False)
-                for name, file in record["columns"].items()
-            }
-            with np.load(path / "index.npz", allow_pickle=False) as index:
-                small = {name: index[name] for name in index.files}
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} cannot be read: {error}. Delete it and make or convert it again.") from None
-        replay = cls(
-            steps,
-            start=small["start"],
-            length=small["length"],
-            tail={k[5:]: v for k, v in small.items() if k.startswith("tail/")},
-            episodes={k[9:]: v for k, v in small.items() if k.startswith("episodes/")},
-            tables={k[7:]: v for k, v in small.items() if k.startswith("tables/")},
-            meta=record["meta"],
-        )
+        parts, fingerprint = read_parts(path, mmap)
+        replay = cls(parts.pop("steps"), **parts)
+        check_content(replay, path, fingerprint)
         check_environment(replay.meta, str(path))
-        replay.__dict__["_fingerprint"] = record["fingerprint"]
+        replay.__dict__["_fingerprint"] = fingerprint
         return replay
 
     def __repr__(self) -> str:

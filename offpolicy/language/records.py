@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from offpolicy.data.guard import faults
 from offpolicy.data.problems import step_column
 from offpolicy.data.replay import Replay
 from offpolicy.data.rollouts import OWN, group_rows
@@ -48,7 +49,9 @@ class ReplayEngine:
         if not self.path.is_file():
             raise UsageError(f"`records` is {self.path}, which is no file; expected JSON lines. Check the path.")
         self.records: dict[tuple[Any, ...], list[Completion]] = {}  # by prompt; by iteration, number and prompt
-        for number, line in enumerate(self.path.read_text("utf-8").split("\n"), 1):
+        with faults(self.path):
+            text = self.path.read_text("utf-8")
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 self._read(line, f"{self.path}, line {number}")
 
@@ -62,14 +65,14 @@ class ReplayEngine:
                 Completion(np.asarray(token, dtype=np.int64), np.asarray(logp, dtype=np.float32), bool(ended))
                 for token, logp, ended in zip(texts, logps, row["ended"], strict=True)
             ]
-        except (ValueError, KeyError, TypeError) as error:
+            key = tuple(int(i) for i in prompt)
+        except Exception as error:  # a record can be wrong in many ways
             raise DataError(
                 f"{where} is no record ({type(error).__name__}: {error}); expected prompt, completions and ended, and "
                 "logps of equal length if any."
             ) from None
         if any(not len(a.token) or a.token.shape != a.logp.shape for a in answers):
             raise DataError(f"{where}: an answer has no token, or another number of logps. Correct the record.")
-        key = tuple(int(i) for i in prompt)
         self.records.setdefault(key, []).extend(answers)
         if "iteration" in row and "request" in row:
             self.records[row["iteration"], row["request"], key] = answers
@@ -120,8 +123,10 @@ class Recorder:
     def __init__(self, path: Path, iteration: int) -> None:
         self.path = path
         if path.is_file():
-            whole = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            atomic_write(path, "".join(line for line in whole if json.loads(line)["iteration"] <= iteration))
+            with faults(path):
+                whole = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+                kept = "".join(line for line in whole if json.loads(line)["iteration"] <= iteration)
+            atomic_write(path, kept)
 
     def write(self, problems: Replay, store: Replay, iteration: int) -> None:
         """Add the policy's answers of an iteration, once their log-probabilities are known."""

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -212,9 +211,9 @@ class Cache:
             try:
                 with np.load(file, allow_pickle=False) as kept:
                     found = {name: kept[name] for name in columns}
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not whole: compute again
+            except Exception:  # not whole, in one of many ways: compute again
                 return columns
-            if all(column.shape == (rows,) for column in found.values()):
+            if all(column.shape == (rows,) and column.dtype.kind == "f" for column in found.values()):
                 return found
         return columns
 

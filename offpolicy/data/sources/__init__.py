@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from offpolicy.data.guard import faults
 from offpolicy.data.names import TABLES, Target, file_type, resolve
+from offpolicy.data.recheck import recheck
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.arrays import environment, from_arrays
 from offpolicy.errors import DataError, UsageError
@@ -59,6 +61,34 @@ def open_source(
         DataError: data that are absent, damaged or faulty.
     """
     target = name_or_target if isinstance(name_or_target, Target) else resolve(name_or_target)
+    with faults(target.path or target.location() or target.name):
+        return _open(
+            target,
+            download=download,
+            on_bad=on_bad,
+            clip_actions=clip_actions,
+            timeout_step=timeout_step,
+            sha256=sha256,
+            env_id=env_id,
+            env_kwargs=env_kwargs,
+            obs_keys=obs_keys,
+            max_episode_steps=max_episode_steps,
+        )
+
+
+def _open(
+    target: Target,
+    *,
+    download: bool,
+    on_bad: str,
+    clip_actions: bool,
+    timeout_step: str | None,
+    sha256: str | None,
+    env_id: str | None,
+    env_kwargs: Mapping[str, Any] | None,
+    obs_keys: Iterable[str] | None,
+    max_episode_steps: int | None,
+) -> Replay:
     if target.kind == "language":
         table = target.path is not None and file_type(target.path).removesuffix(".gz") in TABLES
         what = "a table of text" if table else "language data (prompts or preference pairs)"
@@ -88,6 +118,7 @@ def open_source(
     common: dict[str, Any] = {"on_bad": on_bad, "clip_actions": clip_actions, "sha256": sha256}
     if target.kind == "replay":
         replay = _fingerprinted(_open_folder(path), sha256)
+        replay = recheck(replay, str(path), on_bad=on_bad, clip_actions=clip_actions)
         environment(replay.meta, env_id, env_kwargs, obs_keys, max_episode_steps)
         return replay
     if target.kind == "minari":
@@ -117,10 +148,9 @@ def open_source(
 
         return d4rl.read(path, meta=meta, facts=facts, timeout_step=timeout_step, **common)
     from offpolicy.data.sources.arrays import read_npz
-    from offpolicy.data.sources.fetch import open_npz
+    from offpolicy.data.sources.fetch import npz_names
 
-    with open_npz(path) as archive:
-        names = list(archive.files)
+    names = npz_names(path)
     if ogbench.is_ogbench(names):
         known, checks = ogbench.set_facts(target.name, ogbench.environment_row(env_id))
         known = {**known, **meta, "source": "ogbench", "warnings": ogbench.detected(names, bool(known.get("env_id")))}
@@ -138,7 +168,7 @@ def _taken_by_name(target: Target, path: Path) -> list[str]:
 
 
 def _open_folder(path: Path) -> Replay:
-    """A folder of our format; it was checked when it was written."""
+    """A folder of our format."""
     size = sum(file.stat().st_size for file in (path / "steps").glob("*.npy"))
     replay = Replay.load(path, mmap=size > IN_MEMORY)
     replay.meta = {**replay.meta, "file": str(path)}

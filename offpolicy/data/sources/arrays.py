@@ -11,9 +11,10 @@ import numpy as np
 
 from offpolicy.data import ends, validate
 from offpolicy.data.doubts import precision_doubts
+from offpolicy.data.guard import read_npz as read_npz_file
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.containers import plain_columns
-from offpolicy.data.sources.fetch import Lock, corrupt, open_npz
+from offpolicy.data.sources.fetch import Lock, npz_names
 from offpolicy.data.spaces import bounds_meta, check_widths, environment_facts
 from offpolicy.data.validate import NAMES, Raw, as_flag, check_structure
 from offpolicy.errors import DataError, UsageError, nearest
@@ -124,24 +125,8 @@ def load_npz(path: Path, skip: Iterable[str] = ()) -> dict[str, np.ndarray]:
     Raises:
         DataError: not an archive, truncated, or a damaged or pickled member.
     """
-    import zipfile
-    import zlib
-
-    arrays = {}
-    with open_npz(path) as archive:
-        for key in archive.files:
-            if key in set(skip):
-                continue
-            try:
-                arrays[key] = archive[key]
-            except ValueError as error:
-                raise DataError(
-                    f"{path}: `{key}` is not a plain array ({error}). Pickled objects are never read, as opening them "
-                    "runs code; save numbers only."
-                ) from None
-            except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                raise corrupt(path, key, error) from None
-    return arrays
+    npz_names(path)
+    return read_npz_file(path, skip=tuple(skip))
 
 
 def match(names: Iterable[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from offpolicy.data import ends
 from offpolicy.data.doubts import precision_doubts
+from offpolicy.data.guard import check_dataset, check_heaps
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sources.arrays import ALIASES, assemble, check_columns, match
 from offpolicy.data.sources.containers import side_by_side
@@ -123,8 +124,11 @@ def read(
 
 def _written(path: Path, file: h5py.File) -> dict[str, Any]:
     """What :func:`write` has put into the file."""
+    if META not in file.attrs:
+        return {}
+    check_heaps(path)
     try:
-        found = json.loads(file.attrs[META]) if META in file.attrs else {}
+        found = json.loads(file.attrs[META])
     except (ValueError, TypeError, OSError, RecursionError) as error:
         raise corrupt(path, META, error) from None
     if not isinstance(found, dict):
@@ -214,6 +218,8 @@ def _columns(
     import h5py
 
     found = datasets(path, file)
+    for key, dataset in found.items():
+        check_dataset(dataset.id, path, key)
     steps = {k: d for k, d in found.items() if not k.startswith(("infos/", "metadata/"))}
     per_episode = group_per_episode(steps) if "action" not in match(steps) else None
     if per_episode is not None:
@@ -243,6 +249,8 @@ def _columns(
             skipped.append(f"{key} {tuple(dataset.shape)}")
     for key, dataset in found.items():
         if key.startswith("metadata/") and dataset.shape == ():
+            if dataset.dtype.hasobject:
+                check_heaps(path)
             value = dataset[()]
             scalars[key.removeprefix("metadata/")] = (
                 value.decode(errors="replace") if isinstance(value, bytes) else value.item()

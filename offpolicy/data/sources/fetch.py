@@ -22,12 +22,12 @@ from urllib.error import HTTPError
 
 import yaml
 
+from offpolicy.data.guard import check_links, faults, read_json
 from offpolicy.errors import DataError
 from offpolicy.files import atomic_file, atomic_write
 
 if TYPE_CHECKING:
     import h5py
-    import numpy as np
 
 CONNECT_SECONDS = 8.0  # until the server answers
 STALL_SECONDS = 60.0
@@ -51,7 +51,7 @@ def open_hdf5(path: Path) -> h5py.File:
     """Open an HDF5 file for reading.
 
     Raises:
-        DataError: it is not one (with the likely cause), or it is truncated.
+        DataError: it is not one (with the likely cause), it is truncated, or links lead out of it.
     """
     import h5py
 
@@ -59,24 +59,36 @@ def open_hdf5(path: Path) -> h5py.File:
         with contextlib.suppress(Exception):
             importlib.import_module("hdf5plugin")
     try:
-        return h5py.File(path, "r", locking="best-effort")  # some network file systems cannot lock
-    except OSError as error:
+        file = h5py.File(path, "r", locking="best-effort")  # some network file systems cannot lock
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise file_fault(path, error, "HDF5") from None
+    try:
+        with faults(path):
+            check_links(file, path)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
-def open_npz(path: Path) -> np.lib.npyio.NpzFile:
-    """Open a NumPy archive; pickled content is refused."""
+def npz_names(path: Path) -> list[str]:
+    """The names of the arrays in a NumPy archive.
+
+    Raises:
+        DataError: it is none (with the likely cause), or it is truncated.
+    """
     import zipfile
 
-    import numpy as np
-
     try:
-        archive = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except Exception as error:
+        with open(path, "rb") as file:
+            if file.read(6) == b"\x93NUMPY":
+                raise DataError(
+                    f"{path} holds a single array; expected an .npz archive of named arrays. Use numpy.savez."
+                ) from None
         raise file_fault(path, error, ".npz") from None
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise DataError(f"{path} holds a single array; expected an .npz archive of named arrays. Use numpy.savez.")
-    return archive
 
 
 def file_fault(path: Path, error: Exception, kind: str) -> DataError:
@@ -132,10 +144,15 @@ class Lock:
     def __init__(self, paths: Sequence[Path], sidecar: Path | None = None) -> None:
         self.paths = list(paths)
         self.path = sidecar or paths[0].with_name(paths[0].name + ".lock.json")
-        try:
-            self.record: dict[str, Any] = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            self.record = {}
+        self.record: dict[str, Any] = {}
+        if self.path.is_file():
+            try:
+                self.record = read_json(self.path)
+            except DataError as error:
+                raise DataError(f"{error} Without it, the data are taken as they are.") from None
+            kinds = {"sha256": str, "size": int, "mtime_ns": int}
+            if any(name in self.record and not isinstance(self.record[name], kind) for name, kind in kinds.items()):
+                raise DataError(f"{self.path} is damaged; expected a hash, a size and a time. Delete it.")
 
     def check(self, expected: str | None = None) -> None:
         """Compare the files with the record, and with an expected SHA-256 when there is one.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from offpolicy.data.guard import checked_table, inside, read_json
 from offpolicy.data.names import HUB_ID, Target, resolve
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.formats import Faults, Record, Source, detect, records
@@ -421,16 +422,30 @@ def read(target: Target, split: str | None = None, *, download: bool = True) -> 
             return addition(split)
         return _from_hub(hub, split, download)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        import datasets
-
         with _quiet():
-            found = reading(path, lambda: datasets.load_from_disk(str(path)))
+            found = reading(path, lambda: _saved(path))
         return _of_dataset(found, str(path), split)
     if not path.is_file():
         return open_shards(path, split)
     if split is not None:
         raise UsageError(f"`split` is '{split}', but {path} is a single file without parts. Leave it out.")
     return open_file(path)
+
+
+def _saved(path: Any) -> Any:
+    """What ``datasets.save_to_disk`` has written, once its files lie in its folder and their tables are whole."""
+    import datasets
+
+    splits = (
+        (read_json(path / "dataset_dict.json").get("splits") or []) if (path / "dataset_dict.json").is_file() else None
+    )
+    for folder in [path] if splits is None else [inside(path, split) for split in splits]:
+        for file in read_json(folder / "state.json").get("_data_files") or []:
+            inside(folder, file["filename"])
+    found = datasets.load_from_disk(str(path))
+    for one in [found] if splits is None else found.values():
+        checked_table(one.data.table)
+    return found
 
 
 def _of_dataset(found: Any, where: str, split: str | None) -> Source:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from offpolicy.data import validate
 from offpolicy.data.doubts import SAMPLE, precision_doubt
+from offpolicy.data.guard import check_dataset, check_parquet, check_size, checked_table, read_json
 from offpolicy.data.names import root
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.fetch import Lock, check_network, corrupt, open_hdf5
@@ -140,19 +142,19 @@ def _download(name: str, folder: Path) -> None:
 
 def _metadata(folder: Path) -> dict[str, Any]:
     path = folder / "data" / "metadata.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; expected the folder of a Minari data set.") from None
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}). Delete {folder} and fetch it again.") from None
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; expected the folder of a Minari data set.")
+    return read_json(path)
 
 
 def _space(folder: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
     text = record.get(key)
     if not text:
         raise DataError(f"{folder}: the metadata have no `{key}`; expected a serialised gymnasium space.")
-    return json.loads(text) if isinstance(text, str) else text
+    found = json.loads(text) if isinstance(text, str) else text
+    if not isinstance(found, dict) or "type" not in found:
+        raise DataError(f"{folder}: `{key}` is no serialised gymnasium space; the metadata are damaged.")
+    return found
 
 
 def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,7 +239,10 @@ def _read_episodes(
 
     filled: list[tuple[str, np.ndarray, np.ndarray | None]] = []
 
+    stored = sum(path.stat().st_size for path in storage.files)
+
     def column(key: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        check_size(folder, key, total * prod(shape) * np.dtype(dtype).itemsize, stored)
         filled.append((key, np.empty((total, *shape), dtype=dtype), None))
         return filled[-1][1]
 
@@ -257,6 +262,7 @@ def _read_episodes(
                 "jpeg_encoding=False."
             )
         dtype = np.uint8 if space.get("dtype") == "uint8" and len(shape) > 1 else np.float32
+        check_size(folder, key, (total + count) * prod(shape) * np.dtype(dtype).itemsize, stored)
         steps, tail = np.empty((total + 1, *shape), dtype=dtype), np.empty((count, *shape), dtype=dtype)
         filled.append((key, steps, tail))
         parts["/".join(path)] = steps[:total], tail
@@ -404,7 +410,9 @@ class _Hdf5:
         from h5py import h5d
 
         try:
-            return h5d.open(self.file.id, f"{self.names[episode]}/{key}".encode())
+            found = h5d.open(self.file.id, f"{self.names[episode]}/{key}".encode())
+            check_dataset(found, self.files[0], f"{self.names[episode]}/{key}")
+            return found
         except KeyError:
             raise DataError(
                 f"{self.files[0]}: `{self.names[episode]}` has no `{key}`; the data set is incomplete. Fetch it again."
@@ -464,10 +472,8 @@ class _Arrow:
             ) from None
 
     def _count(self, episode: int) -> int:
-        import pyarrow.parquet as parquet
-
         if self.kind == "parquet":
-            return self._guarded(episode, lambda: sum(parquet.read_metadata(p).num_rows for p in self.parts[episode]))
+            return self._guarded(episode, lambda: sum(map(check_parquet, self.parts[episode])))
         return self._guarded(episode, lambda: sum(self._table(p).num_rows for p in self.parts[episode]))
 
     def _table(self, part: Path) -> Any:
@@ -476,9 +482,9 @@ class _Arrow:
 
         names = ["observations", "actions", "rewards", "terminations", "truncations"]
         if self.kind == "parquet":
-            return parquet.ParquetFile(part).read(columns=names)
+            return checked_table(parquet.ParquetFile(part).read(columns=names))
         with pa.memory_map(str(part)) as source:
-            return pa.ipc.open_file(source).read_all().select(names)
+            return checked_table(pa.ipc.open_file(source).read_all().select(names))
 
     def _guarded(self, episode: int, action: Callable[[], Any]) -> Any:
         import pyarrow as pa

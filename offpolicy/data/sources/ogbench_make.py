@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from offpolicy.data.sources.fetch import facts, open_npz
+from offpolicy.data.guard import faults, read_npz
+from offpolicy.data.sources.fetch import facts, npz_names
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.evaluation.rollout import close_environment, isolated_rng, make_environment
 from offpolicy.files import atomic_file
@@ -118,12 +119,13 @@ def make(recipe: Mapping[str, Any], path: Path, *, jobs: int = 1) -> None:
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
     """The recipe that an .npz of :func:`make` was made by; None for other files."""
-    with open_npz(path) as archive:
-        if "recipe" not in archive.files:
-            return None
-        recipe = json.loads(str(archive["recipe"]))
-    recipe.pop("part")
-    return recipe
+    names = npz_names(path)
+    if "recipe" not in names:
+        return None
+    with faults(path):
+        recipe = json.loads(str(read_npz(path, skip=[name for name in names if name != "recipe"])["recipe"]))
+        recipe.pop("part")
+        return recipe
 
 
 # -- episodes ----------------------------------------------------------------------------------------------------------

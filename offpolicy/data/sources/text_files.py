@@ -6,17 +6,16 @@ Whatever goes wrong in a reader becomes a :class:`DataError` here, with the file
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import re
 import sys
-import zlib
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from offpolicy.data.guard import check_parquet, checked_table, unpacked
 from offpolicy.data.names import TABLES, file_type, shards
 from offpolicy.data.sources.formats import Source
 from offpolicy.data.sources.messages import WrongType, unpack
@@ -110,8 +109,8 @@ def _text(path: Path) -> str:
     """The text of a file in UTF-8, unpacked and without a byte order mark."""
     try:
         raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.name.lower().endswith(".gz") else raw
-    except (OSError, EOFError, zlib.error) as error:
+        raw = unpacked(raw, path) if path.name.lower().endswith(".gz") else raw
+    except OSError as error:
         raise DataError(f"{path} cannot be read: {error}. Make or download it again.") from None
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or raw[1:2] == b"\0" or raw[:1] == b"\0":
         raise DataError(
@@ -236,12 +235,13 @@ def _arrow(path: Path, kind: str) -> Any:
     import pyarrow.parquet
 
     if kind == ".parquet":
-        return pyarrow.parquet.read_table(path)
+        check_parquet(path)
+        return checked_table(pyarrow.parquet.read_table(path))
     with pyarrow.memory_map(str(path)) as file:
         magic = file.read(6)
         file.seek(0)
         reader = pyarrow.ipc.open_file if magic == b"ARROW1" else pyarrow.ipc.open_stream
-        return reader(file).read_all()
+        return checked_table(reader(file).read_all())
 
 
 def of_table(where: str, table: Any, **others: Any) -> Source:
