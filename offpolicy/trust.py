@@ -76,6 +76,12 @@ def trusting(trust: Trust = None, *, names: Iterable[str] = (), in_file: bool | 
         yield
 
 
+def trust_always(trust: Trust) -> None:
+    """Trust these packages for the rest of the process, as a script does that opens runs of methods of its own."""
+    now = _words.get()
+    _words.set(now._replace(packages=(*now.packages, *packages_of(trust))))
+
+
 def packages_of(trust: Trust) -> tuple[str, ...]:
     """The packages that ``trust`` names.
 
