@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from offpolicy.language.numbers import last_mark
 from offpolicy.language.tokens import Message, Text
 
 OR = "\x1e"  # between right answers of which each is right, in the one text that a table holds
+PRINTED = re.compile(r"\s*(?:[\[{]\s*'|array\(\[)")  # str() of a list, an object or an array
 HOLDERS = ("target", "targets", "answer", "answers", "golden_answers", "value", "text", "aliases")
 
 
@@ -24,7 +26,7 @@ def right_answers(value: Any, column: str) -> list[str]:
     """The right answers in a value, each of which is right; [] for none.
 
     Text and numbers are an answer, lists are alternatives, and objects hold theirs as ``ground_truth``, or under the
-    one key they have (:data:`HOLDERS`); objects and lists of texts may stand as JSON.
+    one key they have (:data:`HOLDERS`); objects and lists of texts may stand as text, in JSON or as Python prints them.
 
     Args:
         value: of a row.
@@ -36,7 +38,7 @@ def right_answers(value: Any, column: str) -> list[str]:
     if value is None or value != value:
         return []
     if isinstance(value, str):
-        found = _of_json(value)
+        found = _unpacked(value, column)
         if isinstance(found, Mapping) and (column == "reward_model" or _holder(found)):
             return right_answers(found, column)
         if isinstance(found, list) and found and all(isinstance(one, str) for one in found):
@@ -61,13 +63,20 @@ def _holder(value: Mapping[str, Any]) -> str | None:
     return known[0] if len(known) == 1 and known[0] in HOLDERS else None
 
 
-def _of_json(text: str) -> Any:
-    if text.lstrip()[:1] not in ("{", "["):
+def _unpacked(text: str, column: str) -> Any:
+    """What a text holds as JSON, or as Python prints it; None for any other text."""
+    if text.lstrip()[:1] not in ("{", "[", "a"):
         return None
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
+        pass
+    if not PRINTED.match(text):
         return None
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise Fault(column, "answer_kind", text) from None
 
 
 def joined(answers: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ is known to be read, and rewritten with plain digits.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -14,7 +15,7 @@ from functools import cache, lru_cache
 from multiprocessing import get_context
 from typing import Any
 
-from offpolicy.language.numbers import DIGITS, NUMBER, PLAIN_FORMS, is_unit, last_mark, number_of
+from offpolicy.language.numbers import DIGITS, NUMBER, PLAIN_FORMS, begins_with_number, is_unit, last_mark, number_of
 
 LONGEST = 2000  # characters of an expression
 SEEN = 20_000  # characters at the end of an answer without a mark that are looked at
@@ -22,7 +23,7 @@ SEEN = 20_000  # characters at the end of an answer without a mark that are look
 _PLAINER = {"×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "∙": r"\cdot ", "π": r"\pi "}
 _TOKEN = re.compile(
     rf"""
-    (?P<space>\s|~|\\[,;:!\ ]|\\(?:left|right|displaystyle|limits)(?![A-Za-z]))
+    (?P<space>\s|~|\\[,;:!\ ]|\\(?:q?quad|left|right|displaystyle|limits)(?![A-Za-z]))
     |(?P<number>{NUMBER.replace(" ", "[ ]")})
     |(?P<value>[A-Za-zπ]|\\(?:pi|alpha|beta|gamma|delta|epsilon|theta|kappa|lambda|mu|nu|rho|sigma|tau|phi|omega)
         (?![A-Za-z]))
@@ -112,7 +113,7 @@ def readable(text: str, *, marked: bool, reference: str) -> str | None:
     alone = _alone(text)
     if alone is not None:
         return alone
-    if not marked:
+    if not marked and not begins_with_number(text):
         return text[-SEEN:]
     if re.search("[0-9]", reference) and _alone(_asked(reference)) is not None:
         return None
@@ -154,10 +155,22 @@ def equal(answer: str, reference: str, timeout: float) -> float | None:
     return _worker().submit(_equal, answer, reference, timeout).result()  # signals measure the time: a main thread's
 
 
+def prepare() -> None:
+    """Load ``math-verify`` where it is installed: its first expression takes seconds, which no answer should pay."""
+    if importlib.util.find_spec("math_verify") is not None and threading.current_thread() is threading.main_thread():
+        _load()
+
+
+@cache
+def _load() -> None:
+    _parse("$1$", 600)
+
+
 def _equal(answer: str, reference: str, timeout: float) -> float | None:
     from math_verify import verify
     from math_verify.errors import TimeoutException
 
+    prepare()
     seconds = max(1, round(timeout))
     try:
         gold = _parse_reference(reference, seconds)

@@ -35,7 +35,7 @@ _OPENING = re.compile(
 )
 _NAME = re.compile(r"(?:[A-Za-z]\s*\$?\s*)?=")  # of what the number is the value of
 _SIGNED = re.compile(rf"([-+]?)\s*(?:{_MONEY}\s*)?({NUMBER})")
-_CLOSER = r"(?:\s|\\right|\\[)\],;:! ]|\\\\|~|[)\]}$€£¥₹¢*_\"'`#”’»]|</[\w:-]+>)"
+_CLOSER = r"(?:\s|\\right|\\q?quad|\\[)\],;:! ]|\\\\|~|[)\]}$€£¥₹¢*_\"'`#”’»]|</[\w:-]+>)"
 _CLOSING = re.compile(rf"{_CLOSER}*(?:\.{_CLOSER}*)?\Z")
 _ALONE = re.compile(rf"\s*(?:{_MONEY}\s*)?([-+]?)\s*(?:{_MONEY}\s*)?({NUMBER})\s*(?:\\?%|{_MONEY})?\s*\.?\s*")
 _ANYWHERE = re.compile(rf"([-+]?)\\?[$€£]?({NUMBER})")
@@ -46,7 +46,7 @@ _DEGREE = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|\^?°)\s*(?:[CF]\b)?"
 _POWER = re.compile(r"\^\s*\{\s*(-?[0-9])\s*\}")
 _PERCENT = re.compile(r"\\?%")
 _UNIT = re.compile(
-    r"(?P<word>[A-Za-zµμΩ]+)(?P<power>\s*(?:\^-?[0-9]|[²³]))?(?P<next>\s*(?:/|·|\\cdot(?![a-z]))\s*|\s+|-)?"
+    r"(?P<word>[A-Za-zµμΩ]+)(?P<power>\s*(?:\^-?[0-9]|[²³]))?(?P<dot>\.)?(?P<next>\s*(?:/|·|\\cdot(?![a-z]))\s*|\s+|-)?"
 )
 _SHORT_WORDS = """
     m g s h l L J N W V mm cm dm km nm mg kg ml mL cl dl lb lbs oz ft yd yds mi hr hrs ms kmh kph mph Hz kHz MHz GHz kW
@@ -85,7 +85,7 @@ def is_unit(tail: str) -> bool:
         word = found["word"]
         if attached and not count and not (len(word) > 1 and word in _SHORT):
             return False  # 3x is a product
-        if found["power"] and word not in _POWERED:
+        if (found["power"] and word not in _POWERED) or (found["dot"] and word not in _SHORT):
             return False
         known = word in _SHORT or (word.lower() in _FILLERS and count > 0)
         if not known and (len(word) < 3 or word.lower() in _OTHER or not re.search("[aeiouAEIOU]", word)):
@@ -125,6 +125,14 @@ def plain_number(text: str) -> Decimal | None:
     text = text.strip().translate(PLAIN_FORMS)
     found = _ALONE.fullmatch(text) if len(text) <= LONGEST else None
     return None if found is None else _decimal(found[1], found[2])
+
+
+def begins_with_number(text: str) -> bool:
+    """Whether a text is one line that begins with a number, which no item of a list does."""
+    text = text.strip().translate(PLAIN_FORMS)
+    opened = _OPENING.match(text)
+    found = None if opened is None else _SIGNED.match(text, opened.end())
+    return found is not None and "\n" not in text and not re.match(r"[.)]\s", text[found.end() :])
 
 
 def last_number_in(text: str) -> Decimal | None:

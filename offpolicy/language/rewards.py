@@ -344,6 +344,8 @@ class Rewards:
             raise UsageError("a reward looks at `length`, and no `lengths` were given; expected tokens per answer.")
         facts = {"ended": [True] * n if ended is None else ended} | ({} if lengths is None else {"length": lengths})
         rows = Rows(prompts, answers, references, facts, columns or {})
+        if "math" in self.verifiers:
+            mathematics.prepare()
         with Watchdog(self.seconds) as watchdog:
             found = {name: self._scores(name, part, rows, watchdog) for name, part in self._parts.items()}
         total = np.zeros(n)

@@ -64,6 +64,7 @@ def assistant(content: Any) -> dict[str, Any]:
         ({"style": "rule", "ground_truth": "2"}, ["2"]), ({"style": None, "answer": "2"}, ["2"]),
         ('{"style": "rule", "ground_truth": "2"}', ["2"]), ('{"target": ["2", "3"]}', ["2", "3"]),
         ('["3", "4"]', ["3", "4"]), ("[1, 2]", ["[1, 2]"]), ('{"name": "Ada"}', ['{"name": "Ada"}']),
+        ("['3', '4']", ["3", "4"]), ("{'style': 'rule', 'ground_truth': '2'}", ["2"]), ("array", ["array"]),
         ("{1, 2}", ["{1, 2}"]), ("[", ["["]), ("a" + OR + "b", ["a b"]),
     ],
 )  # fmt: skip

@@ -122,6 +122,10 @@ EQUAL = [
     ("\\sqrt{18}", "\\boxed{3\\sqrt2}"),
     ("\\frac{1}{2}", "thus $\\frac{2}{4}$"),
     ("3", "so it is 3"),
+    ("7", "1. 3 + 4 = 7"),
+    ("7", "3 + 4 = 7"),
+    ("3", r"\boxed{3\text{ sq. in.}}"),
+    ("3", r"\boxed{3 \quad}"),
     ("x \\in [1,2]", "\\boxed{[1,2]}"),
     ("\\begin{pmatrix}3\\\\4\\end{pmatrix}", "\\boxed{\\begin{pmatrix}3\\\\4\\end{pmatrix}}"),
     ("x^2+y^2=25", "\\boxed{x^2+y^2=25}"),
@@ -161,6 +165,10 @@ UNEQUAL = [
     ("\\text{Evelyn}", "\\boxed{\\text{Bob}}"),
     ("2", "2x+1"),
     ("1", "1/2"),
+    ("3", "3 million"),
+    ("3", "3 or 4"),
+    ("3", "3½"),
+    ("3", "3 hours 20 minutes"),
 ]
 
 
