@@ -325,8 +325,9 @@ def evaluate(
                 "expected 0, or a goal-conditioned method."
             )
         given = {"temperature": temperature}
-    evaluator = Evaluator(meta, method.sizes, episodes=episodes, seed=seed, num_envs=num_envs)
-    order = make_order(meta, method.option("subgoal_steps", 25)) if isinstance(method, GoalModule) else None
+    with trusting(trust):
+        evaluator = Evaluator(meta, method.sizes, episodes=episodes, seed=seed, num_envs=num_envs)
+        order = make_order(meta, method.option("subgoal_steps", 25)) if isinstance(method, GoalModule) else None
     results: list[EvalResult] = []
 
     def play(single: OfflineModule) -> dict[str, float]:

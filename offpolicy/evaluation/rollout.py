@@ -24,6 +24,7 @@ import torch
 
 from offpolicy.errors import UsageError
 from offpolicy.evaluation.environment import Episode, described, reach
+from offpolicy.evaluation.wrappers import NoEnvironment, obstacle, wrapped, wrappers_of
 from offpolicy.given import seed_number, whole
 from offpolicy.trust import REFUSED, environment_refusal
 
@@ -74,10 +75,6 @@ class EvalResult(NamedTuple):
     lengths: np.ndarray
     success: np.ndarray | None
     task: np.ndarray | None = None
-
-
-class NoEnvironment(UsageError):
-    """There is nothing to evaluate in: no environment is known, or its package is not installed."""
 
 
 class Evaluator:
@@ -298,6 +295,10 @@ def make_environment(meta: Mapping[str, Any]) -> Any:
             f"`env_id` is an object ({type(env_id).__name__}); expected the id of an environment, which runs can keep. "
             'Register the class, gymnasium.register("Mine-v0", Mine), and pass the id: "Mine-v0", or "module:Mine-v0".'
         )
+    wrappers = wrappers_of({"additional_wrappers": meta.get("env_wrappers")}, env_id)
+    hindered = obstacle(wrappers)
+    if hindered:
+        raise NoEnvironment(f"{env_id} {hindered}: returns and scores are not measured.")
     kwargs = {k: v for k, v in (meta.get("env_kwargs") or {}).items() if k != "render_mode"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "v4 is out of date": the version is chosen to match the data
@@ -309,7 +310,10 @@ def make_environment(meta: Mapping[str, Any]) -> Any:
                 importlib.import_module(package[0])
         try:
             steps = meta.get("max_episode_steps")
-            return _repeatable(gymnasium.make(env_id, max_episode_steps=steps, disable_env_checker=True, **kwargs))
+            env = gymnasium.make(env_id, max_episode_steps=steps, disable_env_checker=True, **kwargs)
+            return wrapped(_repeatable(env), wrappers, env_id)
+        except NoEnvironment:
+            raise
         except TypeError as error:
             raise UsageError(f"{env_id} refuses `env_kwargs` {kwargs}: {error}. Correct the data's meta.") from error
         except (Exception, SystemExit) as error:

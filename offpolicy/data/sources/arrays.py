@@ -270,6 +270,7 @@ def environment(
     from offpolicy.evaluation.rollout import NoEnvironment, close_environment, make_environment
 
     take_environment(meta)
+    meta.pop("env_wrappers", None)  # of the environment that the file names
     meta |= {"env_id": env_id, "env_kwargs": dict(env_kwargs or {})}
     try:
         env = make_environment(meta)

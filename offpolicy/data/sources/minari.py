@@ -26,6 +26,7 @@ from offpolicy.data.sources.fetch import Lock, check_network, corrupt, open_hdf5
 from offpolicy.data.spaces import bounds_meta
 from offpolicy.data.validate import Raw
 from offpolicy.errors import DataError, UsageError, listed
+from offpolicy.evaluation.wrappers import names, obstacle, wrappers_of
 from offpolicy.trust import check_environment
 
 PRECISION_LIMIT = 1 << 23  # numbers of one episode that are read a second time, as float64
@@ -76,8 +77,13 @@ def read(
                 "Delete the folder and fetch it again."
             )
         raw = _read_episodes(folder, record, storage, observation, action, obs_keys)
-    known = _environment(record)
+    known = _environment(folder, record)
     check_environment(known, str(folder))
+    wrappers = known.get("env_wrappers", [])
+    if hindered := obstacle(wrappers):
+        raw.warnings.append(f"{known.get('env_id')} {hindered}: there are no scores")
+    elif wrappers:
+        raw.notes.append(f"recorded through {names(wrappers)}, in which evaluations play too")
     raw.meta = {
         **known,
         **raw.meta,
@@ -157,17 +163,19 @@ def _space(folder: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
-def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
+def _environment(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     meta = {k: float(record[k]) for k in ("ref_min_score", "ref_max_score") if record.get(k) is not None}
     text = record.get("eval_env_spec") or record.get("env_spec")
     if not text:
         return meta
     spec = json.loads(text) if isinstance(text, str) else text
+    wrappers = wrappers_of(spec, str(folder))
     return {
         **meta,
         "env_id": spec["id"],
         "env_kwargs": spec.get("kwargs") or {},
         "max_episode_steps": spec.get("max_episode_steps"),
+        **({"env_wrappers": wrappers} if wrappers else {}),
     }
 
 
