@@ -412,6 +412,8 @@ def python_config(method: Module, data: DataModule, max_steps: int, options: Map
     """The settings of a run started from Python, in the form of the command line's ``config.yaml``."""
     plain, left_out = {}, []
     for name, value in options.items():
+        if value is None:  # the Trainer's own
+            continue
         try:
             plain[name] = as_settings(value)
         except UsageError:  # an object

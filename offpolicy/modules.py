@@ -751,15 +751,13 @@ class OfflineModule(Module):
         if limit is not None:
             grads = clip_per_seed(grads, limit, seeds=bool(self.seeds))
         try:
-            rate = self._rates[name]
+            optimizer, rate = self._optimizers[name], self._rates[name]
         except KeyError:
-            if self._rates:
-                known = ", ".join(self._rates)
-                raise UsageError(
-                    f"`{name}` has no learning rate; expected one of {known}. See learning_rates."
-                ) from None
-            raise self._no_optimizers() from None
-        self._optimizers[name].apply(params, grads, rate(self._step or 1) if callable(rate) else rate)
+            if not self._optimizers:
+                raise self._no_optimizers() from None
+            known = ", ".join(self._rates)
+            raise UsageError(f"`{name}` has no learning rate; expected one of {known}. See learning_rates.") from None
+        optimizer.apply(params, grads, rate(self._step or 1) if callable(rate) else rate)
 
     def reduce_gradients(self, grads: list[Tensor]) -> list[Tensor]:
         """Mean over processes of a list of tensors, as one flat all-reduce."""
@@ -823,7 +821,13 @@ class OfflineModule(Module):
             check_range("max_steps", max_steps, 1)
         self._check_hyperparameters()
         replay = replay.load() if isinstance(replay, DataModule) else replay
+        if not isinstance(replay, Replay):
+            raise UsageError(
+                f"`replay` is a {type(replay).__name__}; expected a Replay or a DataModule. Call "
+                "`prepare(offpolicy.load_data(...))`."
+            )
         self.check_data(replay)
+        self.data_meta = dict(replay.meta)
         chosen = self.select(replay)
         self.initialize(Sizes.of(chosen), seed)
         self.plan_rates(max_steps)

@@ -26,6 +26,11 @@ def check_rows(batch: Any) -> None:
     action = getattr(batch, "action", None)
     if not isinstance(action, Tensor) or not hasattr(batch, "_asdict"):
         return
+    if action.dim() < 2:
+        raise UsageError(
+            f"`action` of the batch has shape {tuple(action.shape)}; expected (B, A), the numbers of an action in "
+            "each row. Pass `action.unsqueeze(-1)` where an action is one number."
+        )
     rows = action.shape[:-1]
     for name, value in batch._asdict().items():
         if not isinstance(value, Tensor) or name == "row":  # of windows one per window
