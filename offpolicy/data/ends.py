@@ -320,10 +320,10 @@ def _agree(where: str, exact: Mapping[str, np.ndarray], marks: Marks) -> None:
                 "each episode. Sort the rows by episode and time, or give every episode a number of its own, or leave "
                 f"`{number}` out."
             )
-    for kind, flag in (("truncated", marks.truncated), ("terminated", marks.terminated)):
-        if flag is None or (kind == "terminated" and name == "episode_end" and not others):
+    for kind, partial in (("truncated", marks.truncated), ("terminated", marks.terminated)):
+        if partial is None or (kind == "terminated" and name == "episode_end" and not others):
             continue  # an episode ends where a row is terminated or marked in `episode_end`
-        inside = np.flatnonzero(flag[:-1] & ~ends[:-1])
+        inside = np.flatnonzero(partial[:-1] & ~ends[:-1])
         if len(inside):
             raise DataError(
                 f"{where}: `{marks.names[kind]}` is 1 at row {inside[0]}, where the episode goes on by `{name}`; "

@@ -161,9 +161,8 @@ def check_columns(where: str, columns: Mapping[str, Any], facts: Mapping[str, An
     keys, shapes = match(columns), {key: tuple(column.shape) for key, column in columns.items()}
     length = next((shapes[keys[name]][0] for name in ("obs", "action") if name in keys and shapes[keys[name]]), None)
     marks = ends.find(columns, length)
-    flags = {kind: marks[kind][0] for kind in ("terminated", "truncated", "last") if kind in marks}
     need = ["obs", "action", "reward"] + ["terminated"] * (not marks)
-    plain = {kind: name for kind, name in flags.items() if kind in NAMES and name in ends.PLAIN}
+    plain = {str(kind): names[0] for kind, names in marks.items() if kind in NAMES and names[0] in ends.PLAIN}
     return check_structure(where, shapes, {**keys, **plain}, facts, need), keys
 
 

@@ -232,11 +232,9 @@ def _columns(
             steps[name] = side_by_side(name, chosen, obs_keys)
     rows, keys = check_columns(str(path), steps, facts)
     wide = {k: steps[k] for n, k in keys.items() if n in ("obs", "action", "reward") and steps[k].dtype.kind == "f"}
-    columns, extra = (
-        {},
-        {"source_dtypes": {n: str(steps[k].dtype) for n, k in keys.items() if steps[k].dtype.kind == "f"}},
-    )
-    extra["source_dtypes"] = {n: dtype for n, dtype in extra["source_dtypes"].items() if dtype != "float32"}
+    floats = {n: str(steps[k].dtype) for n, k in keys.items() if steps[k].dtype.kind == "f"}
+    columns: dict[str, np.ndarray] = {}
+    extra: dict[str, Any] = {"source_dtypes": {n: dtype for n, dtype in floats.items() if dtype != "float32"}}
     numbers = ends.find(steps, rows).get("number", [])  # of episodes may be text
     scalars, skipped = {}, [k for k in found if k.startswith("infos/")]
     for key, dataset in steps.items():
