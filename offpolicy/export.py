@@ -61,6 +61,7 @@ def export(
     from offpolicy.language.adapters import adapter_settings, merged
     from offpolicy.language.module import LanguageModule
     from offpolicy.language.policy import base_of, save_tokenizer, silent
+    from offpolicy.language.stops import stop_ids
 
     out = Path(out)
     if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
@@ -84,6 +85,8 @@ def export(
     try:
         with silent():
             _take_generation_settings(base_of(model), method.hparams.policy)
+            if method.tokenizer is not None and hasattr(base_of(model), "generation_config"):
+                base_of(model).generation_config.eos_token_id = stop_ids(base_of(model), method.tokenizer) or None
             for adapter in getattr(model, "peft_config", {}).values():
                 if Path(method.hparams.policy).is_dir():  # found from any working folder
                     adapter.base_model_name_or_path = os.path.abspath(method.hparams.policy)

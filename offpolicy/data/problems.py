@@ -32,6 +32,7 @@ from offpolicy.data.sources.messages import Fault, WrongType, check_characters, 
 from offpolicy.data.tokenised import TokenisedData
 from offpolicy.errors import DataError, UsageError, check_range, nearest
 from offpolicy.language.numbers import MARK
+from offpolicy.language.stops import TurnEnd, turn_end
 from offpolicy.language.tokens import Limits, Row, Text, encode, fingerprint, load_tokenizer, tokenise
 
 PROMPTS = ("prompt", "question", "problem")
@@ -231,7 +232,10 @@ def open_problems(
         left.append(i)
     faults.check()
     solutions = [_continued(ids, read_rows[i].solution, tokenizer) for ids, i in zip(prompt_ids, left)]
-    demonstrations = _demonstrations(solutions, tokenizer)
+    talks = {i for i, row in zip(kept, rows) if not isinstance(row.prompt, str)}
+    turn = turn_end(tokenizer) if talks else TurnEnd(None, "")
+    ends = [turn.token if i in talks else None for i in left]
+    demonstrations = _demonstrations(solutions, ends, tokenizer)
     logps: list[np.ndarray] | None = None
     if "solution_logps" in named:
         given_logps = source.column(named["solution_logps"])
@@ -252,6 +256,7 @@ def open_problems(
     several = sum(len(read_rows[i].answers) > 1 for i in left)
     notes += [f"problems with several right answers, of which each is right: {several:,}"] if several else []
     warnings = [f"{faults.bad} of {source.rows} rows were dropped: {faults.table()}"] if faults.bad else []
+    warnings += [turn.doubt] if turn.doubt else []
     replay.meta |= {
         "name": target.name,
         "source": "problems",
@@ -466,14 +471,18 @@ def _continued(prompt: np.ndarray, solution: str | None, tokenizer: Any) -> str 
     return solution.lstrip().removeprefix(THINK)
 
 
-def _demonstrations(solutions: list[str | None], tokenizer: Any) -> list[np.ndarray | None]:
-    """Tokens of each demonstration with EOS."""
+def _demonstrations(solutions: list[str | None], ends: list[int | None], tokenizer: Any) -> list[np.ndarray | None]:
+    """Tokens of each demonstration with what ends an answer to its prompt, EOS where ``ends`` has None."""
     ids = tokenise([s for s in solutions if s is not None], tokenizer)
-    return [None if s is None else np.append(ids[s], tokenizer.eos_token_id).astype(np.int64) for s in solutions]
+    eos = tokenizer.eos_token_id
+    return [
+        None if s is None else np.append(ids[s], eos if end is None else end).astype(np.int64)
+        for s, end in zip(solutions, ends)
+    ]
 
 
 def _logps(value: Any, demonstration: np.ndarray, row: int, faults: Faults) -> np.ndarray:
-    """Log-probabilities of the demonstrator, one per token and one for EOS; NaN where a row has none."""
+    """Log-probabilities of the demonstrator, one per token and one for its end; NaN where a row has none."""
     if value is None:
         return np.full(len(demonstration), np.nan, np.float32)
     found = np.asarray(value, dtype=np.float32)

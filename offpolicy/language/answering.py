@@ -18,7 +18,7 @@ from offpolicy.data.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.engines import Completion, Request, Sampling, make_engine, room
-from offpolicy.language.generation import prompt_text, stop_ids
+from offpolicy.language.generation import prompt_text, stop_ids, unended
 from offpolicy.language.rewards import Rewards, Scored
 from offpolicy.losses.health import group_metrics
 from offpolicy.trust import speaking, trusting
@@ -174,10 +174,11 @@ class Answering:
     def texts(self, answers: Sequence[np.ndarray]) -> list[str]:
         """Answers as texts, without special tokens; equal ones are decoded once."""
         known: dict[bytes, str] = {}
+        stops = stop_ids(self.method.model, self.tokenizer)
         for token in answers:
             if token.tobytes() not in known:
                 known[token.tobytes()] = self.tokenizer.decode(
-                    token, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                    unended(token, stops), skip_special_tokens=True, clean_up_tokenization_spaces=False
                 )
         return [known[token.tobytes()] for token in answers]
 

@@ -19,6 +19,7 @@ from offpolicy.data.sequences import token_ids
 from offpolicy.errors import UsageError, check_range
 from offpolicy.language.reading import Reader, Way, together, way_of
 from offpolicy.language.rewards import Verifier
+from offpolicy.language.stops import stop_ids
 
 
 class Answer(NamedTuple):
@@ -174,13 +175,6 @@ def positions(model: nn.Module) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
 
 
-def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: those of the tokenizer and of the model's settings for generation."""
-    found = [tokenizer.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
-    listed = [item for one in found for item in (one if isinstance(one, (list, tuple)) else [one])]
-    return sorted({int(item) for item in listed if item is not None})
-
-
 def prompts_of(replay: Replay, limit: int = 0) -> list[Prompt]:
     """The distinct prompts of a replay of texts in their order, each with a good answer where the data have one.
 
@@ -254,8 +248,10 @@ def answer_prompts(
     rows, scores = [], []
     for prompt, answers in zip(prompts, drawn):
         text = prompt_text(tokenizer, prompt.token)
-        reference = None if prompt.reference is None else answer_text(tokenizer, prompt.token, prompt.reference)
-        completions = [answer_text(tokenizer, prompt.token, answer.token) for answer in answers]
+        good = None if prompt.reference is None else unended(prompt.reference, options["stop"])
+        reference = None if good is None else answer_text(tokenizer, prompt.token, good)
+        drawn_tokens = [unended(answer.token, options["stop"]) for answer in answers]
+        completions = [answer_text(tokenizer, prompt.token, token) for token in drawn_tokens]
         row: dict[str, Any] = {"prompt": text, "completions": completions}
         if verifier is not None:
             judged = [verifier(text, completion, reference) for completion in completions]
@@ -275,6 +271,11 @@ def prompt_text(tokenizer: Any, prompt: np.ndarray) -> str:
     """The text of a prompt, with the marks of a chat but without BOS."""
     ids = prompt[1:] if len(prompt) and prompt[0] == tokenizer.bos_token_id else prompt
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def unended(answer: np.ndarray, stop: Iterable[int]) -> np.ndarray:
+    """An answer without the stop token at its end, which a tokenizer may not count as special."""
+    return answer[:-1] if len(answer) and int(answer[-1]) in set(stop) else answer
 
 
 def answer_text(tokenizer: Any, prompt: np.ndarray, answer: np.ndarray) -> str:

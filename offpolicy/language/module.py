@@ -301,6 +301,7 @@ class LanguageModule(Module):
             "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
             "adapter": adapter_settings(self.model),
             "start_digest": self._start_digest,
+            "eos": getattr(getattr(base, "generation_config", None), "eos_token_id", None),
         }
 
     def restore_networks(self, state: Mapping[str, Any]) -> None:
@@ -316,6 +317,9 @@ class LanguageModule(Module):
             name = folder if folder and os.path.isdir(folder) else h.policy
             model = policies.open_model(name, dtype=state["dtype"], attn_implementation=h.attn_implementation)
             model = self._adapted(model, state["adapter"], policies.same_adapter)
+        settings = getattr(policies.base_of(model), "generation_config", None)
+        if settings is not None and state.get("eos") is not None:  # the policy's folder may name more than its config
+            settings.eos_token_id = state["eos"]
         self._take_model(model)
 
     def _check_same_start(self, state: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.sources.formats import Faults, Record, Source, detect, records
 from offpolicy.data.sources.text_files import of_table, open_file, open_shards, reading, source_of, split_note
 from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.language.stops import turn_end
 from offpolicy.language.tokens import CALLS, Encoded, Limits, Row, Text, encode, fingerprint, written
 
 PATIENCE = 5.0  # seconds for a first answer of the hub
@@ -341,6 +342,8 @@ class _Builder:
                 self.counts["rows are plain text, for which the tokenizer's chat template is not used"] += len(kept)
             if self.tokenizer.eos_token_id is None:
                 doubts.append("the tokenizer has no EOS token, so the model does not learn where answers end")
+        elif doubt := turn_end(self.tokenizer).doubt:
+            doubts.append(doubt)
         elif not any(self._ends(self.parts[number]) for number in index[:64, 1]):
             doubts.append("the chat template writes no special token after answers, so the model does not learn to end")
         return doubts
