@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from offpolicy.language.layout import Layout, shares_prompt
+from offpolicy.errors import UsageError
+from offpolicy.language.layout import Layout, decoder_of, mask_of
+from offpolicy.language.reading import taken
 
 CRITICS = ("model", "head")
 
@@ -19,13 +21,22 @@ class Critic(nn.Module):
         policy: a causal language model of ``transformers``, without adapters.
         kind: "model", a decoder of its own that starts as the policy's; or "head", two layers on the policy's last
             states, which it does not change.
+
+    Raises:
+        UsageError: the policy has no decoder to copy.
     """
 
     def __init__(self, policy: Any, kind: str = "model") -> None:
         super().__init__()
         self.config = policy.config.get_text_config()
         width = self.config.hidden_size
-        self.decoder = copy.deepcopy(policy.get_decoder()).requires_grad_(True) if kind == "model" else None
+        decoder = decoder_of(policy) if kind == "model" else None
+        if kind == "model" and decoder is None:
+            raise UsageError(
+                f"`critic` is 'model', a copy of the policy's decoder, and {type(policy).__name__} has none that gives "
+                "its last states; expected 'head'. Pass --model.critic head."
+            )
+        self.decoder = None if decoder is None else copy.deepcopy(decoder).requires_grad_(True)
         hidden: list[nn.Module] = [] if kind == "model" else [nn.Linear(width, width), nn.SiLU()]
         last = nn.Linear(width, 1)
         nn.init.zeros_(last.weight)  # nothing is known at the start
@@ -36,8 +47,7 @@ class Critic(nn.Module):
         """Values (n,) from the policy's states (n, D) and the rows they were computed from."""
         if self.decoder is None:
             return self.head(hidden.detach())[:, 0]
-        mask = None if shares_prompt(self.config) else layout.attention_mask
-        out = self.decoder(
-            input_ids=layout.input_ids, attention_mask=mask, position_ids=layout.position_ids, use_cache=False
-        )
+        mask = mask_of(layout, self.config, self.head[-1].weight.dtype)
+        wanted = taken(self.decoder, {"attention_mask": mask, "position_ids": layout.position_ids})
+        out = self.decoder(input_ids=layout.input_ids, use_cache=False, **wanted)
         return self.head(out.last_hidden_state.flatten(0, 1).index_select(0, layout.predict))[:, 0]

@@ -208,14 +208,18 @@ def _score(model: nn.Module, layout: Layout, chunk: int, stats: bool) -> Answers
 
 def _hidden(head: Head, layout: Layout) -> Tensor:
     """The states that predict the scored tokens, (n, D)."""
-    mask: Tensor | None = layout.attention_mask
-    if layout.shared and head.config._attn_implementation == "eager":
-        blocked = torch.finfo(head.weight.dtype).min
-        mask = torch.zeros(layout.attention_mask.shape, dtype=head.weight.dtype, device=layout.input_ids.device)
-        mask.masked_fill_(~layout.attention_mask, blocked)
-    elif not layout.shared and shares_prompt(head.config):
-        mask = None  # padding on the right is behind every answer; without a mask attention takes its fast path
+    mask = mask_of(layout, head.config, head.weight.dtype)
     return head.states(layout.input_ids, mask, layout.position_ids).flatten(0, 1).index_select(0, layout.predict)
+
+
+def mask_of(layout: Layout, config: Any, dtype: torch.dtype) -> Tensor | None:
+    """The attention mask of a layout as a model of this configuration and type takes it."""
+    if layout.shared and config._attn_implementation == "eager":
+        mask = torch.zeros(layout.attention_mask.shape, dtype=dtype, device=layout.input_ids.device)
+        return mask.masked_fill_(~layout.attention_mask, torch.finfo(dtype).min)
+    if not layout.shared and shares_prompt(config):
+        return None  # padding on the right is behind every answer; without a mask attention takes its fast path
+    return layout.attention_mask
 
 
 class States(NamedTuple):
@@ -304,6 +308,12 @@ class Route(NamedTuple):
 
 ROUTES = (Route(True, True), Route(False, True), Route(True, False), Route(False, False))
 _routes: WeakKeyDictionary[nn.Module, Route] = WeakKeyDictionary()
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """What gives the states before the output layer of a model, without adapters; None where that is no part of it."""
+    check_head(model)
+    return Head(model).decoder if _routes.get(model, ROUTES[0]).decoder else None
 
 
 class Head:

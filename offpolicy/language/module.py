@@ -46,6 +46,7 @@ from offpolicy.language.layout import (
     single_layout,
 )
 from offpolicy.language.meters import RowMeter
+from offpolicy.language.noise import without_noise
 from offpolicy.language.plan import Plan, previous_of_other_prompt
 from offpolicy.language.reference import Reference, Table, evaluating
 from offpolicy.language.scores import PairScores, Scores, SingleScores
@@ -452,6 +453,8 @@ class LanguageModule(Module):
         self.initialize()
         self._refuse_half_weights()
         self._check_texts(data.replay)
+        critic = getattr(getattr(self, "critic", None), "decoder", None)
+        without_noise(self.model, *([] if critic is None else [critic]))
         check_head(self.model)  # here, as it runs the model once
         trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self._start_digest = policies.weights_digest(

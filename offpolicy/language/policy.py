@@ -48,6 +48,8 @@ def open_model(
     try:
         with silent(), found(name, option):
             config = without_dropout(AutoConfig.from_pretrained(name, trust_remote_code=False))
+            if getattr(config, "is_encoder_decoder", False):
+                raise ValueError(f"it is an encoder with a decoder ({config.model_type}), not a decoder alone")
             plain_attention(config, attn_implementation)
             return AutoModelForCausalLM.from_pretrained(
                 name, config=config, dtype=dtype_of(dtype), trust_remote_code=False, **settings
@@ -131,10 +133,20 @@ def base_of(model: Any) -> Any:
 
 
 def without_dropout(config: Any) -> Any:
-    """Set every dropout rate of a configuration to 0, so that policy and reference agree at the start."""
-    for name, value in config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith(("_pdrop", "_drop"))):
+    """Set every dropout rate of a configuration, and of those in it, to 0, so that policy and reference agree.
+
+    Losses of routers are not computed, as nothing adds them, and weights are not rescaled between training and
+    evaluation.
+    """
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and ("dropout" in name or name.endswith(("_pdrop", "_drop", "layerdrop"))):
             setattr(config, name, 0.0)
+        elif name == "output_router_logits":
+            config.output_router_logits = False
+        elif name == "rescale_every":  # RWKV halves its weights in evaluation
+            config.rescale_every = 0
+        elif hasattr(value, "to_dict") and value is not config:
+            without_dropout(value)
     return config
 
 
@@ -237,5 +249,10 @@ def silent() -> Iterator[None]:
 
 def _not_opened(option: str, name: str, error: Exception) -> str:
     expected = "an adapter of this model" if option == "adapter" else "a causal language model"
+    if "trust_remote_code" in str(error):
+        return (
+            f"`{option}` is '{name}', which needs code of its own (auto_map in its config.json) that would have to be "
+            "run; expected an architecture that transformers has. Use a version of the model that was converted to it."
+        )
     place = adapters.first(error).rstrip(".")
     return f"`{option}` is '{name}', which does not open as {expected}: {place}. Pass a folder or a hub id org/name."

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from offpolicy.data.replay import _numpy
 from offpolicy.data.sequences import BoundTexts
-from offpolicy.errors import UsageError
+from offpolicy.errors import DataError, UsageError
 from offpolicy.files import atomic_write
 from offpolicy.language import policy as policies
+from offpolicy.language.generation import positions
 from offpolicy.language.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Reference:
         model, digest, name = method.model, start, "the policy at its start"
         if h.reference not in REFERENCES:
             model, name = self._open(h.reference), str(h.reference)
+            self._check_other(model, name, tables)
             digest = policies.weights_digest(model)
         began, folder = time.perf_counter(), cache_folder(h.ref_cache)
         rank, world = method.global_rank if method.world_size > 1 else 0, method.world_size
@@ -108,6 +110,35 @@ class Reference:
         model = policies.open_model(name, option="reference", **settings)
         model = policies.open_adapter(model, adapter) if adapter else model
         return trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device).eval()
+
+    def _check_other(self, model: Any, name: str, tables: list[Table]) -> None:
+        """Another model must read the policy's tokens as the policy does.
+
+        Raises:
+            UsageError: its vocabulary or its positions are others.
+        """
+        here, there = (m.get_input_embeddings().num_embeddings for m in (policies.base_of(self.method.model), model))
+        used = np.unique(np.concatenate([np.unique(np.asarray(t.texts.replay.steps["token"])) for t in tables]))
+        ours, theirs = self.method.tokenizer, _tokenizer_of(name)
+        if ours is not None and theirs is not None:
+            for token in used.tolist():
+                pair = [one.convert_ids_to_tokens(token) if token < len(one) else None for one in (ours, theirs)]
+                if pair[0] != pair[1]:
+                    raise UsageError(
+                        f"`reference` is '{name}', whose token {token} is {pair[1]!r}, and the policy's is {pair[0]!r}; "
+                        "expected the same vocabulary, as it scores the policy's tokens. Pass a model of the same base."
+                    )
+        if used[-1] >= there or (here != there and (ours is None or theirs is None)):
+            raise UsageError(
+                f"`reference` is '{name}', which knows {there:,} tokens, and the policy {here:,} (the texts go up to "
+                f"the id {used[-1]:,}); expected the same vocabulary. Pass a model of the same base."
+            )
+        longest = max(int(t.texts.lengths.reshape(len(t.texts), -1, 2).sum(-1).max()) for t in tables)
+        if longest > positions(model):
+            raise UsageError(
+                f"`reference` is '{name}', which has {positions(model):,} positions, and the longest text has "
+                f"{longest:,} tokens; expected shorter texts. Pass --data.max_length {positions(model)}."
+            )
 
     def _frozen_copy(self) -> Any:
         if self.method._device_mesh is not None:
@@ -176,6 +207,17 @@ class Reference:
                     f"{apart.max().item():.3g} nats. Remove {cache_folder(h.ref_cache)} (or set --model.ref_cache) to "
                     "compute the reference again."
                 )
+
+
+def _tokenizer_of(name: str) -> Any:
+    """The tokenizer of a model by folder or hub id; None where there is none."""
+    from offpolicy.language.tokens import load_tokenizer
+
+    try:
+        with policies.found(name, "reference"):
+            return load_tokenizer(name)
+    except (DataError, UsageError):
+        return None
 
 
 @contextlib.contextmanager
