@@ -55,7 +55,7 @@ def without_noise(model: Any, *others: nn.Module) -> bool:
     found = noisy()
     if found:  # layers that are recomputed in the backward pass ask whether they are in training
         parts = [module for part in (base, *others) for name, module in part.named_modules() if mark not in name]
-        keep_in_eval(module for module in parts if not hasattr(module, "gradient_checkpointing"))
+        keep_in_eval(m for m in parts if m is not base and not hasattr(m, "gradient_checkpointing"))
         if noisy():
             if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
                 raise UsageError(

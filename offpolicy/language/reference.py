@@ -125,7 +125,7 @@ class Reference:
                 pair = [one.convert_ids_to_tokens(token) if token < len(one) else None for one in (ours, theirs)]
                 if pair[0] != pair[1]:
                     raise UsageError(
-                        f"`reference` is '{name}', whose token {token} is {pair[1]!r}, and the policy's is {pair[0]!r}; "
+                        f"`reference` is '{name}', whose token {token} is {pair[1]!r}, the policy's is {pair[0]!r}; "
                         "expected the same vocabulary, as it scores the policy's tokens. Pass a model of the same base."
                     )
         if used[-1] >= there or (here != there and (ours is None or theirs is None)):
