@@ -284,8 +284,8 @@ def _read_episodes(
     raw.steps["action"] = action_column.reshape(total, -1)
     raw.truncated = truncated[start + length - 1]
     _join_observations(raw, parts, obs_keys, folder)
-    stored = {"obs": observation.get("dtype"), "action": action.get("dtype")}
-    raw.meta["source_dtypes"] = {k: d for k, d in stored.items() if d and d != str(raw.steps[k].dtype)}
+    dtypes = {"obs": observation.get("dtype"), "action": action.get("dtype")}
+    raw.meta["source_dtypes"] = {k: d for k, d in dtypes.items() if d and d != str(raw.steps[k].dtype)}
     raw.warnings += _precision_doubts(storage, filled, episodes, length)
     return raw
 
