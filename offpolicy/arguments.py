@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from offpolicy.data.names import HUB_ID, Target, resolve
-from offpolicy.errors import UsageError, nearest
+from offpolicy.errors import UsageError, nearest, nearest_options
 from offpolicy.given import TEXTS, as_whole, expanded, refuse_empty
 from offpolicy.options import RunOptions
 from offpolicy.recipes import Recipe, named_recipe, recipe, recipes
@@ -40,7 +40,7 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
   --data NAME|FILE      known data set, or .hdf5, .npz or folder    (pendulum-stitch-v0)
                         for language models: .jsonl, .json, .parquet, .arrow, folder or hub id
   --model.policy DIR    the language model to tune: folder or hub id, for DPO and its kin
-  --trainer.max_steps N updates to train in all                     (recipe, else 1000000)
+  --trainer.max_steps N updates to train in all                     (recipe, else 1000000; own data: 100 epochs)
   --seed_everything N   seed                                        (0)
   --ckpt_path WHAT      continue: last, a run folder or a checkpoint
   --config FILE|NAME    settings from a YAML file, or a recipe by method/name; may be repeated
@@ -84,6 +84,7 @@ class Command:
         texts: whether the data hold texts; None where nobody has looked.
         data_given: whether the user named data.
         words: what the user named or trusts.
+        own_data: whether the data are steps of the user's own, no task that the library knows.
     """
 
     method: str
@@ -94,6 +95,7 @@ class Command:
     texts: bool | None = None
     data_given: bool = True
     words: Words = field(default_factory=Words)
+    own_data: bool = False
 
     @property
     def parser_args(self) -> list[str]:
@@ -162,7 +164,8 @@ def _read(pairs: list[tuple[str, str | None]], last: dict[str, str | None]) -> C
     settings |= {"model": method, "data.name": name, "recipe": chosen}
     flags = [pair for pair in pairs if pair[0] not in ("config", "model", "data.name", "recipe", "trust")]
     texts = None if target.kind == "replay" else target.kind == "language"  # a converted folder may hold either
-    return Command(method, settings, flags, found, notes, texts, given is not None, words())
+    own = target.kind in ("hdf5", "npz", "replay") or (target.kind == "minari" and not target.info)
+    return Command(method, settings, flags, found, notes, texts, given is not None, words(), own)
 
 
 def find_data(text: str, method: str) -> Target:
@@ -224,18 +227,16 @@ def check_options(names: Iterable[str], known: Mapping[str, Iterable[str]], wher
                 raise UsageError(f"--{name} is not an option.{guess} See --help=all.")
             continue
         if rest and group in known:
-            guess = nearest(option, known[group]).replace("'", f"'--{group}.", 1)
+            near = [f"'--{group}.{one}'" for one in nearest_options(option, known[group])]
+            guess = f" Did you mean {' or '.join(near)}?" if near else ""
             of, help_ = (f" of {where}", f"--model.help {where}") if group == "model" else ("", "--help")
             raise UsageError(f"--{name} is not an option{of}.{guess} See {help_}.")
         short = {d.partition(".")[2]: d for d in reversed(dotted)}
-        guess = nearest(rest or group, [*TOP, *short])
-        match = re.search("'(.*)'", guess)
-        if match is None and len(known) == 1:
+        near = [f"'--{short.get(one, one)}'" for one in nearest_options(rest or group, [*TOP, *short])]
+        if len(known) == 1 and (not near or len(name) < 4):  # a word as short as `lr` resembles anything
             continue  # more will be known once the method is imported
         raise UsageError(
-            f"--{name} is not an option."
-            + (f" Did you mean '--{short.get(match[1], match[1])}'?" if match else "")
-            + " See --help."
+            f"--{name} is not an option." + (f" Did you mean {' or '.join(near)}?" if near else "") + " See --help."
         )
 
 

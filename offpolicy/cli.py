@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import math
 import re
 import shlex
 import signal
@@ -29,6 +30,7 @@ from offpolicy.options import RunOptions
 from offpolicy.registry import import_class
 from offpolicy.trust import ALL, NAME, OWN, check_class, speaking, words
 
+EPOCHS, LEAST_STEPS = 100, 10_000  # of data of the user's own, where nobody says how many updates
 MAX_STEPS = 1_000_000  # where neither a recipe nor the user says; what published numbers mostly use
 
 
@@ -99,13 +101,15 @@ def run_command(command: Command) -> int:
 
 def _run(command: Command) -> int:
     cli = parse(command)
+    chosen = updates_for_own_data(command, cli)
     options = dict(cli.config_init.trainer)
     origin = api.Origin(
         config=cli.settings_file(),
         command=shlex.join(["python", "-m", "offpolicy.fit", *sys.argv[1:]]),
-        lines=lines(command, cli.config),
+        lines=lines(command, cli.config) + ([screen.line("note", chosen)] if chosen else []),
     )
-    max_steps = options.pop("max_steps")
+    options.pop("max_steps")
+    max_steps = cli.config.trainer.max_steps
     result = api.fit(
         cli.model,
         cli.datamodule,
@@ -119,6 +123,27 @@ def _run(command: Command) -> int:
         **asdict(cli.config_init.run),
     )
     return 128 + result.interrupted if result.interrupted else 0
+
+
+def updates_for_own_data(command: Command, cli: FitCLI) -> str:
+    """Choose the number of updates by the size of data that no recipe is for, unless the user said it.
+
+    About 100 epochs, but at least 10,000 updates and at most the 1,000,000 of known tasks.
+
+    Returns:
+        A sentence for the first screen; empty where nothing was chosen.
+    """
+    said = "trainer.max_steps" in {*command.settings, *(name for name, _ in command.flags)}
+    if said or not command.own_data or not isinstance(cli.model, OfflineModule):
+        return ""
+    with api.quiet():
+        rows = cli.datamodule.load().num_steps
+    wanted = math.ceil(EPOCHS * rows / cli.model.option("batch_size", 256))
+    cli.config.trainer.max_steps = min(max(wanted, LEAST_STEPS), MAX_STEPS)
+    return (
+        f"{EPOCHS} epochs of {rows:,} steps, within {LEAST_STEPS:,} and {MAX_STEPS:,} updates, as no recipe is for "
+        "these data; --trainer.max_steps says otherwise."
+    )
 
 
 def parse(command: Command) -> FitCLI:

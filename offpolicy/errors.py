@@ -33,6 +33,34 @@ def listed(items: Iterable[object], limit: int = 10) -> str:
     return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
 
+SYNONYMS = {  # what options are called elsewhere
+    "learning_rate": "lr",
+    "gamma": "discount",
+    "hidden_sizes": "hidden_dims",
+    "hidden_size": "hidden_dims",
+    "hidden_layers": "hidden_dims",
+    "polyak": "tau",
+    "n_critics": "num_critics",
+    "normalize": "normalize_obs",
+    "kl_coef": "beta",
+    "rank": "lora_rank",
+}
+
+
+def nearest_options(name: str, candidates: Iterable[str]) -> list[str]:
+    """The options that a misspelt one may mean, at most three: of the same words (``lr``: ``actor_lr``, ``critic_lr``),
+    under another library's name, or the closest in spelling."""
+    known = list(candidates)
+    word = SYNONYMS.get(name.lower(), name.lower())
+    if word in known:
+        return [word]
+    same = [option for option in known if f"_{word}_" in f"_{option.rpartition('.')[2]}_"]
+    if same:
+        return same[:3]
+    match = difflib.get_close_matches(fold(name), by_key := {fold(c): c for c in known}, n=1, cutoff=0.5)
+    return [by_key[key] for key in match]
+
+
 def fold(name: str) -> str:
     """The form in which names are compared: case, '-', '_' and '+' do not matter."""
     return name.lower().replace("-", "").replace("_", "").replace("+", "")

@@ -791,6 +791,13 @@ class OfflineModule(Module):
         self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self.fit_normalizer(replay)
 
+    def batch_words(self) -> str:
+        words, trainer = super().batch_words(), self.trainer
+        if self._bound is None or getattr(trainer.datamodule, "pool", None) is not None:  # type: ignore[attr-defined]
+            return words
+        epochs = trainer.max_steps * self.option("batch_size", 256) / self._bound.count
+        return f"{words}, {epochs:,.0f} epochs" if epochs >= 10 else f"{words}, {epochs:.2g} epochs"
+
     def evaluates(self) -> str:
         episodes, env = self.run.eval_episodes, self.data_meta.get("env_id")
         tasks = self.data_meta.get("tasks")

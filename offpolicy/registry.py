@@ -13,6 +13,24 @@ from typing import Any
 from offpolicy.errors import UsageError, fold, nearest
 from offpolicy.trust import check_found, check_name
 
+SHORT = {  # what methods are called elsewhere, folded
+    "dt": "DecisionTransformer",
+    "td3": "TD3BC",
+    "sac": "SACN",
+    "behaviorcloning": "BC",
+    "behaviourcloning": "BC",
+    "cloning": "BC",
+    "implicitqlearning": "IQL",
+    "conservativeqlearning": "CQL",
+    "diffuser": "TrajectoryDiffusion",
+    "diffusion": "TrajectoryDiffusion",
+    "pgd": "TrajectoryDiffusion",
+    "mopo": "WorldModel",
+    "dynamics": "WorldModel",
+    "supervisedfinetuning": "SFT",
+    "ppo": "GRPO",
+    "reinforce": "GRPO",
+}
 Spec = str | Mapping[str, Any]  # of a component: its name, or {"name": …, **parameters}
 
 
@@ -53,8 +71,20 @@ def class_path(name: str) -> str:
         return name
     raise UsageError(
         f"no method is called '{name}'; expected one of {', '.join(method_names())}, or an import path "
-        f"package.module.Class.{nearest(name, method_names())}"
+        f"package.module.Class.{nearest_method(name)}"
     )
+
+
+def nearest_method(name: str) -> str:
+    """A sentence naming the method that an abbreviation or a misspelt name may mean; empty when none is close."""
+    table = method_names()
+    wanted = SHORT.get(fold(name)) or next((one for one in table if _initials(one) == fold(name)), None)
+    return f" Did you mean '{wanted}'?" if wanted in table else nearest(name, table)
+
+
+def _initials(name: str) -> str:
+    """DecisionTransformer → dt."""
+    return "".join(letter for letter in name if letter.isupper() or letter.isdigit()).lower()
 
 
 def find_method(name: str) -> Any:

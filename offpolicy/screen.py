@@ -121,7 +121,7 @@ def last_lines(
     lines = [
         ("Interrupted" if resume else "Done") + f" at update {updates:,} after {seconds:,.0f} s. {found}",
         line("files", f"{folder}/: {', '.join(files)}"),
-        line("resume", resume) if resume else line("look", look),
+        line("resume", resume) if resume else line("evaluate" if "offpolicy.evaluate" in look else "next", look),
     ]
     if (folder / "hf").is_dir() and not resume:
         lines.append(line("open with", f"transformers.AutoModelForCausalLM.from_pretrained({str(folder / 'hf')!r})"))

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import yaml
 from toy import toy_replay
 
 from offpolicy import callbacks, entry, evaluate, fit
+from offpolicy import cli as cli_module
 from offpolicy.arguments import read_command
 from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
 from offpolicy.cli import FitCLI, parse
@@ -114,6 +116,15 @@ def command(*argv: str, **options: Any) -> subprocess.Popen[str]:
     ("argv", "parts"),
     [
         (["--model", "TD4BC"], ["no method is called 'TD4BC'", "Did you mean 'TD3BC'?"]),
+        (["--model", "DT"], ["Did you mean 'DecisionTransformer'?"]),
+        (["--model", "wm"], ["Did you mean 'WorldModel'?"]),
+        (["--model", "behavior-cloning"], ["Did you mean 'BC'?"]),
+        (["--model", "PPO"], ["Did you mean 'GRPO'?"]),
+        (["--model.lr", "1"], ["'--model.actor_lr' or '--model.critic_lr'"]),
+        (["--model.learning_rate", "1", "--model", "IQL"], ["'--model.actor_lr' or"]),
+        (["--model.gamma", "1"], ["'--model.discount'"]),
+        (["--lr", "1"], ["'--model.actor_lr' or '--model.critic_lr'"]),
+        (["--hidden_sizes", "1"], ["'--model.hidden_dims'"]),
         (["--data", "pendlum-stitch-v0"], ["pendlum-stitch-v0", "Did you mean 'pendulum-stitch-v0'?"]),
         (["--data", "nowhere.hdf5"], ["nowhere.hdf5 does not exist"]),
         (["--modle", "IQL"], ["--modle is not an option", "'--model'"]),
@@ -285,6 +296,66 @@ def test_a_run_leaves_its_files_and_can_be_repeated(name: str, capsys: pytest.Ca
     first, second = (read_checkpoint(newest_checkpoint(f) or "") for f in (folder, again))
     assert again != folder
     assert all(torch.equal(v, second["state_dict"][k]) for k, v in first["state_dict"].items())
+
+
+def test_own_data_get_a_number_of_updates_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def not_fit(method: Any, data: Any, **options: Any) -> SimpleNamespace:
+        seen.update(options, config=yaml.safe_load(options["origin"].config), lines=options["origin"].lines)
+        return SimpleNamespace(interrupted=0)
+
+    monkeypatch.setattr(cli_module.api, "fit", not_fit)
+    argv = ["--data", "toy", "--model", "BC"]  # 300 steps
+    for more, expected in (
+        ([], 10_000),
+        (["--model.batch_size", "2"], 15_000),
+        (["--trainer.max_steps", "7"], 7),
+        (["--recipe", "none"], 10_000),
+    ):
+        assert fit.main([*argv, *more]) == 0
+        assert seen["max_steps"] == seen["config"]["trainer"]["max_steps"] == expected
+        assert any("100 epochs of 300 steps" in line for line in seen["lines"]) == (expected != 7)
+    monkeypatch.setattr(cli_module, "MAX_STEPS", 12_000)
+    assert fit.main([*argv, "--model.batch_size", "2"]) == 0
+    assert seen["max_steps"] == 12_000
+
+
+def test_the_first_screen_counts_epochs(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--data", "toy", "--model", "BC", *SMALL, *SHORT, "--seed", "8")
+    rows = 300
+    shown = capsys.readouterr().out
+    assert f"60 of batch size 16, {60 * 16 / rows:.2g} epochs" in shown, shown
+    assert "\n  evaluate  python -m offpolicy.evaluate runs" in shown
+
+
+OWN_ENV = """
+import gymnasium
+from gymnasium.envs.classic_control import PendulumEnv
+
+__version__ = "1.2"
+
+
+class Reach(PendulumEnv):
+    pass
+
+
+gymnasium.register("Reach-v0", "own_reach:Reach", max_episode_steps=10)
+"""
+
+
+def test_an_environment_of_ones_own(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "own_reach.py").write_text(OWN_ENV)
+    n = 40
+    columns = {"obs": np.zeros((n, 3)), "action": np.zeros((n, 1)), "reward": np.zeros(n), "terminated": np.zeros(n)}
+    np.savez(home / "reach.npz", **columns, episode_end=np.arange(n) % 10 == 9)
+    argv = ["--data", "reach.npz", "--model", "BC", *SMALL, *SHORT, "--data.env_id"]
+    with pytest.raises(UsageError, match="module:Id"):
+        fit.main([*argv, "Reach-v0"])
+    folder = run(*argv, "own_reach:Reach-v0")
+    row = Table(folder / "evals.csv").rows()[-1]
+    assert row["env"] == "own_reach:Reach-v0 on own_reach 1.2" and "not installed" not in str(row["score_kind"])
+    assert row["eval/length_mean"] == 10.0
 
 
 def test_continuing(capsys: pytest.CaptureFixture[str]) -> None:

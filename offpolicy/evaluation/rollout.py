@@ -320,6 +320,8 @@ def make_environment(meta: Mapping[str, Any]) -> Any:
             if "mujoco" in str(error).lower() and importlib.util.find_spec("mujoco") is None:
                 raise _missing(env_id, "mujoco", package[1] if package else "mujoco") from error
             reason = str(error.args[0] if error.args else "").strip().split("\n", 1)[0] or type(error).__name__
+            if ":" not in env_id and env_id not in gymnasium.registry:
+                reason = f"{reason.rstrip('.')}; one of your own is named module:Id, after the module that registers it"
             raise NoEnvironment(
                 f"{env_id} cannot be made here ({reason.rstrip('.')}): returns and scores are not measured."
             ) from error

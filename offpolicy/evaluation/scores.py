@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,11 +110,13 @@ def simulator_version(env_id: str) -> str:
     import gymnasium
 
     try:
-        entry = gymnasium.spec(env_id).entry_point
+        entry = gymnasium.spec(env_id.rpartition(":")[2]).entry_point  # the module in front registers it
     except Exception:  # not registered here
         return f"{env_id} (not installed)"
     module = entry.partition(":")[0] if isinstance(entry, str) else getattr(entry, "__module__", "")
     package = module.partition(".")[0]
+    if package in ("", "__main__"):
+        return env_id  # defined in a script, which has no version
     parts = [package]
     if package == "gymnasium" and ".mujoco" in module:
         parts = ["mujoco"]  # gymnasium's part is fixed by the environment's own version
@@ -126,5 +129,6 @@ def _version(package: str) -> str:
     name = package.replace("_", "-")
     try:
         return f"{name} {importlib.metadata.version(name)}"
-    except importlib.metadata.PackageNotFoundError:
-        return name
+    except importlib.metadata.PackageNotFoundError:  # a module of the user's own
+        version = getattr(sys.modules.get(package), "__version__", None)
+        return f"{package} {version}" if isinstance(version, str) else package
