@@ -49,6 +49,16 @@ SMALL: dict[str, Any] = {  # options that a method may have, for methods without
     "critic_hidden_dims": (8, 8),
     "value_hidden_dims": (8, 8),
 }
+CRITIC = {"advantage": "gae", "value": "squared"}
+OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other code
+    "PRDC": [{"search": "tree", "num_neighbors": 3}, {"search": "brute"}, {"state_weight": 0.0}],
+    "DPO": [{"shared_prompt": False, "micro_batch_size": 1}],
+    "GRPO": [
+        {"engine": "tiny", "replay_fraction": 0.5, "replay_window": 2, "min_ess": 0.1},
+        {"objective": CRITIC, "critic": "head"},
+        {"objective": CRITIC, "critic": "model", "micro_batch_size": 3},
+    ],
+}
 BLOCK: Counter[str] = Counter()  # reads of the host inside blocks of updates
 
 
@@ -127,8 +137,12 @@ def on_device(place: Place) -> None:
 
 
 def mixed(place: Place) -> None:
-    """bf16-mixed."""
-    place.fit("mixed", place.method(), 2 if place.kind.trains_on_texts else 8, 2, precision="bf16-mixed")
+    """bf16-mixed, in a script whose default device is the GPU."""
+    torch.set_default_device("cuda")
+    try:
+        place.fit("mixed", place.method(), 2 if place.kind.trains_on_texts else 8, 2, precision="bf16-mixed")
+    finally:
+        torch.set_default_device(None)
 
 
 def low(place: Place) -> None:
@@ -206,11 +220,17 @@ def draws(place: Place) -> None:
         assert found["obs"].device.type == "cuda"
 
 
+def options(place: Place) -> None:
+    """Options that lead to other code."""
+    for i, those in enumerate(OPTIONS.get(place.name, [])):
+        place.fit(f"options{i}", place.method(**those), 4, 2)
+
+
 def checks(place: Place) -> list[Callable[[Place], None]]:
     if place.kind.trains_on_texts:
         more = [live] if place.kind.uses_reference else []
-        return [on_device, mixed, low, adapters, answers, *more]
-    return [on_device, mixed, low, acts, seeds, draws]
+        return [on_device, mixed, low, adapters, answers, options, *more]
+    return [on_device, mixed, low, acts, seeds, draws, options]
 
 
 def tried(check: Callable[[Place], None], place: Place) -> str:
