@@ -39,6 +39,8 @@ def right_answers(value: Any, column: str) -> list[str]:
         return []
     if isinstance(value, str):
         found = _unpacked(value, column)
+        if found is None and column == "reward_model" and value.lstrip()[:1] == "{":
+            raise Fault(column, "answer_kind", value)
         if isinstance(found, Mapping) and (column == "reward_model" or _holder(found)):
             return right_answers(found, column)
         if isinstance(found, list) and found and all(isinstance(one, str) for one in found):

@@ -8,37 +8,25 @@ several, of which each is right, joined by :data:`offpolicy.data.answers.OR`; em
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
-from offpolicy.data.answers import (
-    after_mark,
-    demonstration,
-    joined,
-    right_answers,
-    without_annotations,
-)
+from offpolicy.data.answers import joined
 from offpolicy.data.names import Target, resolve
+from offpolicy.data.problem_rows import problem_columns, question_hash, read_problems
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sampling import permutation
-from offpolicy.data.sources.formats import Faults, Source, scan, template_options
-from offpolicy.data.sources.messages import Fault, WrongType, check_characters, read_prompt
+from offpolicy.data.sources.formats import Faults, Source
 from offpolicy.data.tokenised import TokenisedData
-from offpolicy.errors import DataError, UsageError, check_range, nearest
+from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.language.numbers import MARK
 from offpolicy.language.stops import TurnEnd, turn_end
-from offpolicy.language.tokens import Limits, Row, Text, encode, fingerprint, load_tokenizer, tokenise
+from offpolicy.language.tokens import Limits, Row, encode, fingerprint, load_tokenizer, tokenise
 
-PROMPTS = ("prompt", "question", "problem")
-ANSWERS = ("answer", "ground_truth", "reward_model", "golden_answers")
-SOLUTIONS = ("solution", "target", "completion")
-OF_TEMPLATE = ("system", "tools", "chat_template_kwargs")
 THINK = "<think>"
 MARKED = "{prompt}\nSolve the problem step by step and end with the number alone after ####.\n"  # put to a policy
 BOXED = "{prompt}\nSolve the problem step by step and end with the answer alone in \\boxed{}.\n"
@@ -131,7 +119,7 @@ class ProblemData(TokenisedData):
             held_out = self.options["eval_data"]
             if held_out is None and self.options["split"] is None:
                 held_out = _test_split(str(self.name))
-            replay = open_problems(str(self.name), training=True, **given)
+            replay: Replay = open_problems(str(self.name), training=True, **given)
             if held_out is not None:
                 name, _, part = str(held_out).partition("@")
                 self.eval_replay = open_problems(name, **given | {"split": part or None})
@@ -205,8 +193,8 @@ def open_problems(
             "one. Set its eos_token, or take another policy."
         )
     source = read(target, split, download=download)
-    named = _columns(source, dict(columns or {}))
-    read_rows = list(_read(source, named))
+    named = problem_columns(source, dict(columns or {}))
+    read_rows = list(read_problems(source, named))
     faults = Faults(source.where, source.rows, on_bad, max_bad)
     marked = any(p.solution is not None and MARK in p.solution for p in read_rows)
     boxed = "answer" not in named and "solution" in named
@@ -283,8 +271,8 @@ def sketch(
     from offpolicy.data.sources.hf import read
 
     source = read(target, split, download=download)
-    named = _columns(source, dict(columns or {}))
-    problems = list(_read(source, named))
+    named = problem_columns(source, dict(columns or {}))
+    problems = list(read_problems(source, named))
     given = sum(p.solution is not None for p in problems)
     lines = [f"{target.name}: {source.rows:,} problems, {given:,} with a demonstration; columns {named}"]
     lines += [f"  note      {text}" for text in source.notes] + [f"  warning   {text}" for text in source.doubts]
@@ -321,142 +309,10 @@ def known_test() -> frozenset[str]:
     return frozenset(files("datasets_cfg").joinpath("gsm8k_test.csv").read_text().split()[1:])
 
 
-def question_hash(text: str) -> str:
-    """12 hexadecimal digits of the SHA-256 of a question, white space aside."""
-    return sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).hexdigest()[:12]
-
-
 def _test_split(name: str) -> str | None:
     """The held-out part of a known set."""
     target = resolve(name, language=True)
     return f"{target.name}@test" if "hub" in target.info else None
-
-
-@dataclass
-class _Problem:
-    """A row: its prompt as text or turns, right answers, demonstration, options of the template; or what is wrong."""
-
-    prompt: Text = ""
-    system: str | None = None
-    answers: list[str] = field(default_factory=list)
-    solution: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    fault: Fault | None = None
-
-    @property
-    def text(self) -> str:
-        """All that is asked."""
-        return self.prompt if isinstance(self.prompt, str) else "\n".join(turn["content"] for turn in self.prompt)
-
-    def hashes(self) -> set[str]:
-        """Of the question, wherever it stands."""
-        turns = [] if isinstance(self.prompt, str) else [turn["content"] for turn in self.prompt]
-        return {question_hash(text) for text in (self.text, *turns)}
-
-    def asked(self, template: str, chat: bool) -> Text:
-        """What is put to the policy."""
-        put = template.replace("{prompt}", self.prompt) if isinstance(self.prompt, str) else self.prompt
-        as_turns = chat or self.system is not None or not isinstance(put, str)
-        return read_prompt(put, "prompt", chat=as_turns, system=self.system)
-
-
-def _read(source: Source, named: dict[str, str]) -> Iterator[_Problem]:
-    """The rows of a source; what is wrong with one stands in it.
-
-    Raises:
-        DataError: a column holds values of a wrong or of different types.
-    """
-    scan(source, named["prompt"])
-    column = {ours: source.column(theirs) for ours, theirs in named.items()}
-    values = [{ours: column[ours][row] for ours in column} for row in range(source.rows)]
-    in_solutions = _marked_answers(values, named)
-    for row, value in enumerate(values):
-        problem = _Problem()
-        try:
-            _read_prompt(problem, value, named, row)
-            _read_answer(problem, value, named, in_solutions)
-            check_characters(problem.solution, named.get("solution", named.get("answer", "solution")))
-            for answer in problem.answers:
-                check_characters(answer, named.get("answer", named.get("solution", "answer")))
-        except Fault as fault:
-            problem.fault = fault
-        except WrongType as error:
-            raise DataError(f"{source.where}, row {row}: {error}") from None
-        yield problem
-
-
-def _read_prompt(problem: _Problem, value: dict[str, Any], named: dict[str, str], row: int) -> None:
-    name, prompt = named["prompt"], value["prompt"]
-    system = value.get("system")
-    chat = not isinstance(prompt, str | None)
-    if prompt is None:
-        raise Fault(name, "no_prompt", None)
-    problem.prompt = read_prompt(prompt, name, chat=chat)
-    if not problem.text.strip():
-        raise Fault(name, "no_prompt", prompt)
-    problem.system = str(system) if system else None
-    if chat or problem.system is not None:
-        problem.options = template_options(value, row)
-
-
-def _read_answer(problem: _Problem, value: dict[str, Any], named: dict[str, str], in_solutions: bool) -> None:
-    if "solution" in named:
-        problem.solution = demonstration(value["solution"], named["solution"], problem.prompt)
-    if "answer" in named:
-        name = named["answer"]
-        problem.answers = right_answers(value["answer"], name)
-        if not any(problem.answers):
-            raise Fault(name, "empty" if problem.answers or value["answer"] is not None else "none", value["answer"])
-        if in_solutions and len(problem.answers) == 1:
-            whole = problem.answers[0]
-            problem.solution = without_annotations(whole) if problem.solution is None else problem.solution
-            problem.answers = [after_hashes] if (after_hashes := _after_hashes(whole)) else []
-            if not problem.answers:
-                raise Fault(name, "no_mark", whole)
-    elif "solution" in named:
-        name = named["solution"]
-        if problem.solution is None:
-            raise Fault(name, "none" if value["solution"] is None else "empty", value["solution"])
-        found = after_mark(problem.solution)
-        if found is None:
-            raise Fault(name, "no_mark", problem.solution)
-        problem.answers = [found]
-
-
-def _marked_answers(values: list[dict[str, Any]], named: dict[str, str]) -> bool:
-    """Whether the column of answers holds solutions, which end with "####" and the answer."""
-    texts = [value["answer"] for value in values if isinstance(value.get("answer"), str) and value["answer"].strip()]
-    return bool(texts) and sum(MARK in text for text in texts) >= 0.9 * len(texts)
-
-
-def _after_hashes(text: str) -> str | None:
-    return text.rpartition(MARK)[2].strip() if MARK in text else None
-
-
-def _columns(source: Source, given: dict[str, str | None]) -> dict[str, str]:
-    """Our name → the source's."""
-    wanted: dict[str, tuple[str, ...]] = {"prompt": PROMPTS, "answer": ANSWERS, "solution": SOLUTIONS}
-    wanted |= {"solution_logps": ("solution_logps",), "system": ()}  # a system message only where it is named
-    wanted |= {"tools": ("tools",), "chat_template_kwargs": ("chat_template_kwargs",)}
-    for ours, theirs in given.items():
-        if ours not in wanted:
-            raise UsageError(f"`columns` names '{ours}'; expected {', '.join(wanted)}.{nearest(ours, wanted)}")
-        if theirs is not None and theirs not in source.names:
-            raise UsageError(
-                f"`columns` says that {ours} is '{theirs}', but {source.where} has {', '.join(source.names)}."
-                f"{nearest(theirs, source.names)}"
-            )
-    found = {k: next((n for n in names if n in source.names), None) for k, names in wanted.items()} | given
-    if "answer" not in given:  # the first column with any value: tables may keep an empty one
-        filled = (n for n in ANSWERS if n in source.names and any(v is not None for v in source.column(n)))
-        found["answer"] = next(filled, None)
-    named = {k: v for k, v in found.items() if v is not None}
-    if "prompt" not in named:
-        raise DataError(
-            f"{source.where} has the columns {', '.join(source.names)}; expected a prompt ({', '.join(PROMPTS)}) and "
-            f'an answer ({", ".join(ANSWERS)}). Say which they are: --data.columns \'{{"prompt": "…"}}\'.'
-        )
-    return named
 
 
 def _is_kind(values: list[Any]) -> bool:
@@ -565,4 +421,4 @@ def step_column(replay: Replay, episode: int, name: str) -> np.ndarray:
     return _numpy(replay.steps[name])[start : start + length]
 
 
-__all__ = ["ProblemData", "addition", "open_problems"]
+__all__ = ["ProblemData", "Problems", "addition", "open_problems", "question_hash"]

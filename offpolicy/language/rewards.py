@@ -233,8 +233,13 @@ class Tally(NamedTuple):
     first: str | None = None
 
     def __add__(self, other: Tally) -> Tally:  # type: ignore[override]
-        counts = (a + b for a, b in zip(self[:3], other[:3]))
-        return Tally(*counts, self.problems | other.problems, self.first or other.first)
+        return Tally(
+            self.worked + other.worked,
+            self.failed + other.failed,
+            self.mistakes + other.mistakes,
+            self.problems | other.problems,
+            self.first or other.first,
+        )
 
     @property
     def is_hopeless(self) -> bool:

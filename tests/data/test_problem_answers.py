@@ -90,8 +90,9 @@ def test_right_answers_that_no_text_can_equal(value: Any) -> None:
     with pytest.raises(Fault) as caught:
         assert right_answers(value, "answer") == ["never a text of Python"]
     assert caught.value.args[1] == "answer_kind"
-    with pytest.raises(Fault):
-        right_answers('{"style": "rule"}', "reward_model")
+    for text in ('{"style": "rule"}', "{x"):
+        with pytest.raises(Fault):
+            right_answers(text, "reward_model")
 
 
 def test_each_of_several_right_answers_is_right(tokenizer: str, tmp_path: Path) -> None:
@@ -118,6 +119,7 @@ def test_layouts_of_other_libraries(tokenizer: str, tmp_path: Path) -> None:
         (verl | {"reward_model": json.dumps(verl["reward_model"])}, "2"),
         (verl | {"answer": None}, "2"),
         (search, joined(["2", "two"])),
+        (verl | {"reward_model": {"ground_truth": "so\n#### 2"}}, "2"),
         ({"question": "1+1?", "golden_answers": ["2", "two"]}, joined(["2", "two"])),
     ):
         data = opened(tmp_path, [row], tokenizer)
