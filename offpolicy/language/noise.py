@@ -21,7 +21,7 @@ def without_noise(model: Any, *others: nn.Module) -> bool:
     Log-probabilities of the same weights are the same then. Dropout of adapters stays.
 
     Args:
-        model: the policy, on the CPU.
+        model: the policy.
         others: copies of parts of it, which are kept likewise.
 
     Returns:
@@ -32,7 +32,8 @@ def without_noise(model: Any, *others: nn.Module) -> bool:
     """
     base, mark = base_of(model), getattr(getattr(model, "base_model", None), "prefix", "lora_")
     own = [module for name, module in base.named_modules() if mark not in name]
-    ids = torch.arange(3, 11, device="cpu")[None] % base.get_input_embeddings().weight.shape[0]
+    weight = base.get_input_embeddings().weight
+    ids = torch.arange(3, 11, device=weight.device)[None] % len(weight)
     training = [module for module in model.modules() if module.training]
 
     def noisy() -> bool:

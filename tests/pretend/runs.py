@@ -127,7 +127,10 @@ def on_device(place: Place) -> None:
     """A fit trains there, with evaluation and checkpoints; an interrupted one goes on bit by bit."""
     total, every = (4, 2) if place.kind.trains_on_texts else (24, 12)
     method = place.method()
-    found = place.fit("whole", method, total, every)
+    with pretend.reads() as reads:
+        found = place.fit("whole", method, total, every)
+    waits = sum(count for what, count in reads.items() if what.startswith("synchronize"))
+    assert 2 <= waits <= 4, reads  # for each of the two rows, and for the evaluation beside it
     assert method.trainer.strategy.root_device.type == "cuda"
     assert set(found.method.metric_row) > {"step"}
     half = place.checkpoint("whole", every)
