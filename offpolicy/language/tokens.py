@@ -264,6 +264,8 @@ def _with_text_arguments(turn: Message) -> Message:
 
 def lone_surrogate(text: str) -> str:
     """The place in a text at which half of a surrogate pair stands, "" where there is none."""
+    if text.isascii():
+        return ""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -659,8 +659,9 @@ def template_options(values: Mapping[str, Any], row: int) -> dict[str, Any]:
 
 def _holds_null(record: Record) -> bool:
     """Whether what a row says of tools holds null, which JSON may mean, or got from a table that padded it."""
-    turns = [turn for text in (record.prompt, *record.answers) if isinstance(text, list) for turn in text]
-    values = [record.template.get("tools", []), *(turn["tool_calls"] for turn in turns if "tool_calls" in turn)]
+    turns = (turn for text in (record.prompt, *record.answers) if isinstance(text, list) for turn in text)
+    values = [turn["tool_calls"] for turn in turns if "tool_calls" in turn]
+    values += [record.template["tools"]] if "tools" in record.template else []
     while values:
         value = values.pop()
         if value is None:

@@ -153,6 +153,8 @@ def said(turn: Message) -> tuple[str, str]:
 
 
 def _rest(turn: Message) -> str:
+    if len(turn) == 2:  # nothing but role and content, as mostly
+        return ""
     others = {k: v.strip() if isinstance(v, str) else v for k, v in turn.items() if k not in ("role", "content")}
     kept = {k: v for k, v in others.items() if k not in BOOKKEEPING and v not in ("", [], {}, None)}
     return json.dumps(kept, sort_keys=True, default=str) if kept else ""

@@ -249,31 +249,40 @@ def of_table(where: str, table: Any, **others: Any) -> Source:
 
     def column(name: str) -> list[Any]:
         found = table.column(name)
-        return [unpadded(value, found.type) for value in found.to_pylist()]
+        read, values = unpadded(found.type), found.to_pylist()
+        return values if read is None else [None if value is None else read(value) for value in values]
 
     return source_of(where, table.num_rows, list(table.column_names), column, **others)
 
 
-def unpadded(value: Any, kind: Any) -> Any:
-    """A value of an Arrow type as the JSON it was made from.
+def unpadded(kind: Any) -> Callable[[Any], Any] | None:
+    """What makes a value of an Arrow type the JSON that it came from, None where nothing is to do.
 
     All objects of a nested column have the same fields in Arrow, so that a field of one is a null in the others: a
     null is the same as no field there. Maps are objects, and Arrow's JSON type is read.
     """
     import pyarrow.types as types
 
-    if value is None or not (types.is_nested(kind) or str(kind).startswith("extension<arrow.json>")):
-        return value
     if types.is_struct(kind):
-        fields = {
-            field.name: unpadded(value[field.name], field.type) for field in kind if value[field.name] is not None
-        }
-        return fields
+        fields = [(field.name, unpadded(field.type)) for field in kind]
+
+        def of_struct(value: dict[str, Any]) -> dict[str, Any]:
+            return {
+                name: value[name] if read is None else read(value[name])
+                for name, read in fields
+                if value[name] is not None
+            }
+
+        return of_struct
     if types.is_map(kind):
-        return {key: unpadded(item, kind.item_type) for key, item in value}
-    if hasattr(kind, "value_type"):
-        return [unpadded(item, kind.value_type) for item in value]
-    return json.loads(value) if isinstance(value, str) else value
+        item = unpadded(kind.item_type)
+        return lambda value: {k: v if item is None or v is None else item(v) for k, v in value}
+    if types.is_nested(kind) and hasattr(kind, "value_type"):
+        one = unpadded(kind.value_type)
+        return None if one is None else lambda value: [None if v is None else one(v) for v in value]
+    if str(kind).startswith("extension<arrow.json>"):
+        return lambda value: json.loads(value) if isinstance(value, str) else value
+    return None
 
 
 # -- folders and patterns ----------------------------------------------------------------------------------------------
