@@ -314,4 +314,4 @@ def test_a_damaged_column_is_a_data_fault(tmp_path: Path) -> None:
     table = pa.table({"prompt": text, "chosen": ["a"], "rejected": ["b"]})
     with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as file:
         file.write_table(table)
-    assert "a.arrow cannot be read: 'utf-8' codec" in refusal(tmp_path / "a.arrow")
+    assert "a.arrow cannot be read: " in refusal(tmp_path / "a.arrow")

@@ -186,7 +186,7 @@ def test_prompts_are_put_into_what_the_problems_of_training_were() -> None:
             UsageError,
             "--prompt and --data were given; expected one of them",
         ),
-        (["--prompt", " "], UsageError, "--prompt is empty; expected a text"),
+        (["--prompt", " "], UsageError, "--prompt has no value; expected a value"),
         (["--prompt", "a\udcff"], UsageError, "holds bytes that are no UTF-8"),
         ([], UsageError, "no prompts are known.*--prompt TEXT"),
         (["--data", "pairs.jsonl", "--data.chat", "true"], UsageError, "--data.chat is for prompts of plain text"),
