@@ -60,7 +60,7 @@ def export(
     from offpolicy.api import load
     from offpolicy.language.adapters import adapter_settings, merged
     from offpolicy.language.module import LanguageModule
-    from offpolicy.language.policy import base_of, save_tokenizer, silent
+    from offpolicy.language.policy import base_of, save_tokenizer, silent, vocabulary_of
     from offpolicy.language.stops import stop_ids
 
     out = Path(out)
@@ -77,7 +77,7 @@ def export(
     if model is None:
         raise UsageError("the method has no model yet; expected a trained one. Fit it or load a checkpoint.")
     if merge and adapter_settings(model) is not None:
-        model = merged(model if owned else copy.deepcopy(model))
+        model = merged(model if owned else copy.deepcopy(model), vocabulary_of(model))
 
     temporary, former = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old.tmp"))
     config = base_of(model).config

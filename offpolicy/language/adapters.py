@@ -188,19 +188,22 @@ def drops_out(settings: Mapping[str, Any] | None) -> bool:
 
 
 @torch.no_grad()
-def merged(model: Any) -> Any:
+def merged(model: Any, vocabulary: int) -> Any:
     """A model with its adapters added to its weights, which changes the model given.
+
+    Args:
+        vocabulary: tokens the model knows.
 
     Raises:
         UsageError: adapters of this kind cannot be merged, or the merged model is another one.
     """
-    ids = (torch.arange(3, 11, device="cpu") % model.get_input_embeddings().weight.shape[0])[None].to(model.device)
+    ids = (torch.arange(3, 11, device="cpu") % vocabulary)[None].to(model.device)
     kind, training = adapter_settings(model)["peft_type"], model.training  # type: ignore[index]
     model.eval()
     expected = model(input_ids=ids, use_cache=False).logits.float().softmax(-1)
     try:
         whole = model.merge_and_unload()
-    except (AttributeError, ValueError, NotImplementedError) as error:
+    except (AttributeError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"adapters of the kind {kind} cannot be merged ({first(error)}) Export without merging."
         ) from None

@@ -534,7 +534,7 @@ class LanguageModule(Module):
 
     def _check_tokens(self, replay: Any, what: str) -> None:
         largest = int(np.asarray(replay.steps["token"]).max())
-        size = policies.base_of(self.model).get_input_embeddings().num_embeddings
+        size = policies.vocabulary_of(self.model)
         if largest >= size:
             raise DataError(
                 f"the {what} have the token id {largest}, but {self.hparams.policy} knows ids below {size}; expected "

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from offpolicy.errors import UsageError
-from offpolicy.language.policy import base_of
+from offpolicy.language.policy import base_of, vocabulary_of
 
 
 @torch.no_grad()
@@ -31,9 +31,9 @@ def without_noise(model: Any, *others: nn.Module) -> bool:
         UsageError: a part cannot be kept so while layers are recomputed.
     """
     base, mark = base_of(model), getattr(getattr(model, "base_model", None), "prefix", "lora_")
-    own = [module for name, module in base.named_modules() if mark not in name]
-    weight = base.get_input_embeddings().weight
-    ids = torch.arange(3, 11, device=weight.device)[None] % len(weight)
+    own = [m for name, m in base.named_modules() if mark not in name and not hasattr(m, "base_layer")]
+    device = next(base.parameters()).device
+    ids = torch.arange(3, 11, device=device)[None] % vocabulary_of(base)
     training = [module for module in model.modules() if module.training]
 
     def noisy() -> bool:
@@ -55,7 +55,7 @@ def without_noise(model: Any, *others: nn.Module) -> bool:
 
     found = noisy()
     if found:  # layers that are recomputed in the backward pass ask whether they are in training
-        parts = [module for part in (base, *others) for name, module in part.named_modules() if mark not in name]
+        parts = [*own, *(module for other in others for module in other.modules())]
         keep_in_eval(m for m in parts if m is not base and not hasattr(m, "gradient_checkpointing"))
         if noisy():
             if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):

@@ -176,7 +176,16 @@ def dtype_of(name: str) -> Any:
 def pad_id(model: Any, tokenizer: Any) -> int:
     """A token id to fill rows with; any will do, as padding is never looked at."""
     found = getattr(tokenizer, "pad_token_id", None)
-    return int(found) if found is not None and found < base_of(model).get_input_embeddings().num_embeddings else 0
+    return int(found) if found is not None and found < vocabulary_of(model) else 0
+
+
+def vocabulary_of(model: Any) -> int:
+    """Tokens that a model knows, with the adapters on its embeddings or without."""
+    layer = base_of(model).get_input_embeddings()
+    while not hasattr(layer, "num_embeddings"):
+        layer = getattr(layer, "token_adapter", layer)
+        layer = layer.base_layer
+    return int(layer.num_embeddings)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

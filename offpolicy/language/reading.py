@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from offpolicy.errors import UsageError
+from offpolicy.language.policy import base_of, vocabulary_of
 
 log = logging.getLogger(__name__)
 STATES = ("past_key_values", "cache", "cache_params", "state")  # names under which models give and take what they keep
@@ -55,24 +56,22 @@ def way_of(model: nn.Module, *, keeps: bool = True) -> Way:
         with torch.no_grad(), in_eval(model):
             known[keeps] = _tried(model, (*KEPT, *ANEW) if keeps else ANEW)
         if keeps and known[keeps].keeps != "shared":
-            how = "reads every text anew for each token" if not known[keeps].keeps else "reads a prompt once per answer"
-            log.warning(
-                "%s %s, since what it keeps gives no right answers otherwise.", type(_base(model)).__name__, how
-            )
+            how = "a prompt once for each answer" if known[keeps].keeps else "every text anew for each token"
+            name = type(base_of(model)).__name__
+            log.warning("%s reads %s, since what it keeps gives no right answers otherwise.", name, how)
     return known[keeps]
 
 
 def _tried(model: nn.Module, ways: Sequence[Way]) -> Way:
-    rng, size = np.random.default_rng(0), _base(model).get_input_embeddings().num_embeddings
+    rng, size = np.random.default_rng(0), vocabulary_of(model)
     texts = [rng.integers(min(3, size - 1), size, first + STEPS) for first in TRIAL]
     right, itself = _alone(model, texts)
-    whole = next(model.parameters()).dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
-        right.device.type
-    )
-    if sorted(itself)[len(itself) // 2] > (EXACT if whole else ROUNDED):
+    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    exact = exact and not torch.is_autocast_enabled(right.device.type)
+    if sorted(itself)[len(itself) // 2] > (EXACT if exact else ROUNDED):
         raise UsageError(
-            f"{type(_base(model)).__name__} gives a token other probabilities once other tokens follow it; expected a "
-            "model that looks back only. Use a decoder, or set is_decoder in its config.json."
+            f"{type(base_of(model)).__name__} gives a token other probabilities once other tokens follow it; expected "
+            "a model that looks back only. Use a decoder, or set is_decoder in its config.json."
         )
     for way in ways[:-1]:
         try:
@@ -241,7 +240,7 @@ def call(
 
 def taken(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """Those arguments that are given and that a model's forward pass takes."""
-    known = inspect.signature(_base(model).forward).parameters
+    known = inspect.signature(base_of(model).forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
     return {k: v for k, v in arguments.items() if v is not None and (open_ended or k in known)}
 
@@ -280,7 +279,3 @@ def in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -117,7 +117,7 @@ class Reference:
         Raises:
             UsageError: its vocabulary or its positions are others.
         """
-        here, there = (m.get_input_embeddings().num_embeddings for m in (policies.base_of(self.method.model), model))
+        here, there = (policies.vocabulary_of(m) for m in (self.method.model, model))
         used = np.unique(np.concatenate([np.unique(np.asarray(t.texts.replay.steps["token"])) for t in tables]))
         ours, theirs = self.method.tokenizer, _tokenizer_of(name)
         if ours is not None and theirs is not None:

@@ -240,7 +240,7 @@ class RolloutModule(LanguageModule):
     @property
     def vocabulary(self) -> int:
         """Tokens the policy knows; 1 before it is open."""
-        return 1 if self.model is None else policies.base_of(self.model).get_input_embeddings().num_embeddings
+        return 1 if self.model is None else policies.vocabulary_of(self.model)
 
     def mixture(self, iteration: int) -> tuple[float, int]:
         """Share of replayed answers, and sweeps, of an iteration (from 1)."""
