@@ -25,7 +25,7 @@ KINDS = tuple(
 LORA = frozenset(
     "r target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save "  # noqa: SIM905
     "init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern trainable_token_indices use_dora "
-    "lora_bias target_parameters layer_replication ensure_weight_tying".split()
+    "lora_bias target_parameters ensure_weight_tying".split()
 )
 ABOUT = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "runtime_config")  # not of the adapter
 INITIAL = (True, False, "gaussian", "orthogonal", "eva")  # starts of LoRA that leave the base model as it is
@@ -96,7 +96,7 @@ def trained_adapter(model: Any, folder: str) -> Any:
         Exception: of almost any kind, from a damaged folder.
     """
     peft = import_peft()
-    check(peft.PeftConfig.from_pretrained(folder), f"`adapter` is '{folder}', ")
+    check(peft.PeftConfig.from_pretrained(folder), f"`adapter` is '{folder}', which ")
     return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
@@ -133,11 +133,11 @@ def check(config: Any, what: str) -> None:
     kind, known = settings["peft_type"], type(config)
     if config.is_prompt_learning or kind not in KINDS:
         raise UsageError(
-            f"{what}has an adapter whose peft_type is {kind}; expected one that works layer by layer: "
+            f"{what}holds an adapter whose peft_type is {kind}; expected one that works layer by layer: "
             f"{', '.join(KINDS)}. Train with one of them, or merge it into its model first."
         )
     if (settings.get("megatron_core") or "megatron.core") != "megatron.core":
-        raise UsageError(f"{what}has an adapter whose configuration names a module to import (megatron_core).")
+        raise UsageError(f"{what}holds an adapter whose configuration names a module to import (megatron_core).")
     fields: Mapping[str, Any] = getattr(known, "__dataclass_fields__", {})
     for name, value in settings.items():
         if kind == "LORA" and name in fields and name not in LORA and name not in ("peft_type", "task_type"):
@@ -145,12 +145,12 @@ def check(config: Any, what: str) -> None:
             if name in ("inference_mode", "eva_config", *ABOUT) or value in (usual, None, {}, []):
                 continue
             raise UsageError(
-                f"{what}has an adapter whose `{name}` is {str(value)[:80]}; expected none, since it cannot be kept. "
+                f"{what}holds an adapter whose `{name}` is {str(value)[:80]}; expected none, since it cannot be kept. "
                 "Merge it into its model first, and train that."
             )
     if kind == "LORA" and settings["init_lora_weights"] not in INITIAL:
         raise UsageError(
-            f"{what}has an adapter whose `init_lora_weights` is '{settings['init_lora_weights']}', which changes the "
+            f"{what}holds an adapter whose `init_lora_weights` is '{settings['init_lora_weights']}', which changes the "
             "base model too; expected an adapter of the model as it is. Convert it with peft's "
             "path_initial_model_for_weight_conversion."
         )
@@ -201,6 +201,12 @@ def merged(model: Any, vocabulary: int) -> Any:
     kind, training = adapter_settings(model)["peft_type"], model.training  # type: ignore[index]
     model.eval()
     expected = model(input_ids=ids, use_cache=False).logits.float().softmax(-1)
+    base = model.get_base_model()
+    first_layer, last = base.get_input_embeddings(), base.get_output_embeddings()
+    if hasattr(first_layer, "base_layer") and getattr(last, "weight", None) is first_layer.base_layer.weight:
+        last.weight = nn.Parameter(
+            last.weight.detach().clone(), requires_grad=False
+        )  # the adapter is of one side alone
     try:
         whole = model.merge_and_unload()
     except (AttributeError, ValueError, RuntimeError) as error:

@@ -335,10 +335,15 @@ class Head:
         if hasattr(head, "modules_to_save"):  # peft trains a copy; with adapters off the original counts
             off = head.disable_adapters or not head.active_adapters
             head = head.original_module if off else head.modules_to_save[head.active_adapters[0]]
+        if "Trainable" in type(head).__name__:
+            raise UsageError(
+                "the adapter trains single tokens (trainable_token_indices) of embeddings that are the output layer too; "
+                "expected embeddings of their own, or modules_to_save. Train an adapter with modules_to_save."
+            )
         if hasattr(head, "base_layer"):
             raise UsageError(
                 "the output layer (lm_head) carries an adapter; expected a plain layer, since log-probabilities are "
-                "computed from its weight. Leave it out of `--model.lora_targets`."
+                "computed from its weight. Leave it out of `--model.lora_targets`, the target_modules of an adapter."
             )
         if not isinstance(head, nn.Linear):
             raise UsageError(

@@ -112,12 +112,20 @@ def test_an_adapter_that_cannot_be_merged_is_said_so(policy: Path, tmp_path: Pat
         export(tmp_path / "run", tmp_path / "merged", merge=True)
 
 
-def test_tied_embeddings_that_one_side_of_changes_are_written_as_two(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["embed_tokens"]}])
+def test_tied_embeddings_that_one_side_of_changes_are_written_as_two(options: dict[str, Any], tmp_path: Path) -> None:
     tied = make_policy(tmp_path / "tied", tie_word_embeddings=True)
-    adapter = trained(tied, tmp_path / "adapter", lora(modules_to_save=["embed_tokens"])())
+    adapter = trained(tied, tmp_path / "adapter", lora(**options)())
     module = fit(method("SimPO", tied, adapter=str(adapter), lr=1e-3), toy_pairs(8), 1, tmp_path / "run")
     merged = export(tmp_path / "run", tmp_path / "merged", merge=True)
     torch.testing.assert_close(logits(opened(merged)), logits(module.model), rtol=1e-4, atol=1e-4)
+
+
+def test_single_tokens_of_tied_embeddings_are_refused_by_name(tmp_path: Path) -> None:
+    tied = make_policy(tmp_path / "tied", tie_word_embeddings=True)
+    adapter = trained(tied, tmp_path / "adapter", lora(trainable_token_indices=[9])())
+    with pytest.raises(UsageError, match="trainable_token_indices"):
+        fit(method("SimPO", tied, adapter=str(adapter)), toy_pairs(8), 1)
 
 
 def test_checkpoints_of_former_versions(policy: Path, tmp_path: Path) -> None:
