@@ -337,8 +337,8 @@ class Head:
             head = head.original_module if off else head.modules_to_save[head.active_adapters[0]]
         if "Trainable" in type(head).__name__:
             raise UsageError(
-                "the adapter trains single tokens (trainable_token_indices) of embeddings that are the output layer too; "
-                "expected embeddings of their own, or modules_to_save. Train an adapter with modules_to_save."
+                "the adapter trains single tokens (trainable_token_indices) of embeddings that are the output layer "
+                "too; expected embeddings of their own, or modules_to_save. Train an adapter with modules_to_save."
             )
         if hasattr(head, "base_layer"):
             raise UsageError(

@@ -139,8 +139,8 @@ def without_dropout(config: Any) -> Any:
     evaluation.
     """
     for name, value in list(vars(config).items()):
-        if isinstance(value, float) and ("dropout" in name or name.endswith(("_pdrop", "_drop", "layerdrop"))):
-            setattr(config, name, 0.0)
+        if type(value) in (int, float) and ("dropout" in name or name.endswith(("_pdrop", "_drop", "layerdrop"))):
+            setattr(config, name, type(value)(0))
         elif name == "output_router_logits":
             config.output_router_logits = False
         elif name == "rescale_every":  # RWKV halves its weights in evaluation
