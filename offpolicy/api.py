@@ -380,7 +380,7 @@ def make_trainer(
     if given.get("accelerator", "auto") == "auto":
         given["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"  # "mps" has no float64
     given |= {"max_steps": max_steps, "default_root_dir": str(folder), "callbacks": [*own, *bars, *callbacks]}
-    with clear_errors(ValueError, ModuleNotFoundError):
+    with clear_errors(ValueError, TypeError, ModuleNotFoundError):
         return Trainer(**given)
 
 

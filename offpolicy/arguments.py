@@ -231,7 +231,9 @@ def check_options(names: Iterable[str], known: Mapping[str, Iterable[str]], wher
             guess = f" Did you mean {' or '.join(near)}?" if near else ""
             of, help_ = (f" of {where}", f"--model.help {where}") if group == "model" else ("", "--help")
             raise UsageError(f"--{name} is not an option{of}.{guess} See {help_}.")
-        short = {d.partition(".")[2]: d for d in reversed(dotted)}
+        short: dict[str, str] = {}
+        for d in dotted:
+            short.setdefault(d.partition(".")[2], d)
         near = [f"'--{short.get(one, one)}'" for one in nearest_options(rest or group, [*TOP, *short])]
         if len(known) == 1 and (not near or len(name) < 4):  # a word as short as `lr` resembles anything
             continue  # more will be known once the method is imported

@@ -320,6 +320,7 @@ def unmade(error: Exception) -> str:
 PLAINLY = {  # option → what it takes, where its type would fill the screen
     "trainer.logger": "false, or the import path of a logger, such as lightning.pytorch.loggers.CSVLogger with "
     "--trainer.logger.save_dir DIR",
+    "trainer.precision": "one of '32-true', 'bf16-mixed', 'bf16-true' and '64-true'",
     "trainer.callbacks": "the import path of a callback, such as lightning.pytorch.callbacks.LearningRateMonitor",
 }
 
