@@ -202,6 +202,11 @@ def rollouts(**options: Any) -> Any:
     return find_method("GRPO")(policy="none", batch_size=8, **options)
 
 
+def one_problem() -> Replay:
+    tables = {"problems": np.zeros((1, 2), dtype=np.int64), "problems/answer": np.array(["1"])}
+    return Replay({"token": np.zeros(1, dtype=np.uint8)}, tables=tables)
+
+
 @pytest.mark.parametrize("name", ["evil.reward", "offpolicy.api.os.system", "offpolicy.export.export", "evil:reward"])
 def test_parts_of_objectives_and_rewards(name: str, marker: Path) -> None:
     with trusting(in_file=True):
@@ -213,7 +218,7 @@ def test_parts_of_objectives_and_rewards(name: str, marker: Path) -> None:
         late = rollouts(rewards=[{"name": name, "weight": 2.0}]), rollouts(engine=name)
         known = rollouts(objective={"trust": "offpolicy.losses.policy_terms.NoTrust"})
     assert type(known.objective._parts["trust"]).__name__ == "NoTrust"
-    problems = Replay({"token": np.zeros(1)}, tables={"problems": np.zeros((1, 2), dtype=np.int64)})
+    problems = one_problem()
     with pytest.raises(UsageError):  # named in a file, used when training begins
         Answering(late[0], problems, None)
     late[1].model = torch.nn.Linear(1, 1)
@@ -224,7 +229,7 @@ def test_parts_of_objectives_and_rewards(name: str, marker: Path) -> None:
 
 
 def test_the_reward_that_data_name(marker: Path) -> None:
-    problems = Replay({"token": np.zeros(1)}, tables={"problems": np.zeros((1, 2), dtype=np.int64)})
+    problems = one_problem()
     problems.meta["reward"] = "evil.reward"
     with pytest.raises(UsageError):
         Answering(rollouts(), problems, None)
