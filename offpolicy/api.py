@@ -45,6 +45,7 @@ from offpolicy.given import place, plain, refuse_half, seed_number, whole
 from offpolicy.goals import GoalModule
 from offpolicy.modules import KEY, Module, OfflineModule
 from offpolicy.options import RunOptions
+from offpolicy.processes import ProcessLost, claimed, end_together, is_loss, stop_watching
 from offpolicy.registry import import_class
 from offpolicy.seeds import over_seeds
 from offpolicy.synthetic import sample
@@ -155,7 +156,7 @@ def fit(
     method.run, method.seed = RunOptions(**method.run_defaults | run), seed
     method.bind_data(module)
 
-    with trusting(trust), quiet(), forget_if_empty() as made:
+    with trusting(trust), quiet(), forget_if_empty() as made, contextlib.ExitStack() as running:
         seed_everything(seed % 2**32, workers=True, verbose=False)
         if first:
             module.load()  # before anything is written, as data may be faulty
@@ -192,6 +193,7 @@ def fit(
             if target is None:
                 target = unique_run_folder(root, data_name(module), type(method).__name__, seed)
                 made += [target, *target.parents[:2]]
+            running.enter_context(claimed(target))
             if checkpoint is not None:
                 keep_earlier_rows(checkpoint, updates, target)
         files = RunFolder(target or root)  # other processes are told the folder by the first
@@ -204,6 +206,14 @@ def fit(
         except EvaluationFailed as error:
             raise EvaluationFailed(f"{error} Go on with: {resume_words(files.folder, origin)}") from error.__cause__
         except RuntimeError as error:
+            if is_loss(error):
+                stop_watching()
+                then = (
+                    f"Go on with: {resume_words(files.folder, origin)}"
+                    if newest_checkpoint(files.folder)
+                    else ("No checkpoint was written yet, so start it again.")
+                )
+                raise ProcessLost(f"Another process of the run has ended, so it cannot go on. {then}") from error
             if "loading state_dict" not in str(error):
                 raise
             raise UsageError(
@@ -222,6 +232,9 @@ def fit(
         failed = "error" in getattr(method, "eval_row", {})
         lines = screen.last_lines(result.folder, scores, result.updates, seconds, resume_or_none, look, failed)
         print(lines, flush=True)
+    if result.interrupted:
+        stop_watching()
+        end_together()
     return result
 
 

@@ -26,6 +26,7 @@ from offpolicy.evaluation.order import OrderConsistency, make_order
 from offpolicy.evaluation.rollout import Evaluator, make_evaluator
 from offpolicy.evaluation.scores import score_kind, simulator_note, simulator_version, summarize
 from offpolicy.files import Table, WriteError, atomic_write, plot_curves
+from offpolicy.processes import is_loss
 from offpolicy.seeds import over_seeds
 
 log = logging.getLogger(__name__)
@@ -284,7 +285,8 @@ class Interruption(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if pl_module.step_ended and trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
-            pl_module.interrupted_by = self.received or signal.SIGINT
+            numbers = pl_module._of_all_processes(self.received)  # whoever got it, all end with its exit code
+            pl_module.interrupted_by = max(numbers) or signal.SIGINT
             trainer.should_stop = True
             if run_folder(trainer) is None:
                 path = Path(trainer.default_root_dir) / "checkpoints" / checkpoint_name(trainer.global_step)
@@ -300,7 +302,10 @@ class Interruption(Callback):
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        ours = bool(self._former)
         self._restore()
+        if ours and is_loss(exception):  # the launcher stops the others at once, and there is something to say first
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class RunFolder(Checkpoint):

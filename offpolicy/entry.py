@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from offpolicy.errors import DataError, DivergenceError, UsageError
 from offpolicy.files import WriteError
+from offpolicy.processes import ProcessLost
 
 USAGE, DATA, DIVERGED, MACHINE, CTRL_C = 2, 3, 4, 1, 130  # exit codes; 128 + signal number after an interruption
 
@@ -19,8 +20,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command on ``sys.argv`` and leave with its exit code.
 
     0 done, 2 a misspelt or impossible option, 3 data that cannot be used, 4 training that diverged, 1 a disk or
-    folder that cannot be written, 130 and 143 after Ctrl-C and SIGTERM. A user's mistake is one message without a
-    traceback.
+    folder that cannot be written or another process of the run that ended, 130 and 143 after Ctrl-C and SIGTERM. A
+    user's mistake is one message without a traceback.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's own class lies beside the command
@@ -32,7 +33,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         code = _say(error, USAGE)
     except DataError as error:
         code = _say(error, DATA)
-    except WriteError as error:
+    except (WriteError, ProcessLost) as error:
         code = _say(error, MACHINE)
     except KeyboardInterrupt:
         code = _say("Interrupted.", CTRL_C)
