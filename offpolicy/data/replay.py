@@ -387,7 +387,10 @@ class Replay:
         if not (path / "meta.json").is_file():
             raise FileNotFoundError(f"{path} has no meta.json; expected a folder written by Replay.save.")
         parts, fingerprint = read_parts(path, mmap)
-        replay = cls(parts.pop("steps"), **parts)
+        try:
+            replay = cls(parts.pop("steps"), **parts)
+        except DataError as error:
+            raise DataError(f"{path} is damaged: {error}") from None
         check_content(replay, path, fingerprint)
         check_environment(replay.meta, str(path))
         replay.__dict__["_fingerprint"] = fingerprint
