@@ -145,6 +145,11 @@ class Evaluator:
         task = 1 + np.arange(self.episodes) % self.tasks if self.tasks else None
         return EvalResult(returns, lengths, success > 0 if (success >= 0).any() else None, task)
 
+    def flat(self, observation: Any) -> np.ndarray:
+        """An observation of the environment, its parts side by side, (O,), in the precision that it has."""
+        wanted = self._keys if self._keys and isinstance(observation, Mapping) else [[]]
+        return np.concatenate([np.ravel(reach(observation, key)) for key in wanted])
+
     def close(self) -> None:
         """Close the environments."""
         for env in self.envs:

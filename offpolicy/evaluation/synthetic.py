@@ -51,7 +51,7 @@ class Simulator:
         self.env = self._evaluator.envs[0].unwrapped
         options = dict(self._evaluator._options[0] or {})
         with isolated_rng(0):
-            start = self._evaluator._flat(self._evaluator.envs[0].reset(seed=0, options=options or None)[0])
+            start = self._evaluator.flat(self._evaluator.envs[0].reset(seed=0, options=options or None)[0])
         put = _putter(self.env, len(start))
         if put is None or not np.allclose(put(start), start, atol=1e-6):
             self.close()
@@ -83,7 +83,7 @@ class Simulator:
 
     def _move(self, action: np.ndarray) -> tuple[np.ndarray, float]:
         observation, reward, *_ = self.env.step(action.astype(self.env.action_space.dtype))
-        return self._evaluator._flat(observation), float(reward)
+        return self._evaluator.flat(observation), float(reward)
 
     def close(self) -> None:
         self._evaluator.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     from made_tokenizers import made_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    made = made_tokenizer()
+    made = copy.deepcopy(made_tokenizer())
     made.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
         "{% endif %}{% if tools %}!{% endif %}"

@@ -41,13 +41,13 @@ def played(env_id: str, steps: int = 12, **meta: Any) -> Replay:
     env, columns, tail = evaluator.envs[0], {"obs": [], "action": [], "reward": []}, []
     env.action_space.seed(0)
     for episode in range(3):
-        now = evaluator._flat(env.reset(seed=episode, options=meta.get("reset_options"))[0])
+        now = evaluator.flat(env.reset(seed=episode, options=meta.get("reset_options"))[0])
         for _ in range(steps):
             action = env.action_space.sample()
             following, reward, *_ = env.step(action)
             for column, value in zip(columns.values(), (now, action, reward)):
                 column.append(value)
-            now = evaluator._flat(following)
+            now = evaluator.flat(following)
         tail.append(now)
     space = env.action_space
     evaluator.close()

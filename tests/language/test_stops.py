@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ DOUBTFUL = {
 
 
 def tokenizer(template: str, special: bool = True) -> Any:
-    made = made_tokenizer("byte_level")
+    made = copy.deepcopy(made_tokenizer("byte_level"))
     made = type(made)(tokenizer_object=made._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     made.add_tokens(["<turn_end>"], special_tokens=special)
     made.chat_template = template
