@@ -334,7 +334,7 @@ def _columns(rows: list[dict[str, Value]]) -> Columns:
             if name != "step" and not isinstance(value, str) and not isinstance(row.get("step", ""), str):
                 shown = name.encode(errors="replace").decode().replace("$", "S")  # what a picture can write
                 steps, values = columns.setdefault(shown, ([], []))
-                steps.append(row["step"])
+                steps.append(float(row["step"]))
                 values.append(value)
     return columns
 

@@ -458,7 +458,7 @@ class OfflineModule(Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "update" in vars(cls):
-            cls.update = counted(vars(cls)["update"])  # type: ignore[method-assign]
+            cls.update = counted(vars(cls)["update"])  # type: ignore[method-assign, assignment]
 
     def __init__(self) -> None:
         super().__init__()

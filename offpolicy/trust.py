@@ -198,7 +198,7 @@ def check_settings(settings: Mapping[str, Any], source: str) -> None:
     named = {name: settings.get(f"data.{name}") for name in ("env_id", "env_kwargs")}
     check_environment(named, source)
     if REFUSED in named:
-        raise UsageError(f"{source} sets `data.env_id`: {environment_refusal(named[REFUSED])}.")
+        raise UsageError(f"{source} sets `data.env_id`: {environment_refusal(str(named[REFUSED]))}.")
     for key, value in settings.items():
         if key == "model":
             if not isinstance(value, str):

@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # parse_args comes here too
         refuse_empty(sys.argv[1:] if args is None else args)
         found, rest = super().parse_known_args(args, namespace)
-        tidy(vars(found), {})
+        tidy(found.__dict__, {})
         return found, rest
 
     def error(self, message: str) -> NoReturn:

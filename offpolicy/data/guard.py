@@ -207,7 +207,7 @@ def open_npy(path: Path, *, mapped: bool = False) -> np.ndarray:
             )
         if not mapped:
             check_size(path, path.name, expected)
-        return np.load(path, mmap_mode="r" if mapped and prod(shape) else None, allow_pickle=False)
+        return np.load(path, mmap_mode="r" if mapped and 0 not in shape else None, allow_pickle=False)
 
 
 def read_npz(path: Path, *, skip: Collection[str] = ()) -> dict[str, np.ndarray]:
@@ -233,7 +233,8 @@ def read_npz(path: Path, *, skip: Collection[str] = ()) -> dict[str, np.ndarray]
                         "does not fit; the file is damaged. Make or fetch it again."
                     )
                 array = np.empty(prod(shape), dtype)
-                view = memoryview(array.view(np.uint8)).cast("B") if array.nbytes else memoryview(b"")
+                whole: Any = array.view(np.uint8) if array.nbytes else b""
+                view = memoryview(whole).cast("B")
                 at = 0
                 while at < len(view):
                     count = file.readinto(view[at : at + (1 << 24)])  # type: ignore[attr-defined]

@@ -101,7 +101,7 @@ def _check_tables(replay: Replay, path: Path) -> None:
             if key.startswith(f"{name}/") and len(column) != len(index):
                 raise DataError(f"{path}: `{key}` has {len(column)} rows; expected {len(index)}, one per row.")
     if "token" in replay.steps:
-        token = replay.steps["token"]
+        token: Any = replay.steps["token"]
         vocabulary = (replay.meta.get("tokenizer") or {}).get("vocabulary")
         if token.dtype.kind not in "iu" or token.ndim != 1:
             raise DataError(f"{path}: `token` is {token.dtype} of shape {token.shape}; expected whole numbers (N,).")

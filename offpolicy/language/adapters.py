@@ -114,7 +114,8 @@ def same_adapter(model: Any, settings: Mapping[str, Any]) -> Any:
     if kind not in KINDS:
         raise UsageError(f"the checkpoint has an adapter of the kind {kind}; expected one of {', '.join(KINDS)}.")
     try:
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[kind](**{"task_type": "CAUSAL_LM", **settings})
+        known: Any = PEFT_TYPE_TO_CONFIG_MAPPING
+        config = known[kind](**{"task_type": "CAUSAL_LM", **settings})
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"the checkpoint's adapter cannot be built ({first(error)}) Install its version of peft."

@@ -47,7 +47,7 @@ class Critic(nn.Module):
         """Values (n,) from the policy's states (n, D) and the rows they were computed from."""
         if self.decoder is None:
             return self.head(hidden.detach())[:, 0]
-        mask = mask_of(layout, self.config, self.head[-1].weight.dtype)
+        mask = mask_of(layout, self.config, next(self.head.parameters()).dtype)
         wanted = taken(self.decoder, {"attention_mask": mask, "position_ids": layout.position_ids})
         out = self.decoder(input_ids=layout.input_ids, use_cache=False, **wanted)
         return self.head(out.last_hidden_state.flatten(0, 1).index_select(0, layout.predict))[:, 0]

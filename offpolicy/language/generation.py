@@ -172,7 +172,7 @@ def draw(logits: Tensor, uniform: Tensor, *, temperature: float = 1.0, top_k: in
 
 def positions(model: nn.Module) -> int:
     """How many tokens the model can look at; a very large number when it does not say."""
-    parts = (model.config, model.config.get_text_config())  # type: ignore[union-attr]
+    parts = (model.config, model.config.get_text_config())  # type: ignore[union-attr, operator]
     said = [getattr(part, name, None) for part in parts for name in ("max_position_embeddings", "max_seq_len")]
     return min((int(one) for one in said if isinstance(one, int) and one > 0), default=1 << 30)
 

@@ -184,9 +184,9 @@ def _render(row: Row, tokenizer: Any) -> list[str] | str:
             "says how turns are written. Use the tokenizer of a chat model, or pass plain text."
         )
     eos = tokenizer.eos_token or ""
-    as_text = any(turn.get("tool_calls") for text in (row.prompt, *row.answers) for turn in text) and (
-        _writes_calls(tokenizer, bool(row.template.get("tools"))) == "text"
-    )
+    as_text = any(
+        isinstance(t, dict) and t.get("tool_calls") for text in (row.prompt, *row.answers) for t in text
+    ) and (_writes_calls(tokenizer, bool(row.template.get("tools"))) == "text")
 
     def whole(answer: list[Message]) -> list[Message]:
         last = answer[-1]

@@ -473,7 +473,7 @@ def _of_dataset(found: Any, where: str, split: str | None) -> Source:
         return part.column(name)
 
     source = source_of(where, found.num_rows, list(found.column_names), column, meta={"file": where})
-    source.notes += [split_note(chosen, others)] if others else []
+    source.notes += [split_note(str(chosen), others)] if others else []
     return source
 
 
