@@ -270,28 +270,28 @@ def check_links(file: h5py.File, path: Path) -> None:
         )
 
 
-def check_dataset(dataset: Any, path: Path, key: str) -> None:
+def check_dataset(dataset: Any, path: Path, key: str, *, size: bool = True) -> None:
     """Refuse a data set whose numbers lie in another file, or that says it has more than the file holds.
 
     Args:
         dataset: of the low level of h5py, ``h5py.h5d.DatasetID``.
+        size: compare sizes too, which takes most of the time; for where they are known otherwise.
 
     Raises:
         DataError: it is such a one.
     """
-    from h5py import h5d
+    if dataset.get_offset() is None:  # not in one piece of this file
+        from h5py import h5d
 
-    if dataset.get_offset() is not None and dataset.get_storage_size() <= SMALL:
-        return  # one piece of this file, as most are in files of thousands of episodes; the rest costs a tenth of a ms
-    plist = dataset.get_create_plist()
-    if plist.get_external_count() or plist.get_layout() == h5d.VIRTUAL:
-        raise DataError(
-            f"{path}: the numbers of `{key}` lie in another file (external storage or a virtual data set), which is "
-            "not followed; expected them in the file. Copy them there (h5repack, or h5py)."
-        )
-    size = prod(dataset.shape or (1,)) * dataset.dtype.itemsize
-    if size > SMALL:
-        check_size(path, key, size, dataset.get_storage_size())
+        plist = dataset.get_create_plist()
+        if plist.get_external_count() or plist.get_layout() == h5d.VIRTUAL:
+            raise DataError(
+                f"{path}: the numbers of `{key}` lie in another file (external storage or a virtual data set), which "
+                "is not followed; expected them in the file. Copy them there (h5repack, or h5py)."
+            )
+    if size:
+        found = prod(dataset.shape or (1,)) * dataset.dtype.itemsize
+        check_size(path, key, found, dataset.get_storage_size())
 
 
 def check_heaps(path: Path) -> None:

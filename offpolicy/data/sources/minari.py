@@ -402,6 +402,7 @@ class _Hdf5:
             if shape == out.shape and (dataset.dtype.kind == "b") == (out.dtype.kind == "b"):
                 dataset.read(h5s.ALL, h5s.ALL, out)  # converts floats and integers on the way
                 return
+            check_size(self.files[0], f"{self.names[episode]}/{key}", prod(shape) * dataset.dtype.itemsize, out.nbytes)
             values = np.empty(shape, dataset.dtype)
             dataset.read(h5s.ALL, h5s.ALL, values)
         except OSError as error:
@@ -419,7 +420,7 @@ class _Hdf5:
 
         try:
             found = h5d.open(self.file.id, f"{self.names[episode]}/{key}".encode())
-            check_dataset(found, self.files[0], f"{self.names[episode]}/{key}")
+            check_dataset(found, self.files[0], f"{self.names[episode]}/{key}", size=False)  # `fill` knows it
             return found
         except KeyError:
             raise DataError(
