@@ -456,6 +456,7 @@ class LanguageModule(Module):
         critic = getattr(getattr(self, "critic", None), "decoder", None)
         without_noise(self.model, *([] if critic is None else [critic]))
         check_head(self.model)  # here, as it runs the model once
+        _ = self.shared_prompt  # likewise: a sharded model would not take the trial's plain tensors
         trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self._start_digest = policies.weights_digest(
             self.model, with_adapters=bool(h.adapter)
