@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from offpolicy.data.validate import Raw
 
 CHUNK = 1 << 15  # rows per step of a full pass
-SAMPLE = 1 << 13  # rows looked at where a sample will do
+SAMPLE = 1 << 12  # rows looked at where a sample will do
 BLOCKS = 16  # consecutive pieces that a sample consists of
 LOST = 0.1  # share of the different values of a column that may be lost in float32 without a word
 CLOSE = 1e-5  # of a column's largest value: differences of rounding between an observation and its copy

@@ -245,8 +245,9 @@ class _Scan:
         if self.moves is not None:
             stop = min(high, self.rows - 1)
             place = self.raw.facts.get("position", slice(None))
-            step = np.diff(self.raw.steps["obs"][low : stop + 1, place], axis=0).astype(np.float64)
-            self.moves[low:stop] = np.einsum("ij,ij->i", step, step)  # squares of float32 overflow from 1e19 on
+            step = np.diff(self.raw.steps["obs"][low : stop + 1, place], axis=0)
+            squares = np.einsum("ij,ij->i", step, step, dtype=np.float64)  # those of float32 overflow from 1e19 on
+            self.moves[low:stop] = squares
 
     def _actions(self, low: int, high: int) -> None:
         action, meta, facts = self.raw.steps["action"][low:high], self.raw.meta, self.raw.facts
