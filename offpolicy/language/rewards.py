@@ -133,14 +133,17 @@ def math(prompt: str, answer: str, reference: str, *, ended: bool = True, timeou
         return 1.0
     if mark is not None and mathematics.same(text, reference):
         return 1.0
+    shown = mathematics.readable(text, marked=mark is not None, reference=reference)
     if importlib.util.find_spec("math_verify") is not None:
-        shown = mathematics.readable(text, marked=mark is not None, reference=reference)
         found = 0.0 if shown is None else mathematics.equal(shown, reference, timeout)
         if found is not None:
             return found
     if expected is None:
         return None
-    return float(mark is None and last_number_in(text) == expected)
+    if mark is not None or shown is None:
+        return 0.0
+    alone = mathematics.expression(text)  # of 4! the last number is not the answer
+    return float((last_number_in(text) if alone is None else number_of(alone)) == expected)
 
 
 @dataclass(frozen=True)
