@@ -10,9 +10,9 @@ from torch import Tensor
 
 import offpolicy
 from offpolicy.losses.td import exponential_weight
-from offpolicy.modules import Metrics, OfflineModule, Rate, Sizes
 from offpolicy.nn.critics import ValueNetwork
 from offpolicy.nn.policies import DeterministicPolicy
+from offpolicy.training.module import Metrics, OfflineModule, Rate, Sizes
 
 
 class AWR(OfflineModule):

@@ -33,10 +33,10 @@ from torch import Tensor
 from offpolicy.data.views import Transitions
 from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.td import squared_td, td_target
-from offpolicy.modules import Draw, Metrics, OfflineModule, Rate, Sizes
 from offpolicy.nn.critics import EnsembleCritic, ValueNetwork
 from offpolicy.nn.policies import DeterministicPolicy
 from offpolicy.nn.vae import ActionVAE, standard_normal_kl
+from offpolicy.training.module import Draw, Metrics, OfflineModule, Rate, Sizes
 
 KL_WEIGHT = 0.5  # of the authors' code
 

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from offpolicy.data.views import Transitions
 from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.td import squared_td, td_target
-from offpolicy.modules import Draw, Metrics, OfflineModule, Rate, Sizes
 from offpolicy.nn.critics import EnsembleCritic, joined
 from offpolicy.nn.policies import TanhGaussianPolicy
 from offpolicy.nn.stacked import Init
+from offpolicy.training.module import Draw, Metrics, OfflineModule, Rate, Sizes
 
 Heads = tuple[Tensor, Tensor]
 

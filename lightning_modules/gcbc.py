@@ -7,9 +7,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from offpolicy.data.goals import GoalMix, GoalTransitions, GoalView
-from offpolicy.goals import GoalModule, Perturb
-from offpolicy.modules import Metrics, Sizes
 from offpolicy.nn.goals import UnitGaussian, unit_log_prob
+from offpolicy.training.goals import GoalModule, Perturb
+from offpolicy.training.module import Metrics, Sizes
 
 
 class GCBC(GoalModule):

@@ -20,11 +20,11 @@ from torch.func import functional_call
 
 from offpolicy.data.goals import GoalMix, GoalTransitions, GoalView
 from offpolicy.errors import UsageError, check_range
-from offpolicy.goals import GoalModule, Perturb
 from offpolicy.losses.goal import awr_loss, ddpg_bc_loss
 from offpolicy.losses.td import expectile_loss, squared_td
-from offpolicy.modules import Metrics, Sizes
 from offpolicy.nn.goals import UnitGaussian, Values, unit_log_prob
+from offpolicy.training.goals import GoalModule, Perturb
+from offpolicy.training.module import Metrics, Sizes
 
 
 class GCIQL(GoalModule):

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from offpolicy.data.goals import GoalMix, GoalTransitions, GoalView
 from offpolicy.errors import check_range
-from offpolicy.goals import GoalModule, Perturb
 from offpolicy.losses.goal import awr_loss, implicit_value_loss
-from offpolicy.modules import Metrics, Sizes
 from offpolicy.nn.goals import UnitGaussian, Values, unit_log_prob
+from offpolicy.training.goals import GoalModule, Perturb
+from offpolicy.training.module import Metrics, Sizes
 
 
 class GCIVL(GoalModule):

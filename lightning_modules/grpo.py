@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import Any
 
 from offpolicy.errors import UsageError, check_range, nearest
-from offpolicy.language.rollouts import RolloutModule
+from offpolicy.language.rl.rollouts import RolloutModule
 from offpolicy.losses.policy_terms import ESTIMATORS, choose
 
 VARIANTS: dict[str, dict[str, Any]] = {

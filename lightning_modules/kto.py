@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offpolicy.data.sequences import SingleView
+from offpolicy.data.texts.sequences import SingleView
 from offpolicy.errors import DataError, check_range
 from offpolicy.language.module import LanguageModule
-from offpolicy.language.scores import SingleScores
 from offpolicy.losses.preference import kto_loss
-from offpolicy.modules import Metrics
+from offpolicy.losses.scores import SingleScores
+from offpolicy.training.module import Metrics
 
 
 class KTO(LanguageModule):

@@ -34,15 +34,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.compute.optim import FusedAdam, gradients
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import Transitions
 from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.dice import DIVERGENCES, Divergence, conjugate, policy_weight, projection
 from offpolicy.losses.td import td_target
-from offpolicy.modules import Metrics, OfflineModule, Rate, Sizes
 from offpolicy.nn.policies import GaussianPolicy
 from offpolicy.nn.stacked import MLP
-from offpolicy.optim import FusedAdam, gradients
+from offpolicy.training.module import Metrics, OfflineModule, Rate, Sizes
 
 
 class ValueTerms(NamedTuple):

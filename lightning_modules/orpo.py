@@ -13,9 +13,9 @@ from torch import Tensor
 
 from offpolicy.errors import check_range
 from offpolicy.language.module import LanguageModule
-from offpolicy.language.scores import PairScores
 from offpolicy.losses.preference import log_odds, nll, odds_ratio_loss, preference_metrics
-from offpolicy.modules import Metrics
+from offpolicy.losses.scores import PairScores
+from offpolicy.training.module import Metrics
 
 
 class ORPO(LanguageModule):

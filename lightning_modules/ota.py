@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lightning_modules.hiql import HIQL
 from offpolicy.data.goals import GoalTransitions
-from offpolicy.modules import Metrics, Sizes
 from offpolicy.nn.goals import Values
+from offpolicy.training.module import Metrics, Sizes
 
 
 class OTA(HIQL):

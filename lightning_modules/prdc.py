@@ -30,9 +30,9 @@ from offpolicy.data.neighbors import NeighborIndex
 from offpolicy.data.views import BoundView, Transitions
 from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.td import mean_squared_action, squared_td, td_target
-from offpolicy.modules import Draw, Metrics, OfflineModule, Rate, Sizes
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import DeterministicPolicy
+from offpolicy.training.module import Draw, Metrics, OfflineModule, Rate, Sizes
 
 
 class PRDC(OfflineModule):

@@ -27,10 +27,10 @@ from torch import Tensor
 from offpolicy.data.views import Transitions, TransitionView
 from offpolicy.errors import check_range
 from offpolicy.losses.td import squared_td, td_target
-from offpolicy.modules import Draw, Metrics, OfflineModule, Rate, Sizes
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import DeterministicPolicy
 from offpolicy.nn.stacked import Init
+from offpolicy.training.module import Draw, Metrics, OfflineModule, Rate, Sizes
 
 HIDDEN = Init("default", bias=0.1)  # this and the bounds of the last layers: authors' code, after EDAC's
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from offpolicy.data.replay import Replay
 from offpolicy.errors import check_range
-from offpolicy.language.rollouts import RolloutModule
+from offpolicy.language.rl.rollouts import RolloutModule
 from offpolicy.losses.policy_terms import ESTIMATORS, choose
 
 BASES = ("grpo", "ppo")

@@ -31,7 +31,7 @@ from __future__ import annotations
 from typing import Any
 
 from offpolicy.errors import DataError, check_range
-from offpolicy.language.rollouts import RolloutModule
+from offpolicy.language.rl.rollouts import RolloutModule
 from offpolicy.losses.policy_terms import choose
 
 UNIFORMS = ("vocab", "one")

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from offpolicy.errors import UsageError, check_range
 from offpolicy.language.module import LanguageModule
-from offpolicy.language.scores import PairScores
 from offpolicy.losses.preference import NLL_FORMS, dpo_loss, nll, preference_metrics
-from offpolicy.modules import Metrics
+from offpolicy.losses.scores import PairScores
+from offpolicy.training.module import Metrics
 
 
 class RPO(LanguageModule):

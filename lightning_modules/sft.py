@@ -13,12 +13,12 @@ import numpy as np
 from torch import Tensor
 
 from offpolicy.data.replay import Replay
-from offpolicy.data.sequences import BoundTexts, SingleView
+from offpolicy.data.texts.sequences import BoundTexts, SingleView
 from offpolicy.errors import UsageError
 from offpolicy.language.module import LanguageModule
-from offpolicy.language.scores import SingleScores, TokenMean
 from offpolicy.losses.preference import NLL_FORMS, nll
-from offpolicy.modules import Metrics
+from offpolicy.losses.scores import SingleScores, TokenMean
+from offpolicy.training.module import Metrics
 
 STATS = {"logits/answer": "logits", "entropy": "entropy", "mean_token_accuracy": "hits"}
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from offpolicy.errors import UsageError, check_range
 from offpolicy.language.module import LanguageModule
-from offpolicy.language.scores import PairScores
 from offpolicy.losses.preference import nll, preference_metrics, simpo_loss
-from offpolicy.modules import Metrics
+from offpolicy.losses.scores import PairScores
+from offpolicy.training.module import Metrics
 
 
 class SimPO(LanguageModule):

@@ -13,9 +13,9 @@ from torch import Tensor
 from offpolicy.data.views import Transitions
 from offpolicy.errors import check_range
 from offpolicy.losses.td import mean_squared_action, squared_td, td_target
-from offpolicy.modules import Draw, Metrics, OfflineModule, Rate, Sizes
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import DeterministicPolicy
+from offpolicy.training.module import Draw, Metrics, OfflineModule, Rate, Sizes
 
 
 class TD3BC(OfflineModule):

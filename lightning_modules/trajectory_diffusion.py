@@ -6,7 +6,7 @@ New trajectories come from EDM's sampler on the averaged weights. With a policy 
 ∇ log π(a|s), so that they follow p(τ) ∝ p_data(τ)·Π π(a|s)^λ: what π would do, where the data can tell what follows.
 
 Differs from the authors' code:
-  - the sampler's predictor starts from the noised state (see :mod:`offpolicy.diffusion`);
+  - the sampler's predictor starts from the noised state (see :mod:`offpolicy.diffusion.sampler`);
   - the small number that keeps a guidance gradient of length 0 finite is added to its norm, not after the division;
   - guidance is normalised and taken at the denoised estimate by default, which their command line leaves off;
   - batches are drawn uniformly with replacement, not as shuffled epochs without the last incomplete batch;
@@ -28,17 +28,17 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from offpolicy.callbacks import HeldOut
+from offpolicy.compute.memory import keep_freed_memory
 from offpolicy.data import sampling
 from offpolicy.data.replay import Replay
-from offpolicy.data.trajectories import ACTION_LIMIT, BoundTrajectories, Channels, Trajectories, TrajectoryView
 from offpolicy.data.views import BoundView
-from offpolicy.diffusion import EDM, UNGUIDED, GuidanceOptions, SamplerOptions, policy_score, sample
+from offpolicy.diffusion.sampler import EDM, UNGUIDED, GuidanceOptions, SamplerOptions, policy_score, sample
+from offpolicy.diffusion.trajectories import ACTION_LIMIT, BoundTrajectories, Channels, Trajectories, TrajectoryView
 from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.diffusion import denoise, denoising_loss, noise_level
-from offpolicy.memory import keep_freed_memory
-from offpolicy.modules import Draw, Metrics, Noise, OfflineModule, Rate, Sizes
 from offpolicy.nn.unet import TrajectoryUNet
+from offpolicy.training.callbacks import HeldOut
+from offpolicy.training.module import Draw, Metrics, Noise, OfflineModule, Rate, Sizes
 
 HELD_OUT_ROWS = 1024  # sub-trajectories of an evaluation at most
 

@@ -22,16 +22,16 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from offpolicy.callbacks import HeldOut
+from offpolicy.compute.optim import FusedAdam
 from offpolicy.data import sampling
 from offpolicy.data.normalize import mean_std
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import Transitions
 from offpolicy.errors import DataError, UsageError, check_range
-from offpolicy.modules import Metrics, OfflineModule, Rate, Sizes
 from offpolicy.nn.critics import joined
 from offpolicy.nn.stacked import MLP
-from offpolicy.optim import FusedAdam
+from offpolicy.training.callbacks import HeldOut
+from offpolicy.training.module import Metrics, OfflineModule, Rate, Sizes
 
 MAX_LOG_VAR, MIN_LOG_VAR = 0.5, -10.0  # bounds at the start, of y in standard deviations
 HELD_OUT_ROWS = 10_000  # at most, evenly spaced

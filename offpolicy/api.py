@@ -22,9 +22,22 @@ import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from offpolicy import screen
-from offpolicy.callbacks import Evaluation, EvaluationFailed, RunFolder, UpdateBar
-from offpolicy.checkpoint import (
+from offpolicy.compute.processes import ProcessLost, claimed, end_together, is_loss, stop_watching
+from offpolicy.data.module import DataModule, Loadable, load_data
+from offpolicy.data.names import resolve
+from offpolicy.data.replay import Replay
+from offpolicy.diffusion.pool import sample
+from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.evaluation.order import make_order
+from offpolicy.evaluation.rollout import EVAL_SEED, EvalResult, Evaluator
+from offpolicy.evaluation.scores import has_score, interval, normalized_score, score_kind, summarize
+from offpolicy.files import Table, WriteError, atomic_write, unique_run_folder
+from offpolicy.given import place, plain, refuse_half, seed_number, whole
+from offpolicy.registry import import_class
+from offpolicy.training import screen
+from offpolicy.training.callbacks import Evaluation, EvaluationFailed, RunFolder, UpdateBar
+from offpolicy.training.checkpoint_io import AtomicCheckpointIO
+from offpolicy.training.checkpoints import (
     check_proportions,
     newest_checkpoint,
     plain_hparams,
@@ -32,23 +45,10 @@ from offpolicy.checkpoint import (
     resolve_checkpoint,
     to_plain,
 )
-from offpolicy.checkpoint_io import AtomicCheckpointIO
-from offpolicy.data.module import DataModule, Loadable, load_data
-from offpolicy.data.names import resolve
-from offpolicy.data.replay import Replay
-from offpolicy.errors import DataError, UsageError, nearest
-from offpolicy.evaluation.order import make_order
-from offpolicy.evaluation.rollout import EVAL_SEED, EvalResult, Evaluator
-from offpolicy.evaluation.scores import has_score, interval, normalized_score, score_kind, summarize
-from offpolicy.files import Table, WriteError, atomic_write, unique_run_folder
-from offpolicy.given import place, plain, refuse_half, seed_number, whole
-from offpolicy.goals import GoalModule
-from offpolicy.modules import KEY, Module, OfflineModule
-from offpolicy.options import RunOptions
-from offpolicy.processes import ProcessLost, claimed, end_together, is_loss, stop_watching
-from offpolicy.registry import import_class
-from offpolicy.seeds import over_seeds
-from offpolicy.synthetic import sample
+from offpolicy.training.goals import GoalModule
+from offpolicy.training.module import KEY, Module, OfflineModule
+from offpolicy.training.options import RunOptions
+from offpolicy.training.seeds import over_seeds
 from offpolicy.trust import NAME, Trust, check_environment, names_in, names_of, trusting
 
 TRAINER_DEFAULTS: dict[str, Any] = {  # one device unless asked; rows and batches are the method's own affair

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from offpolicy import entry
+from offpolicy.cli import entry
 from offpolicy.errors import UsageError
 from offpolicy.given import refuse_empty, tidy
 
@@ -44,10 +44,11 @@ def main(argv: list[str]) -> int:
     add_trust(parser)
     args = parser.parse_args(argv)
 
-    from offpolicy import api, screen
-    from offpolicy.checkpoint import read_checkpoint, resolve_checkpoint
+    from offpolicy import api
     from offpolicy.evaluation.rollout import EVAL_SEED
     from offpolicy.files import Table, WriteError, atomic_write
+    from offpolicy.training import screen
+    from offpolicy.training.checkpoints import read_checkpoint, resolve_checkpoint
 
     path = resolve_checkpoint(args.run)
     seed = EVAL_SEED if args.seed is None else args.seed

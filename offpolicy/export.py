@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from offpolicy import entry
+from offpolicy.cli import entry
 from offpolicy.errors import UsageError
 from offpolicy.files import WriteError
 from offpolicy.trust import Trust
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     add_trust(parser)
     args = parser.parse_args(argv)
 
-    from offpolicy import screen
+    from offpolicy.training import screen
 
     out = export(args.run, args.out, merge=args.merge, trust=args.trust)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
@@ -58,10 +58,10 @@ def export(
         UsageError: the folder holds something, or the method is no language model.
     """
     from offpolicy.api import load
+    from offpolicy.data.texts.stops import stop_ids
     from offpolicy.language.adapters import adapter_settings, merged
     from offpolicy.language.module import LanguageModule
     from offpolicy.language.policy import base_of, save_tokenizer, silent, vocabulary_of
-    from offpolicy.language.stops import stop_ids
 
     out = Path(out)
     if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):

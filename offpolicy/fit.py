@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import sys
 
-from offpolicy import entry
+from offpolicy.cli import entry
 
 
 def main(argv: list[str]) -> int:
     """Read the command, train, and return the exit code."""
-    from offpolicy.arguments import read_command
+    from offpolicy.cli.arguments import read_command
 
     command = read_command(argv)  # answers misspelt names before anything heavy is imported
-    from offpolicy.cli import run_command
+    from offpolicy.cli.parser import run_command
 
     return run_command(command)
 

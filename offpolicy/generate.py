@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from offpolicy import entry
+from offpolicy.cli import entry
 from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.trust import Trust
 
 if TYPE_CHECKING:
-    from offpolicy.data.prompts import Asking
+    from offpolicy.data.texts.prompts import Asking
     from offpolicy.language.generation import Prompt
 
 OF_A_FILE = ("columns", "split", "eval_data", "eval_fraction")  # options that another file does not share
@@ -27,7 +27,7 @@ OF_A_FILE = ("columns", "split", "eval_data", "eval_fraction")  # options that a
 def main(argv: list[str]) -> int:
     """Draw, score, write and print a summary; returns the exit code."""
     from offpolicy.evaluate import Parser, add_trust
-    from offpolicy.language.rewards import VERIFIERS
+    from offpolicy.language.rl.rewards import VERIFIERS
 
     parser = Parser(
         "python -m offpolicy.generate",
@@ -56,10 +56,10 @@ def main(argv: list[str]) -> int:
 
     import torch
 
-    from offpolicy import screen
     from offpolicy.files import atomic_write
     from offpolicy.language.generation import answer_prompts, answer_text
-    from offpolicy.language.rewards import choose_verifier, resolve_verifier
+    from offpolicy.language.rl.rewards import choose_verifier, resolve_verifier
+    from offpolicy.training import screen
 
     verifier = None if args.verifier in ("auto", "none") else resolve_verifier(args.verifier)
     model, tokenizer, settings, file, words = open_run(args.run, args.seed, args.trust)
@@ -110,7 +110,7 @@ def find_prompts(
         UsageError: no prompts, or both a file and given ones.
         DataError: a file without prompts.
     """
-    from offpolicy.data import prompts as asking
+    from offpolicy.data.texts import prompts as asking
     from offpolicy.language.generation import Prompt, prompts_of
 
     if args.prompt and args.data:
@@ -146,7 +146,7 @@ def _asking(
     options: dict[str, Any], trained_on: dict[str, Any], asked: dict[str, Any], tokenizer: Any
 ) -> tuple[Asking, str]:
     """How prompts of plain text are put, as in training where that is known, and in words."""
-    from offpolicy.data.prompts import Asking
+    from offpolicy.data.texts.prompts import Asking
 
     template, chat = options.get("template"), asked.get("chat")
     if chat is None:
@@ -163,8 +163,8 @@ def _asking(
 
 def _trained_on_messages(options: dict[str, Any]) -> bool:
     """Whether training had messages; a model of which that is not known counts as one of a chat."""
-    from offpolicy.data.prompts import rows_of
-    from offpolicy.data.sources.formats import detect
+    from offpolicy.data.texts.formats import detect
+    from offpolicy.data.texts.prompts import rows_of
 
     if "template" in options:
         return bool(options.get("chat"))
@@ -179,7 +179,7 @@ def _trained_on_messages(options: dict[str, Any]) -> bool:
 
 def _template_of(options: dict[str, Any], tokenizer: Any) -> str | None:
     """What the problems of training were put into; None where they are gone."""
-    from offpolicy.data.problems import open_problems
+    from offpolicy.data.texts.problems import open_problems
 
     names = ("columns", "split", "on_bad", "max_bad")
     try:
@@ -191,7 +191,7 @@ def _template_of(options: dict[str, Any], tokenizer: Any) -> str | None:
 
 def first_answers(rows: list[dict[str, Any]], number: int = 2, longest: int = 1000) -> str:
     """The first answers with their prompts, of different prompts where there are several, as lines for the screen."""
-    from offpolicy import screen
+    from offpolicy.training import screen
 
     pairs = [(row["prompt"], row["completions"][0]) for row in rows[:number]]
     if len(rows) == 1:
@@ -218,10 +218,10 @@ def open_run(run: str, seed: int = 0, trust: Trust = None) -> tuple[Any, Any, di
         UsageError: there is nothing of that kind.
     """
     from offpolicy import api
-    from offpolicy.checkpoint import read_checkpoint, resolve_checkpoint
+    from offpolicy.data.texts.tokens import load_tokenizer
     from offpolicy.language.module import LanguageModule
     from offpolicy.language.policy import adapter_base, open_adapter, open_model
-    from offpolicy.language.tokens import load_tokenizer
+    from offpolicy.training.checkpoints import read_checkpoint, resolve_checkpoint
 
     base = adapter_base(run)
     if base is not None:
@@ -243,7 +243,7 @@ def open_run(run: str, seed: int = 0, trust: Trust = None) -> tuple[Any, Any, di
 
 def data_of_run(folder: Path) -> dict[str, Any]:
     """The options of the data that a run was trained on; empty where the folder is none of a run."""
-    from offpolicy.arguments import read_settings
+    from offpolicy.cli.arguments import read_settings
 
     stored = read_settings(str(folder)) if (folder / "config.yaml").is_file() else {}
     return {key.removeprefix("data."): value for key, value in stored.items() if key.startswith("data.")}
@@ -251,8 +251,8 @@ def data_of_run(folder: Path) -> dict[str, Any]:
 
 def read_texts(options: dict[str, Any], tokenizer: Any) -> Any:
     """The held-out replay of these data, or all of them when nothing is held out."""
-    from offpolicy.data.problems import ProblemData
-    from offpolicy.data.text import TextData
+    from offpolicy.data.texts.module import TextData
+    from offpolicy.data.texts.problems import ProblemData
 
     if not options.get("name"):
         raise UsageError("no prompts are known; expected texts. Pass --data FILE or --prompt TEXT.")
@@ -269,9 +269,9 @@ def data_options(argv: list[str]) -> dict[str, Any]:
     """``--data.OPTION VALUE`` as arguments of ``TextData``; ``--data.columns.prompt question`` goes into a dict."""
     import inspect
 
-    from offpolicy.arguments import split
-    from offpolicy.data.problems import ProblemData
-    from offpolicy.data.text import TextData
+    from offpolicy.cli.arguments import split
+    from offpolicy.data.texts.module import TextData
+    from offpolicy.data.texts.problems import ProblemData
 
     known = {**inspect.signature(ProblemData).parameters, **inspect.signature(TextData).parameters}
     options: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from offpolicy import entry
+from offpolicy.cli import entry
 
 
 def main(argv: list[str]) -> int:
@@ -41,8 +41,8 @@ def main(argv: list[str]) -> int:
     add_trust(parser)
     args = vars(parser.parse_args(argv))
 
-    from offpolicy import screen
     from offpolicy.api import sample
+    from offpolicy.training import screen
 
     run, out, total = args.pop("run"), Path(args.pop("out")), args["trajectories"]
     began, first = time.perf_counter(), int(os.environ.get("RANK") or 0) == 0

@@ -201,13 +201,13 @@ def open_data(path: Path) -> None:
 
 def open_texts(path: Path) -> None:
     from offpolicy.data.names import resolve
-    from offpolicy.data.sources.hf import sketch
+    from offpolicy.data.texts.hub import sketch
 
     sketch(resolve(path, language=True), download=False)
 
 
 def open_tokens(path: Path) -> None:
-    from offpolicy.data.sources.hf import open_texts as opened
+    from offpolicy.data.texts.hub import open_texts as opened
 
     opened(path, tokenizer=None, download=False)
 
@@ -219,8 +219,8 @@ def open_checkpoint(path: Path) -> None:
 
 
 def open_settings(path: Path) -> None:
-    from offpolicy.arguments import read_command
-    from offpolicy.cli import parse
+    from offpolicy.cli.arguments import read_command
+    from offpolicy.cli.parser import parse
 
     parse(read_command(["--config", str(path), "--data", "pendulum-stitch-v0"]))
 
@@ -235,15 +235,15 @@ def open_table(path: Path) -> None:
 
 
 def open_records(path: Path) -> None:
-    from offpolicy.language.records import Recorder, ReplayEngine
+    from offpolicy.language.rl.records import Recorder, ReplayEngine
 
     ReplayEngine(path)
     Recorder(path, 1)
 
 
 def open_policy(path: Path) -> None:
+    from offpolicy.data.texts.tokens import load_tokenizer
     from offpolicy.language.policy import open_model
-    from offpolicy.language.tokens import load_tokenizer
 
     open_model(str(path))
     load_tokenizer(str(path))

@@ -15,10 +15,11 @@ from lightning.pytorch import Callback, Trainer
 from toy import differences, toy_replay, weights
 
 import offpolicy as op
-from offpolicy import api, callbacks
-from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
+from offpolicy import api
 from offpolicy.data.module import DataModule
 from offpolicy.files import Table
+from offpolicy.training import callbacks
+from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 16}
 SHORT: dict[str, Any] = {"max_steps": 60, "eval_every": 30, "log_every": 20, "eval_episodes": 2, "verbose": False}

@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from offpolicy import files
-from offpolicy.checkpoint import (
+from offpolicy.errors import UsageError
+from offpolicy.files import WriteError, is_stray
+from offpolicy.training.checkpoints import (
     check_proportions,
     newest_checkpoint,
     newest_run,
@@ -29,8 +31,6 @@ from offpolicy.checkpoint import (
     to_plain,
     write_checkpoint,
 )
-from offpolicy.errors import UsageError
-from offpolicy.files import WriteError, is_stray
 
 
 def checkpoint(step=100):
@@ -333,7 +333,7 @@ def test_kill_in_the_middle_of_writing_a_checkpoint(tmp_path):
     write_checkpoint(checkpoint(100), folder / "step=00000100.ckpt")
     code = f"""
 import io, time, torch
-from offpolicy.checkpoint import write_checkpoint
+from offpolicy.training.checkpoints import write_checkpoint
 save = torch.save
 def slowly(plain, file):
     buffer = io.BytesIO()
@@ -355,7 +355,7 @@ write_checkpoint({{"global_step": 200, "w": torch.zeros(100_000)}}, {str(folder 
     assert newest_checkpoint(tmp_path) == folder / "step=00000100.ckpt"
     assert read_checkpoint(newest_checkpoint(tmp_path))["global_step"] == 100
 
-    from offpolicy.checkpoint_io import AtomicCheckpointIO
+    from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 
     AtomicCheckpointIO().save_checkpoint(checkpoint(200), folder / "step=00000200.ckpt")
     assert names(folder) == ["step=00000100.ckpt", "step=00000200.ckpt"]  # and the stray is gone
@@ -368,7 +368,7 @@ def test_the_plugin_in_a_trainer(tmp_path):
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from offpolicy.checkpoint_io import AtomicCheckpointIO
+    from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 
     class Tiny(LightningModule):
         def __init__(self, where=None):
@@ -405,7 +405,7 @@ def test_the_plugin_in_a_trainer(tmp_path):
 
 
 def test_the_plugin_reads_and_removes(tmp_path):
-    from offpolicy.checkpoint_io import AtomicCheckpointIO
+    from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 
     plugin, path = AtomicCheckpointIO(), tmp_path / "step=1.ckpt"
     plugin.save_checkpoint(checkpoint(), path)
@@ -416,7 +416,7 @@ def test_the_plugin_reads_and_removes(tmp_path):
 
 
 def test_the_plugin_in_a_read_only_folder(tmp_path, monkeypatch):
-    from offpolicy.checkpoint_io import AtomicCheckpointIO
+    from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 
     def refuse(path, *args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))

@@ -20,13 +20,15 @@ import torch
 import yaml
 from toy import toy_replay
 
-from offpolicy import callbacks, entry, evaluate, fit
-from offpolicy import cli as cli_module
-from offpolicy.arguments import read_command
-from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
-from offpolicy.cli import FitCLI, parse
+from offpolicy import evaluate, fit
+from offpolicy.cli import entry
+from offpolicy.cli import parser as cli_module
+from offpolicy.cli.arguments import read_command
+from offpolicy.cli.parser import FitCLI, parse
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
+from offpolicy.training import callbacks
+from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--model.hidden_dims", "[8,8]", "--model.batch_size", "16"]

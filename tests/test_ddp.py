@@ -18,12 +18,12 @@ from toy import METHODS, differences, fit, method, run_files, toy_replay, weight
 from toy_generator import pool, toy_model, versions
 
 import offpolicy
-from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
 from offpolicy.data.replay import Replay
+from offpolicy.diffusion.pool import sample
 from offpolicy.errors import UsageError
 from offpolicy.evaluation.rollout import Evaluator
 from offpolicy.files import Table
-from offpolicy.synthetic import sample
+from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
 PLAYLESS = ("TrajectoryDiffusion", "WorldModel")  # no policies: evaluated by the loss of held-out data
 HALF, LAST = 20, 40  # updates: checkpoints and evaluations at both; rows of metrics at every 15
@@ -152,7 +152,7 @@ def test_trajectories_are_drawn_by_both(pair: tuple[Path, list[dict[str, Any]]],
 
 
 def test_the_global_batch_must_split_evenly(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offpolicy.modules.Module.world_size", 3)
+    monkeypatch.setattr("offpolicy.training.module.Module.world_size", 3)
     with pytest.raises(UsageError, match="`batch_size` is 16; expected a multiple of the 3 processes"):
         fit(method("BC"), replay, 10)
 

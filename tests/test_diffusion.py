@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offpolicy.data.trajectories import Channels
-from offpolicy.diffusion import (
+from offpolicy.diffusion.sampler import (
     GuidanceOptions,
     SamplerOptions,
     guidance_schedule,
@@ -23,6 +22,7 @@ from offpolicy.diffusion import (
     to_replay,
     unit_length,
 )
+from offpolicy.diffusion.trajectories import Channels
 from offpolicy.errors import DataError, UsageError
 from offpolicy.nn.policies import normal_log_prob
 

@@ -13,7 +13,7 @@ import pytest
 from toy import fit, toy_replay
 
 import offpolicy
-from offpolicy.evaluation.synthetic import Comparison, Measured
+from offpolicy.diffusion.measures import Comparison, Measured
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ import torch
 from toy import fit, method, quiet, toy_replay, weights
 
 import offpolicy as op
-from offpolicy import divergence, entry
-from offpolicy.checkpoint import read_checkpoint, resolve_checkpoint
+from offpolicy.cli import entry
 from offpolicy.data.module import DataModule
 from offpolicy.errors import DivergenceError
 from offpolicy.files import Table
+from offpolicy.training import divergence
+from offpolicy.training.checkpoints import read_checkpoint, resolve_checkpoint
 
 
 def spoiled(module: Any, at: int, value: float = float("nan")) -> Any:

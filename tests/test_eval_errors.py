@@ -15,12 +15,12 @@ from gymnasium.envs.classic_control import PendulumEnv
 from toy import differences, fit, method, run_files, toy_replay
 
 import offpolicy as op
-from offpolicy import callbacks
-from offpolicy.callbacks import EvaluationFailed
-from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
 from offpolicy.data.replay import Replay
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
+from offpolicy.training import callbacks
+from offpolicy.training.callbacks import EvaluationFailed
+from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
 EVERY, LAST = 20, 60
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 16}

@@ -15,13 +15,14 @@ import torch
 from toy import differences, toy_replay, weights
 
 import offpolicy as op
-from offpolicy import callbacks, evaluate, export, fit, sample
-from offpolicy.arguments import read_command, read_settings
-from offpolicy.cli import parse
+from offpolicy import evaluate, export, fit, sample
+from offpolicy.cli.arguments import read_command, read_settings
+from offpolicy.cli.parser import parse
 from offpolicy.data import __main__ as data_command
 from offpolicy.data.names import resolve
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
+from offpolicy.training import callbacks
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 16}
 SHORT: dict[str, Any] = {"max_steps": 4, "eval_every": 0, "eval_episodes": 0, "verbose": False}

@@ -40,7 +40,7 @@ import sys, time
 began = time.process_time()
 import offpolicy
 assert "TD3BC" in dir(offpolicy)
-import lightning_modules, datasets_cfg, offpolicy.arguments, offpolicy.entry
+import lightning_modules, datasets_cfg, offpolicy.cli.arguments, offpolicy.cli.entry
 took = time.process_time() - began
 heavy = [name for name in {HEAVY} if name in sys.modules]
 assert not heavy, heavy
@@ -63,7 +63,7 @@ assert not heavy, heavy
 def test_misspelt_names_are_answered_before_anything_heavy() -> None:
     run(f"""
 import sys
-from offpolicy.arguments import read_command
+from offpolicy.cli.arguments import read_command
 from offpolicy.errors import UsageError
 cases = [["--model", "TD4BC"], ["--data", "pendlum-stitch-v0"], ["--modle", "IQL"], ["--run.evel_every", "1"], ["x"],
          ["--config", "none.yaml"], ["--recipe", "slow"]]

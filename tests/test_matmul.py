@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from offpolicy import matmul
+from offpolicy.compute import matmul
 from offpolicy.errors import UsageError
 
 ZEN5 = ("AuthenticAMD", frozenset({"avx2", "avx512f"}))

@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from offpolicy.memory import keep_freed_memory
+from offpolicy.compute.memory import keep_freed_memory
 torch.set_num_threads(1)
 assert keep_freed_memory()
 def work():

@@ -16,13 +16,13 @@ from toy import METHODS, Rows, differences, fit, method, quiet, toy_replay, weig
 
 from lightning_modules.iql import IQL
 from lightning_modules.td3bc import TD3BC
-from offpolicy.checkpoint import read_checkpoint
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError, UsageError
-from offpolicy.modules import Meter, OfflineModule, Sizes, clip_per_seed
 from offpolicy.nn.stacked import Linear
-from offpolicy.options import RunOptions
+from offpolicy.training.checkpoints import read_checkpoint
+from offpolicy.training.module import Meter, OfflineModule, Sizes, clip_per_seed
+from offpolicy.training.options import RunOptions
 
 
 class Tiny(OfflineModule):
@@ -308,7 +308,7 @@ def fp32_products() -> str:
 
 @pytest.mark.parametrize("fail", [False, True])
 def test_threads_and_products_are_put_back(replay: Replay, fail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offpolicy.matmul.choose_matmul", lambda setting: setting)
+    monkeypatch.setattr("offpolicy.compute.matmul.choose_matmul", lambda setting: setting)
     before = (torch.get_num_threads(), fp32_products())
     module, inside = method("BC"), Inside(fail)
     module.run.threads, module.run.matmul = 2, "onednn"

@@ -8,8 +8,8 @@ import io
 import pytest
 import torch
 
+from offpolicy.compute.optim import FusedAdam, gradients, polyak_
 from offpolicy.errors import UsageError
-from offpolicy.optim import FusedAdam, gradients, polyak_
 
 SHAPES = [(4, 5), (2, 1, 5), (1,)]
 
@@ -33,7 +33,7 @@ def run(optimiser: FusedAdam, params: list[torch.Tensor], grads: list[list[torch
 @pytest.mark.parametrize(("weight_decay", "decoupled"), [(0.0, False), (0.1, False), (0.1, True)])
 def test_equals_torch_over_100_steps(weight_decay, decoupled, fused, monkeypatch) -> None:
     if not fused:
-        monkeypatch.setattr("offpolicy.optim.FUSED_DEVICES", ())
+        monkeypatch.setattr("offpolicy.compute.optim.FUSED_DEVICES", ())
     ours, theirs = start(torch.float64), start(torch.float64)
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     reference = kind(theirs, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay, foreach=False)

@@ -14,15 +14,15 @@ import pytest
 from toy import method, toy_replay
 
 import offpolicy as op
-from offpolicy import processes
+from offpolicy.compute import processes
+from offpolicy.compute.processes import LOCK, claimed
 from offpolicy.errors import UsageError
-from offpolicy.processes import LOCK, claimed
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
 import sys, time
 from pathlib import Path
-from offpolicy.processes import claimed
+from offpolicy.compute.processes import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(300)

@@ -10,12 +10,12 @@ import pytest
 from lightning.pytorch import Trainer
 
 from offpolicy.data.names import known_names
-from offpolicy.data.text import TextData
+from offpolicy.data.texts.module import TextData
 from offpolicy.errors import UsageError
 from offpolicy.language.module import LanguageModule
-from offpolicy.options import RunOptions
 from offpolicy.recipes import Recipe, named_recipe, parse_recipe, recipe, recipes
 from offpolicy.registry import resolve_method
+from offpolicy.training.options import RunOptions
 
 ALL = list(recipes())
 

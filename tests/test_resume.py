@@ -16,10 +16,10 @@ import pytest
 import torch
 from toy import METHODS, Crash, differences, fit, method, run_files, toy_replay
 
-from offpolicy import checkpoint as checkpoint_module
-from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
 from offpolicy.data.replay import Replay
 from offpolicy.files import Table, is_stray
+from offpolicy.training import checkpoints as checkpoint_module
+from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
 HALF, LAST = 45, 90  # updates: checkpoints at both; rows of metrics at every 20
 

@@ -13,18 +13,18 @@ from toy import Crash, differences, fit, method, run_files, toy_replay, weights
 from toy_generator import pool, toy_model, versions
 
 import offpolicy as op
-from offpolicy import synthetic
-from offpolicy.arguments import read_command
-from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
-from offpolicy.cli import parse, run_command
+from offpolicy.cli.arguments import read_command
+from offpolicy.cli.parser import parse, run_command
 from offpolicy.data.module import DataModule, load_data
 from offpolicy.data.replay import Replay
-from offpolicy.diffusion import to_replay
+from offpolicy.diffusion import pool as synthetic
+from offpolicy.diffusion.pool import sample
+from offpolicy.diffusion.sampler import to_replay
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
-from offpolicy.options import SyntheticOptions
 from offpolicy.sample import main as sample_main
-from offpolicy.synthetic import sample
+from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
+from offpolicy.training.options import SyntheticOptions
 
 LAST = 90  # updates; checkpoints and evaluations at 45 and 90, rows of metrics at every 20
 

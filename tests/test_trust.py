@@ -17,18 +17,18 @@ import yaml
 from toy import fit, method, toy_replay
 
 import offpolicy as op
-from offpolicy import callbacks
-from offpolicy.arguments import read_command
-from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
-from offpolicy.cli import parse
+from offpolicy.cli.arguments import read_command
+from offpolicy.cli.parser import parse
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources import open_source
 from offpolicy.data.sources.d4rl import META, write
 from offpolicy.errors import DataError, UsageError
 from offpolicy.evaluation.rollout import NoEnvironment, make_environment
-from offpolicy.language.answering import Answering
+from offpolicy.language.rl.answering import Answering
 from offpolicy.losses.policy_gradient import Objective
 from offpolicy.registry import find_method, import_callable, import_class
+from offpolicy.training import callbacks
+from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 from offpolicy.trust import allows, check_found, packages_of, trusting, words
 
 EVIL = """
@@ -120,7 +120,7 @@ def test_trust_in_a_package_is_none_in_what_it_imports(marker: Path) -> None:
     with trusting(in_file=True):
         for path in (
             "offpolicy.export.export",
-            "offpolicy.entry:run",
+            "offpolicy.cli.entry:run",
             "offpolicy.fit.main",
             "lightning_modules.METHODS",
         ):

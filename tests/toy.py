@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from offpolicy.callbacks import RunFolder
-from offpolicy.checkpoint import read_checkpoint
-from offpolicy.checkpoint_io import AtomicCheckpointIO
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.files import Table
-from offpolicy.goals import GoalModule
-from offpolicy.modules import OfflineModule
 from offpolicy.registry import find_method
+from offpolicy.training.callbacks import RunFolder
+from offpolicy.training.checkpoint_io import AtomicCheckpointIO
+from offpolicy.training.checkpoints import read_checkpoint
+from offpolicy.training.goals import GoalModule
+from offpolicy.training.module import OfflineModule
 
 # name → (method, small settings). A method joins the tests of blocks, resume, distribution and precision by its line.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

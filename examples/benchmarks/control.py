@@ -104,8 +104,8 @@ def run_bare(method: str, updates: int, rows: int) -> dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
     import offpolicy
-    from offpolicy import matmul
-    from offpolicy.memory import keep_freed_memory
+    from offpolicy.compute import matmul
+    from offpolicy.compute.memory import keep_freed_memory
 
     keep_freed_memory()
     make = getattr(offpolicy, method)

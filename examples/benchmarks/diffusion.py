@@ -34,9 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from offpolicy import Replay, TrajectoryDiffusion, matmul
-from offpolicy.diffusion import SamplerOptions
-from offpolicy.memory import keep_freed_memory
+from offpolicy import Replay, TrajectoryDiffusion
+from offpolicy.compute import matmul
+from offpolicy.compute.memory import keep_freed_memory
+from offpolicy.diffusion.sampler import SamplerOptions
 
 BLOCK = 4  # updates drawn and timed at once
 

@@ -24,7 +24,7 @@ def about(**settings: Any) -> dict[str, Any]:
     """Machine, versions and settings, for beside the figures."""
     import torch
 
-    from offpolicy.matmul import choose_matmul
+    from offpolicy.compute.matmul import choose_matmul
 
     return {
         "processor": platform.processor() or platform.machine(),

@@ -67,8 +67,8 @@ def worker(method: str, threads: int, updates: int, steps: int) -> dict[str, flo
     from torch.utils.flop_counter import FlopCounterMode
 
     import offpolicy
-    from offpolicy import matmul
-    from offpolicy.memory import keep_freed_memory
+    from offpolicy.compute import matmul
+    from offpolicy.compute.memory import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -132,7 +132,7 @@ def main() -> None:
 
     import torch
 
-    from offpolicy.matmul import choose_matmul
+    from offpolicy.compute.matmul import choose_matmul
 
     methods = ALL if args.methods == ["all"] else args.methods
     samples: dict[tuple[str, int], list[dict[str, float]]] = {}

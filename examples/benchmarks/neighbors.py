@@ -122,7 +122,7 @@ def methods(
     """
     from lightning_modules.prdc import PRDC
     from lightning_modules.td3bc import TD3BC
-    from offpolicy import matmul
+    from offpolicy.compute import matmul
 
     end = np.zeros(len(obs), dtype=bool)
     end[999::1000] = True

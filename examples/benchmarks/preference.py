@@ -97,7 +97,7 @@ def read_ids(folder: Path) -> list[dict[str, list[int]]]:
 def batch_of(rows: list[dict[str, list[int]]]) -> Any:
     import torch
 
-    from offpolicy.data.sequences import Pairs, Ragged
+    from offpolicy.data.texts.sequences import Pairs, Ragged
 
     prompt, chosen, rejected = (
         Ragged(torch.tensor([i for row in rows for i in row[name]]), torch.tensor([len(row[name]) for row in rows]))
@@ -114,7 +114,7 @@ def run_trainer(folder: Path, steps: int, size: int, **options: Any) -> dict[str
     import offpolicy
     from offpolicy.data.replay import Replay
     from offpolicy.data.sampling import permutation
-    from offpolicy.data.text import TextData
+    from offpolicy.data.texts.module import TextData
 
     rows = read_ids(folder)
     texts = [np.array(row[name]) for row in rows for name in ("prompt", "chosen", "rejected")]
@@ -173,9 +173,9 @@ def run_loop(folder: Path, steps: int, size: int, part: int) -> dict[str, Any]:
     from torch.nn.functional import logsigmoid
     from transformers import AutoModelForCausalLM
 
+    from offpolicy.compute.matmul import choose_matmul, matmul_setting
+    from offpolicy.compute.memory import keep_freed_memory
     from offpolicy.language.layout import Layout, pair_layout, score
-    from offpolicy.matmul import choose_matmul, matmul_setting
-    from offpolicy.memory import keep_freed_memory
 
     has = {name: part >= i for i, name in enumerate(PARTS)}
     if has["kept memory"]:

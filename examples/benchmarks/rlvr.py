@@ -91,7 +91,7 @@ def run(kind: str, folder: Path, steps: int, length: int) -> dict[str, Any]:
     from lightning.pytorch import Callback
 
     import offpolicy
-    from offpolicy.data.problems import ProblemData
+    from offpolicy.data.texts.problems import ProblemData
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     began: list[float] = []

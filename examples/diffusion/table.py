@@ -31,9 +31,9 @@ import torch
 
 import offpolicy
 from offpolicy.data.sampling import permutation
-from offpolicy.diffusion import to_replay
+from offpolicy.diffusion.measures import Comparison, compare, plot
+from offpolicy.diffusion.sampler import to_replay
 from offpolicy.evaluation.scores import interval
-from offpolicy.evaluation.synthetic import Comparison, compare, plot
 from offpolicy.files import safe_name
 
 POOLS = 4  # in the training of an agent on guided data
@@ -76,7 +76,7 @@ def agent(args: argparse.Namespace, method: str, source: str, guidance: float, s
 
 def measures(args: argparse.Namespace, method: str, policy_run: Path, world_run: Path) -> Comparison:
     """Real data, synthetic ones by coefficient, and roll-outs in the world model, under one policy."""
-    from offpolicy.synthetic import sample
+    from offpolicy.diffusion.pool import sample
 
     real = offpolicy.load_data(args.data).replay
     policy, world, model = (offpolicy.load(run) for run in (policy_run, world_run, args.model))

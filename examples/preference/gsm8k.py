@@ -58,7 +58,7 @@ def flipped(path: Path, share: float, seed: int) -> Path:
 def train(method: Any, data: Path, folder: Path, seed: int, **reading: Any) -> dict[str, float]:
     """The last evaluation of one run; a run that is complete is read, not repeated."""
     import offpolicy as op
-    from offpolicy.data.text import TextData
+    from offpolicy.data.texts.module import TextData
 
     done = folder / "done.json"
     if not done.exists():

@@ -90,7 +90,7 @@ def pairs(seed: int, count: int, flips: float, *, noise: bool) -> list[dict[str,
 def train(method: Any, texts: Path, folder: Path, reading: dict[str, Any], **options: Any) -> Any:
     """One run, or the one that lies in the folder."""
     import offpolicy as op
-    from offpolicy.data.text import TextData
+    from offpolicy.data.texts.module import TextData
 
     if (folder / "done.json").exists():
         return op.load(folder)

@@ -59,7 +59,7 @@ def make_policy(folder: Path, seed: int, width: int = 128, layers: int = 3) -> N
 
 def warm_up_data(path: Path, seed: int, count: int = 2500, carry: float = 0.1) -> Path:
     """Training sums with their answers, a share of which carry."""
-    from offpolicy.data.problems import addition
+    from offpolicy.data.texts.problems import addition
 
     source = addition("train")
     prompts, answers = np.asarray(source.column("prompt")), np.asarray(source.column("answer"))
@@ -78,12 +78,12 @@ def warm_up(folder: Path, seed: int, until: float = 0.45) -> Path:
     from lightning.pytorch import Callback
 
     import offpolicy as op
-    from offpolicy.data.problems import ProblemData
-    from offpolicy.data.sequences import token_ids
-    from offpolicy.data.text import TextData
+    from offpolicy.data.texts.module import TextData
+    from offpolicy.data.texts.problems import ProblemData
+    from offpolicy.data.texts.sequences import token_ids
     from offpolicy.export import export
-    from offpolicy.language.engines import Request, Sampling, TransformersEngine
     from offpolicy.language.reference import evaluating
+    from offpolicy.language.rl.engines import Request, Sampling, TransformersEngine
 
     if (folder / "policy").exists():
         return folder / "policy"
@@ -140,7 +140,7 @@ def one_run(label: str, folder: Path, policy: Path, seed: int, answers: list[int
     import torch
 
     import offpolicy as op
-    from offpolicy.data.problems import ProblemData
+    from offpolicy.data.texts.problems import ProblemData
 
     torch.set_num_threads(1)
     found = []
@@ -168,7 +168,7 @@ def one_run(label: str, folder: Path, policy: Path, seed: int, answers: list[int
 def one_seed(seed: int, root: Path, answers: list[int], labels: list[str]) -> list[dict[str, Any]]:
     """The warm-up's numbers and those of every method, from the same policy."""
     import offpolicy as op
-    from offpolicy.data.problems import ProblemData
+    from offpolicy.data.texts.problems import ProblemData
 
     folder = root / f"seed{seed}"
     policy = warm_up(folder, seed)

@@ -185,13 +185,13 @@ def _text_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show_texts(target: Target, options: argparse.Namespace) -> None:
-    from offpolicy.data.sources.hf import open_texts, sketch
-    from offpolicy.language.preview import report, samples
-    from offpolicy.language.tokens import load_tokenizer
+    from offpolicy.data.texts.hub import open_texts, sketch
+    from offpolicy.data.texts.preview import report, samples
+    from offpolicy.data.texts.tokens import load_tokenizer
 
     given = _text_options(options) | {"download": not options.no_download}
     if "hub" in target.info:  # problems, which are no texts to imitate
-        from offpolicy.data.problems import sketch as sketch_problems
+        from offpolicy.data.texts.problems import sketch as sketch_problems
 
         print(sketch_problems(target, **given))
         return
@@ -208,7 +208,7 @@ def _show_texts(target: Target, options: argparse.Namespace) -> None:
 
 
 def _convert_texts(target: Target, out: Path, options: argparse.Namespace) -> None:
-    from offpolicy.data.sources.hf import open_texts
+    from offpolicy.data.texts.hub import open_texts
 
     if options.tokenizer is None:
         raise UsageError("texts are stored as tokens; expected a tokenizer. Pass --tokenizer DIR, the policy's.")
@@ -251,13 +251,13 @@ def _compare(options: argparse.Namespace) -> None:
     if texts is not None:
         raise UsageError(f"{texts.name} holds texts; expected steps of an environment. Compare sets of one task.")
     from offpolicy.data.sources import open_source
-    from offpolicy.evaluation.synthetic import compare, plot
+    from offpolicy.diffusion.measures import compare, plot
     from offpolicy.files import atomic_write
 
     policy = None
     with trusting(options.trust):
         if options.policy:
-            from offpolicy.synthetic import open_method
+            from offpolicy.diffusion.pool import open_method
 
             policy = open_method(options.policy)
         real, *sets = (open_source(target) for target in targets)

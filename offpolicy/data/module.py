@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from offpolicy.data.replay import Replay, Ring
 from offpolicy.errors import DataError, UsageError, fold, nearest
 from offpolicy.given import whole
-from offpolicy.options import SOURCES, SyntheticOptions
+from offpolicy.training.options import SOURCES, SyntheticOptions
 
 if TYPE_CHECKING:
-    from offpolicy.synthetic import Pool
+    from offpolicy.diffusion.pool import Pool
 
 NONE_DRAWN = SyntheticOptions()
 
@@ -134,7 +134,7 @@ class DataModule(LightningDataModule):
 
             self.replay = open_source(str(self.name), **self.options)
         if self.source != "real" and self.pool is None:
-            from offpolicy.synthetic import Pool
+            from offpolicy.diffusion.pool import Pool
 
             self.pool = Pool(self.replay, self.source, self.synthetic)
         return self.replay
@@ -197,7 +197,7 @@ class DataModule(LightningDataModule):
             replay.save(newest)
         if self.trainer is None:
             return
-        from offpolicy.callbacks import RunFolder
+        from offpolicy.training.callbacks import RunFolder
 
         (newest / f"step={self.trainer.global_step:08d}").touch()
         if not all(isinstance(callback, RunFolder) for callback in self.trainer.checkpoint_callbacks):

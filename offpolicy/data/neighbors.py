@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.compute.matmul import matmul_setting
 from offpolicy.data.sampling import mix
 from offpolicy.errors import DataError, UsageError, check_range, nearest
-from offpolicy.matmul import matmul_setting
 
 SEARCHES = ("exact", "cached", "tree", "brute")
 SHRINK = 1.0 - 1e-6  # radii are stored as float32 and compared with float64: rounded so that they never overstate

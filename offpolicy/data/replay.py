@@ -40,7 +40,7 @@ class Replay:
             ``{"valid": (E,)}`` bool when only some episodes have one.
         episodes: name → array of shape (E, …).
         tables: name → array of any shape: tables of episode numbers and facts about their rows, as the pairs of
-            preference data (:mod:`offpolicy.data.sequences`). :meth:`filter` does not carry them over.
+            preference data (:mod:`offpolicy.data.texts.sequences`). :meth:`filter` does not carry them over.
         meta: JSON-able facts about the data (name, environment, action bounds, reference scores, recipe).
 
     The index need not cover all rows: :meth:`filter` gives another index over the same columns. ``terminated`` means

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from offpolicy.environments.checks import Episode, described, reach
+from offpolicy.environments.wrappers import NoEnvironment, obstacle, wrapped, wrappers_of
 from offpolicy.errors import UsageError
-from offpolicy.evaluation.environment import Episode, described, reach
-from offpolicy.evaluation.wrappers import NoEnvironment, obstacle, wrapped, wrappers_of
 from offpolicy.given import seed_number, whole
 from offpolicy.trust import REFUSED, environment_refusal
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.sampling import permutation
-from offpolicy.data.sequences import row_weights
+from offpolicy.data.texts.sequences import row_weights
 from offpolicy.language.meters import RowMeter
 from offpolicy.language.reference import evaluating
 from offpolicy.losses.preference import idealised_ranking_accuracy

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from offpolicy.data import sampling
 from offpolicy.data.replay import Replay
-from offpolicy.data.sequences import token_ids
+from offpolicy.data.texts.sequences import token_ids
+from offpolicy.data.texts.stops import stop_ids
 from offpolicy.errors import UsageError, check_range
 from offpolicy.language.reading import Reader, Way, together, way_of
-from offpolicy.language.rewards import Verifier
-from offpolicy.language.stops import stop_ids
+from offpolicy.language.rl.rewards import Verifier
 
 
 class Answer(NamedTuple):
@@ -237,7 +237,7 @@ def answer_prompts(
         model: as in :func:`sample`.
         tokenizer: of ``transformers``.
         prompts: see :func:`prompts_of`.
-        verifier: see :mod:`offpolicy.language.rewards`; None for no scores.
+        verifier: see :mod:`offpolicy.language.rl.rewards`; None for no scores.
         options: further arguments of :func:`sample`.
 
     Returns:

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from offpolicy.data.rollouts import Rollouts
-from offpolicy.data.sequences import Pairs, Ragged, Singles, spread
-from offpolicy.devices import send
+from offpolicy.compute.devices import send
+from offpolicy.data.texts.rollouts import Rollouts
+from offpolicy.data.texts.sequences import Pairs, Ragged, Singles, spread
 from offpolicy.errors import UsageError
 from offpolicy.language.logprobs import token_divergence, token_logps
 from offpolicy.language.reading import call, in_eval, taken

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offpolicy.language.scores import TokenMean
 from offpolicy.losses.health import summarise
+from offpolicy.losses.scores import TokenMean
 
 
 class Sums:

@@ -23,12 +23,10 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from offpolicy import divergence
-from offpolicy.callbacks import Interruption, RestoreSettings
+from offpolicy.compute.devices import finish_work
 from offpolicy.data import sampling
 from offpolicy.data.module import DataModule
-from offpolicy.data.sequences import BoundTexts, PairView, row_weights
-from offpolicy.devices import finish_work
+from offpolicy.data.texts.sequences import BoundTexts, PairView, row_weights
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.given import refuse_half
 from offpolicy.language import policy as policies
@@ -49,8 +47,10 @@ from offpolicy.language.meters import RowMeter
 from offpolicy.language.noise import without_noise
 from offpolicy.language.plan import Plan, previous_of_other_prompt
 from offpolicy.language.reference import Reference, Table, evaluating
-from offpolicy.language.scores import PairScores, Scores, SingleScores
-from offpolicy.modules import Metrics, Module, num_trained
+from offpolicy.losses.scores import PairScores, Scores, SingleScores
+from offpolicy.training import divergence
+from offpolicy.training.callbacks import Interruption, RestoreSettings
+from offpolicy.training.module import Metrics, Module, num_trained
 from offpolicy.trust import names_of, trusting
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -208,7 +208,7 @@ class LanguageModule(Module):
         """Loss per row, (B,), and metrics of (B,) each, detached.
 
         Args:
-            scores: :class:`PairScores` or :class:`SingleScores` of :mod:`offpolicy.language.scores`.
+            scores: :class:`PairScores` or :class:`SingleScores` of :mod:`offpolicy.losses.scores`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss(scores).")
 
@@ -216,7 +216,7 @@ class LanguageModule(Module):
 
     @classmethod
     def data_class(cls) -> type[DataModule]:
-        from offpolicy.data.text import TextData
+        from offpolicy.data.texts.module import TextData
 
         return TextData
 
@@ -356,7 +356,7 @@ class LanguageModule(Module):
             policies.save_tokenizer(self.tokenizer, folder / "tokenizer")
 
     def take_files(self, folder: Path) -> None:
-        from offpolicy.language.tokens import load_tokenizer
+        from offpolicy.data.texts.tokens import load_tokenizer
 
         if (folder / "tokenizer").is_dir():
             self.tokenizer = load_tokenizer(str(folder / "tokenizer"))
@@ -372,7 +372,7 @@ class LanguageModule(Module):
     # -- what the first screen says ------------------------------------------------------------------------------------
 
     def facts(self) -> list[tuple[str, str]]:
-        from offpolicy.language.preview import report
+        from offpolicy.data.texts.preview import report
 
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         rows = (
@@ -410,7 +410,7 @@ class LanguageModule(Module):
         ]
 
     def samples(self) -> str:
-        from offpolicy.language.preview import samples
+        from offpolicy.data.texts.preview import samples
 
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         shown = data.options.get("show", 0)

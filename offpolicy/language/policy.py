@@ -195,7 +195,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def open_tokenizer(name: str) -> Any:
     """The tokenizer of a policy; only its name where it is a folder, which nobody has to read if there are no texts."""
-    from offpolicy.language.tokens import load_tokenizer
+    from offpolicy.data.texts.tokens import load_tokenizer
 
     if Path(name).is_dir():
         return name
@@ -213,7 +213,7 @@ def found(name: str, option: str = "policy") -> Iterator[None]:
     Raises:
         UsageError: no folder, not in the cache, and no answer.
     """
-    from offpolicy.data.sources.hf import hub_answers, hub_mode
+    from offpolicy.data.texts.hub import hub_answers, hub_mode
 
     if Path(name).is_dir():
         yield

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.replay import _numpy
-from offpolicy.data.sequences import BoundTexts
+from offpolicy.data.texts.sequences import BoundTexts
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import atomic_write
 from offpolicy.language import policy as policies
@@ -211,7 +211,7 @@ class Reference:
 
 def _tokenizer_of(name: str) -> Any:
     """The tokenizer of a model by folder or hub id; None where there is none."""
-    from offpolicy.language.tokens import load_tokenizer
+    from offpolicy.data.texts.tokens import load_tokenizer
 
     try:
         with policies.found(name, "reference"):

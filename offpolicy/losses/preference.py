@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offpolicy.errors import check_range
-from offpolicy.language.scores import PairScores, TokenMean
+from offpolicy.losses.scores import PairScores, TokenMean
 
 NllForm = Literal["sum", "sequence_mean", "token_mean"]
 NLL_FORMS: tuple[NllForm, ...] = ("sum", "sequence_mean", "token_mean")

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import Trainer
 from toy import Crash, differences, fit, method, run_files, toy_replay, weights
 
-from offpolicy.checkpoint import newest_checkpoint
 from offpolicy.data.module import DataModule, Ticks, load_data
 from offpolicy.data.replay import Replay, Ring
 from offpolicy.errors import DataError, UsageError
+from offpolicy.training.checkpoints import newest_checkpoint
 
 
 class Growing(DataModule):

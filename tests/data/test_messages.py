@@ -9,9 +9,9 @@ import pytest
 from made_tokenizers import made_tokenizer
 
 from offpolicy.data.replay import Replay
-from offpolicy.data.sequences import token_ids
-from offpolicy.data.sources.hf import open_texts
-from offpolicy.data.sources.messages import read_prompt, same, turn_key
+from offpolicy.data.texts.hub import open_texts
+from offpolicy.data.texts.messages import read_prompt, same, turn_key
+from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError
 
 Rows = list[dict[str, Any]]

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from offpolicy.data.answers import OR, alternatives, joined, right_answers
 from offpolicy.data.names import resolve
-from offpolicy.data.problems import BOXED, ProblemData, sketch
-from offpolicy.data.sequences import token_ids
-from offpolicy.data.sources.messages import Fault
+from offpolicy.data.texts.answers import OR, alternatives, joined, right_answers
+from offpolicy.data.texts.messages import Fault
+from offpolicy.data.texts.problems import BOXED, ProblemData, sketch
+from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
-from offpolicy.language.rewards import exact, final_number
+from offpolicy.language.rl.rewards import exact, final_number
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "language")]
 
@@ -207,7 +207,7 @@ def test_a_demonstration_does_not_hold_its_question(tokenizer: str, tmp_path: Pa
 
 
 def test_the_test_set_is_found_in_conversations(tokenizer: str, tmp_path: Path, monkeypatch: Any) -> None:
-    from offpolicy.data import problems
+    from offpolicy.data.texts import problems
 
     monkeypatch.setattr(problems, "known_test", lambda: frozenset([problems.question_hash("secret?")]))
     for prompt in ("secret?", [user("secret?")], [{"role": "system", "content": "x"}, user("secret?")]):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from offpolicy.data.names import describe, resolve
-from offpolicy.data.problems import ProblemData, addition, known_test, question_hash, step_column
 from offpolicy.data.replay import Replay
-from offpolicy.data.sequences import token_ids
+from offpolicy.data.texts.problems import ProblemData, addition, known_test, question_hash, step_column
+from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "language")]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from offpolicy.data import rollouts as r
 from offpolicy.data.replay import Replay
+from offpolicy.data.texts import rollouts as r
 from offpolicy.errors import DataError
 
 

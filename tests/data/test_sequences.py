@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from offpolicy.data.replay import Replay
-from offpolicy.data.sequences import Pairs, PairView, Ragged, Singles, SingleView
+from offpolicy.data.texts.sequences import Pairs, PairView, Ragged, Singles, SingleView
 from offpolicy.errors import DataError
 
 TEXTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11, 12]]

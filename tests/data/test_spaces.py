@@ -17,8 +17,8 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.sources import from_arrays
 from offpolicy.data.spaces import check_suits, known_bounds
 from offpolicy.errors import DataError, UsageError
-from offpolicy.modules import OfflineModule
 from offpolicy.registry import find_method
+from offpolicy.training.module import OfflineModule
 
 N = 40
 CONTROL = (

@@ -20,8 +20,8 @@ from made_tokenizers import made_tokenizer
 from offpolicy.data.names import describe, resolve
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources import open_source
-from offpolicy.data.sources.hf import open_texts, split_by_prompt
-from offpolicy.data.text import TextData, report, samples
+from offpolicy.data.texts.hub import open_texts, split_by_prompt
+from offpolicy.data.texts.module import TextData, report, samples
 from offpolicy.errors import DataError, UsageError
 
 Rows = list[dict[str, Any]]
@@ -189,7 +189,7 @@ def test_a_detection_does_not_depend_on_the_process() -> None:
     """A string prompt with conversations is read the same whatever the hash seed of strings is."""
     row = {"prompt": "Hello there", **D, "messages": [USER, GOOD], **SCORES, "id": 5}
     code = (
-        "from collections import Counter; from offpolicy.data.sources.formats import *; "
+        "from collections import Counter; from offpolicy.data.texts.formats import *; "
         f"row = {row}; source = Source('here', 1, list(row), lambda name: [row[name]]); form = detect(source); "
         "print(form, *records(source, form, Faults('here', 1), Counter()))"
     )
@@ -634,7 +634,7 @@ def test_without_a_network_the_error_comes_within_seconds(tmp_path: Path, monkey
 def test_a_reachable_hub_is_asked_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    from offpolicy.data.sources import hf
+    from offpolicy.data.texts import hub as hf
 
     asked: list[tuple] = []
 

@@ -13,7 +13,7 @@ from offpolicy.data.mixing import mixed
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.replay import Replay
 from offpolicy.data.sampling import bits, keys
-from offpolicy.data.trajectories import ACTION_LIMIT, Channels, TrajectoryView
+from offpolicy.diffusion.trajectories import ACTION_LIMIT, Channels, TrajectoryView
 from offpolicy.errors import DataError, UsageError
 
 CPU = torch.device("cpu")

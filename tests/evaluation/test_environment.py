@@ -9,9 +9,9 @@ import torch
 from gymnasium import spaces
 
 from offpolicy.data.sources import from_arrays
+from offpolicy.environments.checks import EnvironmentFailed
 from offpolicy.errors import UsageError
 from offpolicy.evaluation import rollout
-from offpolicy.evaluation.environment import EnvironmentFailed
 from offpolicy.evaluation.rollout import Evaluator, make_environment
 
 OBS = np.zeros(3, np.float32)

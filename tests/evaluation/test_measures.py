@@ -18,9 +18,7 @@ from toy import toy_replay
 from offpolicy.data.__main__ import main
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.replay import Replay
-from offpolicy.errors import DataError, UsageError
-from offpolicy.evaluation.rollout import Evaluator, NoEnvironment
-from offpolicy.evaluation.synthetic import (
+from offpolicy.diffusion.measures import (
     LEVELS,
     Judge,
     Simulator,
@@ -30,6 +28,8 @@ from offpolicy.evaluation.synthetic import (
     regeneration_metrics,
     sampled,
 )
+from offpolicy.errors import DataError, UsageError
+from offpolicy.evaluation.rollout import Evaluator, NoEnvironment
 
 
 def played(env_id: str, steps: int = 12, **meta: Any) -> Replay:

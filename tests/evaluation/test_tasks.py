@@ -13,11 +13,11 @@ import pytest
 from gymnasium import spaces
 
 import offpolicy
-from offpolicy import screen
-from offpolicy.callbacks import headline
 from offpolicy.evaluate import main
 from offpolicy.evaluation.rollout import Evaluator, close_environment, make_environment
 from offpolicy.evaluation.scores import score_kind, summarize, wilson
+from offpolicy.training import screen
+from offpolicy.training.callbacks import headline
 
 ogbench = pytest.mark.skipif(importlib.util.find_spec("ogbench") is None, reason="needs ogbench")
 SIZES = SimpleNamespace(obs_dim=1, action_dim=1)

@@ -14,7 +14,7 @@ def test_every_part_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.Mo
     for name, value in {"VOCABULARY": 50, "LAYERS": 2, "WIDTH": 32, "PROMPT": 6, "ANSWER": 5, "LR": 1e-2}.items():
         monkeypatch.setattr(preference, name, value)
     preference.prepare(tmp_path, rows=6)
-    monkeypatch.setattr("offpolicy.memory.keep_freed_memory", lambda: True)  # holds for the whole process
+    monkeypatch.setattr("offpolicy.compute.memory.keep_freed_memory", lambda: True)  # holds for the whole process
     plain, *faster = (preference.run_loop(tmp_path, 3, 2, part)["losses"] for part in range(len(preference.PARTS)))
     assert plain[0] == pytest.approx(0.693147, abs=1e-5) and abs(plain[2] - plain[0]) > 1e-3
     for losses in faster:

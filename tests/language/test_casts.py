@@ -13,9 +13,9 @@ import toy
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offpolicy.casts import fresh_casts, kept_casts
+from offpolicy.compute.casts import fresh_casts, kept_casts
 from offpolicy.language import policy as policies
-from offpolicy.language.engines import Request, Sampling, TinyEngine, TransformersEngine
+from offpolicy.language.rl.engines import Request, Sampling, TinyEngine, TransformersEngine
 
 
 class Casts(TorchDispatchMode):

@@ -19,15 +19,15 @@ import toy
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_modules import METHODS
+from offpolicy.compute.matmul import onednn_error
 from offpolicy.data import sampling
-from offpolicy.data.problems import ProblemData
-from offpolicy.data.rollouts import BoundRollouts, make_store, steps_of
-from offpolicy.data.sequences import PairView, SingleView
-from offpolicy.diffusion import GuidanceOptions, SamplerOptions, guidance_schedule, noise_levels
-from offpolicy.language.engines import Request, Sampling, uniforms
+from offpolicy.data.texts.problems import ProblemData
+from offpolicy.data.texts.rollouts import BoundRollouts, make_store, steps_of
+from offpolicy.data.texts.sequences import PairView, SingleView
+from offpolicy.diffusion.sampler import GuidanceOptions, SamplerOptions, guidance_schedule, noise_levels
 from offpolicy.language.layout import group_layout, pair_layout, single_layout
 from offpolicy.language.plan import Plan
-from offpolicy.matmul import onednn_error
+from offpolicy.language.rl.engines import Request, Sampling, uniforms
 from offpolicy.registry import find_method
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from tiny import make_policy, make_tokenizer
 
 from offpolicy.data import sampling
 from offpolicy.errors import DataError, UsageError
-from offpolicy.language.engines import (
+from offpolicy.language.rl.engines import (
     Request,
     Sampling,
     TinyEngine,

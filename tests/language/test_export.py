@@ -225,7 +225,7 @@ def test_a_verifier_of_the_user_and_another_file(whole: Path, place: Path, tmp_p
     numbers = json.loads(out.with_suffix(".json").read_text())
     assert numbers["best_score"] >= numbers["score"] > 0
 
-    from offpolicy.data.text import TextData
+    from offpolicy.data.texts.module import TextData
 
     data = TextData(str(out), eval_fraction=0.0, on_bad="drop", max_bad=1.0)
     data.bind_tokenizer(str(place / "policy"))
@@ -241,7 +241,7 @@ def test_answers_of_a_folder_of_transformers(place: Path, monkeypatch: Any, tmp_
 
 
 def test_help_names_every_verifier(capsys: Any) -> None:
-    from offpolicy.language.rewards import VERIFIERS
+    from offpolicy.language.rl.rewards import VERIFIERS
 
     with pytest.raises(SystemExit):
         generate.main(["--help"])

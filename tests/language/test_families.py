@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from offpolicy.data.sequences import Pairs, Ragged
+from offpolicy.data.texts.sequences import Pairs, Ragged
 from offpolicy.errors import UsageError
-from offpolicy.language.engines import Request, Sampling, make_engine
 from offpolicy.language.generation import sample
 from offpolicy.language.layout import pair_layout, score, shared_fault, shares_prompt
 from offpolicy.language.noise import without_noise
 from offpolicy.language.reading import way_of
+from offpolicy.language.rl.engines import Request, Sampling, make_engine
 
 STEPS = 5
 

@@ -13,7 +13,7 @@ from made_tokenizers import made_tokenizer
 from tiny import make_policy, write_pairs
 
 from offpolicy import generate
-from offpolicy.data.problems import MARKED
+from offpolicy.data.texts.problems import MARKED
 from offpolicy.errors import DataError, UsageError
 
 TEMPLATE = (  # a turn of the user is put between "a" and "z", with "tool" in front where there are tools

@@ -13,13 +13,14 @@ import pytest
 import torch
 from tiny import make_policy, write_pairs
 
-from offpolicy import callbacks, evaluate, fit, load
+from offpolicy import evaluate, fit, load
 from offpolicy.api import data_name
-from offpolicy.arguments import read_command
-from offpolicy.cli import parse
-from offpolicy.data.text import TextData
+from offpolicy.cli.arguments import read_command
+from offpolicy.cli.parser import parse
+from offpolicy.data.texts.module import TextData
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
+from offpolicy.training import callbacks
 
 SMALL = ["--data", "pairs.jsonl", "--model.policy", "policy", "--model.batch_size", "16", "--model.lr", "1e-3"]
 

@@ -15,9 +15,9 @@ from tiny import fit, method, run_pair
 from toy import differences, run_files
 
 import offpolicy as op
-from offpolicy.checkpoint import read_checkpoint
 from offpolicy.language.reference import Cache
 from offpolicy.language.sharding import FullySharded
+from offpolicy.training.checkpoints import read_checkpoint
 
 LAST = 5  # 13 rows in steps of 4: a last step of one row, which leaves one process without
 # name → (method, options, options of the Trainer)

@@ -14,10 +14,10 @@ from tiny import fit, make_policy, method
 from toy import differences, run_files
 
 import offpolicy as op
-from offpolicy import callbacks
-from offpolicy.checkpoint import newest_checkpoint
 from offpolicy.errors import DataError
 from offpolicy.files import Table
+from offpolicy.training import callbacks
+from offpolicy.training.checkpoints import newest_checkpoint
 
 HALF, LAST = 3, 7
 

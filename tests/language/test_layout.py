@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import FileStore
 
-from offpolicy.data.sequences import Pairs, Ragged, Singles
+from offpolicy.data.texts.sequences import Pairs, Ragged, Singles
 from offpolicy.errors import UsageError
 from offpolicy.language.layout import pair_layout, score, shares_prompt, single_layout
 

@@ -8,7 +8,7 @@ import pytest
 from tiny import make_policy, method, write_pairs
 from toy import quiet
 
-from offpolicy.data.text import TextData
+from offpolicy.data.texts.module import TextData
 
 PAIRED = ("DPO", "CDPO", "RDPO", "RPO", "IPO", "SimPO", "CPO", "ORPO")
 REFERENCE = ("DPO", "CDPO", "RDPO", "RPO", "IPO")

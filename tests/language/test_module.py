@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from tiny import fit, make_policy, method, toy_pairs, write_pairs
 
 import offpolicy as op
-from offpolicy.data.text import TextData
+from offpolicy.data.texts.module import TextData
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.meters import RowMeter
 from offpolicy.language.module import LanguageModule

@@ -12,13 +12,13 @@ import pytest
 import torch
 from tiny import fit, make_policy, method, toy_pairs
 
-from offpolicy.data.rollouts import Rollouts
-from offpolicy.data.sequences import Ragged
+from offpolicy.data.texts.rollouts import Rollouts
+from offpolicy.data.texts.sequences import Ragged
 from offpolicy.errors import UsageError
-from offpolicy.language.critic import Critic
 from offpolicy.language.generation import positions
 from offpolicy.language.layout import group_layout
 from offpolicy.language.policy import open_model, without_dropout
+from offpolicy.language.rl.critic import Critic
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_rl import fit, make_policy, method, toy_problems
 
-from offpolicy.data.sequences import token_ids
+from offpolicy.data.texts.sequences import token_ids
 from offpolicy.files import Table
-from offpolicy.language.records import Recorder
+from offpolicy.language.rl.records import Recorder
 
 CASES: dict[str, dict[str, Any]] = {"GRPO": {}, "ReMix": {"reincarnation": 3}, "RLPlus": {"micro_batch_size": 3}}
 SAME = ("loss", "reward/own", "ratio/ess", "ratio/clipped", "kl/behavior", "kl/base", "entropy", "answers/length")

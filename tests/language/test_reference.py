@@ -14,11 +14,11 @@ import torch
 from tiny import fit, make_policy, method, toy_pairs
 
 import offpolicy as op
-from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
-from offpolicy.data.sequences import PairView
+from offpolicy.data.texts.sequences import PairView
 from offpolicy.errors import UsageError
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import Cache, Reference, columns_of, texts_digest
+from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
 
 @pytest.fixture

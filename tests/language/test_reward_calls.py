@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from offpolicy.errors import DataError, UsageError
-from offpolicy.language.reward_calls import Watchdog, bind
-from offpolicy.language.rewards import Rewards, Tally, resolve_verifier
+from offpolicy.language.rl.reward_calls import Watchdog, bind
+from offpolicy.language.rl.rewards import Rewards, Tally, resolve_verifier
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 

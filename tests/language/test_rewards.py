@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from offpolicy.errors import UsageError
-from offpolicy.language import mathematics, rewards
-from offpolicy.language.rewards import (
+from offpolicy.language.rl import mathematics, rewards
+from offpolicy.language.rl.rewards import (
     Format,
     Length,
     Rewards,

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from tiny import make_policy
 
-from offpolicy import callbacks, evaluate, fit, generate, load
+from offpolicy import evaluate, fit, generate, load
 from offpolicy.data.replay import Replay
 from offpolicy.files import Table
+from offpolicy.training import callbacks
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model.batch_size", "8", "--model.group_size", "4", "--model.max_new_tokens", "6"]

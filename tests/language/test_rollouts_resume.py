@@ -15,12 +15,12 @@ import torch
 from tiny_rl import fit, make_policy, method, toy_problems
 from toy import differences, run_files
 
-from offpolicy.checkpoint import newest_checkpoint, read_checkpoint
 from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
-from offpolicy.language.answering import Answering
-from offpolicy.language.engines import TransformersEngine
+from offpolicy.language.rl.answering import Answering
+from offpolicy.language.rl.engines import TransformersEngine
+from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
 # method, options, updates after which the run is cut, and in all; iterations of ReMix begin at 0, 2, 6, 10 and 12
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from made_tokenizers import made_tokenizer
 
-from offpolicy.data.problems import open_problems
-from offpolicy.data.sequences import token_ids
+from offpolicy.data.texts.problems import open_problems
+from offpolicy.data.texts.sequences import token_ids
+from offpolicy.data.texts.stops import stop_ids, turn_end
 from offpolicy.language.generation import unended
-from offpolicy.language.stops import stop_ids, turn_end
 
 START = "{% for m in messages %}"
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

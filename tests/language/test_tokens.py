@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from made_tokenizers import KINDS, made_tokenizer
 
-from offpolicy.errors import DataError, UsageError
-from offpolicy.language.tokens import (
+from offpolicy.data.texts.tokens import (
     CHUNK,
     Encoded,
     Limits,
@@ -17,6 +16,7 @@ from offpolicy.language.tokens import (
     load_tokenizer,
     prompt_ids,
 )
+from offpolicy.errors import DataError, UsageError
 
 
 def one(prompt, *answers, kind="byte_level", chat=False, **limits) -> Encoded:
@@ -132,7 +132,7 @@ def test_many_rows_come_in_order_whatever_the_size_of_a_chunk(monkeypatch: pytes
     tokenizer = made_tokenizer()
     together = list(encode(rows, tokenizer))
     assert CHUNK > 40
-    monkeypatch.setattr("offpolicy.language.tokens.CHUNK", 7)
+    monkeypatch.setattr("offpolicy.data.texts.tokens.CHUNK", 7)
     for a, b in zip(together, encode(rows, tokenizer)):
         np.testing.assert_array_equal(a.prompt, b.prompt)
         np.testing.assert_array_equal(a.answers[0], b.answers[0])

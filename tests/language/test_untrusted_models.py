@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny import make_policy
 
+from offpolicy.data.texts.tokens import load_tokenizer
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.policy import build_model, describe_model, dtype_of, open_adapter, open_model, plain_attention
-from offpolicy.language.tokens import load_tokenizer
 from offpolicy.trust import trusting
 
 EVIL = """

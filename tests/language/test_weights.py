@@ -11,10 +11,10 @@ import torch
 from tiny import fit, make_policy, method, toy_pairs
 
 from offpolicy.data.replay import Replay
-from offpolicy.data.sequences import PairView, SingleView
+from offpolicy.data.texts.sequences import PairView, SingleView
 from offpolicy.errors import DataError
 from offpolicy.language.meters import RowMeter
-from offpolicy.language.scores import TokenMean
+from offpolicy.losses.scores import TokenMean
 
 WEIGHTS = np.array([1, 2, 0, 1, 3])
 
@@ -85,7 +85,7 @@ def test_the_loss_of_kto_is_weighted(policy: Path) -> None:
 def test_the_held_out_loss_is_weighted(name: str, policy: Path) -> None:
     from toy import quiet
 
-    from offpolicy.data.text import TextData
+    from offpolicy.data.texts.module import TextData
 
     found = []
     held_out = toy_pairs(5, seed=1, weight=WEIGHTS.astype(float))
@@ -110,8 +110,8 @@ def test_weights_that_cannot_be_used_are_refused(value: float, message: str, vie
 def test_negative_weights_of_a_file_name_their_row(tmp_path: Path) -> None:
     import json
 
-    from offpolicy.data.sources.hf import open_texts
-    from offpolicy.language.tokens import load_tokenizer
+    from offpolicy.data.texts.hub import open_texts
+    from offpolicy.data.texts.tokens import load_tokenizer
 
     rows = [{"prompt": f"{i} ", "chosen": "a", "rejected": "b", "weight": 1.0 - (i == 3) * 2} for i in range(20)]
     path = tmp_path / "rows.jsonl"

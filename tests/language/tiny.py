@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 
-from offpolicy.callbacks import RunFolder
-from offpolicy.checkpoint_io import AtomicCheckpointIO
 from offpolicy.data.replay import Replay
-from offpolicy.data.text import TextData
+from offpolicy.data.texts.module import TextData
 from offpolicy.language.module import LanguageModule
 from offpolicy.registry import find_method
+from offpolicy.training.callbacks import RunFolder
+from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 VOCABULARY = 64

@@ -12,9 +12,9 @@ from lightning.pytorch import Callback
 from tiny import make_policy
 from toy import UndrawnFolder, quiet
 
-from offpolicy.data.problems import ProblemData
 from offpolicy.data.replay import Replay
-from offpolicy.language.rollouts import RolloutModule
+from offpolicy.data.texts.problems import ProblemData
+from offpolicy.language.rl.rollouts import RolloutModule
 from offpolicy.registry import find_method
 
 SMALL: dict[str, Any] = {

@@ -15,7 +15,7 @@ from torch.distributions.transforms import TanhTransform
 
 from lightning_modules.cql import CQL
 from offpolicy.errors import UsageError
-from offpolicy.modules import Sizes
+from offpolicy.training.module import Sizes
 
 SMALL: dict[str, Any] = {"actor_hidden_dims": (8, 8), "critic_hidden_dims": (8, 8), "num_actions": 3}
 

@@ -15,7 +15,7 @@ from lightning_modules.decision_transformer import DecisionTransformer, Transfor
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import Windows
 from offpolicy.errors import UsageError
-from offpolicy.modules import Sizes
+from offpolicy.training.module import Sizes
 
 SMALL: dict[str, Any] = {"context_length": 4, "embed_dim": 8, "num_layers": 2, "dropout": 0.0, "batch_size": 6}
 

@@ -13,7 +13,7 @@ from torch.distributions import Normal
 
 from lightning_modules.edac import EDAC, SACN, diversity_loss
 from offpolicy.errors import UsageError
-from offpolicy.modules import Sizes
+from offpolicy.training.module import Sizes
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8), "num_critics": 4}
 

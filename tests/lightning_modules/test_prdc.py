@@ -17,7 +17,7 @@ from lightning_modules.td3bc import TD3BC
 from offpolicy.data import neighbors
 from offpolicy.data.views import Transitions
 from offpolicy.errors import UsageError
-from offpolicy.modules import Sizes
+from offpolicy.training.module import Sizes
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8)}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.module import LanguageModule
-from offpolicy.language.scores import PairScores, Scores, SingleScores
+from offpolicy.losses.scores import PairScores, Scores, SingleScores
 from offpolicy.registry import resolve_method
 
 PAIRED = ("DPO", "CDPO", "RDPO", "RPO", "IPO", "SimPO", "CPO", "ORPO")

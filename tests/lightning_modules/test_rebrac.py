@@ -11,7 +11,7 @@ from plain import assert_same, assert_seeds_equal, made_batch, plain_mlp, ready
 
 from lightning_modules.rebrac import ReBRAC
 from offpolicy.errors import UsageError
-from offpolicy.modules import Sizes
+from offpolicy.training.module import Sizes
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8, 8), "batch_size": 16}
 

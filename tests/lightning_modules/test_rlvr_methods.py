@@ -13,8 +13,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from offpolicy.data.rollouts import DEMONSTRATION, OWN
-from offpolicy.data.sequences import token_ids
+from offpolicy.data.texts.rollouts import DEMONSTRATION, OWN
+from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
 

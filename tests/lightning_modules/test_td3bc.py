@@ -22,7 +22,7 @@ from lightning_modules.bc import BC
 from lightning_modules.td3bc import TD3BC
 from offpolicy.data.views import Noise, Transitions
 from offpolicy.errors import UsageError
-from offpolicy.modules import Sizes
+from offpolicy.training.module import Sizes
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8)}
 

@@ -17,7 +17,7 @@ from toy import fit, method, toy_replay
 import offpolicy as op
 from lightning_modules.trajectory_diffusion import TrajectoryDiffusion
 from offpolicy.data.replay import Replay
-from offpolicy.diffusion import GuidanceOptions, SamplerOptions, to_replay
+from offpolicy.diffusion.sampler import GuidanceOptions, SamplerOptions, to_replay
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
 from offpolicy.losses.diffusion import denoise, loss_weight

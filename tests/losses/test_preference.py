@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from offpolicy.language.scores import PairScores, Scores, TokenMean
 from offpolicy.losses.preference import (
     NLL_FORMS,
     cdpo_loss,
@@ -28,6 +27,7 @@ from offpolicy.losses.preference import (
     rdpo_loss,
     simpo_loss,
 )
+from offpolicy.losses.scores import PairScores, Scores, TokenMean
 
 RATES = [0.0, 0.1, 0.3, 0.45]
 

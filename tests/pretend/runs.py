@@ -31,16 +31,16 @@ import tiny_rl  # noqa: E402
 import toy  # noqa: E402
 
 import offpolicy  # noqa: E402
-from offpolicy import callbacks  # noqa: E402
-from offpolicy.checkpoint import read_checkpoint  # noqa: E402
-from offpolicy.data.problems import ProblemData  # noqa: E402
-from offpolicy.data.text import TextData  # noqa: E402
+from offpolicy.data.texts.module import TextData  # noqa: E402
+from offpolicy.data.texts.problems import ProblemData  # noqa: E402
 from offpolicy.export import export  # noqa: E402
-from offpolicy.goals import GoalModule  # noqa: E402
 from offpolicy.language import policy as policies  # noqa: E402
 from offpolicy.language.generation import sample  # noqa: E402
-from offpolicy.modules import OfflineModule, Sizes  # noqa: E402
 from offpolicy.registry import find_method  # noqa: E402
+from offpolicy.training import callbacks  # noqa: E402
+from offpolicy.training.checkpoints import read_checkpoint  # noqa: E402
+from offpolicy.training.goals import GoalModule  # noqa: E402
+from offpolicy.training.module import OfflineModule, Sizes  # noqa: E402
 
 SMALL: dict[str, Any] = {  # options that a method may have, for methods without a line in `toy.METHODS`
     "batch_size": 16,

@@ -25,8 +25,8 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.sources.fetch import Lock, check_network, corrupt, open_hdf5
 from offpolicy.data.spaces import bounds_meta
 from offpolicy.data.validate import Raw
+from offpolicy.environments.wrappers import names, obstacle, wrappers_of
 from offpolicy.errors import DataError, UsageError, listed
-from offpolicy.evaluation.wrappers import names, obstacle, wrappers_of
 from offpolicy.trust import check_environment
 
 PRECISION_LIMIT = 1 << 23  # numbers of one episode that are read a second time, as float64

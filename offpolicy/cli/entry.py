@@ -1,0 +1,53 @@
+"""What the commands of this library share: exit codes, and modules that can be called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NoReturn
+
+from offpolicy.compute.processes import ProcessLost
+from offpolicy.errors import DataError, DivergenceError, UsageError
+from offpolicy.files import WriteError
+
+USAGE, DATA, DIVERGED, MACHINE, CTRL_C = 2, 3, 4, 1, 130  # exit codes; 128 + signal number after an interruption
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command on ``sys.argv`` and leave with its exit code.
+
+    0 done, 2 a misspelt or impossible option, 3 data that cannot be used, 4 training that diverged, 1 a disk or
+    folder that cannot be written or another process of the run that ended, 130 and 143 after Ctrl-C and SIGTERM. A
+    user's mistake is one message without a traceback.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own class lies beside the command
+    try:
+        code = main(sys.argv[1:])
+    except DivergenceError as error:  # a UsageError too
+        code = _say(error, DIVERGED)
+    except UsageError as error:
+        code = _say(error, USAGE)
+    except DataError as error:
+        code = _say(error, DATA)
+    except (WriteError, ProcessLost) as error:
+        code = _say(error, MACHINE)
+    except KeyboardInterrupt:
+        code = _say("Interrupted.", CTRL_C)
+    sys.exit(code)
+
+
+def _say(message: object, code: int) -> int:
+    print(f"Error: {message}" if code != CTRL_C else message, file=sys.stderr)
+    return code
+
+
+class CallableModule(ModuleType):
+    """A module behind ``python -m offpolicy.NAME`` that is also the function ``offpolicy.NAME(...)`` of the API."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        function = getattr(importlib.import_module("offpolicy.api"), self.__name__.rpartition(".")[2])
+        return function(*args, **kwargs)

@@ -1,0 +1,339 @@
+"""From a read command to a run: Lightning's parser for types and objects, then :func:`offpolicy.api.fit`."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import math
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from itertools import pairwise
+from typing import Any
+
+import jsonargparse
+from jsonargparse import ArgumentError
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+
+from offpolicy import api
+from offpolicy.cli.arguments import Command, check_options, nested, whole_text
+from offpolicy.data.module import DataModule
+from offpolicy.errors import DataError, UsageError
+from offpolicy.given import is_whole_type, seed_number
+from offpolicy.registry import import_class
+from offpolicy.training import screen
+from offpolicy.training.module import Module, OfflineModule
+from offpolicy.training.options import RunOptions
+from offpolicy.trust import ALL, NAME, OWN, check_class, speaking, words
+
+EPOCHS, LEAST_STEPS = 100, 10_000  # of data of the user's own, where nobody says how many updates
+MAX_STEPS = 1_000_000  # where neither a recipe nor the user says; what published numbers mostly use
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI that makes the method and the data, and leaves the Trainer to :func:`offpolicy.api.fit`."""
+
+    def __init__(self, args: list[str], method: type[Module] = OfflineModule) -> None:
+        self.method = method
+        max_steps = MAX_STEPS if issubclass(method, OfflineModule) else -1  # -1: as the method plans
+        super().__init__(
+            Module,
+            method.data_class(),
+            save_config_callback=None,
+            trainer_defaults={"max_steps": max_steps, **api.TRAINER_DEFAULTS},
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"prog": "python -m offpolicy.fit", "allow_abbrev": False, "exit_on_error": False},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_class_arguments(RunOptions, "run")
+        parser.set_defaults({f"run.{name}": value for name, value in self.method.run_defaults.items()})
+        parser.add_argument("--recipe", type=str, default="auto", help="auto, none, or a recipe of the method by name")
+        parser.add_argument("--root", type=str, default="runs", help="where run folders are made")
+        parser.add_argument("--folder", type=str | None, default=None, help="the run folder, instead of one under root")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="last, a run folder or a checkpoint")
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        self.config = parser.parse_args(args)
+        seed = self.config.seed_everything
+        if isinstance(seed, bool):
+            raise UsageError(f"--seed_everything is {str(seed).lower()}; expected a whole number.")
+        self.config.seed_everything = seed_number(seed, "seed_everything")
+        check_classes(self.config.as_dict())
+
+    def instantiate_classes(self) -> None:
+        """Make data, run options and the Trainer's parts; the method directly, so that its own errors arrive whole."""
+        config = self.config.clone()
+        model = config.pop("model")
+        try:
+            self.config_init = self.parser.instantiate_classes(config)
+        except (ModuleNotFoundError, ValueError) as error:
+            if isinstance(error, (UsageError, DataError)):
+                raise
+            raise UsageError(unmade(error)) from error
+        self.model = import_class(model.class_path)(**model.get("init_args", {}))
+        self.datamodule = self.config_init.data
+
+    def _set_seed(self) -> None:
+        """Lightning's parser would seed the process here, and takes no seed above 2³²; ``fit`` does it."""
+
+    def settings_file(self) -> str:
+        """What ``--config`` takes to repeat this run, all values written out."""
+        config = self.config.clone()
+        config.recipe, config.folder, config.ckpt_path = "none", None, None
+        return self.parser.dump(config, skip_none=False)
+
+
+def run_command(command: Command) -> int:
+    """Train as asked; returns the exit code: 0, or 128 + signal after an interruption."""
+    with speaking(command.words):
+        return _run(command)
+
+
+def _run(command: Command) -> int:
+    cli = parse(command)
+    chosen = updates_for_own_data(command, cli)
+    options = dict(cli.config_init.trainer)
+    origin = api.Origin(
+        config=cli.settings_file(),
+        command=shlex.join(["python", "-m", "offpolicy.fit", *sys.argv[1:]]),
+        lines=lines(command, cli.config) + ([screen.line("note", chosen)] if chosen else []),
+    )
+    options.pop("max_steps")
+    max_steps = cli.config.trainer.max_steps
+    result = api.fit(
+        cli.model,
+        cli.datamodule,
+        max_steps=None if max_steps == -1 else max_steps,
+        seed=int(cli.config.seed_everything),
+        folder=cli.config.folder,
+        root=cli.config.root,
+        ckpt_path=cli.config.ckpt_path,
+        origin=origin,
+        **options,
+        **asdict(cli.config_init.run),
+    )
+    return 128 + result.interrupted if result.interrupted else 0
+
+
+def updates_for_own_data(command: Command, cli: FitCLI) -> str:
+    """Choose the number of updates by the size of data that no recipe is for, unless the user said it.
+
+    About 100 epochs, but at least 10,000 updates and at most the 1,000,000 of known tasks.
+
+    Returns:
+        A sentence for the first screen; empty where nothing was chosen.
+    """
+    said = "trainer.max_steps" in {*command.settings, *(name for name, _ in command.flags)}
+    if said or not command.own_data or not isinstance(cli.model, OfflineModule):
+        return ""
+    with api.quiet():
+        rows = cli.datamodule.load().num_steps
+    wanted = math.ceil(EPOCHS * rows / cli.model.option("batch_size", 256))
+    cli.config.trainer.max_steps = min(max(wanted, LEAST_STEPS), MAX_STEPS)
+    return (
+        f"{EPOCHS} epochs of {rows:,} steps, within {LEAST_STEPS:,} and {MAX_STEPS:,} updates, as no recipe is for "
+        "these data; --trainer.max_steps says otherwise."
+    )
+
+
+def parse(command: Command) -> FitCLI:
+    """Check the options against the method's signature, then types, then build method and data.
+
+    Raises:
+        UsageError: one sentence naming the option, what was found and what is expected.
+        SystemExit: after printed help or settings.
+    """
+    with speaking(command.words):
+        return _parse(command)
+
+
+def _parse(command: Command) -> FitCLI:
+    method = import_class(command.method)
+    if not (isinstance(method, type) and issubclass(method, Module)):
+        raise UsageError(
+            f"`model` is {command.method}; expected a subclass of offpolicy.OfflineModule or LanguageModule."
+        )
+    data_class = method.data_class()
+    if command.texts is not None:
+        check_kind(command, method)
+    helping = any(name in ("help", "model.help") for name, _ in command.flags)
+    if helping:
+        args = command.parser_args
+    else:
+        known = {"model": method_options(method), "data": option_types(data_class), "trainer": option_types(Trainer)}
+        known["run"] = {f.name: str(f.type) for f in fields(RunOptions)}
+        if None in known["model"].values():  # **kwargs: the parser knows more
+            del known["model"]
+        check_options([*command.settings, *(name for name, _ in command.flags)], known, method.__name__)
+        take_whole_numbers(command, known)
+        args = ["--config", json.dumps(nested(command.settings)), *command.parser_args]
+    signal_handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with api.quiet(), only_allowed_names():
+            made = FitCLI(args, method)
+    except ArgumentError as error:
+        raise UsageError(one_sentence(str(error), known)) from None
+    finally:
+        signal.signal(signal.SIGTERM, signal_handler)
+    for name in ("folder", "ckpt_path"):  # the parser takes a folder that is called null for none
+        given = [value for flag, value in command.flags if flag == name] or [command.settings.get(name)]
+        made.config[name] = given[-1]
+    return made
+
+
+def take_whole_numbers(command: Command, known: Mapping[str, Mapping[str, str | None]]) -> None:
+    """Let options of whole numbers take 1e6 and 4.0; other options keep what they were given, as names may look so."""
+
+    def taken(name: str, value: Any) -> Any:
+        group, _, option = name.partition(".")
+        kind = "int" if group not in known and option else known.get(group, {}).get(option)
+        return whole_text(value) if name == "seed_everything" or is_whole_type(kind) else value
+
+    command.flags = [(name, taken(name, value)) for name, value in command.flags]
+    command.settings = {name: taken(name, value) for name, value in command.settings.items()}
+
+
+def check_classes(config: Mapping[str, Any]) -> None:
+    """Every class that the parser would make and that a file names.
+
+    Raises:
+        UsageError: one that is not trusted.
+    """
+    for key, value in config.items():
+        rest = value.get("init_args") if key == "model" and isinstance(value, Mapping) else value
+        for path in class_paths(rest):
+            check_class(path, key, of_trainer=key == "trainer")
+
+
+def class_paths(value: Any) -> Iterator[Any]:
+    """The ``class_path`` of every class in nested settings."""
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            yield value["class_path"]
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from class_paths(part)
+
+
+@contextlib.contextmanager
+def only_allowed_names() -> Iterator[None]:
+    """Let the parser import nothing that a file may not name; versions of it that cannot promise that are checked by
+    :func:`offpolicy.trust.check_settings` and :func:`check_classes` alone."""
+    settings, now = getattr(jsonargparse._common, "parsing_settings", {}), words()
+    before, known = dict(settings), inspect.signature(jsonargparse.set_parsing_settings).parameters
+    rules: dict[str, Any] = {"instantiate_subclass_spec_in_any": False}
+    if ALL not in now.packages:
+        names = {name for name in now.names if NAME.fullmatch(name) and ":" not in name}
+        allowed = {*OWN, "lightning", *now.packages, *names} - {"jsonargparse"}
+        rules |= {"import_path_denylist": ["*"], "import_path_allowlist": sorted(allowed)}
+    try:
+        if rules := {name: rule for name, rule in rules.items() if name in known}:
+            jsonargparse.set_parsing_settings(**rules)
+        yield
+    finally:
+        settings.update(before)
+
+
+def check_kind(command: Command, method: type[Module]) -> None:
+    """Answer data of the other world: texts for a control method, or steps for a language model."""
+    if (method.data_class() is DataModule) == (not command.texts):
+        return
+    name, data = method.__name__, command.settings["data.name"]
+    if command.texts:
+        raise UsageError(f"{name} is a control method and {data} holds texts; expected steps. Choose DPO or the like.")
+    raise UsageError(
+        f"{name} tunes a language model on texts"
+        + (f", which {data} does not hold" if command.data_given else " and needs --data")
+        + "; expected a .jsonl, .json, .parquet or .arrow file, a folder written by `datasets`, or a hub id org/name."
+    )
+
+
+def method_options(method: type) -> dict[str, str | None]:
+    """The options of a method by name, with those of the base class that ``**kwargs`` stand for."""
+    found: dict[str, str | None] = {}
+    for cls in method.__mro__:
+        if "__init__" in vars(cls):
+            found = option_types(cls) | {k: v for k, v in found.items() if v is not None}
+            if None not in found.values():
+                break
+    return found
+
+
+def option_types(cls: type) -> dict[str, str | None]:
+    """Option → its type as written, of a class; None for ``**kwargs``. Fields of a dataclass as ``option.field``."""
+    found: dict[str, str | None] = {}
+    for name, p in inspect.signature(cls).parameters.items():
+        found[name] = None if p.kind is p.VAR_KEYWORD else inspect.formatannotation(p.annotation).strip("'")
+        if is_dataclass(p.default):
+            found |= {f"{name}.{f.name}": str(f.type) for f in fields(p.default)}
+    return found
+
+
+def one_sentence(message: str, known: Mapping[str, Mapping[str, str | None]]) -> str:
+    """The parser's nested report as one sentence: option, found, expected."""
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    found = re.findall(r"Got value: (.*)|Given value: (?!NestedArg|Namespace)(.*)", message)
+    if not keys:
+        return " ".join(message.split())
+    key = f"model.{keys[-1]}" if keys[0] == "model" and len(keys) > 1 else keys[-1]
+    group, _, option = key.partition(".")
+    types = known.get(group, {})
+    expected = (
+        types.get(option, types.get(option.split(".")[0])) if option else {"seed_everything": "int"}.get(key, "str")
+    )
+    if not (found and expected):
+        plain = re.compile(r"Expected a <class|Subtypes|Errors:|Given value|Parser key|Does not validate")
+        details = [text.strip(" -") for text in message.splitlines() if text.strip() and not plain.search(text)]
+        return f"--{key} cannot be used: {' '.join(details)}"
+    value = next((text for text in found[0] if text), "")
+    expected = PLAINLY.get(key, expected)
+    return f"--{key} is '{value}'; expected {expected}. See --{'model.help' if group == 'model' else 'help=all'}."
+
+
+def unmade(error: Exception) -> str:
+    """Why a part of the Trainer, such as a logger, could not be made, from the parser's report."""
+    text = str(error)
+    named = re.search(r"class_path '([^']+)'", text)
+    part = named[1].rpartition(".")[2] if named else "a part of the Trainer"
+    absent = re.search(r"Requirement '([\w.-]+)|No module named '([\w-]+)|pip install (?:-U )?'?([\w.-]+)", text)
+    if absent:
+        package = next(name for name in absent.groups() if name)
+        return (
+            f"{part} needs {package}, which is not installed. Install it: pip install {package}; or leave {part} out."
+        )
+    lines = [line.strip(" -") for line in text.splitlines()]
+    reasons = [after for before, after in pairwise(lines) if "class_path" in before] or lines
+    return f"{part} cannot be made: {' '.join(reasons[0].split())[:300]} Correct its options, or leave it out."
+
+
+PLAINLY = {  # option → what it takes, where its type would fill the screen
+    "trainer.logger": "false, or the import path of a logger, such as lightning.pytorch.loggers.CSVLogger with "
+    "--trainer.logger.save_dir DIR",
+    "trainer.precision": "one of '32-true', 'bf16-mixed', 'bf16-true' and '64-true'",
+    "trainer.callbacks": "the import path of a callback, such as lightning.pytorch.callbacks.LearningRateMonitor",
+}
+
+
+def lines(command: Command, config: Any) -> list[str]:
+    """Recipe and notes for the first screen."""
+    if command.recipe is None:
+        name = command.method.rpartition(".")[2]
+        shown = [screen.line("recipe", f"none for {name} on these data: the defaults of the class and of --run")]
+        shown = shown if command.settings["recipe"] == "auto" else []
+    else:
+        used = {f"model.{k}": v for k, v in config.model.init_args.items()}
+        used |= {f"{group}.{k}": v for group in ("run", "data", "trainer") for k, v in config[group].items()}
+        shown = screen.recipe_lines(command.recipe, used)
+    return shown + [screen.line("note", note) for note in command.notes]

@@ -1,0 +1,236 @@
+"""How a policy answers the problems of an iteration: the engine is asked, demonstrations are added, all are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from offpolicy.data.replay import Replay
+from offpolicy.data.sampling import permutation
+from offpolicy.data.texts import rollouts as store_of
+from offpolicy.data.texts.answers import alternatives
+from offpolicy.data.texts.problems import Problems, step_column
+from offpolicy.data.texts.rollouts import DEMONSTRATION, OWN
+from offpolicy.data.texts.sequences import token_ids
+from offpolicy.errors import DataError, UsageError
+from offpolicy.language import policy as policies
+from offpolicy.language.generation import prompt_text, stop_ids, unended
+from offpolicy.language.rl.engines import Completion, Request, Sampling, make_engine, room
+from offpolicy.language.rl.rewards import Rewards, Scored
+from offpolicy.losses.health import group_metrics
+from offpolicy.trust import speaking, trusting
+
+
+class Stopped(Exception):
+    """The user wants to stop while answers are drawn."""
+
+
+class Answering:
+    """The answers of a method in training.
+
+    Attributes:
+        problems: what is asked.
+        rewards: what judges.
+        engine: what answers.
+        length: longest answer in tokens.
+    """
+
+    def __init__(self, method: Any, problems: Replay, tokenizer: Any) -> None:
+        h = method.hparams
+        self.method, self.problems, self.tokenizer = method, problems, tokenizer
+        with speaking(method.words), trusting(in_file=method.words.in_file or not h.rewards):
+            self.rewards = Rewards(
+                h.rewards or [problems.meta.get("reward", "exact")],  # of the data: from a file
+                columns=problems.meta.get("source_columns", ()),
+                seconds=h.reward_seconds,
+            )
+        for asked in (problems, method.eval_problems):
+            if asked is not None:
+                self._check_answers(asked)
+        self._columns: dict[tuple[int, str], list[Any]] = {}  # of the data, that rewards ask for
+        self.engine: Any = None
+        self.length = 0
+
+    def _check_answers(self, problems: Replay) -> None:
+        """Stop where a reward compares with right answers and there are none."""
+        needs, meta = self.rewards.verifiers, problems.meta
+        if not needs or problems.tables["problems/answer"].astype(bool).any():
+            return
+        raise DataError(
+            f"{meta.get('name', 'the data')} has the columns {', '.join(meta.get('source_columns', ()))} and no right "
+            f"answers, with which the reward {needs[0]} compares; expected a column of answers, as in --data.columns "
+            "'{\"answer\": \"…\"}', or rewards that need none, as in --model.rewards '[package.module.function]'."
+        )
+
+    def open(self) -> int:
+        """Get ready for the policy, once it is known; returns the tokens of the longest prompt with its answer."""
+        method, h = self.method, self.method.hparams
+        prompts = self.problems.length[self.problems.tables["problems"][:, 0]]
+        self.length = room(policies.base_of(method.model), int(prompts.max()), h.max_new_tokens)
+        with speaking(method.words):
+            self.engine = make_engine(
+                h.engine, batch_size=h.generation_batch, records=h.records, tokenizer=self.tokenizer
+            )
+        return int(prompts.max()) + self.length
+
+    def fresh(self, k: int, groups: int, seen: int) -> tuple[Replay, dict[str, float]]:
+        """New answers of the policy, and demonstrations, judged; the same on every process.
+
+        Args:
+            k: the iteration.
+            groups: problems to be answered.
+            seen: problems answered before.
+
+        Returns:
+            Their store, and facts for the metrics.
+
+        Raises:
+            Stopped: the user wants to stop.
+        """
+        method, h, table = self.method, self.method.hparams, self.problems.tables["problems"]
+        problems = self._next_problems(groups, seen)
+        given = table[problems, 1]
+        shown = (given >= 0) & (h.demonstrations > 0)
+        world, rank = method.world_size, method.global_rank if method.world_size > 1 else 0
+        mine = np.arange(rank, groups, world)
+        requests = [
+            Request(token_ids(self.problems, table[problems[i], 0]), int(i), h.group_size - int(shown[i])) for i in mine
+        ]
+        stops = method.wants_to_stop
+        answers = self.engine.generate(requests, self.sampling(k), stops)
+        if method.trainer.strategy.reduce_boolean_decision(stops(), all=False):
+            raise Stopped
+        made: list[dict[str, Any]] = []
+        for i, some in zip(mine, answers):
+            for answer in some:
+                made.append(_row(int(i), int(problems[i]), OWN, answer))
+            if shown[i]:
+                token = token_ids(self.problems, given[i])[: self.length]
+                logp = step_column(self.problems, given[i], "logp")[: self.length]
+                whole = len(token) == self.problems.length[given[i]]
+                made.append(_row(int(i), int(problems[i]), DEMONSTRATION, Completion(token, logp, bool(whole))))
+        self._judge(made)
+        parts = method._of_all_processes((made, self.rewards.tallies))
+        self.rewards.check([tallies for _, tallies in parts])
+        everyone = [row for rows, _ in parts for row in rows]
+        everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
+        return self._store(everyone, k)
+
+    def _store(self, made: list[dict[str, Any]], k: int) -> tuple[Replay, dict[str, float]]:
+        column = {name: [row[name] for row in made] for name in made[0]}
+        rewards = torch.tensor(column["reward"], dtype=torch.float64, device="cpu")
+        source = np.asarray(column["source"], np.uint8)
+        group = np.asarray(column["slot"], np.int64) + (k << 32)
+        own = torch.from_numpy(source == OWN)
+        episodes: dict[str, Any] = {
+            "policy_version": np.full(len(made), k, np.int64),
+            "group": group,
+            "prompt": np.asarray(column["problem"], np.int64),
+            "source": source,
+            "reward": rewards.numpy(),
+            "ended": np.asarray(column["ended"], bool),
+        }
+        for name in made[0]["parts"]:
+            episodes[f"reward/{name}"] = np.asarray([row["parts"][name] for row in made], np.float32)
+        objective = self.method.objective
+        if not objective.uses_critic:
+            episodes["advantage"] = objective.advantages(rewards, torch.from_numpy(group), own).numpy()
+        logp = column["logp"]
+        steps = {"logp": logp, "sampler_logp": logp}
+        store = store_of.make_store(column["token"], steps, episodes, self.problems.steps["token"].dtype)
+        mine = np.flatnonzero(source == OWN)
+        facts = group_metrics(rewards, torch.from_numpy(group), own) | {
+            "answers/length": float(store.length[mine].mean()),
+            "answers/ended": float(episodes["ended"][mine].mean()),
+            "answers/empty": float((store.length[mine] == 1).mean()),
+            "answers/duplicates": store_of.duplicates(store, mine),
+            "reward/problems": float(sum(row["problem_with_reward"] for row in made)),
+        }
+        for name in made[0]["parts"]:
+            facts[f"reward/{name}"] = float(episodes[f"reward/{name}"][mine].mean())
+        return store, facts
+
+    def _next_problems(self, count: int, seen: int) -> np.ndarray:
+        """The next problems of an endless stream in which every one comes once per pass."""
+        n, seed = len(self.problems.tables["problems"]), self.method.seed or 0
+        passes = range(seen // n, (seen + count - 1) // n + 1)
+        stream = np.concatenate([permutation(seed, p, n).numpy() for p in passes])
+        return stream[seen - n * passes[0] :][:count]
+
+    def sampling(self, iteration: int) -> Sampling:
+        """How answers are drawn in an iteration."""
+        method = self.method
+        return Sampling(
+            stop=tuple(stop_ids(method.model, self.tokenizer)),
+            max_new_tokens=self.length,
+            temperature=method.hparams.temperature,
+            seed=method.seed or 0,
+            iteration=iteration,
+        )
+
+    def texts(self, answers: Sequence[np.ndarray]) -> list[str]:
+        """Answers as texts, without special tokens; equal ones are decoded once."""
+        known: dict[bytes, str] = {}
+        stops = stop_ids(self.method.model, self.tokenizer)
+        for token in answers:
+            if token.tobytes() not in known:
+                known[token.tobytes()] = self.tokenizer.decode(
+                    unended(token, stops), skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+        return [known[token.tobytes()] for token in answers]
+
+    def judge(
+        self, problems: Replay, rows: Sequence[int], answers: Sequence[np.ndarray], ended: Sequence[bool]
+    ) -> Scored:
+        """Rewards of answers to rows of problems."""
+        prompts = {
+            row: prompt_text(self.tokenizer, token_ids(problems, problems.tables["problems"][row, 0]))
+            for row in set(rows)
+        }
+        references = problems.tables["problems/answer"]
+        return self.rewards(
+            [prompts[row] for row in rows],
+            self.texts(answers),
+            [_reference(references[row]) for row in rows],
+            ended=ended,
+            lengths=[len(answer) for answer in answers],
+            columns={name: self._column(problems, name, rows) for name in self.rewards.columns},
+        )
+
+    def _column(self, problems: Replay, name: str, rows: Sequence[int]) -> list[Any]:
+        """A column of the data, as it stands in the source, of rows of problems."""
+        key = id(problems), name
+        if key not in self._columns:
+            if name not in problems.meta.get("source_columns", ()) or not isinstance(problems, Problems):
+                raise UsageError(
+                    f"a reward asks for the column '{name}', which {problems.meta.get('name', 'the data')} has not; "
+                    "expected it in the held-out problems too. Add it, or leave it out of the function."
+                )
+            self._columns[key] = problems.source_column(name)
+        return [self._columns[key][row] for row in rows]
+
+    def check_rewards(self) -> None:
+        """Stop at the end of a run in which no reward ever gave a number; called on every process."""
+        self.rewards.check(self.method._of_all_processes(self.rewards.tallies), ended=True)
+
+    def _judge(self, made: list[dict[str, Any]]) -> None:
+        rows = [row["problem"] for row in made]
+        answers, ended = [row["token"] for row in made], [row["ended"] for row in made]
+        scores, parts, problems = self.judge(self.problems, rows, answers, ended)
+        for i, row in enumerate(made):
+            row["reward"], row["parts"] = float(scores[i]), {name: float(part[i]) for name, part in parts.items()}
+            row["problem_with_reward"] = problems / len(made)
+
+
+def _row(slot: int, problem: int, source: int, answer: Completion) -> dict[str, Any]:
+    token, logp, ended = answer
+    return {"slot": slot, "problem": problem, "source": source, "token": token, "logp": logp, "ended": ended}
+
+
+def _reference(kept: str) -> str | list[str] | None:
+    """The right answer that a table holds, or all of them where there are several."""
+    found = alternatives(str(kept)) if kept else []
+    return found if len(found) > 1 else found[0] if found else None

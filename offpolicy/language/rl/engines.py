@@ -1,0 +1,303 @@
+"""Who writes the answers: engines behind one small interface.
+
+An engine is told of new weights by ``sync`` and answers by ``generate``; it returns token ids with their
+log-probability under the distribution they were drawn from. An engine that runs elsewhere (vLLM, say) takes the weights
+in ``sync``; the ones here share the model in training. The random number behind a token is a pure function of (seed,
+iteration, request, sample, position), so answers do not depend on how they are batched or which process draws them, up
+to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from offpolicy.compute.casts import kept_casts
+from offpolicy.data import sampling
+from offpolicy.errors import UsageError, nearest
+from offpolicy.language.generation import draw, positions
+from offpolicy.language.reading import Reader, read_anew, way_of
+from offpolicy.registry import import_callable
+
+
+class Request(NamedTuple):
+    """A prompt to be answered.
+
+    Attributes:
+        prompt: token ids, (n,), n ≥ 1.
+        number: of the request among all of the iteration, over all processes; decides its random numbers.
+        samples: answers wanted, ≥ 0.
+    """
+
+    prompt: np.ndarray
+    number: int
+    samples: int
+
+
+class Completion(NamedTuple):
+    """An answer as an engine returns it.
+
+    Attributes:
+        token: ids, int64 (n,), with the stop token if it ``ended`` with one.
+        logp: of each token under the distribution it was drawn from, nats, float32 (n,).
+        ended: whether it stopped by itself.
+    """
+
+    token: np.ndarray
+    logp: np.ndarray
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Args:
+        stop: ids that end an answer.
+        max_new_tokens: longest answer, ≥ 1.
+        temperature: divides the logits, ≥ 0; 0 takes the most likely token.
+        seed: of the run.
+        iteration: of training, so that every iteration draws other numbers.
+    """
+
+    stop: tuple[int, ...]
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    seed: int = 0
+    iteration: int = 0
+
+
+class RolloutEngine(Protocol):
+    """What training needs of an engine.
+
+    An attribute ``on_policy = False`` says that its answers are not drawn from the weights it is given, so that its
+    log-probabilities are those of the behaviour; else the trainer's own are, and the engine's show how far it is off.
+    """
+
+    def sync(self, model: nn.Module, version: int) -> None:
+        """Answer with these weights from now on.
+
+        Args:
+            model: the policy; an engine of its own copies what it needs.
+            version: number of the iteration they belong to.
+        """
+
+    def generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
+    ) -> list[list[Completion]]:
+        """The answers to each request, in order; fewer requests than given once ``stopped()`` says so."""
+
+
+class LocalEngine:
+    """An engine that draws from the model in training itself.
+
+    Args:
+        batch_size: how much is computed at once, ≥ 1.
+    """
+
+    def __init__(self, batch_size: int = 256) -> None:
+        self.batch_size = batch_size
+        self.model: Any = None
+
+    def sync(self, model: nn.Module, version: int) -> None:
+        self.model = model
+
+    def generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
+    ) -> list[list[Completion]]:
+        with kept_casts(self.model), torch.no_grad():
+            return self._generate(requests, how, stopped)
+
+    def _generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None
+    ) -> list[list[Completion]]:
+        raise NotImplementedError(f"{type(self).__name__} must define generate.")
+
+
+class TransformersEngine(LocalEngine):
+    """Generation with a cache of keys and values: a prompt is read once for all answers to it.
+
+    A model that keeps something else, or nothing that works, is read in the way that is right for it, see
+    :mod:`offpolicy.language.reading`.
+
+    Args:
+        batch_size: answers drawn at once, ≥ 1.
+    """
+
+    def _generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None
+    ) -> list[list[Completion]]:
+        if not way_of(self.model).keeps:
+            anew = TinyEngine(self.batch_size)
+            anew.sync(self.model, how.iteration)
+            return anew.generate(requests, how, stopped)
+        found: list[list[Completion]] = [[] for _ in requests]
+        for part in self._batches(requests):
+            if stopped is not None and stopped():
+                break
+            for i, some in zip(part, self._answers([requests[i] for i in part], how)):
+                found[i] = some
+        return found
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+        """Requests of similar length together, whole requests only."""
+        part: list[int] = []
+        answers = 0
+        for i in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt)):
+            length = len(requests[i].prompt)
+            alone = not way_of(self.model).padded and part and len(requests[part[0]].prompt) != length
+            if part and (alone or answers + requests[i].samples > self.batch_size):
+                yield part
+                part, answers = [], 0
+            part.append(i)
+            answers += requests[i].samples
+        if part:
+            yield part
+
+    def _answers(self, requests: list[Request], how: Sampling) -> list[list[Completion]]:
+        samples = [r.samples for r in requests]
+        if not sum(samples):
+            return [[] for _ in requests]
+        reader = Reader(self.model, way_of(self.model))
+        logits = reader.read([r.prompt for r in requests], samples)
+        rows, device = len(logits), logits.device
+        uniform = uniforms(requests, how).to(device)
+        stops = torch.tensor(sorted(set(how.stop)), dtype=torch.int64, device=device)
+        alive = torch.arange(rows, device=device)  # answers that are not finished
+        table = torch.zeros(rows, how.max_new_tokens, dtype=torch.int64, device=device)
+        logps = torch.zeros(rows, how.max_new_tokens, dtype=torch.float32, device=device)
+        length = torch.full((rows,), how.max_new_tokens, device=device)
+        for t in range(how.max_new_tokens):
+            token, logp = choose(logits, uniform[alive, t], how.temperature)
+            table[alive, t], logps[alive, t] = token, logp
+            ended = torch.isin(token, stops)
+            length[alive[ended]] = t + 1
+            if t + 1 == how.max_new_tokens:
+                break
+            going = (~ended).nonzero()[:, 0]
+            if not len(going):
+                break
+            keep = going if len(going) < len(alive) else None
+            alive = alive[going]
+            logits = reader.next(token[going], keep)
+        return completions(table, logps, length, stops, samples)
+
+
+class TinyEngine(LocalEngine):
+    """Whole forward passes without a cache, over the distinct beginnings of answers; for small models and any kind.
+
+    Args:
+        batch_size: beginnings computed at once, ≥ 1.
+    """
+
+    def _generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None
+    ) -> list[list[Completion]]:
+        device = next(self.model.parameters()).device
+        samples = [r.samples for r in requests]
+        if not sum(samples):
+            return [[] for _ in requests]
+        texts = [tuple(r.prompt.tolist()) for r in requests for _ in range(r.samples)]
+        uniform = uniforms(requests, how).to(device)
+        stops = torch.tensor(sorted(set(how.stop)), dtype=torch.int64, device=device)
+        alive, way = list(range(len(texts))), way_of(self.model, keeps=False)
+        table = torch.zeros(len(texts), how.max_new_tokens, dtype=torch.int64, device=device)
+        logps = torch.zeros(len(texts), how.max_new_tokens, dtype=torch.float32, device=device)
+        length = torch.full((len(texts),), how.max_new_tokens, device=device)
+        for t in range(how.max_new_tokens):
+            if not alive or (stopped is not None and stopped()):
+                break
+            distinct = {text: i for i, text in enumerate(dict.fromkeys(texts[i] for i in alive))}
+            chunks = _chunks([np.asarray(text) for text in distinct], self.batch_size)
+            logits = torch.cat([read_anew(self.model, part, way) for part in chunks])
+            rows = torch.tensor(alive, device=device)
+            token, logp = choose(
+                logits[torch.tensor([distinct[texts[i]] for i in alive], device=device)],
+                uniform[rows, t],
+                how.temperature,
+            )
+            table[rows, t], logps[rows, t] = token, logp
+            ended = torch.isin(token, stops)
+            length[rows[ended]] = t + 1
+            going = []
+            for i, one, end in zip(alive, token.tolist(), ended.tolist()):
+                texts[i] += (one,)
+                going += [] if end else [i]
+            alive = going
+        return completions(table, logps, length, stops, samples)
+
+
+ENGINES = ("transformers", "tiny", "replay")
+
+
+def make_engine(name: str, *, batch_size: int = 256, records: str | None = None, tokenizer: Any = None) -> Any:
+    """An engine by name, or a class of the user by import path ``package.module.Class``, called with ``batch_size``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name == "replay":
+        if records is None:
+            raise UsageError("`engine` is 'replay' without `records`; expected a file. Pass --model.records FILE.")
+        from offpolicy.language.rl.records import ReplayEngine
+
+        return ReplayEngine(records, tokenizer)
+    if name in ENGINES:
+        return (TransformersEngine if name == "transformers" else TinyEngine)(batch_size)
+    if "." not in name:
+        raise UsageError(f"`engine` is '{name}'; expected one of {', '.join(ENGINES)}.{nearest(name, ENGINES)}")
+    own = (TransformersEngine, TinyEngine)
+    return import_callable(name, "engine", lambda found: found in own)(batch_size=batch_size)
+
+
+def room(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> int:
+    """How long answers may become: ``max_new_tokens``, or what the model's positions leave.
+
+    Raises:
+        UsageError: they leave nothing.
+    """
+    left = positions(model) - longest_prompt
+    if left < 1:
+        raise UsageError(
+            f"the longest prompt has {longest_prompt} tokens and the model {positions(model)} positions, which leaves "
+            "none for an answer; expected shorter prompts. Pass a smaller `--data.max_prompt_length` with "
+            "`--data.on_bad drop`."
+        )
+    return min(max_new_tokens, left)
+
+
+def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token per row of logits (B, V), and its log-probability, float32 (B,), at the temperature of the draw."""
+    token = draw(logits, uniform, temperature=temperature)
+    scaled = logits.float() / (temperature or 1.0)
+    return token, scaled.gather(-1, token[:, None])[:, 0] - scaled.logsumexp(-1)
+
+
+def uniforms(requests: Sequence[Request], how: Sampling) -> Tensor:
+    """The random number of every place of every answer, (answers, max_new_tokens), on the host."""
+    key = sampling.keys(how.seed, "rollout", torch.tensor([how.iteration], device="cpu"))[0]
+    stride = 1 << 20  # samples of one request
+    numbers = [r.number * stride + k for r in requests for k in range(r.samples)]
+    rows = torch.tensor(numbers, dtype=torch.int64, device=key.device)
+    return sampling.uniforms(key, rows, (how.max_new_tokens,))
+
+
+def completions(
+    table: Tensor, logps: Tensor, length: Tensor, stops: Tensor, samples: Sequence[int]
+) -> list[list[Completion]]:
+    """Answers laid out as rows, (n, T) each, by request."""
+    last = table.gather(1, (length - 1)[:, None])[:, 0]
+    ended = torch.isin(last, stops).tolist()
+    tokens, values, lengths = table.cpu().numpy(), logps.cpu().numpy(), length.tolist()
+    rows = iter([Completion(t[:n].copy(), v[:n].copy(), e) for t, v, n, e in zip(tokens, values, lengths, ended)])
+    return [[next(rows) for _ in range(count)] for count in samples]
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,152 @@
+"""Answers in a file: written by a run, and read again by an engine that draws none.
+
+A line is the answers to one prompt: ``{"prompt": [ids], "completions": [[ids], …], "ended": [true, …], "logps": [[…],
+…]}``. Prompt and completions may be texts instead, as :mod:`offpolicy.generate` writes them, and ``logps``, under the
+policy that drew them, may be missing: then they count as drawn by the policy that learns. A prompt may have several
+lines. Recorded runs also say ``iteration`` and ``request`` (which problem of the iteration), and the ``rewards``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from offpolicy.data.guard import faults
+from offpolicy.data.replay import Replay
+from offpolicy.data.texts.problems import step_column
+from offpolicy.data.texts.rollouts import OWN, group_rows
+from offpolicy.data.texts.sequences import token_ids
+from offpolicy.data.texts.tokens import prompt_ids
+from offpolicy.errors import DataError, UsageError
+from offpolicy.files import atomic_write
+from offpolicy.language.rl.engines import Completion, Request, Sampling
+
+
+class ReplayEngine:
+    """Answers from a file, for learning from what was drawn before and for tests; weights are never looked at.
+
+    A request takes the answers that were recorded for it, the same iteration and number. Where there are none it takes
+    the next answers to its prompt, from the start again after the last.
+
+    Args:
+        path: the file, JSON lines.
+        tokenizer: for texts.
+
+    Raises:
+        UsageError: no such file.
+        DataError: a line is no such record.
+    """
+
+    on_policy = False  # the log-probabilities are those of others
+
+    def __init__(self, path: str | Path, tokenizer: Any = None) -> None:
+        self.path, self.tokenizer = Path(path), tokenizer
+        if not self.path.is_file():
+            raise UsageError(f"`records` is {self.path}, which is no file; expected JSON lines. Check the path.")
+        self.records: dict[tuple[Any, ...], list[Completion]] = {}  # by prompt; by iteration, number and prompt
+        with faults(self.path):
+            text = self.path.read_text("utf-8")
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                self._read(line, f"{self.path}, line {number}")
+
+    def _read(self, line: str, where: str) -> None:
+        try:
+            row = json.loads(line)
+            texts = [self._ids(text, end) for text, end in zip(row["completions"], row["ended"], strict=True)]
+            logps = row.get("logps") or [[np.nan] * len(text) for text in texts]
+            prompt = prompt_ids(row["prompt"], self.tokenizer) if isinstance(row["prompt"], str) else row["prompt"]
+            answers = [
+                Completion(np.asarray(token, dtype=np.int64), np.asarray(logp, dtype=np.float32), bool(ended))
+                for token, logp, ended in zip(texts, logps, row["ended"], strict=True)
+            ]
+            key = tuple(int(i) for i in prompt)
+        except Exception as error:  # a record can be wrong in many ways
+            raise DataError(
+                f"{where} is no record ({type(error).__name__}: {error}); expected prompt, completions and ended, and "
+                "logps of equal length if any."
+            ) from None
+        if any(not len(a.token) or a.token.shape != a.logp.shape for a in answers):
+            raise DataError(f"{where}: an answer has no token, or another number of logps. Correct the record.")
+        self.records.setdefault(key, []).extend(answers)
+        if "iteration" in row and "request" in row:
+            self.records[row["iteration"], row["request"], key] = answers
+
+    def _ids(self, text: Any, ended: bool) -> list[int]:
+        if not isinstance(text, str):
+            return text
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id] if ended else ids
+
+    def sync(self, model: nn.Module, version: int) -> None:
+        self.version = version
+
+    def generate(
+        self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
+    ) -> list[list[Completion]]:
+        found = []
+        for request in requests:
+            prompt = tuple(request.prompt.tolist())
+            known = self.records.get((how.iteration, request.number, prompt), [])
+            first = 0
+            if len(known) < request.samples:
+                known, first = self.records.get(prompt, []), how.iteration * request.samples
+            if not known and request.samples:
+                raise DataError(
+                    f"{self.path} has no answer to the prompt {request.prompt.tolist()[:20]}; expected one for every "
+                    "prompt. Record them, or train on the prompts of the file."
+                )
+            found.append([cut(known[(first + k) % len(known)], how.max_new_tokens) for k in range(request.samples)])
+        return found
+
+
+def cut(answer: Completion, longest: int) -> Completion:
+    """An answer of at most so many tokens."""
+    if len(answer.token) <= longest:
+        return answer
+    return Completion(answer.token[:longest], answer.logp[:longest], False)
+
+
+class Recorder:
+    """Writes what a run draws, iteration by iteration.
+
+    Args:
+        path: the file; lines of iterations after ``iteration``, and one that a kill tore, are removed from it.
+        iteration: the last one that counts.
+    """
+
+    def __init__(self, path: Path, iteration: int) -> None:
+        self.path = path
+        if path.is_file():
+            with faults(path):
+                whole = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+                kept = "".join(line for line in whole if json.loads(line)["iteration"] <= iteration)
+            atomic_write(path, kept)
+
+    def write(self, problems: Replay, store: Replay, iteration: int) -> None:
+        """Add the policy's answers of an iteration, once their log-probabilities are known."""
+        fresh = (store.episodes["policy_version"] == iteration) & (store.episodes["source"] == OWN)
+        lines = []
+        for group, rows in group_rows(store).items():
+            rows = rows[fresh[rows]]
+            if not len(rows):
+                continue
+            prompt = problems.tables["problems"][store.episodes["prompt"][rows[0]], 0]
+            line = {
+                "prompt": token_ids(problems, prompt).tolist(),
+                "completions": [token_ids(store, row).tolist() for row in rows],
+                "ended": store.episodes["ended"][rows].tolist(),
+                "logps": [step_column(store, row, "logp").tolist() for row in rows],
+                "rewards": store.episodes["reward"][rows].tolist(),
+                "iteration": iteration,
+                "request": group & 0xFFFFFFFF,
+            }
+            lines.append(json.dumps(line) + "\n")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))

@@ -1,0 +1,496 @@
+"""Rewards of answers: verifiers, which compare with an answer that is known to be right, and others.
+
+A verifier is called as ``verifier(prompt, answer, reference)`` with texts, ``reference`` None where the data have
+none, or a list where several answers are right, and returns a number, or None where it cannot judge. What stands before
+``</think>`` is not part of the answer; of an answer that was cut off the last word does not count, as the rest of it
+may be missing, nor does a marked answer whose line or box has not ended.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math as maths
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import wraps
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from offpolicy.data.texts.answers import alternatives
+from offpolicy.data.texts.numbers import MARK, Mark, last_mark, last_number_in, number_of, plain_number
+from offpolicy.errors import UsageError, check_range, nearest
+from offpolicy.language.rl import mathematics
+from offpolicy.language.rl.reward_calls import FACTS, RESERVED, SECONDS, Call, Rows, TooLong, Watchdog, bind
+from offpolicy.registry import Spec, import_callable, make
+
+Reference = str | Sequence[str] | None  # the right answer, several of which each is right, or none
+Verifier = Callable[[str, str, Reference], float | None]
+
+
+# -- reading answers ---------------------------------------------------------------------------------------------------
+
+
+def final_part(answer: str, prompt: str = "", *, ended: bool = True) -> str:
+    """What counts of an answer: the part after its thinking, without a last word that may have been cut.
+
+    Thinking begins in the answer, or with the last word of the prompt, as chat templates have it.
+    """
+    if "</think>" in answer:
+        answer = answer.rpartition("</think>")[2]
+    elif "<think>" in answer or prompt.rstrip().endswith("<think>"):
+        return ""
+    return answer if ended else re.sub(r"\S+$", "", answer)
+
+
+def read_final_number(text: str) -> Decimal | None:
+    """The number after the last ``####`` of a text: ``#### 1,234.50`` is 1234.5. None when there is none."""
+    mark = last_mark(text) if MARK in text else None
+    return None if mark is None else _number(mark)
+
+
+def read_answer_number(text: str, *, ended: bool = True) -> Decimal | None:
+    """The number alone after the last ``####`` or in the last ``\\boxed{}``, whichever comes later."""
+    mark = last_mark(text, ended=ended)
+    return None if mark is None else _number(mark)
+
+
+def _number(mark: Mark) -> Decimal | None:
+    return number_of(mark.content) if mark.whole else None
+
+
+def _expected(reference: str) -> Decimal | None:
+    """The number a reference gives: marked, or alone."""
+    mark = last_mark(reference)
+    return number_of(reference) if mark is None else _number(mark)
+
+
+def _any_of(verifier: Callable[..., float | None]) -> Callable[..., float | None]:
+    """A verifier that is content with any of several right answers."""
+
+    @wraps(verifier)
+    def judged(prompt: str, answer: str, reference: Reference, **options: Any) -> float | None:
+        found = [verifier(prompt, answer, one, **options) for one in alternatives(reference)]
+        return max((score for score in found if score is not None), default=None)
+
+    return judged
+
+
+# -- verifiers and other rewards ---------------------------------------------------------------------------------------
+
+
+@_any_of
+def exact(prompt: str, answer: str, reference: str, *, ended: bool = True) -> float | None:
+    """1 where a whole answer is the reference: the same text, or the same number and nothing else."""
+    found, expected = final_part(answer, prompt).strip(), reference.strip()
+    number = plain_number(expected)
+    return float(ended and (found == expected or (number is not None and plain_number(found) == number)))
+
+
+@_any_of
+def last_number(prompt: str, answer: str, reference: str, *, ended: bool = True) -> float | None:
+    """1 where the last number of the answer is that of the reference, whatever stands beside it."""
+    expected = _expected(reference)
+    return None if expected is None else float(last_number_in(final_part(answer, prompt, ended=ended)) == expected)
+
+
+@_any_of
+def final_number(prompt: str, answer: str, reference: str, *, ended: bool = True) -> float | None:
+    """1 where the number after the last ``####``, or in the last ``\\boxed{}``, is that of the reference, else 0.
+
+    GSM8K's rule (arXiv:2110.14168). The number must stand alone (:mod:`offpolicy.data.texts.numbers`), and its line must
+    have ended. None when the reference is no such number.
+    """
+    expected = _expected(reference)
+    return None if expected is None else float(read_answer_number(final_part(answer, prompt), ended=ended) == expected)
+
+
+@_any_of
+def math(prompt: str, answer: str, reference: str, *, ended: bool = True, timeout: float = 5.0) -> float | None:
+    """1 where the answer equals the reference as a mathematical expression, by ``math-verify`` (extra ``verify``).
+
+    What ``####`` or ``\\boxed{}`` marks is the answer, else all of it. Without the extra, numbers are compared: the one
+    that is marked, which must stand alone, else the last.
+
+    Args:
+        prompt: looked at for whether it opens the thinking.
+        answer: of the policy.
+        reference: the right answer, as text or LaTeX; None for none.
+        ended: false for an answer that was cut off.
+        timeout: seconds for reading an expression, and for comparing.
+
+    Raises:
+        TimeoutError: that took longer.
+    """
+    expected, mark = _expected(reference), last_mark(final_part(answer, prompt), ended=ended)
+    if mark is not None and not mark.whole:
+        return 0.0
+    text = final_part(answer, prompt, ended=ended) if mark is None else mark.content
+    if expected is not None and number_of(text) == expected:  # saves milliseconds
+        return 1.0
+    if mark is not None and mathematics.same(text, reference):
+        return 1.0
+    shown = mathematics.readable(text, marked=mark is not None, reference=reference)
+    if importlib.util.find_spec("math_verify") is not None:
+        found = 0.0 if shown is None else mathematics.equal(shown, reference, timeout)
+        if found is not None:
+            return found
+    if expected is None:
+        return None
+    if mark is not None or shown is None:
+        return 0.0
+    alone = mathematics.expression(text)  # of 4! the last number is not the answer
+    return float((last_number_in(text) if alone is None else number_of(alone)) == expected)
+
+
+@dataclass(frozen=True)
+class Format:
+    """1 where an answer looks as it should, else 0.
+
+    Args:
+        pattern: regular expression that the whole answer must match; None asks for exactly one final marker, ``####``
+            or ``\\boxed{``.
+    """
+
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise UsageError(f"`pattern` is '{self.pattern}': {error}; expected a regular expression.") from None
+
+    def __call__(self, prompt: str, answer: str, reference: str | None) -> float:
+        if self.pattern is not None:
+            return float(re.fullmatch(self.pattern, answer, re.DOTALL) is not None)
+        text = final_part(answer, prompt)
+        return float(text.count("####") + text.count("\\boxed{") == 1)
+
+
+@dataclass(frozen=True)
+class Length:
+    """0 for answers up to ``limit − room`` tokens, from there down to −1 at ``limit`` (arXiv:2503.14476, Eq. 13).
+
+    Args:
+        limit: tokens, ≥ 1.
+        room: tokens before the limit in which the penalty grows, in [1, limit].
+    """
+
+    limit: int
+    room: int = 1
+
+    def __post_init__(self) -> None:
+        check_range("limit", self.limit, 1)
+        check_range("room", self.room, 1, self.limit)
+
+    def __call__(self, prompt: str, answer: str, reference: str | None, *, length: int) -> float:
+        return -min(1.0, max(0, length - (self.limit - self.room)) / self.room)
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "final_number": final_number,
+    "exact": exact,
+    "last_number": last_number,
+    "math": math,
+}
+REWARDS: dict[str, Callable[..., Any]] = {**VERIFIERS, "format": Format, "length": Length}
+SOLVED = 1.0  # what a verifier gives to a right answer
+ENOUGH = 8  # different problems after which a reward that never gave a number is given up
+MISTAKES = (TypeError, NameError, AttributeError, ImportError, SyntaxError, NotImplementedError)  # not of one answer
+
+
+# -- combination -------------------------------------------------------------------------------------------------------
+
+
+class Scored(NamedTuple):
+    """Rewards of n answers.
+
+    Attributes:
+        scores: (n,) float64, the weighted sum of the parts.
+        parts: name → (n,) float64, each reward without its weight.
+        problems: how many of the n × parts scores could not be had and count as 0.
+    """
+
+    scores: np.ndarray
+    parts: dict[str, np.ndarray]
+    problems: int
+
+
+class Tally(NamedTuple):
+    """How one reward fared so far.
+
+    Attributes:
+        worked, failed: answers it gave a number for, and others.
+        mistakes: those of the latter in which it raised what looks like a mistake in its code.
+        problems: hashes of the different problems it was asked about, up to a few.
+        first: what was wrong first, or None.
+    """
+
+    worked: int = 0
+    failed: int = 0
+    mistakes: int = 0
+    problems: frozenset[int] = frozenset()
+    first: str | None = None
+
+    def __add__(self, other: Tally) -> Tally:  # type: ignore[override]
+        return Tally(
+            self.worked + other.worked,
+            self.failed + other.failed,
+            self.mistakes + other.mistakes,
+            self.problems | other.problems,
+            self.first or other.first,
+        )
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it never gave a number, and will not."""
+        mistaken = self.mistakes == self.failed
+        return not self.worked and self.failed > 0 and (mistaken or len(self.problems) >= ENOUGH)
+
+
+@dataclass
+class _Part:
+    """A reward: what the user called it, its weight, how it is called and how it fared."""
+
+    path: str
+    weight: float
+    call: Call
+    tally: Tally = field(default_factory=Tally)
+
+
+class Rewards:
+    """A weighted sum of rewards. What fails for an answer scores 0 there and is counted.
+
+    Args:
+        parts: one reward or several, each a name (final_number, exact, last_number, math, format, length), an import
+            path ``package.module.function`` of one's own, or ``{"name": …, "weight": 1.0, **parameters}``. How a
+            function is called :func:`offpolicy.language.rl.reward_calls.bind` says.
+        columns: of the data, that functions may ask for by name.
+        seconds: longest time for one answer, ≥ 0; then it is interrupted and has failed
+            (:class:`offpolicy.language.rl.reward_calls.Watchdog`). 0 is no limit.
+
+    Attributes:
+        problems: scores that could not be had so far: an exception, an exit, a time-out, None, or a number that is not
+            finite.
+        first_problem: what was wrong with the first, or None.
+
+    Raises:
+        UsageError: a name or a parameter is not known, or a function cannot be called.
+    """
+
+    def __init__(
+        self, parts: Spec | Sequence[Spec] = "final_number", *, columns: Collection[str] = (), seconds: float = SECONDS
+    ) -> None:
+        check_range("reward_seconds", seconds, 0)
+        listed = [parts] if isinstance(parts, str) or not isinstance(parts, Sequence) else list(parts)
+        if not listed:
+            raise UsageError("`reward` names none; expected one or several, such as final_number.")
+        self._parts: dict[str, _Part] = {}
+        for spec in listed:
+            given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+            weight = given.pop("weight", 1.0)
+            check_range("weight", weight)
+            at_call = {*FACTS, *({*RESERVED, *columns} - given.keys())}
+            function = make("reward", given, REWARDS, at_call=at_call)
+            path = str(given["name"])
+            name = path.replace(":", ".").rpartition(".")[2]
+            if name in self._parts:
+                raise UsageError(f"`reward` has '{name}' twice; expected different rewards. Add up their weights.")
+            self._parts[name] = _Part(path, float(weight), bind(function, path, columns))
+        self.seconds = seconds
+        self.problems = 0
+        self.first_problem: str | None = None
+
+    def __str__(self) -> str:
+        return " + ".join(n if p.weight == 1.0 else f"{p.weight:g}·{n}" for n, p in self._parts.items())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parts."""
+        return tuple(self._parts)
+
+    @property
+    def verifiers(self) -> tuple[str, ...]:
+        """Those of the parts that compare with a right answer."""
+        return tuple(name for name, part in self._parts.items() if part.path in VERIFIERS)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the data, which functions ask for."""
+        return tuple(dict.fromkeys(name for part in self._parts.values() for name in part.call.columns))
+
+    @property
+    def tallies(self) -> dict[str, Tally]:
+        """How each part fared so far."""
+        return {name: part.tally for name, part in self._parts.items()}
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        references: Sequence[Reference],
+        *,
+        ended: Sequence[bool] | None = None,
+        lengths: Sequence[int] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Scored:
+        """Score n answers.
+
+        Args:
+            prompts: n texts.
+            answers: n texts, without special tokens.
+            references: n right answers, None where there is none, a list where each of several is right.
+            ended: whether each answer stopped by itself; None for all.
+            lengths: tokens of each answer; needed by the reward ``length``.
+            columns: those of the data that functions ask for, n values each.
+        """
+        n, before = len(answers), self.problems
+        if lengths is None and any("length" in p.call.needs for p in self._parts.values()):
+            raise UsageError("a reward looks at `length`, and no `lengths` were given; expected tokens per answer.")
+        facts = {"ended": [True] * n if ended is None else ended} | ({} if lengths is None else {"length": lengths})
+        rows = Rows(prompts, answers, references, facts, columns or {})
+        if "math" in self.verifiers:
+            mathematics.prepare()
+        with Watchdog(self.seconds) as watchdog:
+            found = {name: self._scores(name, part, rows, watchdog) for name, part in self._parts.items()}
+        total = np.zeros(n)
+        for name, part in self._parts.items():
+            total += part.weight * found[name]
+        return Scored(total, found, self.problems - before)
+
+    def solved(self, scored: Scored) -> np.ndarray:
+        """Which answers are right, (n,) bool: by the first verifier of the parts, else by a whole reward of ≥ 1."""
+        return next((scored.parts[name] for name in self.verifiers), scored.scores) >= SOLVED
+
+    def check(self, tallies: Sequence[Mapping[str, Tally]], *, ended: bool = False) -> None:
+        """Stop where rewards cannot be had.
+
+        Args:
+            tallies: of every process.
+            ended: whether the run is over, so that a single failure of all is enough.
+
+        Raises:
+            UsageError: a reward never gave a number; or, at the end, none of them ever did.
+        """
+        whole = {name: sum((one[name] for one in tallies), Tally()) for name in self._parts}
+        failed = [name for name, tally in whole.items() if tally.failed and not tally.worked]
+        given_up = failed if ended and len(failed) == len(whole) else [n for n in failed if whole[n].is_hopeless]
+        for name in given_up[:1]:
+            expected = "a list with a number for each" if self._parts[name].call.is_batch else "a number for each"
+            expected = "right answers that it can read" if name in self.verifiers else expected
+            raise UsageError(
+                f"the reward {self._parts[name].path} failed for every one of {whole[name].failed:,} answers: "
+                f"{whole[name].first}; expected {expected}. Correct it, or choose another with --model.rewards."
+            )
+
+    def _scores(self, name: str, part: _Part, rows: Rows, watchdog: Watchdog) -> np.ndarray:
+        found = np.zeros(len(rows))
+        values: Any = [None] * len(rows)
+        if part.call.is_batch and len(rows):
+            values, failure = _guarded(lambda: _listed(part.call.all(rows), len(rows)), watchdog, len(rows))
+            if failure is not None:
+                values = [failure] * len(rows)
+        for i in range(len(rows)):
+            if part.call.is_batch:
+                value, failure = values[i], values[i] if isinstance(values[i], _Failure) else None
+            else:
+                value, failure = _guarded(lambda: part.call.one(rows, i), watchdog)  # noqa: B023 - called at once
+            if failure is None:
+                found[i], failure = _number_of(value, rows.references[i])
+            self._note(name, part, rows, i, failure)
+        return found
+
+    def _note(self, name: str, part: _Part, rows: Rows, i: int, failure: _Failure | None) -> None:
+        seen = part.tally.problems
+        if len(seen) < ENOUGH:
+            seen |= {hash((rows.prompts[i], str(rows.references[i])))}
+        if failure is None:
+            part.tally += Tally(1, problems=seen)
+            return
+        part.tally += Tally(0, 1, int(failure.mistake), seen, failure.words)
+        self.problems += 1
+        if self.first_problem is None:
+            self.first_problem = f"reward '{name}': {failure.words}; answer {rows.answers[i][:80]!r}"
+            warnings.warn(f"{self.first_problem}. It scores 0; further failures are only counted.", stacklevel=2)
+
+
+class _Failure(NamedTuple):
+    words: str
+    mistake: bool = False
+
+
+def _guarded(do: Callable[[], Any], watchdog: Watchdog, calls: int = 1) -> tuple[Any, _Failure | None]:
+    """What a call returns, or why it does not; only an interruption by the user gets through."""
+    try:
+        watchdog.start(calls)
+        try:
+            return do(), None
+        finally:
+            watchdog.stop()
+    except KeyboardInterrupt:
+        raise
+    except TooLong:
+        return None, _Failure(f"it took longer than {watchdog.seconds:g} s (--model.reward_seconds)")
+    except SystemExit as error:
+        return None, _Failure(f"it called sys.exit({'' if error.code is None else repr(error.code)})")
+    except BaseException as error:  # graders raise anything
+        return None, _Failure(f"{type(error).__name__}: {str(error)[:300]}", isinstance(error, MISTAKES))
+
+
+def _listed(values: Any, n: int) -> list[Any]:
+    """The numbers that a function of a batch returned."""
+    if not hasattr(values, "__len__") or isinstance(values, str | Mapping) or len(values) != n:
+        shown = f"{len(values)} values" if hasattr(values, "__len__") else repr(values)[:80]
+        raise TypeError(f"it returned {shown} for {n} answers")
+    return list(values)
+
+
+def _number_of(value: Any, reference: Reference) -> tuple[float, _Failure | None]:
+    if value is None:
+        return 0.0, _Failure(f"it could not judge (the reference is {reference!r})")
+    try:
+        number = float(value)
+    except Exception as error:
+        return 0.0, _Failure(f"{type(error).__name__}: {error}", mistake=isinstance(error, TypeError))
+    return (number, None) if maths.isfinite(number) else (0.0, _Failure(f"it returned {number}"))
+
+
+def resolve_verifier(name: str) -> Verifier:
+    """A verifier by name, or a function of the user by import path ``package.module.function``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    if "." not in name and ":" not in name:
+        raise UsageError(
+            f"no verifier is called '{name}'; expected one of {', '.join(VERIFIERS)}, or an import path "
+            f"package.module.function.{nearest(name, VERIFIERS)}"
+        )
+    call = bind(import_callable(name, "verifier"), name)
+    failures: list[str] = []
+
+    def judged(prompt: str, answer: str, reference: Reference) -> float | None:
+        rows = Rows([prompt], [answer], [reference], {"ended": [True]})
+        with Watchdog(SECONDS) as watchdog:
+            value, failure = _guarded(
+                lambda: _listed(call.all(rows), 1)[0] if call.is_batch else call.one(rows, 0), watchdog
+            )
+        if failure is None and value is not None:
+            number, failure = _number_of(value, reference)
+        if failure is not None and not failures:
+            failures.append(failure.words)
+            warnings.warn(f"verifier '{name}': {failure.words}; answer {answer[:80]!r}. It has no score.", stacklevel=2)
+        return None if failure is not None or value is None else number
+
+    judged.__name__ = name.replace(":", ".").rpartition(".")[2]
+    return judged
+
+
+def choose_verifier(references: list[str | None]) -> Verifier | None:
+    """The verifier that fits the references of a data set: ``final_number`` when all have one, else None."""
+    return final_number if references and all(read_final_number(r or "") is not None for r in references) else None

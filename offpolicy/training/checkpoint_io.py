@@ -1,0 +1,49 @@
+"""The Lightning plugin that writes checkpoints as `checkpoint.py` does."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from offpolicy.files import is_stray
+from offpolicy.training.checkpoints import read_checkpoint, write_checkpoint
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Whole files or none, plain types only, always loaded with ``weights_only=True`` to the CPU.
+
+    Lightning's own writer goes through the system's temporary folder, and its last move is a copy when the run lies on
+    another file system: a process killed there leaves a short file under the final name. Here the temporary lies
+    beside the final file. Use as ``Trainer(plugins=[AtomicCheckpointIO()])``; one run per folder.
+    """
+
+    def __init__(self) -> None:
+        self._swept: set[Path] = set()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint`; the first call in a folder also removes what a killed run left half-written.
+
+        Raises:
+            UsageError: something in it is not plain.
+            WriteError: full disk or read-only folder.
+        """
+        folder = Path(path).parent
+        if folder not in self._swept:
+            for stray in filter(is_stray, folder.glob(".*.tmp")):
+                with contextlib.suppress(OSError):  # a folder that cannot be written to is reported below
+                    stray.unlink()
+            self._swept.add(folder)
+        write_checkpoint(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint to the CPU. `map_location` and `weights_only` are accepted and ignored."""
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint if it is there."""
+        Path(path).unlink(missing_ok=True)
