@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from offpolicy import moved
+
 __version__ = "0.1.0"
 
 _NAMES = {
@@ -41,6 +43,7 @@ _NAMES = {
     "load": "offpolicy.api",
     "recipe": "offpolicy.recipes",
 }
+moved.install()
 _COMMANDS = ("fit", "evaluate", "sample")  # modules behind `python -m`, callable as functions
 
 

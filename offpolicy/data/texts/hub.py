@@ -50,8 +50,8 @@ def open_texts(
         others: as of :class:`offpolicy.data.texts.module.TextData`.
 
     Returns:
-        The replay with the table ``pairs`` or ``singles`` (:mod:`offpolicy.data.texts.sequences`); ``meta`` says what was
-        found: ``format``, ``columns``, ``lengths``, ``dropped``, ``notes``, ``warnings``, ``tokenizer``.
+        The replay with the table ``pairs`` or ``singles`` (:mod:`offpolicy.data.texts.sequences`); ``meta`` says what
+        was found: ``format``, ``columns``, ``lengths``, ``dropped``, ``notes``, ``warnings``, ``tokenizer``.
 
     Raises:
         UsageError: an unknown name or an impossible option.

@@ -101,8 +101,8 @@ def last_number(prompt: str, answer: str, reference: str, *, ended: bool = True)
 def final_number(prompt: str, answer: str, reference: str, *, ended: bool = True) -> float | None:
     """1 where the number after the last ``####``, or in the last ``\\boxed{}``, is that of the reference, else 0.
 
-    GSM8K's rule (arXiv:2110.14168). The number must stand alone (:mod:`offpolicy.data.texts.numbers`), and its line must
-    have ended. None when the reference is no such number.
+    GSM8K's rule (arXiv:2110.14168). The number must stand alone (:mod:`offpolicy.data.texts.numbers`), and its line
+    must have ended. None when the reference is no such number.
     """
     expected = _expected(reference)
     return None if expected is None else float(read_answer_number(final_part(answer, prompt), ended=ended) == expected)

@@ -1,0 +1,88 @@
+"""Import paths of earlier versions, which stand in checkpoints, run folders and users' code, and where they lead now.
+
+A name is looked up here only where no module has it, so this costs nothing until an old path is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
+from types import ModuleType
+from typing import Any
+
+MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its names are now
+    "offpolicy.arguments": ("offpolicy.cli.arguments",),
+    "offpolicy.callbacks": ("offpolicy.training.callbacks",),
+    "offpolicy.checkpoint": ("offpolicy.training.checkpoints",),
+    "offpolicy.checkpoint_io": ("offpolicy.training.checkpoint_io",),
+    "offpolicy.cli": ("offpolicy.cli.parser",),
+    "offpolicy.data.problems": ("offpolicy.data.texts.problems",),
+    "offpolicy.data.rollouts": ("offpolicy.data.texts.rollouts",),
+    "offpolicy.data.sequences": ("offpolicy.data.texts.sequences",),
+    "offpolicy.data.sources.formats": ("offpolicy.data.texts.formats",),
+    "offpolicy.data.sources.hf": ("offpolicy.data.texts.hub",),
+    "offpolicy.data.text": ("offpolicy.data.texts.module",),
+    "offpolicy.data.tokenised": ("offpolicy.data.texts.tokenised",),
+    "offpolicy.data.trajectories": ("offpolicy.diffusion.trajectories",),
+    "offpolicy.diffusion": ("offpolicy.diffusion.sampler",),
+    "offpolicy.entry": ("offpolicy.cli.entry",),
+    "offpolicy.evaluation.synthetic": ("offpolicy.diffusion.measures",),
+    "offpolicy.goals": ("offpolicy.training.goals",),
+    "offpolicy.language.answering": ("offpolicy.language.rl.answering",),
+    "offpolicy.language.critic": ("offpolicy.language.rl.critic",),
+    "offpolicy.language.engines": ("offpolicy.language.rl.engines",),
+    "offpolicy.language.preview": ("offpolicy.data.texts.preview",),
+    "offpolicy.language.records": ("offpolicy.language.rl.records",),
+    "offpolicy.language.rewards": ("offpolicy.language.rl.rewards",),
+    "offpolicy.language.rollouts": ("offpolicy.language.rl.rollouts",),
+    "offpolicy.language.scores": ("offpolicy.losses.scores",),
+    "offpolicy.language.scoring": ("offpolicy.language.rl.scoring",),
+    "offpolicy.language.solving": ("offpolicy.language.rl.solving",),
+    "offpolicy.language.tokens": ("offpolicy.data.texts.tokens",),
+    "offpolicy.matmul": ("offpolicy.compute.matmul",),
+    "offpolicy.memory": ("offpolicy.compute.memory",),
+    "offpolicy.modules": ("offpolicy.training.module",),
+    "offpolicy.optim": ("offpolicy.compute.optim",),
+    "offpolicy.options": ("offpolicy.training.options",),
+    "offpolicy.screen": ("offpolicy.training.screen",),
+    "offpolicy.synthetic": ("offpolicy.diffusion.pool",),
+}
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds an old module: the new one under its old name, or an empty one that fetches names from several."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        return importlib.util.spec_from_loader(fullname, self) if fullname in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        names = MOVED[module.__name__]
+        if len(names) == 1:  # the same module, so that what is set on the one is set on the other
+            sys.modules[module.__name__] = importlib.import_module(names[0])
+        else:
+            module.__getattr__ = names_of(module.__name__)  # type: ignore[method-assign]
+
+
+def names_of(old: str) -> Callable[[str], Any]:
+    """A module's ``__getattr__`` for the names that a module of version 0.1 had."""
+
+    def get(name: str) -> Any:
+        path = getattr(sys.modules[old], "__path__", ())  # of a package that has the name of the former module
+        if not name.startswith("__") and PathFinder.find_spec(f"{old}.{name}", path) is None:
+            for new in MOVED[old]:
+                module = importlib.import_module(new)
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f"module '{old}' has no attribute '{name}'")
+
+    return get
+
+
+def install() -> None:
+    """Let old paths be found, after all others."""
+    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.append(Finder())
