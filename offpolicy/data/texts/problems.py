@@ -1,8 +1,8 @@
 """Problems with answers that can be checked: what a language model learns from by trying.
 
 A replay of problems has texts as episodes, as :mod:`offpolicy.data.texts.sequences` does, and the table ``problems``,
-(P, 2) int64: the prompt, and the demonstration or −1. Columns: ``problems/answer`` (text of the right answer, for the reward;
-several, of which each is right, joined by :data:`offpolicy.data.texts.answers.OR`; empty where there is none),
+(P, 2) int64: the prompt, and the demonstration or −1. Columns: ``problems/answer`` (text of the right answer, for the
+reward; several, of which each is right, joined by :data:`offpolicy.data.texts.answers.OR`; empty where there is none),
 ``problems/row`` (where it stood in the source), ``problems/prompt_hash``, and a bool column per kind of problem.
 """
 
