@@ -119,12 +119,10 @@ def make_all(root: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
     import yaml
+    from tiny import make_policy, toy_pairs
     from toy import fit, method, toy_replay
 
     from offpolicy.data.sources.d4rl import write
-
-    sys.path.insert(0, str(HERE / "language"))
-    from tiny import make_policy, toy_pairs
 
     replay = toy_replay((6, 4, 5))
     replay.save(root / "folder" / "set")
@@ -352,7 +350,7 @@ class Worker:
     def __call__(self, kind: str, seed: int) -> tuple[str, float]:
         if self.process is None:
             command = [sys.executable, __file__, "--work", str(self.root)]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE / "helpers")])}
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
             )
@@ -421,7 +419,7 @@ def main() -> None:
     if args.work:
         work(Path(args.work))
         return
-    sys.path[:0] = [str(HERE.parent), str(HERE)]
+    sys.path[:0] = [str(HERE.parent), str(HERE / "helpers")]
     with tempfile.TemporaryDirectory() as root:
         make_all(Path(root))
         table = run(Path(root), args.mutations, args.seed, [k for k in args.kinds.split(",") if k] or None)

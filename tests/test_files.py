@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import environment
 
 from offpolicy import files
 from offpolicy.files import Table, WriteError, atomic_file, atomic_write, is_stray, plot_curves, unique_run_folder
@@ -128,7 +129,7 @@ with atomic_file({str(path)!r}) as file:
     while True:
         file.write(b"x" * 1000); file.flush(); time.sleep(0.001)
 """
-    child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment())
     wait_for(lambda: any(is_stray(p) and p.stat().st_size > 2000 for p in tmp_path.iterdir()))
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -271,7 +272,7 @@ while True:
     step += 1
     table.append({{"step": step, "a": step / 3, **({{f"new{{step}}": 1}} if step % 50 == 0 else {{}})}})
 """
-    child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment())
     wait_for(lambda: len(table.rows()) > 300)
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -359,9 +360,7 @@ assert "matplotlib" not in sys.modules and "torch" not in sys.modules
 plot_curves({str(tmp_path)!r})
 print("matplotlib.pyplot" in sys.modules)
 """
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
-    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert out.stdout.strip() == "False", out.stderr
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scripts import run_python
 from toy import differences, toy_replay, weights
 
 import offpolicy as op
@@ -320,5 +319,4 @@ def test_a_read_only_run_is_evaluated(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_options_are_read_without_numpy() -> None:
     code = "import sys, offpolicy.given; sys.exit('numpy' in sys.modules or 'torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+    assert run_python("-c", code).returncode == 0

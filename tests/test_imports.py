@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from scripts import ROOT
 
-ROOT = Path(__file__).parents[1]
 HEAVY = ("lightning", "transformers", "gymnasium", "matplotlib", "torch", "scipy", "minari", "datasets", "h5py")
 ALLOWED = {"lightning_modules": {"offpolicy", "lightning_modules"}, "offpolicy": {"offpolicy"}, "datasets_cfg": set()}
 

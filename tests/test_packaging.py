@@ -7,11 +7,10 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
+from scripts import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = ("offpolicy", "lightning_modules", "datasets_cfg")
 KEPT = {".py", ".yaml", ".csv", ".typed"}
 

@@ -3,7 +3,6 @@ fewer updates)."""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -12,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import ROOT, environment
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?P<skip><!-- not run:[^\n]*-->\n)?```(?P<kind>bash|python)\n(?P<text>.*?)```", re.DOTALL)
 SHORT = ["--trainer.max_steps", "40", "--run.eval_every", "20", "--run.eval_episodes", "1"]
@@ -47,7 +46,7 @@ def test_the_two_set_up_commands_are_what_ci_relies_on() -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
 def test_commands_and_code_run(page: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    variables = environment(MPLBACKEND="Agg")
     ran = 0
     for kind, text in blocks(page):
         todo = (
@@ -56,7 +55,7 @@ def test_commands_and_code_run(page: Path, tmp_path: Path) -> None:
         for command in todo:
             if command[1:3] == ["-m", "offpolicy.fit"] and not is_short(command):
                 command = [*command, *SHORT]
-            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
             assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
             ran += 1
     assert ran >= (8 if page.stem == "README" else 1)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from scripts import FIXTURES
 from toy import fit, method, toy_replay
 
 import offpolicy as op
@@ -327,7 +328,7 @@ def test_too_much_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def minari_copy(to: Path, env_id: str) -> Path:
     import shutil
 
-    source = next((Path(__file__).parent / "fixtures" / "minari").rglob("mixed-v0"))
+    source = next((FIXTURES / "minari").rglob("mixed-v0"))
     shutil.copytree(source, to)
     record = json.loads((to / "data" / "metadata.json").read_text())
     spec = {"id": env_id, "kwargs": {}, "max_episode_steps": 200}

@@ -1,21 +1,17 @@
 """``python -m offpolicy.data``: what it prints, its exit codes, and that nothing is left half-written."""
 
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scripts import FIXTURES, run_python
 
 from offpolicy.data.__main__ import main
 from offpolicy.data.sources import make, open_source
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 @pytest.fixture(autouse=True)
@@ -150,8 +146,5 @@ def test_a_full_disk_leaves_nothing(folder: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_module_runs(folder: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "offpolicy.data", "show", "hoper-medium-v2"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    result = run_python("-m", "offpolicy.data", "show", "hoper-medium-v2")
     assert result.returncode == 2 and result.stderr.startswith("error: no data set is called")

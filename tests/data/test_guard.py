@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pyarrow as pa
 import pytest
+from scripts import FIXTURES
 from toy import toy_replay
 
 from offpolicy.data import guard
@@ -170,7 +171,7 @@ def test_a_heap_that_does_not_end(walks: Path) -> None:
 def test_a_minari_shape_that_the_file_does_not_hold(tmp_path: Path) -> None:
     import shutil
 
-    source = next((Path(__file__).parents[1] / "fixtures" / "minari").rglob("mixed-v0"))
+    source = next((FIXTURES / "minari").rglob("mixed-v0"))
     shutil.copytree(source, tmp_path / "set-v0")
     file = tmp_path / "set-v0" / "data" / "metadata.json"
     record = json.loads(file.read_text())

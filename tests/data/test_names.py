@@ -7,12 +7,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from scripts import FIXTURES
 
 from offpolicy.data import names
 from offpolicy.data.names import describe, known_names, resolve, root
 from offpolicy.errors import UsageError, fold
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 TASKS = [row["task"] for row in csv.DictReader(files("datasets_cfg").joinpath("d4rl.csv").read_text().splitlines())]
 
 

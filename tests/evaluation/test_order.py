@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import FIXTURES
 
 from offpolicy.errors import UsageError
 from offpolicy.evaluation.order import (
@@ -16,7 +17,7 @@ from offpolicy.evaluation.order import (
 )
 
 ogbench = pytest.mark.skipif(importlib.util.find_spec("ogbench") is None, reason="needs ogbench")
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "ogbench_pointmaze_small-v0.npz"
+FIXTURE = FIXTURES / "ogbench_pointmaze_small-v0.npz"
 STEPS = np.arange(100, -1, -1)  # to the goal, along a shortest way of 101 states
 
 

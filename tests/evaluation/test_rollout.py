@@ -1,5 +1,4 @@
 import importlib.util
-import os
 import random
 import re
 import subprocess
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from scripts import environment
 
 from offpolicy.errors import UsageError
 from offpolicy.evaluation import rollout
@@ -386,7 +386,5 @@ def test_importing_the_module_stays_light():
     modules = "evaluation.rollout", "evaluation.scores", "checkpoint", "files"
     heavy = "{'gymnasium', 'lightning', 'matplotlib'}"
     code = "".join(f"import offpolicy.{m}; " for m in modules) + f"import sys; print({heavy} & sys.modules.keys())"
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
-    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert out.stdout.strip() == "set()", out.stderr

@@ -17,6 +17,7 @@ import tiny_rl
 import torch
 import toy
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from scripts import ROOT
 
 from lightning_modules import METHODS
 from offpolicy.compute.matmul import onednn_error
@@ -30,7 +31,6 @@ from offpolicy.language.plan import Plan
 from offpolicy.language.rl.engines import Request, Sampling, uniforms
 from offpolicy.registry import find_method
 
-ROOT = Path(__file__).parents[2]
 # what takes torch's default device unless it is told another
 MAKERS = {
     *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal"),

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import fit, method, run_pair
+from scripts import run_pair
+from tiny import fit, make_policy, method
 from toy import differences, run_files
 
 import offpolicy as op
@@ -76,7 +77,9 @@ def main(root: Path) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder in which both processes trained, and what each of them found."""
-    return run_pair(__file__, tmp_path_factory.mktemp("pair"))
+    root = tmp_path_factory.mktemp("pair")
+    make_policy(root / "policy")
+    return root, run_pair(__file__, root)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import run_pair
+from scripts import run_pair
+from tiny import make_policy
 from tiny_rl import fit, method
 from toy import differences, run_files
 
@@ -53,7 +54,9 @@ def main(root: Path) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder in which both processes trained, and what each of them found."""
-    return run_pair(__file__, tmp_path_factory.mktemp("pair"))
+    root = tmp_path_factory.mktemp("pair")
+    make_policy(root / "policy")
+    return root, run_pair(__file__, root)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,13 +8,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from scripts import FIXTURES
 
 from offpolicy.data.names import known_names, resolve
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources import d4rl, from_arrays, open_source
 from offpolicy.errors import DataError, UsageError
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "d4rl_pendulum_mixed.hdf5"
+FIXTURE = FIXTURES / "d4rl_pendulum_mixed.hdf5"
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import run_pair
 from toy import METHODS, differences, fit, method, run_files, toy_replay, weights
 from toy_generator import pool, toy_model, versions
 
@@ -90,11 +90,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     """The folder in which both processes trained, and what each of them found."""
     root = tmp_path_factory.mktemp("pair")
     toy_model(root / "generator")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])}
-    command = [sys.executable, "-W", "ignore", __file__, str(root)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=230)
-    assert done.returncode == 0, done.stderr
-    return root, [json.loads((root / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return root, run_pair(__file__, root)
 
 
 @pytest.mark.parametrize("name", METHODS)

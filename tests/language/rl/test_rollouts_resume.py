@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import run_python
 from tiny_rl import fit, make_policy, method, toy_problems
 from toy import differences, run_files
 
@@ -90,10 +90,7 @@ def main(root: Path) -> None:
 def test_a_kill_while_answers_are_drawn(tmp_path: Path) -> None:
     """The weights of the end of the second iteration are on the disk, and the run goes on from there."""
     policy = make_policy(tmp_path / "policy")
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(here), str(here.parent)])}
-    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = run_python(__file__, tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     path = newest_checkpoint(tmp_path / "killed")
     assert path is not None and path.name == "step=00000004.ckpt"

@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from tiny_rl import SMALL, fit, make_policy, method, toy_problems
 
 from offpolicy.data.texts.rollouts import DEMONSTRATION, OWN
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "language")]
-from tiny_rl import SMALL, fit, make_policy, method, toy_problems  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import ROOT
 
 import offpolicy
 
@@ -16,7 +17,7 @@ NAME = "pointmaze-medium-navigate-v0"
 
 
 def example(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "examples" / "goals" / f"{name}.py"
+    path = ROOT / "examples" / "goals" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"goals_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

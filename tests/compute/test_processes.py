@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from scripts import ROOT, environment
 from toy import method, toy_replay
 
 import offpolicy as op
@@ -18,7 +19,6 @@ from offpolicy.compute import processes
 from offpolicy.compute.processes import LOCK, claimed
 from offpolicy.errors import UsageError
 
-ROOT = Path(__file__).parents[1]
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -95,7 +95,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [*command, *(f"--{name}={value}" for name, value in options.items())],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from made_tokenizers import made_tokenizer
+from scripts import run_python
 
 from offpolicy.data.names import describe, resolve
 from offpolicy.data.replay import Replay
@@ -194,8 +193,7 @@ def test_a_detection_does_not_depend_on_the_process() -> None:
         "print(form, *records(source, form, Faults('here', 1), Counter()))"
     )
     seed = {"PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
-    environment = {**os.environ, **seed, "PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    result = run_python("-c", code, **seed)
     here = io.StringIO()
     with contextlib.redirect_stdout(here):
         exec(code, {})

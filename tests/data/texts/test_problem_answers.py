@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from offpolicy.data.texts.problems import BOXED, ProblemData, sketch
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.rl.rewards import exact, final_number
-
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "language")]
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scripts import ROOT
 
-FOLDER = Path(__file__).parents[2] / "examples" / "preference"
+FOLDER = ROOT / "examples" / "preference"
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import wrappers
+from scripts import FIXTURES
 
 import offpolicy as op
 from offpolicy.data.sources import open_source
 from offpolicy.errors import DataError, UsageError
 from offpolicy.evaluation.rollout import NoEnvironment, close_environment, make_environment
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "minari" / "pendulum" / "mixed-v0"
+FIXTURE = FIXTURES / "minari" / "pendulum" / "mixed-v0"
 OWN = """
 import gymnasium
 open("was_imported", "w").close()

@@ -7,13 +7,13 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import run_python
 from toy import METHODS, Crash, differences, fit, method, run_files, toy_replay
 
 from offpolicy.data.replay import Replay
@@ -148,9 +148,7 @@ def main(root: Path) -> None:
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, int]]]:
     root = tmp_path_factory.mktemp("scenes")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parent)])}
-    command = [sys.executable, "-W", "ignore", __file__, str(root)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = run_python(__file__, root)
     assert done.returncode == 0, done.stderr
     return root, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import environment
 
 from offpolicy import files
 from offpolicy.errors import UsageError
@@ -343,7 +344,7 @@ def slowly(plain, file):
 torch.save = slowly
 write_checkpoint({{"global_step": 200, "w": torch.zeros(100_000)}}, {str(folder / "step=00000200.ckpt")!r})
 """
-    child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment())
     end = time.monotonic() + 60
     while not any(is_stray(p) and p.stat().st_size > 1000 for p in folder.iterdir()):
         assert time.monotonic() < end and child.poll() is None

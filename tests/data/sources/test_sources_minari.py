@@ -10,22 +10,23 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from scripts import FIXTURES
 
 from offpolicy.data.sources import minari as reader
 from offpolicy.data.sources import open_source
 from offpolicy.errors import DataError, UsageError
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "minari" / "pendulum"
+PENDULUM = FIXTURES / "minari" / "pendulum"
 
 
 @pytest.fixture
 def hdf5(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(FIXTURES / "mixed-v0", tmp_path / "mixed-v0"))
+    return Path(shutil.copytree(PENDULUM / "mixed-v0", tmp_path / "mixed-v0"))
 
 
 @pytest.fixture
 def arrow(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(FIXTURES / "mixed-arrow-v0", tmp_path / "mixed-arrow-v0"))
+    return Path(shutil.copytree(PENDULUM / "mixed-arrow-v0", tmp_path / "mixed-arrow-v0"))
 
 
 @pytest.fixture
@@ -285,7 +286,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     package = types.ModuleType("minari")
 
     def download(name: str) -> None:
-        shutil.copytree(FIXTURES / "mixed-v0", Path(os.environ["MINARI_DATASETS_PATH"]) / name)
+        shutil.copytree(PENDULUM / "mixed-v0", Path(os.environ["MINARI_DATASETS_PATH"]) / name)
 
     package.download_dataset = download  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "minari", package)

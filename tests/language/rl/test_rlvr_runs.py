@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scripts import ROOT
 from tiny import make_policy
 
 from offpolicy import evaluate, fit, generate, load
@@ -17,7 +18,6 @@ from offpolicy.data.replay import Replay
 from offpolicy.files import Table
 from offpolicy.training import callbacks
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["--model.batch_size", "8", "--model.group_size", "4", "--model.max_new_tokens", "6"]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import ROOT
 from toy import fit, toy_replay
 
 import offpolicy
@@ -18,7 +19,7 @@ from offpolicy.diffusion.measures import Comparison, Measured
 
 @pytest.fixture
 def table() -> ModuleType:
-    path = Path(__file__).parents[1] / "examples" / "diffusion" / "table.py"
+    path = ROOT / "examples" / "diffusion" / "table.py"
     spec = importlib.util.spec_from_file_location("diffusion_table", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

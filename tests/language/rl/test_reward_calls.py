@@ -17,8 +17,6 @@ from offpolicy.errors import DataError, UsageError
 from offpolicy.language.rl.reward_calls import Watchdog, bind
 from offpolicy.language.rl.rewards import Rewards, Tally, resolve_verifier
 
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
 OWN = """
 import sys, time
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scripts import run_python
 from toy import fit, method, quiet, toy_replay, weights
 
 import offpolicy as op
@@ -192,7 +192,7 @@ def two(root: Path) -> None:
 
 
 def test_two_processes_stop_alike(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, __file__, str(tmp_path)], timeout=300, check=False, capture_output=True)
+    run_python(__file__, tmp_path)
     told = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
     assert "the weights actor" in told[0] and "at update 30 another process has such numbers" in told[1]
     assert checkpoints(tmp_path) == ["step=00000010.ckpt", "step=00000020.ckpt"]

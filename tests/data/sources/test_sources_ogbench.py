@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import FIXTURES
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources import open_source
 from offpolicy.errors import DataError
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "ogbench_pointmaze_small-v0.npz"
+FIXTURE = FIXTURES / "ogbench_pointmaze_small-v0.npz"
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.texts.problems import ProblemData, addition, known_test, question_hash, step_column
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
-
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "language")]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from scripts import environment
 from toy import toy_replay
 
 from offpolicy import evaluate, fit
@@ -30,7 +30,6 @@ from offpolicy.files import Table
 from offpolicy.training import callbacks
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["--model.hidden_dims", "[8,8]", "--model.batch_size", "16"]
 SHORT = ["--trainer.max_steps", "60", "--run.eval_every", "30", "--run.log_every", "20", "--run.eval_episodes", "2"]
 
@@ -104,10 +103,9 @@ def run(*argv: str) -> Path:
 
 
 def command(*argv: str, **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "offpolicy.fit", *argv],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
     )  # fmt: skip
 
 

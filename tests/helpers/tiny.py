@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,20 +113,4 @@ def fit(
     return module
 
 
-def run_pair(script: str, root: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """Run a test file as a script that makes two processes of itself, with a tiny policy in the folder it gets.
-
-    Returns:
-        The folder, and what each of them wrote into its ``rank<n>.json``.
-    """
-    make_policy(root / "policy")
-    here = Path(__file__).parent
-    paths = [os.getcwd(), str(here), str(here.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", script, str(root)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return root, [json.loads((root / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-
-
-__all__ = ["AtomicCheckpointIO", "RunFolder", "fit", "make_policy", "method", "run_pair", "toy_pairs", "write_pairs"]
+__all__ = ["AtomicCheckpointIO", "RunFolder", "fit", "make_policy", "method", "toy_pairs", "write_pairs"]

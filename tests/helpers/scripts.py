@@ -1,0 +1,33 @@
+"""Where things stand, and how tests start Python again: in a process that finds the tree and these helpers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HELPERS = Path(__file__).resolve().parent
+ROOT = HELPERS.parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment of a process that imports this tree and these helpers on one thread, with more variables."""
+    paths = os.pathsep.join([str(ROOT), str(HELPERS)])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
+
+
+def run_python(*arguments: Any, timeout: float = 200, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with arguments such as ``"-c", code`` or the path of a script, and wait for its end."""
+    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
+    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=timeout)
+
+
+def run_pair(script: str, root: Path) -> list[dict[str, Any]]:
+    """Run a test file as a script that makes two processes of itself; gives what each wrote into ``rank<n>.json``."""
+    done = run_python(script, root)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((root / f"rank{rank}.json").read_text()) for rank in (0, 1)]
