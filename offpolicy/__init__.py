@@ -40,7 +40,7 @@ _NAMES = {
     "PairView": "offpolicy.data.texts.sequences",
     "SingleView": "offpolicy.data.texts.sequences",
     "FitResult": "offpolicy.api",
-    "load": "offpolicy.api",
+    "load": "offpolicy.training.opening",
     "recipe": "offpolicy.recipes",
 }
 moved.install()

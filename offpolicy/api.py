@@ -31,25 +31,27 @@ from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.evaluation.order import make_order
 from offpolicy.evaluation.rollout import EVAL_SEED, EvalResult, Evaluator
 from offpolicy.evaluation.scores import has_score, interval, normalized_score, score_kind, summarize
-from offpolicy.files import Table, WriteError, atomic_write, unique_run_folder
+from offpolicy.files import Table, atomic_write, unique_run_folder
 from offpolicy.given import place, plain, refuse_half, seed_number, whole
-from offpolicy.registry import import_class
 from offpolicy.training import screen
 from offpolicy.training.callbacks import Evaluation, EvaluationFailed, RunFolder, UpdateBar
 from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 from offpolicy.training.checkpoints import (
-    check_proportions,
+    KEY,
     newest_checkpoint,
+    own_folder,
     plain_hparams,
     read_checkpoint,
     resolve_checkpoint,
+    run_of,
     to_plain,
 )
 from offpolicy.training.goals import GoalModule
-from offpolicy.training.module import KEY, Module, OfflineModule
+from offpolicy.training.module import Module, OfflineModule
+from offpolicy.training.opening import load, own_state
 from offpolicy.training.options import RunOptions
 from offpolicy.training.seeds import over_seeds
-from offpolicy.trust import NAME, Trust, check_environment, names_in, names_of, trusting
+from offpolicy.trust import Trust, names_in, names_of, trusting
 
 TRAINER_DEFAULTS: dict[str, Any] = {  # one device unless asked; rows and batches are the method's own affair
     "devices": 1,
@@ -236,62 +238,6 @@ def fit(
         stop_watching()
         end_together()
     return result
-
-
-def load(run_or_checkpoint: str | Path, *, method: type[Module] | None = None, trust: Trust = None) -> Module:
-    """A trained method from a run folder (its newest checkpoint) or a checkpoint; needs neither data nor simulator.
-
-    A checkpoint may come from anybody: it holds plain values and tensors alone, and of the code it names only what
-    belongs to this library is run.
-
-    Args:
-        method: the class, when it is one of your own.
-        trust: packages or modules of yours or others that the checkpoint may name (its class, rewards, components, its
-            environment), as a list or a text with commas; True for all.
-
-    Returns:
-        The method on the CPU, ready for ``act``; a language model with its ``tokenizer``.
-
-    Raises:
-        UsageError: no checkpoint there, its class cannot be imported or is not trusted, or it is damaged.
-    """
-    path = resolve_checkpoint(run_or_checkpoint)
-    checkpoint = read_checkpoint(path)
-    state = own_state(checkpoint, path)
-    with trusting(trust, in_file=True):
-        cls = method or _class_of(state, path)
-        if not (isinstance(cls, type) and issubclass(cls, Module)):
-            raise UsageError(f"{path} is to be opened as {cls!r}, which is no method; expected a class of one.")
-        try:
-            check_environment(state["data"]["meta"], str(path))
-            check_proportions(checkpoint, state, str(path))
-            loaded = cls(**checkpoint["hyper_parameters"])
-            loaded.on_load_checkpoint(checkpoint)
-            loaded.load_state_dict(checkpoint["state_dict"], strict=loaded.strict_loading)
-            loaded.take_files(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
-        except (UsageError, DataError, WriteError):
-            raise
-        except Exception as error:  # anything can be wrong with values in a file
-            reason = " ".join(str(error).split())[:300]
-            raise UsageError(
-                f"{path} holds a {cls.__name__} that cannot be made again ({type(error).__name__}: {reason}); expected "
-                "a checkpoint of this version of the class. Pass another checkpoint."
-            ) from error
-    return loaded.eval()
-
-
-def _class_of(state: Mapping[str, Any], path: Path) -> Any:
-    """The class that a checkpoint names."""
-    name = state.get("class")
-    if not (isinstance(name, str) and NAME.fullmatch(name)):
-        raise UsageError(f"{path} names {name!r} as its class; expected package.module.Class. Pass another checkpoint.")
-    try:
-        return import_class(name)
-    except (UsageError, ImportError) as error:
-        raise UsageError(
-            f"{path} holds a method of the class {name}, which cannot be imported: {error} "
-            "Or pass the class: offpolicy.load(path, method=MyClass)."
-        ) from None
 
 
 def evaluate(
@@ -503,18 +449,6 @@ def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
     return content["global_step"], ", ".join(changed)
 
 
-def own_folder(checkpoint: Path) -> Path | None:
-    """The run folder in which a checkpoint continues: that of the run whose newest it is, else None."""
-    folder = run_of(checkpoint)
-    newest = newest_checkpoint(folder)
-    return folder if newest is not None and newest.samefile(checkpoint) else None
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The folder of the run that a checkpoint belongs to."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-
-
 def keep_earlier_rows(checkpoint: Path, updates: int, folder: Path) -> None:
     """Copy the rows up to a checkpoint from the tables of its run into the new folder it continues in."""
     for name in ("metrics.csv", "evals.csv"):
@@ -566,22 +500,6 @@ def data_name(data: DataModule) -> str:
         return resolve(str(data.name), language=hasattr(data, "bind_tokenizer")).name
     except UsageError:
         return str(data.name)
-
-
-def own_state(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What this library has put into a checkpoint.
-
-    Raises:
-        UsageError: it was not written by this library, or lacks a part.
-    """
-    state = checkpoint.get(KEY)
-    if not isinstance(state, dict):
-        raise UsageError(f"{path} was not written by this library; expected its '{KEY}' entry. Pass another file.")
-    parts = {"hyper_parameters": dict, "state_dict": dict, "global_step": int}
-    missing = [name for name, kind in parts.items() if not isinstance(checkpoint.get(name), kind)]
-    if missing:
-        raise UsageError(f"{path} has no usable {', '.join(missing)}; expected a whole checkpoint. Pass another file.")
-    return state
 
 
 # -- surroundings ------------------------------------------------------------------------------------------------------

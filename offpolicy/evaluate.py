@@ -48,13 +48,14 @@ def main(argv: list[str]) -> int:
     from offpolicy.evaluation.rollout import EVAL_SEED
     from offpolicy.files import Table, WriteError, atomic_write
     from offpolicy.training import screen
-    from offpolicy.training.checkpoints import read_checkpoint, resolve_checkpoint
+    from offpolicy.training.checkpoints import read_checkpoint, resolve_checkpoint, run_of
+    from offpolicy.training.opening import own_state
 
     path = resolve_checkpoint(args.run)
     seed = EVAL_SEED if args.seed is None else args.seed
     content = read_checkpoint(path)
-    state, updates = api.own_state(content, path), content["global_step"]
-    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    state, updates = own_state(content, path), content["global_step"]
+    folder = run_of(path)
     if "policy_config" in state:  # a language model
         rows = [row for row in Table(folder / "evals.csv").rows() if isinstance(row.get("step"), int)]
         found = [row for row in rows if int(row["step"]) <= updates and "error" not in row]

@@ -57,11 +57,11 @@ def export(
     Raises:
         UsageError: the folder holds something, or the method is no language model.
     """
-    from offpolicy.api import load
     from offpolicy.data.texts.stops import stop_ids
     from offpolicy.language.adapters import adapter_settings, merged
     from offpolicy.language.module import LanguageModule
     from offpolicy.language.policy import base_of, save_tokenizer, silent, vocabulary_of
+    from offpolicy.training.opening import load
 
     out = Path(out)
     if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):

@@ -217,11 +217,11 @@ def open_run(run: str, seed: int = 0, trust: Trust = None) -> tuple[Any, Any, di
     Raises:
         UsageError: there is nothing of that kind.
     """
-    from offpolicy import api
     from offpolicy.data.texts.tokens import load_tokenizer
     from offpolicy.language.module import LanguageModule
     from offpolicy.language.policy import adapter_base, open_adapter, open_model
-    from offpolicy.training.checkpoints import read_checkpoint, resolve_checkpoint
+    from offpolicy.training.checkpoints import read_checkpoint, resolve_checkpoint, run_of
+    from offpolicy.training.opening import load
 
     base = adapter_base(run)
     if base is not None:
@@ -229,13 +229,13 @@ def open_run(run: str, seed: int = 0, trust: Trust = None) -> tuple[Any, Any, di
     if (Path(run) / "config.json").is_file():
         return open_model(run, dtype="auto"), load_tokenizer(run), {}, Path("answers.jsonl"), run
     path = resolve_checkpoint(run)
-    method = api.load(path, trust=trust)
+    method = load(path, trust=trust)
     if not isinstance(method, LanguageModule) or method.tokenizer is None:
         raise UsageError(
             f"{run} is a run of {type(method).__name__} without a language model and tokenizer; expected one of DPO, "
             "SimPO and the like."
         )
-    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    folder = run_of(path)
     updates = int(read_checkpoint(path)["global_step"])
     file = folder / f"answers-step{updates:08d}-seed{seed}.jsonl"
     return method.model, method.tokenizer, data_of_run(folder), file, f"{path}, {updates:,} updates"

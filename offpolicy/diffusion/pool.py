@@ -26,6 +26,7 @@ from offpolicy.diffusion.sampler import GuidanceOptions, SamplerOptions, to_repl
 from offpolicy.errors import UsageError, check_range
 from offpolicy.files import atomic_write
 from offpolicy.training.module import OfflineModule, Sizes
+from offpolicy.training.opening import load
 from offpolicy.training.options import SyntheticOptions
 from offpolicy.trust import Trust, trusting
 
@@ -343,8 +344,6 @@ def open_method(run: OfflineModule | str | Path) -> OfflineModule:
     """A method of control: itself, or from its run folder or checkpoint. Raises :class:`UsageError` for others."""
     if isinstance(run, OfflineModule):
         return run
-    from offpolicy.api import load
-
     found = load(run)
     if not isinstance(found, OfflineModule):
         raise UsageError(f"{run} is a run of {type(found).__name__}, a language model; expected a method of control.")

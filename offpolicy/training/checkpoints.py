@@ -28,6 +28,7 @@ from offpolicy.errors import UsageError
 from offpolicy.files import atomic_file, is_stray, method_folder
 from offpolicy.given import expanded, place
 
+KEY = "offpolicy"  # our part of a checkpoint
 PLAIN = (type(None), bool, torch.Tensor, torch.dtype, torch.device, torch.layout)
 _told: set[Path] = set()  # damaged checkpoints that were spoken of
 log = logging.getLogger(__name__)
@@ -319,6 +320,18 @@ def resolve_checkpoint(
         hint = f" Continue from {other}." if other else " No other checkpoint lies beside it."
         raise UsageError(f"{path} ({path.stat().st_size:,} bytes) does not open; expected a whole checkpoint.{hint}")
     return path
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
+def own_folder(checkpoint: Path) -> Path | None:
+    """The run folder in which a checkpoint continues: that of the run whose newest it is, else None."""
+    folder = run_of(checkpoint)
+    newest = newest_checkpoint(folder)
+    return folder if newest is not None and newest.samefile(checkpoint) else None
 
 
 def _load(path: Path, mmap: bool = False) -> dict[str, Any]:

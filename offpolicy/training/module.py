@@ -44,7 +44,7 @@ from offpolicy.given import refuse_half, tidy
 from offpolicy.nn.policies import normal_log_prob
 from offpolicy.training import divergence
 from offpolicy.training.callbacks import Evaluation, HeldOut, Interruption, RestoreSettings
-from offpolicy.training.checkpoints import plain_hparams, to_plain, write_checkpoint
+from offpolicy.training.checkpoints import KEY, plain_hparams, to_plain, write_checkpoint
 from offpolicy.training.options import RunOptions
 from offpolicy.training.seeds import ask_each, build_stacked, checked_seeds, taken
 from offpolicy.trust import words
@@ -52,7 +52,6 @@ from offpolicy.trust import words
 log = logging.getLogger(__name__)
 Metrics = dict[str, Any]  # (B,) or one number per seed each; of language methods also means over tokens
 Rate = float | Callable[[int], float]
-KEY = "offpolicy"  # our part of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class Module(LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **changed: Any) -> Module:  # type: ignore[override]
         """As ``offpolicy.load(checkpoint_path, method=…)``; Lightning's own would import what the file names."""
-        from offpolicy.api import load
+        from offpolicy.training.opening import load
 
         if changed:
             raise UsageError(
