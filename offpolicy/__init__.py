@@ -28,7 +28,7 @@ _NAMES = {
     "Draw": "offpolicy.training.module",
     "Module": "offpolicy.training.module",
     "OfflineModule": "offpolicy.training.module",
-    "Sizes": "offpolicy.training.module",
+    "Sizes": "offpolicy.data.sizes",
     "GoalModule": "offpolicy.training.goals",
     "GoalMix": "offpolicy.data.goals",
     "GoalTransitions": "offpolicy.data.goals",

@@ -45,7 +45,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.language.tokens": ("offpolicy.data.texts.tokens",),
     "offpolicy.matmul": ("offpolicy.compute.matmul",),
     "offpolicy.memory": ("offpolicy.compute.memory",),
-    "offpolicy.modules": ("offpolicy.training.module",),
+    "offpolicy.modules": ("offpolicy.training.module", "offpolicy.data.sizes"),
     "offpolicy.optim": ("offpolicy.compute.optim",),
     "offpolicy.options": ("offpolicy.training.options",),
     "offpolicy.screen": ("offpolicy.training.screen",),
@@ -71,7 +71,7 @@ def names_of(old: str) -> Callable[[str], Any]:
     """A module's ``__getattr__`` for the names that a module of version 0.1 had."""
 
     def get(name: str) -> Any:
-        path = getattr(sys.modules[old], "__path__", ())  # of a package that has the name of the former module
+        path = vars(sys.modules[old]).get("__path__", ())  # of a package that has the name of the former module
         if not name.startswith("__") and PathFinder.find_spec(f"{old}.{name}", path) is None:
             for new in MOVED[old]:
                 module = importlib.import_module(new)

@@ -17,6 +17,7 @@ from offpolicy.data.neighbors import NeighborIndex
 from offpolicy.data.normalize import Normalizer, mean_std
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sampling import permutation
+from offpolicy.data.sizes import Sizes
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.evaluation.rollout import Evaluator, NoEnvironment, isolated_rng
 from offpolicy.files import atomic_write
@@ -162,8 +163,6 @@ class Judge:
     """
 
     def __init__(self, real: Replay, policy: Any = None, *, rows: int = ROWS, novelty_rows: int | None = None) -> None:
-        from offpolicy.training.module import Sizes
-
         check_range("rows", rows, 2, option="rows")
         self.real, self.policy, self.rows, self.novelty_rows = real, policy, rows, novelty_rows
         self.sizes = Sizes.of(real)
@@ -193,8 +192,6 @@ class Judge:
         Raises:
             DataError: its sizes are not those of the real data.
         """
-        from offpolicy.training.module import Sizes
-
         name = name or str(replay.meta.get("name", "data"))
         self._check(Sizes.of(replay), name, DataError)
         rows = sampled(replay, self.rows)

@@ -21,11 +21,12 @@ import torch
 from offpolicy.data.guard import read_json
 from offpolicy.data.mixing import joined, mixed
 from offpolicy.data.replay import Replay
+from offpolicy.data.sizes import Sizes
 from offpolicy.diffusion.measures import regeneration_metrics
 from offpolicy.diffusion.sampler import GuidanceOptions, SamplerOptions, to_replay
 from offpolicy.errors import UsageError, check_range
 from offpolicy.files import atomic_write
-from offpolicy.training.module import OfflineModule, Sizes
+from offpolicy.training.module import OfflineModule
 from offpolicy.training.opening import load
 from offpolicy.training.options import SyntheticOptions
 from offpolicy.trust import Trust, trusting

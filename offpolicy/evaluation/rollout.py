@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from offpolicy.data.sizes import Sizes
 from offpolicy.environments.checks import Episode, described, reach
 from offpolicy.environments.wrappers import NoEnvironment, obstacle, wrapped, wrappers_of
 from offpolicy.errors import UsageError
@@ -51,16 +52,6 @@ class Agent(Protocol):
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Observations (n, O) float32 -> actions (n, A) in environment units."""
-
-
-class Sizes(Protocol):
-    """What the data say about the widths."""
-
-    @property
-    def obs_dim(self) -> int: ...
-
-    @property
-    def action_dim(self) -> int: ...
 
 
 class EvalResult(NamedTuple):

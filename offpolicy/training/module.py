@@ -14,7 +14,7 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -37,9 +37,10 @@ from offpolicy.data.mixing import SHARE
 from offpolicy.data.module import DataModule
 from offpolicy.data.normalize import Normalizer, parse_reward_transform
 from offpolicy.data.replay import Replay
+from offpolicy.data.sizes import Sizes
 from offpolicy.data.spaces import check_suits
 from offpolicy.data.views import BoundView, Noise, TransitionView, WindowView
-from offpolicy.errors import DataError, UsageError, check_range, listed
+from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.given import refuse_half, tidy
 from offpolicy.nn.policies import normal_log_prob
 from offpolicy.training import divergence
@@ -52,32 +53,6 @@ from offpolicy.trust import words
 log = logging.getLogger(__name__)
 Metrics = dict[str, Any]  # (B,) or one number per seed each; of language methods also means over tokens
 Rate = float | Callable[[int], float]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What networks are built from: never an environment, so a checkpoint needs neither data nor simulator.
-
-    Args:
-        obs_dim: O, numbers in an observation.
-        action_dim: A, numbers in an action.
-        max_steps: longest episode, of the data or by the environment's limit; 0 when unknown.
-    """
-
-    obs_dim: int
-    action_dim: int
-    max_steps: int = 0
-
-    @classmethod
-    def of(cls, replay: Replay) -> Sizes:
-        if not {"obs", "action"} <= replay.steps.keys():
-            raise DataError(
-                f"{replay.meta.get('name', 'the replay')} holds {listed(replay.steps)} and no `obs` and `action`; "
-                "expected steps of an environment. For texts choose a method of language models, such as DPO."
-            )
-        obs, action = replay.steps["obs"], replay.steps["action"]
-        limit = max(replay.meta.get("max_episode_steps") or 0, int(replay.length.max()))
-        return cls(int(np.prod(obs.shape[1:])), int(np.prod(action.shape[1:])), int(limit))
 
 
 class Draw(NamedTuple):
