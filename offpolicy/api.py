@@ -27,9 +27,10 @@ from offpolicy.data.module import DataModule, Loadable, load_data
 from offpolicy.data.names import resolve
 from offpolicy.data.replay import Replay
 from offpolicy.diffusion.pool import sample
+from offpolicy.environments.make import EVAL_SEED
 from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.evaluation.order import make_order
-from offpolicy.evaluation.rollout import EVAL_SEED, EvalResult, Evaluator
+from offpolicy.evaluation.rollout import EvalResult, Evaluator
 from offpolicy.evaluation.scores import has_score, interval, normalized_score, score_kind, summarize
 from offpolicy.files import Table, atomic_write, unique_run_folder
 from offpolicy.given import place, plain, refuse_half, seed_number, whole

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from offpolicy import api
-    from offpolicy.evaluation.rollout import EVAL_SEED
+    from offpolicy.environments.make import EVAL_SEED
     from offpolicy.files import Table, WriteError, atomic_write
     from offpolicy.training import screen
     from offpolicy.training.checkpoints import read_checkpoint, resolve_checkpoint, run_of

@@ -23,8 +23,9 @@ from offpolicy.cli.parser import parse
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources import open_source
 from offpolicy.data.sources.d4rl import META, write
+from offpolicy.environments.make import make_environment
+from offpolicy.environments.wrappers import NoEnvironment
 from offpolicy.errors import DataError, UsageError
-from offpolicy.evaluation.rollout import NoEnvironment, make_environment
 from offpolicy.language.rl.answering import Answering
 from offpolicy.losses.policy_gradient import Objective
 from offpolicy.registry import find_method, import_callable, import_class

@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import offpolicy
+from offpolicy.compute.generators import isolated_rng
+from offpolicy.environments.make import close_environment, make_environment
 from offpolicy.evaluation.order import OrderConsistency, oracle_trajectories
-from offpolicy.evaluation.rollout import close_environment, isolated_rng, make_environment
 
 DISTANCES = np.unique(np.geomspace(1, 120, 40).astype(int))
 CANDIDATES = 2000  # states of the data among which a sub-goal is looked for

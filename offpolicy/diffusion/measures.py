@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from offpolicy.compute.generators import isolated_rng
 from offpolicy.data.neighbors import NeighborIndex
 from offpolicy.data.normalize import Normalizer, mean_std
 from offpolicy.data.replay import Replay, _numpy
 from offpolicy.data.sampling import permutation
 from offpolicy.data.sizes import Sizes
+from offpolicy.environments.wrappers import NoEnvironment
 from offpolicy.errors import DataError, UsageError, check_range
-from offpolicy.evaluation.rollout import Evaluator, NoEnvironment, isolated_rng
+from offpolicy.evaluation.rollout import Evaluator
 from offpolicy.files import atomic_write
 
 ROWS = 4000  # of each set, unless told

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from offpolicy.compute.generators import isolated_rng
+from offpolicy.environments.make import EVAL_SEED, close_environment, make_environment
 from offpolicy.errors import UsageError
-from offpolicy.evaluation.rollout import EVAL_SEED, close_environment, isolated_rng, make_environment
 
 ValueOf = Callable[[np.ndarray, np.ndarray], Mapping[str, Any]]
 WINDOW = 30  # steps, the authors' setting for antmaze

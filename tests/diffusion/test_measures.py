@@ -28,8 +28,9 @@ from offpolicy.diffusion.measures import (
     regeneration_metrics,
     sampled,
 )
+from offpolicy.environments.wrappers import NoEnvironment
 from offpolicy.errors import DataError, UsageError
-from offpolicy.evaluation.rollout import Evaluator, NoEnvironment
+from offpolicy.evaluation.rollout import Evaluator
 
 
 def played(env_id: str, steps: int = 12, **meta: Any) -> Replay:

@@ -10,9 +10,10 @@ from gymnasium import spaces
 
 from offpolicy.data.sources import from_arrays
 from offpolicy.environments.checks import EnvironmentFailed
+from offpolicy.environments.make import make_environment
 from offpolicy.errors import UsageError
 from offpolicy.evaluation import rollout
-from offpolicy.evaluation.rollout import Evaluator, make_environment
+from offpolicy.evaluation.rollout import Evaluator
 
 OBS = np.zeros(3, np.float32)
 SIZES = SimpleNamespace(obs_dim=3, action_dim=1)

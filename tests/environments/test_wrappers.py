@@ -13,8 +13,9 @@ from scripts import FIXTURES
 
 import offpolicy as op
 from offpolicy.data.sources import open_source
+from offpolicy.environments.make import close_environment, make_environment
+from offpolicy.environments.wrappers import NoEnvironment
 from offpolicy.errors import DataError, UsageError
-from offpolicy.evaluation.rollout import NoEnvironment, close_environment, make_environment
 
 FIXTURE = FIXTURES / "minari" / "pendulum" / "mixed-v0"
 OWN = """

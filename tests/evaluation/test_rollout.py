@@ -13,9 +13,11 @@ import torch
 from gymnasium import spaces
 from scripts import environment
 
+from offpolicy.compute.generators import isolated_rng
+from offpolicy.environments.wrappers import NoEnvironment
 from offpolicy.errors import UsageError
 from offpolicy.evaluation import rollout
-from offpolicy.evaluation.rollout import Evaluator, NoEnvironment, isolated_rng, make_evaluator
+from offpolicy.evaluation.rollout import Evaluator, make_evaluator
 
 PENDULUM = {"env_id": "Pendulum-v1"}
 PENDULUM_SIZES = SimpleNamespace(obs_dim=3, action_dim=1)

@@ -13,8 +13,9 @@ import pytest
 from gymnasium import spaces
 
 import offpolicy
+from offpolicy.environments.make import close_environment, make_environment
 from offpolicy.evaluate import main
-from offpolicy.evaluation.rollout import Evaluator, close_environment, make_environment
+from offpolicy.evaluation.rollout import Evaluator
 from offpolicy.evaluation.scores import score_kind, summarize, wilson
 from offpolicy.training import screen
 from offpolicy.training.callbacks import headline

@@ -266,7 +266,8 @@ def environment(
         known = getattr(getattr(env_id, "spec", None), "id", None) or getattr(env_id, "id", None)
         hint = f" Pass {known!r}." if isinstance(known, str) else " Register it with gymnasium and pass its id."
         raise UsageError(f"`env_id` is of type {type(env_id).__name__}; expected the id of an environment, text.{hint}")
-    from offpolicy.evaluation.rollout import NoEnvironment, close_environment, make_environment
+    from offpolicy.environments.make import close_environment, make_environment
+    from offpolicy.environments.wrappers import NoEnvironment
 
     take_environment(meta)
     meta.pop("env_wrappers", None)  # of the environment that the file names

@@ -24,8 +24,8 @@ from offpolicy.data.names import root
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.fetch import facts
 from offpolicy.data.validate import Raw
+from offpolicy.environments.make import EVAL_SEED, close_environment, make_environment
 from offpolicy.errors import UsageError
-from offpolicy.evaluation.rollout import EVAL_SEED, close_environment, make_environment
 
 Law = Callable[[np.ndarray], np.ndarray]
 

@@ -28,10 +28,11 @@ from typing import Any
 
 import numpy as np
 
+from offpolicy.compute.generators import isolated_rng
 from offpolicy.data.guard import faults, read_npz
 from offpolicy.data.sources.fetch import facts, npz_names
+from offpolicy.environments.make import close_environment, make_environment
 from offpolicy.errors import DataError, UsageError, check_range
-from offpolicy.evaluation.rollout import close_environment, isolated_rng, make_environment
 from offpolicy.files import atomic_file
 
 Episode = dict[str, np.ndarray]

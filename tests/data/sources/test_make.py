@@ -172,7 +172,7 @@ def walk() -> tuple[Replay, dict]:
 
 @robotics
 def test_the_walk_is_the_environments_own(walk: tuple[Replay, dict]) -> None:
-    from offpolicy.evaluation.rollout import make_environment
+    from offpolicy.environments.make import make_environment
 
     replay, meta = walk
     env = make_environment(meta).unwrapped

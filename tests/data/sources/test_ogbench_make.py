@@ -134,7 +134,7 @@ def test_the_files_layout(walk: Path) -> None:
 @ogbench
 def test_every_step_is_the_environments_own(walk: Path) -> None:
     """Put the environment into the stored state and repeat the stored action (float32 storage: to 1e-6)."""
-    from offpolicy.evaluation.rollout import close_environment, make_environment
+    from offpolicy.environments.make import close_environment, make_environment
 
     arrays = dict(np.load(walk))
     env = make_environment({"env_id": ENV})
