@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -39,7 +40,7 @@ def method_table() -> dict[str, str]:
     """Every known method: name → ``module:Class``, ours and those of other packages."""
     package = importlib.import_module("lightning_modules")
     if not getattr(package, "__offpolicy__", False):
-        ours = importlib.import_module("offpolicy").__path__[0]
+        ours = Path(__file__).parent
         raise ImportError(
             f"`lightning_modules` was imported from {getattr(package, '__path__', ['?'])[0]}, which is not the package "
             f"that belongs to offpolicy ({ours}). Remove the other distribution or put this one first on the path."
