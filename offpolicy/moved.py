@@ -34,7 +34,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.goals": ("offpolicy.training.goals",),
     "offpolicy.language.answering": ("offpolicy.language.rl.answering",),
     "offpolicy.language.critic": ("offpolicy.language.rl.critic",),
-    "offpolicy.language.engines": ("offpolicy.language.rl.engines",),
+    "offpolicy.language.engines": ("offpolicy.language.rl.engines", "offpolicy.language.rl.engine"),
     "offpolicy.language.preview": ("offpolicy.data.texts.preview",),
     "offpolicy.language.records": ("offpolicy.language.rl.records",),
     "offpolicy.language.rewards": ("offpolicy.language.rl.rewards",),

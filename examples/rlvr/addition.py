@@ -83,7 +83,8 @@ def warm_up(folder: Path, seed: int, until: float = 0.45) -> Path:
     from offpolicy.data.texts.sequences import token_ids
     from offpolicy.export import export
     from offpolicy.language.reference import evaluating
-    from offpolicy.language.rl.engines import Request, Sampling, TransformersEngine
+    from offpolicy.language.rl.engine import Request, Sampling
+    from offpolicy.language.rl.engines import TransformersEngine
 
     if (folder / "policy").exists():
         return folder / "policy"

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from offpolicy.compute.casts import fresh_casts, kept_casts
 from offpolicy.language import policy as policies
-from offpolicy.language.rl.engines import Request, Sampling, TinyEngine, TransformersEngine
+from offpolicy.language.rl.engine import Request, Sampling
+from offpolicy.language.rl.engines import TinyEngine, TransformersEngine
 
 
 class Casts(TorchDispatchMode):

@@ -28,7 +28,8 @@ from offpolicy.data.texts.sequences import PairView, SingleView
 from offpolicy.diffusion.sampler import GuidanceOptions, SamplerOptions, guidance_schedule, noise_levels
 from offpolicy.language.layout import group_layout, pair_layout, single_layout
 from offpolicy.language.plan import Plan
-from offpolicy.language.rl.engines import Request, Sampling, uniforms
+from offpolicy.language.rl.engine import Request, Sampling
+from offpolicy.language.rl.engines import uniforms
 from offpolicy.registry import find_method
 
 # what takes torch's default device unless it is told another

@@ -15,7 +15,8 @@ from offpolicy.language.generation import sample
 from offpolicy.language.layout import pair_layout, score, shared_fault, shares_prompt
 from offpolicy.language.noise import without_noise
 from offpolicy.language.reading import way_of
-from offpolicy.language.rl.engines import Request, Sampling, make_engine
+from offpolicy.language.rl.engine import Request, Sampling
+from offpolicy.language.rl.engines import make_engine
 
 STEPS = 5
 

@@ -18,7 +18,8 @@ from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.generation import prompt_text, stop_ids, unended
-from offpolicy.language.rl.engines import Completion, Request, Sampling, make_engine, room
+from offpolicy.language.rl.engine import Completion, Request, Sampling
+from offpolicy.language.rl.engines import make_engine, room
 from offpolicy.language.rl.rewards import Rewards, Scored
 from offpolicy.losses.health import group_metrics
 from offpolicy.trust import speaking, trusting

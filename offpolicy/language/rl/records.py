@@ -24,7 +24,7 @@ from offpolicy.data.texts.sequences import token_ids
 from offpolicy.data.texts.tokens import prompt_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import atomic_write
-from offpolicy.language.rl.engines import Completion, Request, Sampling
+from offpolicy.language.rl.engine import Completion, Request, Sampling
 
 
 class ReplayEngine:

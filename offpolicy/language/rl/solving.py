@@ -10,7 +10,8 @@ import numpy as np
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.language.evaluation import eval_sample
 from offpolicy.language.reference import evaluating
-from offpolicy.language.rl.engines import Request, TransformersEngine
+from offpolicy.language.rl.engine import Request
+from offpolicy.language.rl.engines import TransformersEngine
 
 
 def solve(method: Any) -> dict[str, float]:

@@ -13,14 +13,8 @@ from tiny import make_policy, make_tokenizer
 
 from offpolicy.data import sampling
 from offpolicy.errors import DataError, UsageError
-from offpolicy.language.rl.engines import (
-    Request,
-    Sampling,
-    TinyEngine,
-    TransformersEngine,
-    make_engine,
-    room,
-)
+from offpolicy.language.rl.engine import Request, Sampling
+from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, make_engine, room
 
 HOW = Sampling(stop=(2, 5, 6), max_new_tokens=7, temperature=0.8, seed=3, iteration=4)
 
