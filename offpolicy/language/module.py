@@ -32,6 +32,7 @@ from offpolicy.given import refuse_half
 from offpolicy.language import policy as policies
 from offpolicy.language.adapters import adapter_names, adapter_settings, drops_out, same_settings
 from offpolicy.language.evaluation import eval_sample, evaluate
+from offpolicy.language.export import export_model
 from offpolicy.language.generation import positions
 from offpolicy.language.layout import (
     Answers,
@@ -362,12 +363,21 @@ class LanguageModule(Module):
             self.tokenizer = load_tokenizer(str(folder / "tokenizer"))
 
     def finish_files(self, folder: Path) -> None:
-        from offpolicy.export import export
-
-        if self.hparams.export != "none":
-            tuned: Any = self if self._device_mesh is None else folder  # a sharded model is whole in its checkpoint
-            with trusting(names=names_of(self)):
-                export(tuned, folder / "hf", merge=self.hparams.export == "merged", replace=True)
+        how = self.hparams.export
+        if how == "none":
+            return
+        with trusting(names=names_of(self)):
+            # a sharded model is whole in its checkpoint alone
+            tuned = self if self._device_mesh is None else type(self).load_from_checkpoint(folder)
+            export_model(
+                tuned.model,
+                tuned.tokenizer,
+                folder / "hf",
+                merge=how == "merged",
+                policy=self.hparams.policy,
+                keep=tuned is self,
+                replace=True,
+            )
 
     # -- what the first screen says ------------------------------------------------------------------------------------
 

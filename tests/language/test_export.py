@@ -16,6 +16,8 @@ import offpolicy as op
 from offpolicy import generate
 from offpolicy.errors import UsageError
 from offpolicy.export import export, main
+from offpolicy.language.export import export_model
+from offpolicy.language.policy import open_model
 
 IDS = torch.tensor([[1, 5, 9, 7, 30]])
 
@@ -268,3 +270,15 @@ def test_texts_of_options_stay_as_they_are() -> None:
 def test_mistakes_are_answered(whole: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         generate.main([str(whole), *arguments])
+
+
+def test_a_model_without_a_run(tmp_path: Path) -> None:
+    """Any model can be written, with or without a tokenizer, and goes on as it was."""
+    model = open_model(str(make_policy(tmp_path / "policy")))
+    model.config.use_cache = False  # as in training
+    out = export_model(model, None, tmp_path / "out")
+    opened = open_model(str(out))
+    assert opened.config.use_cache and not model.config.use_cache
+    assert torch.equal(opened.lm_head.weight, model.lm_head.weight)
+    with pytest.raises(UsageError, match="exists already"):
+        export_model(model, None, out)
