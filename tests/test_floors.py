@@ -58,9 +58,6 @@ ALLOWED = {
     ("offpolicy.data.texts.hub", "offpolicy.data.texts.problems"),
     ("offpolicy.data.validate", "offpolicy.data.doubts"),
     ("offpolicy.diffusion.pool", "offpolicy.api"),
-    ("offpolicy.language.generation", "offpolicy.language.rl.rewards"),
-    ("offpolicy.language.module", "offpolicy.export"),
-    ("offpolicy.language.rl.records", "offpolicy.language.rl.engines"),
     ("offpolicy.training.module", "offpolicy.api"),
     ("offpolicy.training.seeds", "offpolicy.training.module"),
 }

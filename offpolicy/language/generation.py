@@ -19,7 +19,6 @@ from offpolicy.data.texts.sequences import token_ids
 from offpolicy.data.texts.stops import stop_ids
 from offpolicy.errors import UsageError, check_range
 from offpolicy.language.reading import Reader, Way, together, way_of
-from offpolicy.language.rl.rewards import Verifier
 
 
 class Answer(NamedTuple):
@@ -228,7 +227,7 @@ def answer_prompts(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     *,
-    verifier: Verifier | None = None,
+    verifier: Callable[[str, str, str | None], float | None] | None = None,
     **options: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Draw answers to prompts, as texts, and score them.
