@@ -11,7 +11,7 @@ import shlex
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from offpolicy.compute.processes import ProcessLost, claimed, end_together, is_loss, stop_watching
-from offpolicy.data.module import DataModule, Loadable, load_data
+from offpolicy.data.module import DataModule
 from offpolicy.data.names import resolve
 from offpolicy.data.replay import Replay
-from offpolicy.diffusion.pool import sample
+from offpolicy.diffusion.pool import Pool, sample
 from offpolicy.environments.make import EVAL_SEED
 from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.evaluation.order import make_order
@@ -69,6 +69,9 @@ NOISE = (  # remarks of Lightning about what is intended here
     ".*LightningCLI's args parameter.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )
+
+
+Loadable = str | Path | Replay | Mapping[str, Any] | Sequence[Mapping[str, Any]] | DataModule
 
 
 @dataclass
@@ -156,6 +159,7 @@ def fit(
         module = kind(str(data))
     else:
         module = kind.of(data) if isinstance(data, Replay) else load_data(data)
+    renewable(module)
     method.run, method.seed = RunOptions(**method.run_defaults | run), seed
     method.bind_data(module)
 
@@ -239,6 +243,48 @@ def fit(
         stop_watching()
         end_together()
     return result
+
+
+def load_data(data: Loadable = "pendulum-stitch-v0", **options: Any) -> DataModule:
+    """Open data for training.
+
+    Args:
+        data: a known name, a file or folder, a :class:`Replay`, a dict of arrays (``obs action reward terminated`` and
+            optionally ``next_obs episode_end``; D4RL's names work too), or a list of such dicts, one for each episode.
+        options: as of :class:`DataModule` (``source`` and ``synthetic`` for a replay), for arrays those of
+            :func:`offpolicy.data.sources.from_arrays`.
+
+    Returns:
+        A data module; ``.replay`` is the open replay.
+
+    Raises:
+        UsageError: an unknown name.  DataError: data that cannot be trained on.
+    """
+    if isinstance(data, DataModule):
+        return data
+    if isinstance(data, Replay):
+        left = [name for name in options if name not in ("source", "synthetic")]
+        if left:
+            raise UsageError(
+                f"`{left[0]}` was given for a replay, which is open and checked; expected `source` or `synthetic` "
+                "alone. Pass it where the replay is opened, or set its `meta`."
+            )
+        module = renewable(DataModule(str(data.meta.get("name", "arrays")), **options))
+        module.replay = data
+        return module
+    if not isinstance(data, (str, os.PathLike)):
+        from offpolicy.data.sources import from_arrays
+
+        return DataModule.of(from_arrays(data, **options))
+    module = renewable(DataModule(os.fspath(data), **options))
+    module.load()
+    return module
+
+
+def renewable(data: DataModule) -> DataModule:
+    """The data module with what draws its data anew, should its ``source`` ask for that."""
+    data.renewer = data.renewer or Pool
+    return data
 
 
 def evaluate(
@@ -564,4 +610,4 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
-__all__ = ["FitResult", "evaluate", "fit", "load", "make_trainer", "sample"]
+__all__ = ["FitResult", "evaluate", "fit", "load", "load_data", "make_trainer", "sample"]

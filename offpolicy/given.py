@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def tidy(options: MutableMapping[str, Any], types: Mapping[str, Any]) -> None:
             found = expanded(found)
         if found is not value:
             options[name] = found
+
+
+def whole_fields(options: Any, group: str) -> None:
+    """Make the fields for whole numbers ints, in whatever form they were given. Raises :class:`UsageError`."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_whole_type(field.type) and value is not None:
+            object.__setattr__(options, field.name, whole(f"{group}.{field.name}", value))
 
 
 def refuse_half(precision: Any) -> None:

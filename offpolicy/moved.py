@@ -20,6 +20,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.checkpoint": ("offpolicy.training.checkpoints",),
     "offpolicy.checkpoint_io": ("offpolicy.training.checkpoint_io",),
     "offpolicy.cli": ("offpolicy.cli.parser",),
+    "offpolicy.data.module": ("offpolicy.api",),  # load_data alone
     "offpolicy.data.problems": ("offpolicy.data.texts.problems",),
     "offpolicy.data.rollouts": ("offpolicy.data.texts.rollouts",),
     "offpolicy.data.sequences": ("offpolicy.data.texts.sequences",),
@@ -47,7 +48,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.memory": ("offpolicy.compute.memory",),
     "offpolicy.modules": ("offpolicy.training.module", "offpolicy.data.sizes"),
     "offpolicy.optim": ("offpolicy.compute.optim",),
-    "offpolicy.options": ("offpolicy.training.options",),
+    "offpolicy.options": ("offpolicy.training.options", "offpolicy.data.renewal", "offpolicy.given"),
     "offpolicy.screen": ("offpolicy.training.screen",),
     "offpolicy.synthetic": ("offpolicy.diffusion.pool",),
 }

@@ -3,24 +3,21 @@ device by the method."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
+from offpolicy.data.renewal import SOURCES, Renewal, Renewer, SyntheticOptions
 from offpolicy.data.replay import Replay, Ring
 from offpolicy.errors import DataError, UsageError, fold, nearest
 from offpolicy.given import whole
-from offpolicy.training.options import SOURCES, SyntheticOptions
-
-if TYPE_CHECKING:
-    from offpolicy.diffusion.pool import Pool
+from offpolicy.moved import names_of
 
 NONE_DRAWN = SyntheticOptions()
 
@@ -51,9 +48,11 @@ class DataModule(LightningDataModule):
         max_episode_steps: its step limit; in files without end marks, longer episodes are cut there.
         source: "real" trains on the data alone; "policy-guided" mostly on trajectories of a diffusion model, drawn anew
             under the policy's guidance as it improves; "unguided" mostly on trajectories drawn once without a policy.
-        synthetic: of the two latter: the model, and how it is used.
+        synthetic: of "policy-guided" and "unguided": the model, and how it is used.
 
-    For data that change during training set ``change_every`` (updates) and override :meth:`on_block_start`.
+    For data that change during training set ``change_every`` (updates) and override :meth:`on_block_start`. Where
+    ``source`` asks for drawn data, ``renewer`` is what draws them; :func:`offpolicy.load_data` and
+    :func:`offpolicy.fit` set it.
     """
 
     change_every: int = 0
@@ -98,7 +97,8 @@ class DataModule(LightningDataModule):
             "max_episode_steps": max_episode_steps,
         }
         self.replay: Replay | None = None
-        self.pool: Pool | None = None  # synthetic trajectories
+        self.renewer: Renewer | None = None
+        self.renewal: Renewal | None = None  # made by the renewer once the real data are open
         self._saved_version = 0
         if source != "real":
             self.change_every = synthetic.every if source == "policy-guided" else sys.maxsize
@@ -133,10 +133,8 @@ class DataModule(LightningDataModule):
             from offpolicy.data.sources import open_source
 
             self.replay = open_source(str(self.name), **self.options)
-        if self.source != "real" and self.pool is None:
-            from offpolicy.diffusion.pool import Pool
-
-            self.pool = Pool(self.replay, self.source, self.synthetic)
+        if self.source != "real" and self.renewal is None and self.renewer is not None:
+            self.renewal = self.renewer(self.replay, self.source, self.synthetic)
         return self.replay
 
     def prepare_data(self) -> None:
@@ -144,8 +142,14 @@ class DataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.load()
-        if self.pool is not None:  # an earlier fit may have left its own
-            self.replay, self.pool.replay = self.pool.real, None
+        if self.renewal is not None:  # an earlier fit may have left its own
+            self.replay, self.renewal.replay = self.renewal.real, None
+        elif self.source != "real":
+            raise UsageError(
+                f"`data.source` is {self.source!r}, but the data module has no `renewer`, which draws such data; "
+                f"expected one. Make it with offpolicy.load_data(..., source={self.source!r}), or train with "
+                "offpolicy.fit."
+            )
 
     def train_dataloader(self) -> DataLoader[int]:
         return DataLoader(Ticks(), batch_size=None)
@@ -160,8 +164,8 @@ class DataModule(LightningDataModule):
         Args:
             policy: the method being trained; ``policy.act(obs)`` is its current behaviour.
         """
-        if self.pool is not None:
-            self.replay = self.pool.renew(policy, self._versions_folder())
+        if self.renewal is not None:
+            self.replay = self.renewal.renew(policy, self._versions_folder())
 
     # -- what a checkpoint knows of data that change -------------------------------------------------------------------
 
@@ -174,8 +178,8 @@ class DataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Version and fingerprint; the data of a changed replay are written beside the checkpoint first."""
         replay = self.load()
-        if self.pool is not None and self.pool.replay is not None:
-            replay = self.pool.replay  # the real data do not change
+        if self.renewal is not None and self.renewal.replay is not None:
+            replay = self.renewal.replay  # the real data do not change
         drawn = {} if self.source == "real" else {"source": self.source}
         if replay.version == 0 and self._saved_version == 0:
             return {"version": 0, **drawn}
@@ -197,10 +201,8 @@ class DataModule(LightningDataModule):
             replay.save(newest)
         if self.trainer is None:
             return
-        from offpolicy.training.callbacks import RunFolder
-
         (newest / f"step={self.trainer.global_step:08d}").touch()
-        if not all(isinstance(callback, RunFolder) for callback in self.trainer.checkpoint_callbacks):
+        if not all(getattr(one, "in_run_folder", False) for one in self.trainer.checkpoint_callbacks):
             return
         checkpoints = newest.parent.parent / "checkpoints"
         for folder in newest.parent.glob("v*-*"):
@@ -218,8 +220,8 @@ class DataModule(LightningDataModule):
         if version == 0:
             return
         replay = self._stored(state_dict)
-        if self.pool is not None:
-            self.replay, self._saved_version = self.pool.take(replay), version
+        if self.renewal is not None:
+            self.replay, self._saved_version = self.renewal.take(replay), version
             return
         self.replay = Ring.reopen(replay, state_dict["head"]) if "head" in state_dict else replay
         self.replay.version = self._saved_version = version
@@ -243,40 +245,4 @@ class DataModule(LightningDataModule):
         return replay
 
 
-Loadable = str | Path | Replay | Mapping[str, Any] | Sequence[Mapping[str, Any]] | DataModule
-
-
-def load_data(data: Loadable = "pendulum-stitch-v0", **options: Any) -> DataModule:
-    """Open data for training.
-
-    Args:
-        data: a known name, a file or folder, a :class:`Replay`, a dict of arrays (``obs action reward terminated`` and
-            optionally ``next_obs episode_end``; D4RL's names work too), or a list of such dicts, one for each episode.
-        options: as of :class:`DataModule` (``source`` and ``synthetic`` for a replay), for arrays those of
-            :func:`offpolicy.data.sources.from_arrays`.
-
-    Returns:
-        A data module; ``.replay`` is the open replay.
-
-    Raises:
-        UsageError: an unknown name.  DataError: data that cannot be trained on.
-    """
-    if isinstance(data, DataModule):
-        return data
-    if isinstance(data, Replay):
-        left = [name for name in options if name not in ("source", "synthetic")]
-        if left:
-            raise UsageError(
-                f"`{left[0]}` was given for a replay, which is open and checked; expected `source` or `synthetic` "
-                "alone. Pass it where the replay is opened, or set its `meta`."
-            )
-        module = DataModule(str(data.meta.get("name", "arrays")), **options)
-        module.replay = data
-        return module
-    if not isinstance(data, (str, os.PathLike)):
-        from offpolicy.data.sources import from_arrays
-
-        return DataModule.of(from_arrays(data, **options))
-    module = DataModule(os.fspath(data), **options)
-    module.load()
-    return module
+__getattr__ = names_of("offpolicy.data.module")  # the names that stood here in version 0.1

@@ -20,6 +20,7 @@ import torch
 
 from offpolicy.data.guard import read_json
 from offpolicy.data.mixing import joined, mixed
+from offpolicy.data.renewal import SyntheticOptions
 from offpolicy.data.replay import Replay
 from offpolicy.data.sizes import Sizes
 from offpolicy.diffusion.measures import regeneration_metrics
@@ -28,7 +29,6 @@ from offpolicy.errors import UsageError, check_range
 from offpolicy.files import atomic_write
 from offpolicy.training.module import OfflineModule
 from offpolicy.training.opening import load
-from offpolicy.training.options import SyntheticOptions
 from offpolicy.trust import Trust, trusting
 
 IN_MEMORY = 1 << 30  # bytes: larger replays are put together and opened as memory maps

@@ -322,6 +322,8 @@ class RunFolder(Checkpoint):
         keep: how many of the newest checkpoints stay, ≥ 1.
     """
 
+    in_run_folder = True  # its checkpoints lie in <folder>/checkpoints, where data look which versions are needed
+
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         self.folder = Path(folder)
         self.keep = keep

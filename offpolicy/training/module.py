@@ -604,13 +604,13 @@ class OfflineModule(Module):
 
     def facts(self) -> list[tuple[str, str]]:
         data, meta, sizes = self.trainer.datamodule, self.data_meta, self.sizes  # type: ignore[attr-defined]
-        pool = getattr(data, "pool", None)  # of synthetic trajectories beside the real data
-        replay = data.replay if pool is None else pool.real
+        renewal = getattr(data, "renewal", None)
+        replay = data.replay if renewal is None else renewal.real
         limits = f", {sizes.max_steps} steps at most" if sizes.max_steps else ""
         return [
             ("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({origin(meta)})"),
             ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
-            *([] if pool is None else pool.facts(self.trainer.max_steps)),
+            *([] if renewal is None else renewal.facts(self.trainer.max_steps)),
         ]
 
     # -- acting --------------------------------------------------------------------------------------------------------
@@ -768,7 +768,7 @@ class OfflineModule(Module):
 
     def batch_words(self) -> str:
         words, trainer = super().batch_words(), self.trainer
-        if self._bound is None or getattr(trainer.datamodule, "pool", None) is not None:  # type: ignore[attr-defined]
+        if self._bound is None or getattr(trainer.datamodule, "renewal", None) is not None:  # type: ignore[attr-defined]
             return words
         epochs = trainer.max_steps * self.option("batch_size", 256) / self._bound.count
         return f"{words}, {epochs:,.0f} epochs" if epochs >= 10 else f"{words}, {epochs:.2g} epochs"

@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import Trainer
 from toy import Crash, differences, fit, method, run_files, toy_replay, weights
 
-from offpolicy.data.module import DataModule, Ticks, load_data
+from offpolicy.api import load_data
+from offpolicy.data.module import DataModule, Ticks
 from offpolicy.data.replay import Replay, Ring
 from offpolicy.errors import DataError, UsageError
 from offpolicy.training.checkpoints import newest_checkpoint

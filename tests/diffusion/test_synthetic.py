@@ -13,9 +13,11 @@ from toy import Crash, differences, fit, method, run_files, toy_replay, weights
 from toy_generator import pool, toy_model, versions
 
 import offpolicy as op
+from offpolicy.api import load_data
 from offpolicy.cli.arguments import read_command
 from offpolicy.cli.parser import parse, run_command
-from offpolicy.data.module import DataModule, load_data
+from offpolicy.data.module import DataModule
+from offpolicy.data.renewal import SyntheticOptions
 from offpolicy.data.replay import Replay
 from offpolicy.diffusion import pool as synthetic
 from offpolicy.diffusion.pool import sample
@@ -24,7 +26,6 @@ from offpolicy.errors import UsageError
 from offpolicy.files import Table
 from offpolicy.sample import main as sample_main
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
-from offpolicy.training.options import SyntheticOptions
 
 LAST = 90  # updates; checkpoints and evaluations at 45 and 90, rows of metrics at every 20
 
@@ -148,15 +149,15 @@ def test_a_guided_pool_is_renewed_under_the_policy_of_then(model: Path, tmp_path
 
     def watch(policy: Any) -> None:
         renew(data, policy)
-        assert data.pool is not None and data.pool.replay is not None
-        drawn.append((policy.global_step, data.pool.replay.version, data.pool.replay))
-        assert data.replay is not None and data.replay.num_steps == 300 + data.pool.replay.num_steps
+        assert data.renewal is not None and data.renewal.replay is not None
+        drawn.append((policy.global_step, data.renewal.replay.version, data.renewal.replay))
+        assert data.replay is not None and data.replay.num_steps == 300 + data.renewal.replay.num_steps
 
     data.on_block_start = watch  # type: ignore[method-assign]
     fit(module, data, LAST, tmp_path)
     assert [(at, version) for at, version, _ in drawn] == [(0, 1), (40, 2), (80, 3)]
-    assert data.pool is not None
-    calls = data.pool.model.calls
+    assert data.renewal is not None
+    calls = data.renewal.model.calls
     assert calls == [(8 * i + 20 * v, n) for v in range(3) for i, n in enumerate([8, 8, 4])]
 
     generator = op.load(model)
@@ -170,18 +171,18 @@ def test_a_guided_pool_is_renewed_under_the_policy_of_then(model: Path, tmp_path
     assert rows[2]["synthetic/log_prob"] != rows[2]["synthetic/log_prob_before"]
     assert module.data_fingerprint == toy_replay().fingerprint()  # of the real data
     module.seed = 5
-    plan = data.pool.plan(module, 2)
+    plan = data.renewal.plan(module, 2)
     assert (plan.seed, plan.first, plan.guidance.coefficient) == (5, 20, 1.0)
 
 
 def test_an_unguided_pool_stays(model: Path, tmp_path: Path) -> None:
     data = pool(model, "unguided", share=1.0, seed=7)
     fit(method("TD3BC"), data, LAST, tmp_path)
-    assert data.pool is not None and data.pool.model.calls == [(0, 8), (8, 8), (16, 4)]
+    assert data.renewal is not None and data.renewal.model.calls == [(0, 8), (8, 8), (16, 4)]
     assert versions(tmp_path) == ["v1"]
-    assert data.replay is not None and data.pool.replay is not None
-    assert data.replay.num_steps == data.pool.replay.num_steps  # share 1: nothing real
-    assert data.pool.replay.meta["drawn"]["seed"] == 7
+    assert data.replay is not None and data.renewal.replay is not None
+    assert data.replay.num_steps == data.renewal.replay.num_steps  # share 1: nothing real
+    assert data.renewal.replay.meta["drawn"]["seed"] == 7
 
 
 @pytest.mark.parametrize("crash", [41, 60, 85], ids=["soon after a renewal", "before the next", "after the last"])
@@ -198,9 +199,9 @@ def test_resume(crash: int, model: Path, whole: Path, tmp_path: Path) -> None:
     states = [state(folder, LAST) for folder in (whole, tmp_path)]
     assert states[0] == states[1] and states[0]["source"] == "policy-guided" and states[0]["version"] == 3
     assert versions(tmp_path) == versions(whole) == ["v2", "v3"]  # of the two checkpoints
-    assert data.pool is not None
+    assert data.renewal is not None
     redrawn = {41: 6, 60: 3, 85: 0}  # pieces; versions that lie on disk, 2, 2 and 3 of them, are taken from there
-    assert len(data.pool.model.calls) == redrawn[crash]
+    assert len(data.renewal.model.calls) == redrawn[crash]
 
 
 @pytest.fixture(scope="module")
@@ -214,15 +215,15 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_kill_while_drawing_loses_no_piece(model: Path, whole: Path, tmp_path: Path) -> None:
     data = pool(model)
     data.load()
-    assert data.pool is not None
-    generate, calls = data.pool.model.generate, data.pool.model.calls
+    assert data.renewal is not None
+    generate, calls = data.renewal.model.generate, data.renewal.model.calls
 
     def dying(*args: Any, **options: Any) -> Any:
         if len(calls) == 5:  # version 2 has two of its three pieces
             raise Stop
         return generate(*args, **options)
 
-    data.pool.model.generate = dying  # type: ignore[method-assign]
+    data.renewal.model.generate = dying  # type: ignore[method-assign]
     module = method("TD3BC")
     module.run.eval_every = 40  # a checkpoint at the very update
     with pytest.raises(Stop):
@@ -231,7 +232,7 @@ def test_a_kill_while_drawing_loses_no_piece(model: Path, whole: Path, tmp_path:
     assert path is not None and path.name == "step=00000040.ckpt"
     again = pool(model)
     fit(method("TD3BC"), again, LAST, tmp_path, ckpt_path=path)
-    assert again.pool is not None and again.pool.model.calls == [(36, 4), (40, 8), (48, 8), (56, 4)]
+    assert again.renewal is not None and again.renewal.model.calls == [(36, 4), (40, 8), (48, 8), (56, 4)]
     ends = [run_files(folder, LAST)["state_dict"] for folder in (whole, tmp_path)]
     assert not differences(*ends)
 
@@ -269,8 +270,8 @@ def test_versions_stay_where_other_checkpoints_are_written(model: Path, tmp_path
 def test_a_run_that_never_draws_again_says_so(model: Path) -> None:
     data = pool(model)
     data.load()
-    assert data.pool is not None
-    said = [str(data.pool.facts(updates)) for updates in (40, 41)]
+    assert data.renewal is not None
+    said = [str(data.renewal.facts(updates)) for updates in (40, 41)]
     assert ["which this run does not reach" in text for text in said] == [True, False]
 
 
@@ -285,8 +286,8 @@ def test_trained_under_other_precisions(model: Path, tmp_path: Path) -> None:
     for precision in ("32-true", "64-true", "bf16-mixed"):
         data = pool(model, "unguided")
         fit(method("TD3BC"), data, 5, tmp_path / precision, precision=precision)
-        assert data.pool is not None and data.pool.replay is not None
-        pools.append(data.pool.replay.fingerprint())
+        assert data.renewal is not None and data.renewal.replay is not None
+        pools.append(data.renewal.replay.fingerprint())
     assert len(set(pools)) == 1
     fit(method("IQL-dropout"), pool(model, every=3), 5, tmp_path / "guided", precision="64-true")
 
@@ -368,6 +369,15 @@ def test_mistakes_are_named(model: Path, policy: Path, tmp_path: Path) -> None:
     for name, value in (("share", 0.0), ("share", 1.1), ("every", 0), ("horizon", 1), ("guidance", -1.0)):
         with pytest.raises(UsageError, match=f"`data.synthetic.{name}` is {value}; expected a value in"):
             SyntheticOptions(**{name: value})
+
+
+def test_a_source_that_nothing_draws_from_is_named() -> None:
+    """A data module made by hand and given to a Trainer; offpolicy.load_data and offpolicy.fit say what draws."""
+    data = DataModule.of(toy_replay())
+    data.source = "unguided"
+    assert data.load() is data.replay
+    with pytest.raises(UsageError, match=r"'unguided', but the data module has no `renewer`, .* offpolicy.load_data\("):
+        data.setup("fit")
 
 
 def test_a_policy_without_probabilities_is_refused_at_once(model: Path, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from toy import fit, toy_replay
 
+from offpolicy.api import load_data
 from offpolicy.data import sampling
-from offpolicy.data.module import DataModule, load_data
+from offpolicy.data.module import DataModule
+from offpolicy.data.renewal import SyntheticOptions
 from offpolicy.data.replay import Replay
 from offpolicy.diffusion.sampler import GuidanceOptions, SamplerOptions
 from offpolicy.training.module import Metrics, OfflineModule, Rate, Sizes
-from offpolicy.training.options import SyntheticOptions
 from offpolicy.trust import trust_always
 
 trust_always("toy_generator")  # runs of it are opened by the name of its class

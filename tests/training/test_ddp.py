@@ -78,9 +78,9 @@ def main(root: Path) -> None:
     fit(module, data, 90, root / ("pool" if rank == 0 else "elsewhere"), precision="64-true", **two)
     generator: Any = offpolicy.load(root / "generator")
     drawn = sample(generator, root / "drawn", trajectories=20, batch_size=8)
-    assert data.pool is not None
+    assert data.renewal is not None
     own = {k: v.tolist() for k, v in weights(module).items()}
-    calls = data.pool.model.calls, generator.calls
+    calls = data.renewal.model.calls, generator.calls
     found["pool"] = {"weights": own, "calls": calls, "drawn": drawn.fingerprint()}
     (root / f"rank{rank}.json").write_text(json.dumps(found))
 
