@@ -135,8 +135,12 @@ def _asked(reference: str) -> str:
 
 
 def same(text: str, reference: str) -> bool:
-    """Whether a text is the reference itself, apart from white space."""
-    return "".join(text.split()) == "".join(_asked(reference).split()) != ""
+    """Whether a text is the reference itself, apart from white space that parts no digits or letters: 7 7 is not 77."""
+    return _tight(text) == _tight(_asked(reference)) != ""
+
+
+def _tight(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text))
 
 
 def equal(answer: str, reference: str, timeout: float) -> float | None:
