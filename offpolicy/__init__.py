@@ -16,7 +16,7 @@ _NAMES = {
     "DataError": "offpolicy.errors",
     "UsageError": "offpolicy.errors",
     "Replay": "offpolicy.data.replay",
-    "Ring": "offpolicy.data.replay",
+    "Ring": "offpolicy.data.ring",
     "Noise": "offpolicy.data.views",
     "Transitions": "offpolicy.data.views",
     "TransitionView": "offpolicy.data.views",

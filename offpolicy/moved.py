@@ -20,8 +20,9 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.checkpoint": ("offpolicy.training.checkpoints",),
     "offpolicy.checkpoint_io": ("offpolicy.training.checkpoint_io",),
     "offpolicy.cli": ("offpolicy.cli.parser",),
-    "offpolicy.data.module": ("offpolicy.api",),  # load_data alone
+    "offpolicy.data.module": ("offpolicy.api",),  # of a module that is still there, names that moved out of it
     "offpolicy.data.problems": ("offpolicy.data.texts.problems",),
+    "offpolicy.data.replay": ("offpolicy.data.ring", "offpolicy.data.columns"),
     "offpolicy.data.rollouts": ("offpolicy.data.texts.rollouts",),
     "offpolicy.data.sequences": ("offpolicy.data.texts.sequences",),
     "offpolicy.data.sources.formats": ("offpolicy.data.texts.formats",),
@@ -29,6 +30,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.data.text": ("offpolicy.data.texts.module",),
     "offpolicy.data.tokenised": ("offpolicy.data.texts.tokenised",),
     "offpolicy.data.trajectories": ("offpolicy.diffusion.trajectories",),
+    "offpolicy.data.validate": ("offpolicy.data.report", "offpolicy.data.raw"),
     "offpolicy.diffusion": ("offpolicy.diffusion.sampler",),
     "offpolicy.entry": ("offpolicy.cli.entry",),
     "offpolicy.evaluation.synthetic": ("offpolicy.diffusion.measures",),

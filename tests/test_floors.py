@@ -47,16 +47,7 @@ FLOORS: list[set[str]] = [
 ]
 # Imports that are still to be cut: (the file, what it imports).
 ALLOWED = {
-    ("offpolicy.data.module", "offpolicy.diffusion.pool"),
-    ("offpolicy.data.module", "offpolicy.training.callbacks"),
-    ("offpolicy.data.module", "offpolicy.training.options"),
-    ("offpolicy.data.sources.arrays", "offpolicy.data.sources.containers"),
-    ("offpolicy.data.sources.arrays", "offpolicy.evaluation.rollout"),
-    ("offpolicy.data.sources.make", "offpolicy.evaluation.rollout"),
-    ("offpolicy.data.sources.ogbench_make", "offpolicy.evaluation.rollout"),
-    ("offpolicy.data.replay", "offpolicy.data.stored"),
     ("offpolicy.data.texts.hub", "offpolicy.data.texts.problems"),
-    ("offpolicy.data.validate", "offpolicy.data.doubts"),
     ("offpolicy.diffusion.pool", "offpolicy.api"),
     ("offpolicy.training.module", "offpolicy.api"),
     ("offpolicy.training.seeds", "offpolicy.training.module"),

@@ -122,8 +122,8 @@ def _make(options: argparse.Namespace) -> None:
             raise UsageError(f"--{name} was given, but the recipe of {target.name} is fixed. Leave it out.")
     if options.out and Path(options.out).exists():
         raise UsageError(f"{options.out} exists; expected a new folder. Remove it or choose another.")
+    from offpolicy.data.report import report
     from offpolicy.data.sources.make import generate, open_made, reference_returns
-    from offpolicy.data.validate import report
 
     if options.out:
         replay = generate(target.name)
@@ -138,9 +138,9 @@ def _make(options: argparse.Namespace) -> None:
 
 
 def _make_ogbench(target: Target, options: argparse.Namespace) -> None:
+    from offpolicy.data.report import report
     from offpolicy.data.sources import open_source
     from offpolicy.data.sources.ogbench_make import make, recipe_of
-    from offpolicy.data.validate import report
 
     if options.check:
         raise UsageError(f"--check was given, but {target.name} has no reference scores. Leave it out.")
@@ -161,8 +161,8 @@ def _show(options: argparse.Namespace) -> None:
     if _is_text(target):
         _show_texts(target, options)
         return
+    from offpolicy.data.report import report
     from offpolicy.data.sources import open_source
-    from offpolicy.data.validate import report
 
     print(report(open_source(target, download=not options.no_download), fingerprint=True))
 

@@ -6,14 +6,12 @@ Most of these look at a sample of the rows only, so that loading stays as fast a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from offpolicy.data.raw import Raw
 from offpolicy.errors import listed
-
-if TYPE_CHECKING:
-    from offpolicy.data.validate import Raw
 
 CHUNK = 1 << 15  # rows per step of a full pass
 SAMPLE = 1 << 12  # rows looked at where a sample will do

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from offpolicy.data.doubts import breaks
-from offpolicy.data.validate import Raw, as_flag
+from offpolicy.data.raw import Raw, as_flag
 from offpolicy.errors import DataError, listed
 
 NAMES: dict[str, tuple[str, ...]] = {  # what a column says → its names, folded as by `_fold`

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.data.columns import is_float, row_width, to_numpy
 from offpolicy.data.mixing import mixture_weights
 from offpolicy.data.normalize import Normalizer
-from offpolicy.data.replay import Replay, _numpy
-from offpolicy.data.views import CHUNK, PACK_LIMIT, BoundView, _is_float, _require, _width
+from offpolicy.data.replay import Replay
+from offpolicy.data.views import CHUNK, PACK_LIMIT, BoundView, require_columns
 from offpolicy.errors import DataError, UsageError, check_range
 
 
@@ -111,9 +112,9 @@ class GoalView:
 
     def places(self, replay: Replay) -> np.ndarray:
         """Places in ``replay.rows`` of the rows that can be drawn: those whose successor is known, int64."""
-        _require(replay, ("obs", "action", "terminated"))
+        require_columns(replay, ("obs", "action", "terminated"))
         obs, action = replay.steps["obs"], replay.steps["action"]
-        if obs.ndim != 2 or not _is_float(action):
+        if obs.ndim != 2 or not is_float(action):
             found = f"observations of shape {tuple(obs.shape[1:])} and actions of type {action.dtype}"
             raise DataError(
                 f"the data have {found}; expected vectors of state and continuous actions, all that goal-conditioned "
@@ -122,7 +123,7 @@ class GoalView:
         lost = np.zeros(len(obs), dtype=bool)
         lost[replay.unusable] = True
         if "next_obs" not in replay.steps:  # without a termination there is nothing else to learn from such a row
-            known = _numpy(replay.tail["valid"]).astype(bool) if "valid" in replay.tail else "obs" in replay.tail
+            known = to_numpy(replay.tail["valid"]).astype(bool) if "valid" in replay.tail else "obs" in replay.tail
             lost[replay.end[~np.broadcast_to(known, replay.end.shape)]] = True
         return np.flatnonzero(~lost[replay.rows])
 
@@ -258,7 +259,7 @@ class States:
     def __init__(self, replay: Replay, normalizer: Normalizer, device: torch.device) -> None:
         self.replay, self.normalizer, self.device = replay, normalizer, device
         self.first = np.cumsum(replay.length) - replay.length + np.arange(replay.num_episodes)
-        count, width = replay.num_steps + replay.num_episodes, _width(replay.steps["obs"])
+        count, width = replay.num_steps + replay.num_episodes, row_width(replay.steps["obs"])
         dtype = normalizer.obs_scale.dtype
         self.table: Tensor | None = None
         if not replay.is_mapped and count * width * dtype.itemsize <= PACK_LIMIT:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from offpolicy.data.replay import Column, Replay, _numpy
+from offpolicy.data.columns import Column, to_numpy
+from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError
 
 SHARE = "synthetic_share"
@@ -71,8 +72,8 @@ def joined(parts: Sequence[Replay], folder: Path | None = None, meta: Mapping[st
 def _column(part: Replay, name: str) -> np.ndarray:
     """A step column in the order of the episodes."""
     if name not in part.steps:
-        return np.ones(part.num_steps, bool) if name == "valid_td" else _numpy(part.next_obs(part.rows))
-    column = _numpy(part.steps[name])
+        return np.ones(part.num_steps, bool) if name == "valid_td" else to_numpy(part.next_obs(part.rows))
+    column = to_numpy(part.steps[name])
     return column if part.is_whole else column[part.rows]
 
 
@@ -84,8 +85,8 @@ def _tails(parts: Sequence[Replay]) -> dict[str, Column]:
     obs, valid = [], []
     for part in parts:
         count, has = part.num_episodes, "obs" in part.tail
-        obs.append(_numpy(part.tail["obs"]) if has else np.zeros((count, *known.shape[1:]), _numpy(known).dtype))
-        valid.append(_numpy(part.tail["valid"]).astype(bool) if "valid" in part.tail else np.full(count, has))
+        obs.append(to_numpy(part.tail["obs"]) if has else np.zeros((count, *known.shape[1:]), to_numpy(known).dtype))
+        valid.append(to_numpy(part.tail["valid"]).astype(bool) if "valid" in part.tail else np.full(count, has))
     whole = np.concatenate(valid)
     tail: dict[str, Column] = {"obs": np.concatenate(obs)}
     return tail if whole.all() else tail | {"valid": whole}

@@ -14,7 +14,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from offpolicy.data.renewal import SOURCES, Renewal, Renewer, SyntheticOptions
-from offpolicy.data.replay import Replay, Ring
+from offpolicy.data.replay import Replay
+from offpolicy.data.ring import Ring
 from offpolicy.errors import DataError, UsageError, fold, nearest
 from offpolicy.given import whole
 from offpolicy.moved import names_of
@@ -116,7 +117,7 @@ class DataModule(LightningDataModule):
             return f"<{type(self).__name__} of {self.name}, not open yet>"
         if not {"obs", "action", "terminated"} <= self.replay.steps.keys():
             return repr(self.replay)
-        from offpolicy.data.validate import report
+        from offpolicy.data.report import report
 
         return str(report(self.replay))
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from offpolicy.data.replay import Replay, _numpy
+from offpolicy.data.columns import to_numpy
+from offpolicy.data.replay import Replay
 from offpolicy.data.spaces import known_bounds, scale_bounds
 from offpolicy.errors import DataError, UsageError
 
@@ -128,7 +129,7 @@ def action_bounds(replay: Replay, rows: np.ndarray | None = None) -> tuple[np.nd
         low, high = known_bounds(low, high)
         if np.isfinite([low, high]).all():
             return low, high
-    action = _numpy(replay.steps["action"])
+    action = to_numpy(replay.steps["action"])
     if rows is None and not replay.is_whole:
         rows = replay.rows
     return scale_bounds(replay.meta, action if rows is None else action[rows])
@@ -138,7 +139,7 @@ def mean_std(
     column: np.ndarray | Tensor, rows: np.ndarray | None = None, chunk: int = 1 << 18
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and population standard deviation over rows (all when None), two passes in float64 and in chunks."""
-    array = _numpy(column)
+    array = to_numpy(column)
     count = len(array) if rows is None else len(rows)
     if not count:
         raise DataError("no row can be drawn for training; expected at least one usable transition. See `show`.")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from offpolicy.data.replay import Replay, _numpy
-from offpolicy.data.stored import READ_THROUGH
-from offpolicy.data.validate import Raw, _drop_or_raise, _Scan, as_flag, check_structure
+from offpolicy.data.columns import to_numpy
+from offpolicy.data.raw import Raw, as_flag, check_structure
+from offpolicy.data.replay import Replay
+from offpolicy.data.scan import Scan, drop_or_raise
+from offpolicy.data.store import READ_THROUGH
 from offpolicy.errors import DataError
 
 KNOWN = ("obs", "action", "reward", "terminated", "next_obs", "valid_td")
@@ -24,7 +26,7 @@ def recheck(replay: Replay, where: str, *, on_bad: str = "error", clip_actions: 
     Raises:
         DataError: shapes that do not fit each other, or faulty content.
     """
-    steps = {name: _numpy(column) for name, column in replay.steps.items()}
+    steps = {name: to_numpy(column) for name, column in replay.steps.items()}
     if "token" in steps:
         return replay
     shapes = {name: tuple(column.shape) for name, column in steps.items()}
@@ -32,7 +34,7 @@ def recheck(replay: Replay, where: str, *, on_bad: str = "error", clip_actions: 
     for name in ("terminated", "valid_td"):
         if name in steps and replay.nbytes <= READ_THROUGH:
             as_flag(where, name, steps[name])
-    tail = {name: _numpy(column) for name, column in replay.tail.items()}
+    tail = {name: to_numpy(column) for name, column in replay.tail.items()}
     if "obs" in tail and tail["obs"].shape[1:] != steps["obs"].shape[1:]:
         raise DataError(f"{where}: the last observations have shape {tail['obs'].shape[1:]}; expected that of `obs`.")
     if replay.nbytes > READ_THROUGH:
@@ -48,12 +50,12 @@ def recheck(replay: Replay, where: str, *, on_bad: str = "error", clip_actions: 
         meta=dict(replay.meta),
         owned=False,
     )
-    scan = _Scan(raw, clip_actions)
+    scan = Scan(raw, clip_actions)
     scan.run()
     if clip_actions and scan.clipped:
-        replay = replay._derive({**replay.steps, "action": raw.steps["action"]}, replay.tail)
+        replay = replay.derive({**replay.steps, "action": raw.steps["action"]}, replay.tail)
     if scan.faults:
-        _drop_or_raise(raw, scan, on_bad)
+        drop_or_raise(raw, scan, on_bad)
         replay = replay.filter(np.sort(order[np.isin(replay.start[order], raw.start)]))
         replay.meta = {**replay.meta, "warnings": [*replay.meta.get("warnings", []), *raw.warnings]}
     return replay

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.data.columns import Column, gather_rows, is_mapped, to_numpy
 from offpolicy.data.sampling import bits, keys, unit
-from offpolicy.data.stored import FORMAT, check_content, read_parts
+from offpolicy.data.store import check_content, digest, read_parts, write_folder
 from offpolicy.errors import DataError, UsageError, listed
+from offpolicy.moved import names_of
 from offpolicy.trust import check_environment
-
-Column = np.ndarray | Tensor
 
 
 class Replay:
@@ -128,7 +123,7 @@ class Replay:
     @property
     def is_mapped(self) -> bool:
         """Whether a column lies on disk (a memory map)."""
-        return any(_is_mapped(c) for c in self.steps.values())
+        return any(is_mapped(c) for c in self.steps.values())
 
     @cached_property
     def episode_of(self) -> np.ndarray:
@@ -154,7 +149,7 @@ class Replay:
         """Undiscounted, untransformed return of each episode, float64 (E,)."""
         if "reward" not in self.steps:
             raise DataError("the data have no `reward`, so episodes have no returns; expected one reward per step.")
-        reward = _numpy(self.steps["reward"])
+        reward = to_numpy(self.steps["reward"])
         if self.is_whole:
             return np.add.reduceat(reward, self.start, dtype=np.float64)
         sums = np.concatenate([[0.0], np.cumsum(reward[self.rows], dtype=np.float64)])
@@ -170,16 +165,16 @@ class Replay:
     @cached_property
     def unusable(self) -> np.ndarray:
         """Rows that no transition may be drawn from, as their successor is needed and unknown, ascending int64."""
-        return self._without_successor(_numpy(self.steps["terminated"])[self.end].astype(bool))
+        return self._without_successor(to_numpy(self.steps["terminated"])[self.end].astype(bool))
 
     def _without_successor(self, exempt: np.ndarray) -> np.ndarray:
         """Rows whose successor is unknown, ascending int64, less the ends of the exempt episodes (E,) bool."""
         rows = np.zeros(0, dtype=np.int64)
         if "next_obs" not in self.steps:
-            known = _numpy(self.tail["valid"]).astype(bool) if "valid" in self.tail else "obs" in self.tail
+            known = to_numpy(self.tail["valid"]).astype(bool) if "valid" in self.tail else "obs" in self.tail
             rows = self.end[~(known | exempt)]
         if "valid_td" in self.steps:
-            rows = np.union1d(rows, np.flatnonzero(~_numpy(self.steps["valid_td"]).astype(bool)))
+            rows = np.union1d(rows, np.flatnonzero(~to_numpy(self.steps["valid_td"]).astype(bool)))
         return np.sort(rows)
 
     @cached_property
@@ -202,7 +197,7 @@ class Replay:
             return self
         valid = np.zeros(len(next(iter(self.steps.values()))), dtype=bool)
         valid[rows] = True
-        return self._derive({**self.steps, "valid_td": valid}, self.tail)
+        return self.derive({**self.steps, "valid_td": valid}, self.tail)
 
     def _rows_less(self, left_out: np.ndarray) -> np.ndarray:
         if not len(left_out):
@@ -215,7 +210,7 @@ class Replay:
 
     def take(self, indices: Tensor | np.ndarray, columns: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Gather rows of the named columns (all when None); any shape of indices, which comes first in the result."""
-        return {name: _gather(self.steps[name], indices) for name in (columns or self.steps)}
+        return {name: gather_rows(self.steps[name], indices) for name in (columns or self.steps)}
 
     def next_obs(self, indices: Tensor | np.ndarray) -> Tensor:
         """The observation after each row; never one of another episode.
@@ -224,16 +219,16 @@ class Replay:
         :meth:`usable_rows`).
         """
         if "next_obs" in self.steps:
-            return _gather(self.steps["next_obs"], indices)
-        index = _numpy(indices)
+            return gather_rows(self.steps["next_obs"], indices)
+        index = to_numpy(indices)
         last = np.take(self._is_last, index)
-        result = _gather(self.steps["obs"], index + ~last)
+        result = gather_rows(self.steps["obs"], index + ~last)
         if "obs" in self.tail and last.any():
             episode = self.episode_at(index[last])
             if "valid" in self.tail:
-                known = _numpy(self.tail["valid"])[episode].astype(bool)
+                known = to_numpy(self.tail["valid"])[episode].astype(bool)
                 last[last], episode = known, episode[known]
-            result[torch.from_numpy(last)] = _gather(self.tail["obs"], episode).to(result.dtype)
+            result[torch.from_numpy(last)] = gather_rows(self.tail["obs"], episode).to(result.dtype)
         return result
 
     @cached_property
@@ -261,14 +256,14 @@ class Replay:
 
     def to(self, device: torch.device | str) -> Replay:
         """The same replay with its columns as tensors on a device."""
-        return self._derive(
+        return self.derive(
             {k: torch.as_tensor(v, device=device) for k, v in self.steps.items()},
             {k: torch.as_tensor(v, device=device) for k, v in self.tail.items()},
         )
 
     # -- other indices over the same columns --------------------------------------------------------------------------
 
-    def _derive(self, steps: dict[str, Column], tail: dict[str, Column], keep: np.ndarray | None = None) -> Replay:
+    def derive(self, steps: dict[str, Column], tail: dict[str, Column], keep: np.ndarray | None = None) -> Replay:
         pick = slice(None) if keep is None else keep
         return Replay(
             steps,
@@ -285,7 +280,7 @@ class Replay:
         chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64)
         if not len(chosen):
             raise DataError("the filter keeps no episode; expected at least one. Loosen the filter.")
-        return self._derive(self.steps, self.tail, chosen)
+        return self.derive(self.steps, self.tail, chosen)
 
     def top(self, fraction: float, discount: float = 1.0) -> Replay:
         """The best share of the episodes by return: max(1, ⌊fraction·E⌋ episodes), ties to the earlier one.
@@ -298,7 +293,7 @@ class Replay:
             raise UsageError(f"fraction is {fraction}; expected a value in (0, 1]. Pass 0.1 for the best tenth.")
         returns = self.returns()
         if discount != 1.0:
-            weighted = _numpy(self.steps["reward"])[self.rows] * np.power(discount, self.t, dtype=np.float64)
+            weighted = to_numpy(self.steps["reward"])[self.rows] * np.power(discount, self.t, dtype=np.float64)
             returns = np.bincount(self.episode_of, weights=weighted, minlength=self.num_episodes)
         best = np.argsort(-returns, kind="stable")[: max(1, int(fraction * self.num_episodes))]
         return self.filter(np.sort(best))
@@ -323,16 +318,13 @@ class Replay:
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        parts = {"start": self.start, "length": self.length, **self.steps}
-        parts |= {f"tail/{k}": v for k, v in self.tail.items()} | {f"episodes/{k}": v for k, v in self.episodes.items()}
-        parts |= {f"tables/{k}": v for k, v in self.tables.items()}
-        for name, column in sorted(parts.items()):
-            array = _numpy(column)
-            digest.update(f"{name}{array.dtype.str}{array.shape}".encode())
-            for chunk in np.array_split(array, max(1, array.nbytes >> 26)):
-                digest.update(np.ascontiguousarray(chunk).data)
-        return digest.hexdigest()
+        return digest(self.parts())
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """What a folder holds of it beside facts, by kind: ``index steps tail episodes tables``."""
+        index = {"start": self.start, "length": self.length}
+        kinds = {"steps": self.steps, "tail": self.tail, "episodes": self.episodes, "tables": self.tables}
+        return {"index": index, **kinds}
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the replay as a folder: ``steps/<name>.npy``, ``index.npz``, ``meta.json``.
@@ -344,35 +336,7 @@ class Replay:
             FileExistsError: the folder exists and ``overwrite`` is false.
             OSError: the disk is full or not writable; nothing is left behind.
         """
-        target = Path(folder)
-        if target.exists() and not overwrite:
-            raise FileExistsError(f"{target} exists; expected a new folder. Remove it or pass overwrite=True.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            os.chmod(temporary, 0o777 & ~_umask())  # as any folder; temporary ones are private
-            (temporary / "steps").mkdir()
-            names = {}
-            for i, (name, column) in enumerate(self.steps.items()):
-                names[name] = f"{i:02d}-{name.replace('/', '.')}.npy"
-                np.save(temporary / "steps" / names[name], _numpy(column), allow_pickle=False)
-            small = {f"tail/{k}": _numpy(v) for k, v in self.tail.items()}
-            small |= {f"episodes/{k}": v for k, v in self.episodes.items()}
-            small |= {f"tables/{k}": v for k, v in self.tables.items()}
-            np.savez(temporary / "index.npz", **{"start": self.start, "length": self.length, **small})  # type: ignore[arg-type]
-            record = {"format": FORMAT, "columns": names, "fingerprint": self.fingerprint(), "meta": self.meta}
-            (temporary / "meta.json").write_text(json.dumps(record, indent=1))
-            if target.exists():
-                aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent)) / "replaced"
-                os.rename(target, aside)
-                os.rename(temporary, target)
-                shutil.rmtree(aside.parent, ignore_errors=True)
-            else:
-                os.rename(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        return target
+        return write_folder(Path(folder), self.parts(), self.meta, self.fingerprint(), overwrite)
 
     @classmethod
     def load(cls, folder: str | Path, *, mmap: bool = True) -> Replay:
@@ -391,7 +355,7 @@ class Replay:
             replay = cls(parts.pop("steps"), **parts)
         except DataError as error:
             raise DataError(f"{path} is damaged: {error}") from None
-        check_content(replay, path, fingerprint)
+        check_content(replay.parts(), replay.meta, path, fingerprint, replay.fingerprint)
         check_environment(replay.meta, str(path))
         replay.__dict__["_fingerprint"] = fingerprint
         return replay
@@ -402,118 +366,4 @@ class Replay:
         return f"<{name}: {self.num_steps:,} steps in {self.num_episodes:,} episodes; {columns}>"
 
 
-class Ring(Replay):
-    """A replay of bounded size that grows during training by whole episodes; the oldest leave whole.
-
-    Each episode lies in one piece: one that does not fit before the end of the columns starts at row 0 again, so no
-    window can span the write head.
-
-    Args:
-        first: replay whose columns and content the ring starts with.
-        capacity: rows, at least ``first.num_steps``.
-    """
-
-    def __init__(self, first: Replay, capacity: int) -> None:
-        if capacity < first.num_steps:
-            raise UsageError(f"capacity is {capacity}; expected at least the {first.num_steps} rows to start with.")
-        rows = first.rows
-        steps: dict[str, Column] = {}
-        for name, column in first.steps.items():
-            source = _numpy(column)
-            space = np.zeros((capacity, *source.shape[1:]), dtype=source.dtype)
-            space[: len(rows)] = source[rows]
-            steps[name] = space
-        super().__init__(
-            steps,
-            start=np.cumsum(first.length) - first.length,
-            length=first.length.copy(),
-            tail={k: _numpy(v) for k, v in first.tail.items()},
-            episodes=first.episodes,
-            meta=first.meta,
-        )
-        self.capacity = capacity
-        self.head = first.num_steps
-
-    @classmethod
-    def reopen(cls, saved: Replay, head: int) -> Ring:
-        """The ring whose columns, index and write position were saved with :meth:`Replay.save`."""
-        ring = cls.__new__(cls)
-        Replay.__init__(
-            ring,
-            {k: np.array(_numpy(v)) for k, v in saved.steps.items()},
-            start=saved.start,
-            length=saved.length,
-            tail=saved.tail,
-            episodes=saved.episodes,
-            meta=saved.meta,
-        )
-        ring.capacity, ring.head = len(next(iter(ring.steps.values()))), head
-        return ring
-
-    def append(self, new: Replay) -> None:
-        """Add the episodes of another replay in order, evicting the oldest ones whose rows are needed.
-
-        Raises:
-            DataError: the columns differ, or an episode is longer than the capacity. Nothing is added then.
-        """
-        for kind, ours, theirs in (
-            ("columns", self.steps, new.steps),
-            ("tails", self.tail, new.tail),
-            ("episode columns", self.episodes, new.episodes),
-        ):
-            if ours.keys() != theirs.keys():
-                raise DataError(f"the new episodes have {kind} {sorted(theirs)}; expected {sorted(ours)}.")
-        shapes = [{k: v.shape[1:] for k, v in steps.items()} for steps in (self.steps, new.steps)]
-        if shapes[0] != shapes[1]:
-            raise DataError(f"the new steps have shapes {shapes[1]}; expected {shapes[0]}.")
-        if new.length.max() > self.capacity:
-            raise DataError(f"an episode has {new.length.max()} steps; expected at most {self.capacity} (the ring).")
-        for episode in range(new.num_episodes):
-            self._append_one(new, episode)
-        for name in [n for n in vars(self) if isinstance(getattr(type(self), n, None), cached_property)]:
-            del self.__dict__[name]
-        self.version += 1
-
-    def _append_one(self, new: Replay, episode: int) -> None:
-        length, source = int(new.length[episode]), int(new.start[episode])
-        first = self.head if self.head + length <= self.capacity else 0
-        alive = (self.start >= first + length) | (self.start + self.length <= first)
-        if first == 0 and self.head != 0:  # the rows skipped at the end hold the oldest episodes of the last round
-            alive &= self.start < self.head
-        for name, column in self.steps.items():
-            _numpy(column)[first : first + length] = _numpy(new.steps[name])[source : source + length]
-        self.start = np.append(self.start[alive], first)
-        self.length = np.append(self.length[alive], length)
-        tails: Any = (self.tail, new.tail)
-        for ours, theirs in (tails, (self.episodes, new.episodes)):
-            for name in ours:
-                row = _numpy(theirs[name])[episode : episode + 1]
-                ours[name] = np.concatenate([_numpy(ours[name])[alive], row])
-        self.head = first + length
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _is_mapped(column: Column) -> bool:
-    base: Any = column
-    while isinstance(base, np.ndarray):
-        if isinstance(base, np.memmap):
-            return True
-        base = base.base
-    return False
-
-
-def _numpy(column: Column) -> np.ndarray:
-    return column.cpu().numpy() if isinstance(column, Tensor) else column
-
-
-def _gather(column: Column, indices: Tensor | np.ndarray) -> Tensor:
-    """Rows of a column as a tensor: on the column's device, or in memory for arrays and maps."""
-    if isinstance(column, Tensor):
-        index = torch.as_tensor(indices, device=column.device)
-        return column.index_select(0, index.reshape(-1)).reshape(*index.shape, *column.shape[1:])
-    return torch.from_numpy(np.take(column, _numpy(indices), axis=0))
+__getattr__ = names_of("offpolicy.data.replay")  # the names that stood here in version 0.1

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from offpolicy.data.columns import is_float
 from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError, UsageError
 
@@ -92,7 +93,7 @@ def check_suits(replay: Replay, method: str, *, discrete: bool = False, images: 
     obs, action, name = replay.steps["obs"], replay.steps["action"], replay.meta.get("name", "the replay")
     shape = tuple(obs.shape[1:])
     check_widths(str(name), obs, action)
-    if not discrete and ("action_n" in replay.meta or not _is_float(action)):
+    if not discrete and ("action_n" in replay.meta or not is_float(action)):
         count = replay.meta.get("action_n")
         what = f"{count} discrete actions" if count else f"discrete actions ({action.dtype} {tuple(action.shape)})"
         raise DataError(
@@ -111,7 +112,7 @@ def check_suits(replay: Replay, method: str, *, discrete: bool = False, images: 
             "Choose state-based data, or flatten or encode the observations first: "
             "`obs.reshape(len(obs), -1).astype('float32')`."
         )
-    if not _is_float(obs):
+    if not is_float(obs):
         raise DataError(
             f"{name} has observations of type {obs.dtype}, which are not standardised; expected float32. Cast them."
         )
@@ -138,10 +139,6 @@ def scale_bounds(meta: Mapping[str, Any], action: np.ndarray) -> tuple[np.ndarra
     low, high = known_bounds(low, high)
     below, above = np.where(np.isfinite(low), low, smallest), np.where(np.isfinite(high), high, largest)
     return np.minimum(below, above), above
-
-
-def _is_float(column: Any) -> bool:
-    return column.is_floating_point() if hasattr(column, "is_floating_point") else column.dtype.kind == "f"
 
 
 def _short(values: Any) -> str:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.data.columns import is_float, row_width, to_numpy
 from offpolicy.data.mixing import mixture_weights
 from offpolicy.data.normalize import Normalizer
-from offpolicy.data.replay import Replay, _numpy
+from offpolicy.data.replay import Replay
 from offpolicy.data.sampling import unit
 from offpolicy.errors import DataError, UsageError, check_range, listed
 
@@ -148,15 +149,15 @@ class TransitionView:
     def rows(self, replay: Replay) -> np.ndarray | None:
         """The rows that can be drawn, int64; None when that is every row."""
         needed = {"obs", "action", "terminated", *(["reward"] * self.reward), self.weight} - {None}
-        _require(replay, sorted(map(str, needed)))
+        require_columns(replay, sorted(map(str, needed)))
         return None if replay.all_usable else replay.usable_rows()
 
     def bind(self, replay: Replay, normalizer: Normalizer, device: torch.device) -> BoundView:
         """Gather from one packed table on the device where it fits, column by column otherwise."""
         obs, action = replay.steps["obs"], replay.steps["action"]
-        width = 2 * _width(obs) + 2 * _width(action) + 3
+        width = 2 * row_width(obs) + 2 * row_width(action) + 3
         fits = replay.num_steps * width * 4 <= PACK_LIMIT
-        floats = all(_is_float(replay.steps[k]) for k in ("obs", "action", "reward") if k in replay.steps)
+        floats = all(is_float(replay.steps[k]) for k in ("obs", "action", "reward") if k in replay.steps)
         if fits and obs.ndim == 2 and not replay.is_mapped and floats:
             return PackedTransitions(self, replay, normalizer, device)
         return ColumnTransitions(self, replay, normalizer, device)
@@ -164,7 +165,7 @@ class TransitionView:
     def weights(self, replay: Replay) -> np.ndarray | None:
         """Sampling weights of the rows that can be drawn; None for uniform."""
         rows = self.rows(replay)
-        column = None if self.weight is None else _numpy(replay.steps[self.weight])
+        column = None if self.weight is None else to_numpy(replay.steps[self.weight])
         return mixture_weights(replay, rows, column if column is None or rows is None else column[rows])
 
     def fields(self, replay: Replay, rows: np.ndarray, normalizer: Normalizer) -> dict[str, Tensor]:
@@ -226,7 +227,7 @@ class PackedTransitions(BoundView):
     def __init__(self, view: TransitionView, replay: Replay, normalizer: Normalizer, device: torch.device) -> None:
         rows = view.rows(replay)
         super().__init__(replay.num_steps if rows is None else rows, device, view.weights(replay))
-        obs, act = _width(replay.steps["obs"]), _width(replay.steps["action"])
+        obs, act = row_width(replay.steps["obs"]), row_width(replay.steps["action"])
         self.widths = {"obs": obs, "action": act, "next_obs": obs, "reward": 0, "terminated": 0}
         self.widths |= {"next_action": act} if view.next_action else {}
         self.widths |= {"discount": 0} if view.n_step > 1 else {}
@@ -284,7 +285,7 @@ class WindowView:
 
     def rows(self, replay: Replay) -> np.ndarray | None:
         """First rows of windows (last rows when padding on the left), int64, each equally likely; None: every row."""
-        _require(replay, ("obs", "action", "reward", "terminated"))
+        require_columns(replay, ("obs", "action", "reward", "terminated"))
         if self.pad != "none":
             return None if replay.is_whole else replay.rows
         count = np.maximum(replay.length - self.horizon + 1, 0)
@@ -309,7 +310,7 @@ class BoundWindows(BoundView):
         self.replay = replay if on_disk else replay.to(device)
         order = np.argsort(replay.start)
         self.first, self.last = (torch.from_numpy(x[order]).to(self.device) for x in (replay.start, replay.end))
-        reward = _numpy(replay.steps["reward"])
+        reward = to_numpy(replay.steps["reward"])
         to_go = np.zeros(len(reward), dtype=np.float32)
         covered = slice(None) if replay.is_whole else replay.rows
         to_go[covered] = return_to_go(reward[covered], replay.length)
@@ -347,15 +348,8 @@ def return_to_go(reward: np.ndarray, length: np.ndarray) -> np.ndarray:
     return total[end] - total[:-1]
 
 
-def _is_float(column: np.ndarray | Tensor) -> bool:
-    return column.is_floating_point() if isinstance(column, Tensor) else column.dtype.kind == "f"
-
-
-def _width(column: np.ndarray | Tensor) -> int:
-    return int(np.prod(column.shape[1:]))
-
-
-def _require(replay: Replay, columns: Sequence[str]) -> None:
+def require_columns(replay: Replay, columns: Sequence[str]) -> None:
+    """Stop where the data lack a column that the method needs."""
     missing = [name for name in columns if name not in replay.steps]
     if missing:
         raise DataError(

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from offpolicy.compute.generators import isolated_rng
+from offpolicy.data.columns import to_numpy
 from offpolicy.data.neighbors import NeighborIndex
 from offpolicy.data.normalize import Normalizer, mean_std
-from offpolicy.data.replay import Replay, _numpy
+from offpolicy.data.replay import Replay
 from offpolicy.data.sampling import permutation
 from offpolicy.data.sizes import Sizes
 from offpolicy.environments.wrappers import NoEnvironment
@@ -174,7 +175,7 @@ class Judge:
         rows_of_all = None if real.is_whole else real.rows
         self.normalizer.fit(real, rows_of_all, normalize_obs=True, reward_transform="r", eps=0.0)
         self.obs_scale = self.normalizer.obs_scale.double().numpy()
-        self.reward_std = float(mean_std(_numpy(real.steps["reward"])[:, None], rows_of_all)[1][0]) or 1.0
+        self.reward_std = float(mean_std(to_numpy(real.steps["reward"])[:, None], rows_of_all)[1][0]) or 1.0
         self.simulator: Simulator | None = None
         self.why_no_simulator = ""
         try:
@@ -288,7 +289,7 @@ def column_quantiles(replay: Replay) -> dict[str, list[float]]:
     """Quantiles at ``LEVELS`` of every dimension of observations and actions, and of rewards."""
     found: dict[str, list[float]] = {}
     for name in ("obs", "action", "reward"):
-        column = _numpy(replay.steps[name])
+        column = to_numpy(replay.steps[name])
         values = column if replay.is_whole else column[replay.rows]
         values = np.percentile(values.reshape(replay.num_steps, -1), LEVELS, axis=0)
         names = [name] if name == "reward" else [f"{name}[{i}]" for i in range(values.shape[1])]

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from offpolicy.data.columns import is_float, to_numpy
 from offpolicy.data.mixing import mixture_weights
 from offpolicy.data.normalize import Normalizer
-from offpolicy.data.replay import Replay, _numpy
-from offpolicy.data.views import CHUNK, PACK_LIMIT, BoundView, _is_float, _require
+from offpolicy.data.replay import Replay
+from offpolicy.data.views import CHUNK, PACK_LIMIT, BoundView, require_columns
 from offpolicy.errors import DataError, check_range
 
 ACTION_LIMIT = 0.999  # actions are clipped to ±0.999 before the arctanh, which is infinite at ±1 (the authors' bound)
@@ -133,8 +134,8 @@ class TrajectoryView:
 
     def places(self, replay: Replay) -> np.ndarray:
         """Places in ``replay.rows`` where sub-trajectories start, ascending int64; may be none."""
-        _require(replay, COLUMNS)
-        if replay.steps["obs"].ndim != 2 or not _is_float(replay.steps["action"]):
+        require_columns(replay, COLUMNS)
+        if replay.steps["obs"].ndim != 2 or not is_float(replay.steps["action"]):
             found = f"shape {tuple(replay.steps['obs'].shape[1:])} and actions of type {replay.steps['action'].dtype}"
             raise DataError(
                 f"the data have observations of {found}; expected vectors of state and continuous actions. Choose a "
@@ -144,12 +145,12 @@ class TrajectoryView:
         count = np.maximum(replay.length - self.horizon + 1, 0)  # starts of each episode
         offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
         place = np.repeat(first, count) + offset
-        terminates = np.repeat(_numpy(replay.steps["terminated"])[replay.end].astype(bool), count)
+        terminates = np.repeat(to_numpy(replay.steps["terminated"])[replay.end].astype(bool), count)
         final = offset == np.repeat(count, count) - 1  # the sub-trajectory ends where the episode does
         chosen = (np.arange(len(place)) % self.stride == 0) | (offset == 0) | (final & terminates)
         chosen &= ~final | terminates
         if "valid_td" in replay.steps:  # a step whose successor is another one's may only be last
-            broken = np.append(0, np.cumsum(~_numpy(replay.steps["valid_td"]).astype(bool)[replay.rows]))
+            broken = np.append(0, np.cumsum(~to_numpy(replay.steps["valid_td"]).astype(bool)[replay.rows]))
             chosen &= broken[place + self.horizon - 1] == broken[place]
         return place[chosen]
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offpolicy.data.replay import _numpy
+from offpolicy.data.columns import to_numpy
 from offpolicy.data.texts.sequences import BoundTexts
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import atomic_write
@@ -334,7 +334,7 @@ def texts_digest(bound: BoundTexts) -> str:
     """A hash of the tokens of every row of a table."""
     digest = hashlib.blake2b(digest_size=16)
     replay = bound.replay
-    token = np.ascontiguousarray(_numpy(replay.steps["token"]))
+    token = np.ascontiguousarray(to_numpy(replay.steps["token"]))
     digest.update(str(token.dtype).encode())
     for array in (token, replay.start, replay.length, bound.index):
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)

@@ -13,7 +13,8 @@ from toy import Crash, differences, fit, method, run_files, toy_replay, weights
 
 from offpolicy.api import load_data
 from offpolicy.data.module import DataModule, Ticks
-from offpolicy.data.replay import Replay, Ring
+from offpolicy.data.replay import Replay
+from offpolicy.data.ring import Ring
 from offpolicy.errors import DataError, UsageError
 from offpolicy.training.checkpoints import newest_checkpoint
 

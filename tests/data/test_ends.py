@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from offpolicy.data.replay import Replay
+from offpolicy.data.report import report
 from offpolicy.data.sources import from_arrays, open_source
-from offpolicy.data.validate import report
 from offpolicy.errors import DataError
 
 N, EPISODE = 40, 10

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offpolicy.data import replay as replay_module
-from offpolicy.data.replay import Replay, Ring
+from offpolicy.data.replay import Replay
+from offpolicy.data.ring import Ring
 from offpolicy.errors import DataError, UsageError
 
 LENGTHS = st.lists(st.integers(1, 7), min_size=1, max_size=8)

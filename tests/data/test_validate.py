@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from offpolicy.data.report import report
 from offpolicy.data.sources import from_arrays
-from offpolicy.data.validate import report
 from offpolicy.errors import DataError, UsageError
 
 

@@ -54,7 +54,7 @@ def open_source(
 
     Returns:
         The replay; ``meta["notes"]`` and ``meta["warnings"]`` hold what a person should read once
-        (``str(offpolicy.data.validate.report(replay))`` shows them with the numbers).
+        (``str(offpolicy.data.report.report(replay))`` shows them with the numbers).
 
     Raises:
         UsageError: an unknown name, or options that do not fit.

@@ -12,21 +12,14 @@ import numpy as np
 from offpolicy.data import ends, validate
 from offpolicy.data.doubts import precision_doubts
 from offpolicy.data.guard import read_npz as read_npz_file
+from offpolicy.data.raw import NAMES, Raw, as_flag, check_structure, match
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.containers import plain_columns
 from offpolicy.data.sources.fetch import Lock, npz_names
 from offpolicy.data.spaces import bounds_meta, check_widths, environment_facts
-from offpolicy.data.validate import NAMES, Raw, as_flag, check_structure
 from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.trust import take_environment
 
-ALIASES = {  # our column → the names it goes by
-    "obs": ("obs", "observations", "observation"),
-    "action": ("action", "actions"),
-    "reward": ("reward", "rewards"),
-    "next_obs": ("next_obs", "next_observations"),
-    "valid_td": ("valid_td",),
-}
 TIMEOUT_STEPS = ("drop", "keep", "self")
 
 
@@ -129,34 +122,15 @@ def load_npz(path: Path, skip: Iterable[str] = ()) -> dict[str, np.ndarray]:
     return read_npz_file(path, skip=tuple(skip))
 
 
-def match(names: Iterable[str]) -> dict[str, str]:
-    """Our column names → the ones used here.
-
-    Raises:
-        DataError: two names for one column.
-    """
-    names = list(names)
-    found: dict[str, str] = {}
-    for ours, aliases in ALIASES.items():
-        present = [a for a in aliases if a in names]
-        if len(present) > 1:
-            raise DataError(
-                f"both `{present[0]}` and `{present[1]}` are given for `{ours}`; expected one. Leave one out."
-            )
-        if present:
-            found[ours] = present[0]
-    return found
-
-
 def check_columns(where: str, columns: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
     """Number of rows, and our names → the ones used here, of columns that fit together.
 
     Args:
         columns: name → anything with a shape and a dtype.
-        where, facts: as of :func:`offpolicy.data.validate.check_structure`.
+        where, facts: as of :func:`offpolicy.data.raw.check_structure`.
 
     Raises:
-        DataError: as :func:`offpolicy.data.validate.check_structure`.
+        DataError: as :func:`offpolicy.data.raw.check_structure`.
     """
     keys, shapes = match(columns), {key: tuple(column.shape) for key, column in columns.items()}
     length = next((shapes[keys[name]][0] for name in ("obs", "action") if name in keys and shapes[keys[name]]), None)
@@ -184,7 +158,7 @@ def assemble(
         columns: name → array with one row per step, under any known name; unknown ones are kept as they are.
         where: file or source, for messages.
         meta: known facts for the replay's ``meta``; ``max_episode_steps`` cuts episodes when there are no end marks.
-        facts: as in :class:`offpolicy.data.validate.Raw`.
+        facts: as in :class:`offpolicy.data.raw.Raw`.
         timeout_step: as in :func:`from_arrays`.
         owned: the arrays may be changed in place.
         on_bad, clip_actions: as in :func:`offpolicy.data.validate.finish`.

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from offpolicy.data.ends import find, has_name
+from offpolicy.data.raw import match
 from offpolicy.errors import DataError, listed
 
 OBSERVATIONS = ("obs", "observation", "observations", "next_obs", "next_observations")
@@ -40,9 +42,6 @@ def plain_columns(data: Any, obs_keys: Iterable[str] | None = None) -> dict[str,
 
 def _arrays(columns: Mapping[Any, Any], obs_keys: list[str] | None) -> dict[str, np.ndarray]:
     """Every column as an array; others than those that are trained on or mark ends need not be made of numbers."""
-    from offpolicy.data.ends import has_name
-    from offpolicy.data.sources.arrays import match
-
     found = {}
     for key, value in columns.items():
         name = str(key)
@@ -241,9 +240,6 @@ def _joined(episodes: list[Any], obs_keys: list[str] | None) -> dict[str, np.nda
 
 def _episode(k: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One episode with a row per step in every column."""
-    from offpolicy.data.ends import find
-    from offpolicy.data.sources.arrays import match
-
     known = match(arrays)
     if "action" not in known or "obs" not in known:
         raise DataError(

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from offpolicy.data import ends
+from offpolicy.data.columns import to_numpy
 from offpolicy.data.doubts import precision_doubts
 from offpolicy.data.guard import check_dataset, check_heaps
-from offpolicy.data.replay import Replay, _numpy
-from offpolicy.data.sources.arrays import ALIASES, assemble, check_columns, match
+from offpolicy.data.raw import ALIASES, match
+from offpolicy.data.replay import Replay
+from offpolicy.data.sources.arrays import assemble, check_columns
 from offpolicy.data.sources.containers import side_by_side
 from offpolicy.data.sources.fetch import Lock, corrupt, facts, locate, open_hdf5
 from offpolicy.data.sources.hdf5 import datasets, group_per_episode, per_episode_recipe
@@ -175,7 +177,7 @@ def write(replay: Replay, path: str | os.PathLike[str]) -> Path:
         raise FileExistsError(f"{target} exists; expected a new name. Remove it or choose another.")
     target.parent.mkdir(parents=True, exist_ok=True)
     rows, end = replay.rows, np.cumsum(replay.length) - 1
-    terminated = _numpy(replay.steps["terminated"])[rows].astype(bool)
+    terminated = to_numpy(replay.steps["terminated"])[rows].astype(bool)
     timeouts = np.zeros(len(rows), dtype=bool)
     timeouts[end] = ~terminated[end]
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent)
@@ -184,11 +186,11 @@ def write(replay: Replay, path: str | os.PathLike[str]) -> Path:
         with h5py.File(temporary, "w") as file:
             for name, column in replay.steps.items():
                 if name not in ("terminated", "next_obs"):
-                    _write_column(file, KEYS.get(name, name), _numpy(column), rows)
+                    _write_column(file, KEYS.get(name, name), to_numpy(column), rows)
             file["terminals"], file["timeouts"] = terminated, timeouts
             if _successors_known(replay, terminated[end]):
                 obs = replay.steps["obs"]
-                out = file.create_dataset("next_observations", (len(rows), *obs.shape[1:]), _numpy(obs).dtype)
+                out = file.create_dataset("next_observations", (len(rows), *obs.shape[1:]), to_numpy(obs).dtype)
                 for low in range(0, len(rows), 1 << 16):
                     out[low : low + (1 << 16)] = replay.next_obs(rows[low : low + (1 << 16)]).cpu().numpy()
             kept = {k: v for k, v in replay.meta.items() if k not in ("file", "sha256", "metadata")}
@@ -291,6 +293,6 @@ def _successors_known(replay: Replay, terminated: np.ndarray) -> bool:
     if "obs" not in replay.tail:
         return False
     valid = (
-        _numpy(replay.tail["valid"]).astype(bool) if "valid" in replay.tail else np.ones(len(terminated), dtype=bool)
+        to_numpy(replay.tail["valid"]).astype(bool) if "valid" in replay.tail else np.ones(len(terminated), dtype=bool)
     )
     return bool((valid | terminated).all())

@@ -21,9 +21,9 @@ import numpy as np
 
 from offpolicy.data import validate
 from offpolicy.data.names import root
+from offpolicy.data.raw import Raw
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.fetch import facts
-from offpolicy.data.validate import Raw
 from offpolicy.environments.make import EVAL_SEED, close_environment, make_environment
 from offpolicy.errors import UsageError
 

@@ -21,10 +21,10 @@ from offpolicy.data import validate
 from offpolicy.data.doubts import SAMPLE, precision_doubt
 from offpolicy.data.guard import check_dataset, check_parquet, check_size, checked_table, read_json
 from offpolicy.data.names import root
+from offpolicy.data.raw import Raw
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.fetch import Lock, check_network, corrupt, open_hdf5
 from offpolicy.data.spaces import bounds_meta
-from offpolicy.data.validate import Raw
 from offpolicy.environments.wrappers import names, obstacle, wrappers_of
 from offpolicy.errors import DataError, UsageError, listed
 from offpolicy.trust import check_environment

@@ -22,10 +22,10 @@ import numpy as np
 
 from offpolicy.data import validate
 from offpolicy.data.doubts import precision_doubts
+from offpolicy.data.raw import Raw, as_flag, check_structure
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.arrays import as_numbers, load_npz
 from offpolicy.data.sources.fetch import Lock, facts, locate
-from offpolicy.data.validate import Raw, as_flag, check_structure
 from offpolicy.errors import DataError, UsageError
 
 SIMULATOR_STATE = ("qpos", "qvel", "button_states")  # not read: as large as the observations, only rewards need them

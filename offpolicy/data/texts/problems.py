@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from offpolicy.data.columns import to_numpy
 from offpolicy.data.names import Target, resolve
-from offpolicy.data.replay import Replay, _numpy
+from offpolicy.data.replay import Replay
 from offpolicy.data.sampling import permutation
 from offpolicy.data.texts.answers import joined
 from offpolicy.data.texts.formats import Faults, Source
@@ -418,7 +419,7 @@ def step_column(replay: Replay, episode: int, name: str) -> np.ndarray:
     start, length = replay.start[episode], replay.length[episode]
     if name not in replay.steps:
         return np.full(length, np.nan, np.float32)
-    return _numpy(replay.steps[name])[start : start + length]
+    return to_numpy(replay.steps[name])[start : start + length]
 
 
 __all__ = ["ProblemData", "Problems", "addition", "open_problems", "question_hash"]

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from offpolicy.data import sampling
-from offpolicy.data.replay import Column, Replay, _numpy
+from offpolicy.data.columns import Column, to_numpy
+from offpolicy.data.replay import Replay
 from offpolicy.data.texts.sequences import Ragged, spans, texts
 from offpolicy.errors import DataError
 
@@ -76,7 +77,7 @@ class BoundRollouts:
         rows, lane, turn = rows[order], lane[order], turn[order]
         index = spans(self.store, rows)
         prompt, answer = texts(self.problems, self.prompts[rows]), texts(self.store, rows)
-        steps = {k: torch.from_numpy(_numpy(v)[index]) for k, v in self.store.steps.items() if k != "token"}
+        steps = {k: torch.from_numpy(to_numpy(v)[index]) for k, v in self.store.steps.items() if k != "token"}
         facts = {k: torch.from_numpy(v[rows]) for k, v in self.store.episodes.items()}
         return Rollouts(prompt, answer, steps, facts, *map(torch.from_numpy, (rows, lane, turn)))
 
@@ -133,7 +134,7 @@ def select(store: Replay, keep: np.ndarray) -> Replay | None:
         return None
     index, length = spans(store, rows), store.length[rows]
     return Replay(
-        {k: _numpy(v)[index] for k, v in store.steps.items() if k not in DERIVED},
+        {k: to_numpy(v)[index] for k, v in store.steps.items() if k not in DERIVED},
         start=np.cumsum(length) - length,
         length=length,
         episodes={k: v[rows] for k, v in store.episodes.items()},

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offpolicy.data.replay import Replay, _numpy
+from offpolicy.data.columns import to_numpy
+from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError
 
 
@@ -76,14 +77,14 @@ def spans(replay: Replay, episodes: np.ndarray) -> np.ndarray:
 
 def texts(replay: Replay, episodes: np.ndarray) -> Ragged:
     """The tokens of these episodes (B,)."""
-    token = _numpy(replay.steps["token"])[spans(replay, episodes)]
+    token = to_numpy(replay.steps["token"])[spans(replay, episodes)]
     return Ragged(torch.from_numpy(token.astype(np.int64)), torch.from_numpy(replay.length[episodes]))
 
 
 def token_ids(replay: Replay, episode: int) -> np.ndarray:
     """The tokens of one text, int64."""
     start = replay.start[episode]
-    return _numpy(replay.steps["token"])[start : start + replay.length[episode]].astype(np.int64)
+    return to_numpy(replay.steps["token"])[start : start + replay.length[episode]].astype(np.int64)
 
 
 class BoundTexts:
@@ -147,7 +148,7 @@ class SingleView:
         sides = 2 if self.rejected else 1
         facts = {"label": np.tile(np.arange(sides) == 0, len(pairs))}
         if "pairs/weight" in replay.tables:  # a pair's weight is that of both of its answers
-            facts["weight"] = np.repeat(_numpy(replay.tables["pairs/weight"]), sides)
+            facts["weight"] = np.repeat(to_numpy(replay.tables["pairs/weight"]), sides)
         return BoundTexts(replay, pairs[:, : 2 * sides].reshape(-1, 2), facts, Singles)
 
 
