@@ -21,12 +21,16 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.checkpoint_io": ("offpolicy.training.checkpoint_io",),
     "offpolicy.cli": ("offpolicy.cli.parser",),
     "offpolicy.data.module": ("offpolicy.api",),  # of a module that is still there, names that moved out of it
-    "offpolicy.data.problems": ("offpolicy.data.texts.problems",),
+    "offpolicy.data.problems": ("offpolicy.data.texts.problems", "offpolicy.data.texts.sums"),
     "offpolicy.data.replay": ("offpolicy.data.ring", "offpolicy.data.columns"),
     "offpolicy.data.rollouts": ("offpolicy.data.texts.rollouts",),
     "offpolicy.data.sequences": ("offpolicy.data.texts.sequences",),
     "offpolicy.data.sources.formats": ("offpolicy.data.texts.formats",),
-    "offpolicy.data.sources.hf": ("offpolicy.data.texts.hub",),
+    "offpolicy.data.sources.hf": (
+        "offpolicy.data.texts.hub",
+        "offpolicy.data.texts.opening",
+        "offpolicy.data.texts.parts",
+    ),
     "offpolicy.data.text": ("offpolicy.data.texts.module",),
     "offpolicy.data.tokenised": ("offpolicy.data.texts.tokenised",),
     "offpolicy.data.trajectories": ("offpolicy.diffusion.trajectories",),

@@ -199,13 +199,13 @@ def open_data(path: Path) -> None:
 
 def open_texts(path: Path) -> None:
     from offpolicy.data.names import resolve
-    from offpolicy.data.texts.hub import sketch
+    from offpolicy.data.texts.opening import sketch
 
     sketch(resolve(path, language=True), download=False)
 
 
 def open_tokens(path: Path) -> None:
-    from offpolicy.data.texts.hub import open_texts as opened
+    from offpolicy.data.texts.opening import open_texts as opened
 
     opened(path, tokenizer=None, download=False)
 

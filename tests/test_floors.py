@@ -47,7 +47,6 @@ FLOORS: list[set[str]] = [
 ]
 # Imports that are still to be cut: (the file, what it imports).
 ALLOWED = {
-    ("offpolicy.data.texts.hub", "offpolicy.data.texts.problems"),
     ("offpolicy.diffusion.pool", "offpolicy.api"),
     ("offpolicy.training.module", "offpolicy.api"),
     ("offpolicy.training.seeds", "offpolicy.training.module"),

@@ -59,7 +59,7 @@ def make_policy(folder: Path, seed: int, width: int = 128, layers: int = 3) -> N
 
 def warm_up_data(path: Path, seed: int, count: int = 2500, carry: float = 0.1) -> Path:
     """Training sums with their answers, a share of which carry."""
-    from offpolicy.data.texts.problems import addition
+    from offpolicy.data.texts.sums import addition
 
     source = addition("train")
     prompts, answers = np.asarray(source.column("prompt")), np.asarray(source.column("answer"))

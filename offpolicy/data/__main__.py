@@ -185,7 +185,7 @@ def _text_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show_texts(target: Target, options: argparse.Namespace) -> None:
-    from offpolicy.data.texts.hub import open_texts, sketch
+    from offpolicy.data.texts.opening import open_texts, sketch
     from offpolicy.data.texts.preview import report, samples
     from offpolicy.data.texts.tokens import load_tokenizer
 
@@ -208,7 +208,7 @@ def _show_texts(target: Target, options: argparse.Namespace) -> None:
 
 
 def _convert_texts(target: Target, out: Path, options: argparse.Namespace) -> None:
-    from offpolicy.data.texts.hub import open_texts
+    from offpolicy.data.texts.opening import open_texts
 
     if options.tokenizer is None:
         raise UsageError("texts are stored as tokens; expected a tokenizer. Pass --tokenizer DIR, the policy's.")

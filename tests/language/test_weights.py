@@ -110,7 +110,7 @@ def test_weights_that_cannot_be_used_are_refused(value: float, message: str, vie
 def test_negative_weights_of_a_file_name_their_row(tmp_path: Path) -> None:
     import json
 
-    from offpolicy.data.texts.hub import open_texts
+    from offpolicy.data.texts.opening import open_texts
     from offpolicy.data.texts.tokens import load_tokenizer
 
     rows = [{"prompt": f"{i} ", "chosen": "a", "rejected": "b", "weight": 1.0 - (i == 3) * 2} for i in range(20)]

@@ -87,7 +87,8 @@ class TextData(TokenisedData):
     def load(self) -> Replay:
         """Open, check and tokenise the texts if that has not happened yet, and hold some out."""
         if self.replay is None:
-            from offpolicy.data.texts.hub import open_texts, split_by_prompt, warn_of_overlap
+            from offpolicy.data.texts.opening import open_texts, warn_of_overlap
+            from offpolicy.data.texts.parts import split_by_prompt
 
             options: dict[str, Any] = {
                 k: v for k, v in self.options.items() if k not in ("eval_data", "eval_fraction", "show")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from offpolicy.data.replay import Replay
+from offpolicy.data.texts.parts import table_of
 from offpolicy.data.texts.sequences import token_ids
 
 BOUNDARY = " ▶ "  # what stands before it is read, what stands after it is scored
@@ -15,7 +16,7 @@ WIDTH = 10  # of the labels
 
 def report(replay: Replay) -> str:
     """The data report: counts, lengths, what was decided about the format, notes and warnings."""
-    meta, table = replay.meta, _table(replay)
+    meta, table = replay.meta, table_of(replay)
     rows = f"{len(replay.tables[table]):,} {'pairs' if table == 'pairs' else 'prompts with an answer'}"
     if table == "singles" and "singles/label" in replay.tables:
         label = replay.tables["singles/label"]
@@ -41,7 +42,7 @@ def samples(replay: Replay, tokenizer: Any, n: int = 2) -> str:
 
     Each answer comes with the ids of the last five tokens of the prompt and its own first five.
     """
-    table = _table(replay)
+    table = table_of(replay)
     names = ("chosen", "rejected") if table == "pairs" else ("answer",)
     lines = []
     for number, row in enumerate(replay.tables[table][:n].tolist()):
@@ -53,10 +54,6 @@ def samples(replay: Replay, tokenizer: Any, n: int = 2) -> str:
             lines.append(_line(name, text.replace("\n", "\n" + " " * (WIDTH + 2))))
             lines.append(_line("", f"ids … {prompt[-5:]} ▶ {answer[:5]} …, {len(answer)} tokens scored"))
     return "\n".join(lines)
-
-
-def _table(replay: Replay) -> str:
-    return "pairs" if "pairs" in replay.tables else "singles"
 
 
 def _line(label: str, text: str) -> str:

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from offpolicy.data.columns import to_numpy
+from offpolicy.data.columns import smallest_type, to_numpy
 from offpolicy.data.names import Target, resolve
 from offpolicy.data.replay import Replay
-from offpolicy.data.sampling import permutation
 from offpolicy.data.texts.answers import joined
 from offpolicy.data.texts.formats import Faults, Source
+from offpolicy.data.texts.hub import read
 from offpolicy.data.texts.numbers import MARK
 from offpolicy.data.texts.problem_rows import problem_columns, question_hash, read_problems
 from offpolicy.data.texts.stops import TurnEnd, turn_end
@@ -181,8 +181,6 @@ def open_problems(
         UsageError: an unknown name or an impossible option.
         DataError: problems that are absent, damaged or cannot be trained on.
     """
-    from offpolicy.data.texts.hub import read
-
     target, tokenizer = resolve(name, language=True), load_tokenizer(tokenizer)
     if target.kind != "language":
         raise DataError(
@@ -269,8 +267,6 @@ def sketch(
     target: Target, *, columns: Mapping[str, str | None] | None = None, split: str | None = None, download: bool = True
 ) -> str:
     """What can be said about problems without a tokenizer: counts, and the first two."""
-    from offpolicy.data.texts.hub import read
-
     source = read(target, split, download=download)
     named = problem_columns(source, dict(columns or {}))
     problems = list(read_problems(source, named))
@@ -281,27 +277,6 @@ def sketch(
         answer = " or ".join(map(repr, problem.answers)) or None
         lines.append(f"  {problem.text!r} ▶ {problem.solution!r}, answer {answer}")
     return "\n".join(lines)
-
-
-def addition(split: str | None = None) -> Source:
-    """All two-digit sums ``ab+cd=`` with three-digit answers; those whose units carry are marked.
-
-    Args:
-        split: "train" (9,600 sums; None is the same) or "test" (the other 400, the same always).
-    """
-    if split not in (None, "train", "test"):
-        raise UsageError(f"`split` is '{split}'; expected 'train' or 'test'. Pass one of them.")
-    order = permutation(0, 0, 10_000).numpy()
-    chosen = np.sort(order[:400] if split == "test" else order[400:])
-    a, b = np.divmod(chosen, 100)
-    answer = [f"{total:03d}" for total in a + b]
-    columns = {
-        "prompt": [f"{x:02d}+{y:02d}=" for x, y in zip(a, b)],
-        "answer": answer,
-        "solution": answer,
-        "carry": (a % 10 + b % 10 >= 10).tolist(),
-    }
-    return Source("addition", len(chosen), list(columns), columns.__getitem__, {"file": "made here"})
 
 
 @lru_cache(maxsize=1)
@@ -354,8 +329,6 @@ def _build(
     logps: list[np.ndarray] | None,
     vocabulary: int,
 ) -> Problems:
-    from offpolicy.data.texts.hub import _smallest
-
     given = [d for d in demonstrations if d is not None]
     parts = [*prompts, *given]
     length = np.asarray([len(part) for part in parts], dtype=np.int64)
@@ -363,7 +336,7 @@ def _build(
     second[[d is not None for d in demonstrations]] = len(prompts) + np.arange(len(given))
     levels = [0.5, 0.95, 1.0]
     roles = {"prompt": length[: len(prompts)], "demonstration": length[len(prompts) :]}
-    steps: dict[str, Any] = {"token": np.concatenate(parts).astype(_smallest(vocabulary))}
+    steps: dict[str, Any] = {"token": np.concatenate(parts).astype(smallest_type(vocabulary))}
     if logps is not None:
         unknown = np.full(int(length[: len(prompts)].sum()), np.nan, np.float32)
         steps["logp"] = np.concatenate([unknown, *logps])
@@ -422,4 +395,4 @@ def step_column(replay: Replay, episode: int, name: str) -> np.ndarray:
     return to_numpy(replay.steps[name])[start : start + length]
 
 
-__all__ = ["ProblemData", "Problems", "addition", "open_problems", "question_hash"]
+__all__ = ["ProblemData", "Problems", "open_problems", "question_hash"]

@@ -9,8 +9,8 @@ import pytest
 from made_tokenizers import made_tokenizer
 
 from offpolicy.data.replay import Replay
-from offpolicy.data.texts.hub import open_texts
 from offpolicy.data.texts.messages import read_prompt, same, turn_key
+from offpolicy.data.texts.opening import open_texts
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError
 

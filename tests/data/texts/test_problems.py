@@ -11,8 +11,9 @@ import pytest
 
 from offpolicy.data.names import describe, resolve
 from offpolicy.data.replay import Replay
-from offpolicy.data.texts.problems import ProblemData, addition, known_test, question_hash, step_column
+from offpolicy.data.texts.problems import ProblemData, known_test, question_hash, step_column
 from offpolicy.data.texts.sequences import token_ids
+from offpolicy.data.texts.sums import addition
 from offpolicy.errors import DataError, UsageError
 
 

@@ -19,8 +19,9 @@ from scripts import run_python
 from offpolicy.data.names import describe, resolve
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources import open_source
-from offpolicy.data.texts.hub import open_texts, split_by_prompt
 from offpolicy.data.texts.module import TextData, report, samples
+from offpolicy.data.texts.opening import open_texts
+from offpolicy.data.texts.parts import split_by_prompt
 from offpolicy.errors import DataError, UsageError
 
 Rows = list[dict[str, Any]]

@@ -11,8 +11,8 @@ from made_tokenizers import made_tokenizer
 from offpolicy.data.names import resolve
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources import open_source
-from offpolicy.data.texts.hub import open_texts, sketch
 from offpolicy.data.texts.module import TextData
+from offpolicy.data.texts.opening import open_texts, sketch
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 
