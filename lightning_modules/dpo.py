@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from offpolicy.errors import check_range
-from offpolicy.language.module import LanguageModule
+from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import dpo_loss, preference_metrics
 from offpolicy.losses.scores import PairScores
 from offpolicy.training.module import Metrics
 
 
-class DPO(LanguageModule):
+class DPO(PreferenceModule):
     """Direct preference optimisation: the reward of an answer is its log-ratio to the reference.
 
     Args:

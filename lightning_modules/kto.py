@@ -16,13 +16,13 @@ from torch import Tensor
 
 from offpolicy.data.texts.sequences import SingleView
 from offpolicy.errors import DataError, check_range
-from offpolicy.language.module import LanguageModule
+from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import kto_loss
 from offpolicy.losses.scores import SingleScores
 from offpolicy.training.module import Metrics
 
 
-class KTO(LanguageModule):
+class KTO(PreferenceModule):
     """Kahneman-Tversky optimisation: learns from single answers marked desirable or undesirable.
 
     Args:

@@ -99,8 +99,8 @@ class RLPlus(RolloutModule):
             "entropy": {"name": "bonus", "coef": h.entropy, "aggregation": "token_mean"} if h.entropy else "none",
         }
 
-    def _take_data(self, data: Any) -> None:
-        super()._take_data(data)
+    def take_data(self, data: Any) -> None:
+        super().take_data(data)
         if self.hparams.demonstrator != "unknown" and "logp" not in self.problems.steps:
             raise DataError(
                 f"`demonstrator` is '{self.hparams.demonstrator}', and {self.problems.meta.get('name', 'the data')} "

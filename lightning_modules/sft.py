@@ -15,7 +15,7 @@ from torch import Tensor
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.sequences import BoundTexts, SingleView
 from offpolicy.errors import UsageError
-from offpolicy.language.module import LanguageModule
+from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import NLL_FORMS, nll
 from offpolicy.losses.scores import SingleScores, TokenMean
 from offpolicy.training.module import Metrics
@@ -34,7 +34,7 @@ class WantedView(SingleView):
         return BoundTexts(replay, bound.index[wanted], facts, bound.kind)
 
 
-class SFT(LanguageModule):
+class SFT(PreferenceModule):
     """Supervised fine-tuning on answers.
 
     Args:

@@ -37,6 +37,8 @@ _NAMES = {
     "SyntheticOptions": "offpolicy.data.renewal",
     "TextData": "offpolicy.data.texts.module",
     "LanguageModule": "offpolicy.language.module",
+    "PreferenceModule": "offpolicy.language.preference",
+    "RolloutModule": "offpolicy.language.rl.rollouts",
     "PairView": "offpolicy.data.texts.sequences",
     "SingleView": "offpolicy.data.texts.sequences",
     "FitResult": "offpolicy.api",

@@ -59,6 +59,10 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.synthetic": ("offpolicy.diffusion.pool",),
 }
 
+SPLIT = {  # class of version 0.1 that became several → the one that a class which extends it directly extends now
+    "offpolicy.language.module.LanguageModule": "offpolicy.language.preference.PreferenceModule",
+}
+
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds an old module: the new one under its old name, or an empty one that fetches names from several."""
@@ -87,6 +91,21 @@ def names_of(old: str) -> Callable[[str], Any]:
         raise AttributeError(f"module '{old}' has no attribute '{name}'")
 
     return get
+
+
+def extend_successors(cls: type) -> None:
+    """Let a new class of somebody else extend the successor where it extends a class of version 0.1 that was split.
+
+    Called by that class's ``__init_subclass__``; classes of this library say what they extend themselves.
+    """
+    if cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return
+    cls.__bases__ = tuple(_successor(base) for base in cls.__bases__)
+
+
+def _successor(base: type) -> type:
+    module, _, name = SPLIT.get(f"{base.__module__}.{base.__qualname__}", "").rpartition(".")
+    return getattr(importlib.import_module(module), name) if module else base
 
 
 def install() -> None:

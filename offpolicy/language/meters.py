@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -105,3 +106,45 @@ class RowMeter(Sums):
     def load_state_dict(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
         super().load_state_dict(states, rank, world_size)
         self.sums = {(name,): value[None] for name, value in self.sums.items()}
+
+
+class Pace:
+    """How quickly steps are made between two rows of metrics.
+
+    Attributes:
+        steps: optimiser steps.
+        tokens: of the texts learned from, on this process.
+    """
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._seconds, self._filled, self._places = 0.0, 0, 0
+        self.steps, self.tokens = 0, 0
+
+    def start(self) -> None:
+        """The clock runs from now."""
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        """Add what the clock shows, and let it run anew."""
+        now = time.perf_counter()
+        self._seconds, self._began = self._seconds + now - self._began, now
+
+    def add_pass(self, filled: int, places: int) -> None:
+        """Count the places of a forward pass that is learned from, and how many of them hold a token."""
+        self._filled, self._places = self._filled + filled, self._places + places
+
+    def read(self, sum_over_processes: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """Columns of a row of metrics; starts anew."""
+        tokens = sum_over_processes(torch.tensor(float(self.tokens), device=device)).item()
+        seconds = max(self._seconds, 1e-9)
+        row = {
+            "perf/updates_per_s": self.steps / seconds,
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/padding_fraction": 1.0 - self._filled / max(1, self._places),  # of the first process
+        }
+        self._clear()
+        return row

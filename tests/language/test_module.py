@@ -316,3 +316,40 @@ def test_a_gpu_computes_what_a_cpu_does(options: dict[str, Any], precision: str,
             precision=precision)  # fmt: skip
         losses.append([row["train/loss"] for row in rows.rows])
     assert losses[0] == pytest.approx(losses[1], abs=1e-3 if precision == "32-true" else 0.1)
+
+
+class Hinge(op.LanguageModule):
+    """A preference method of somebody who knows one base class."""
+
+    uses_reference = False
+
+    def __init__(self, *, margin: float = 1.0, **language: Any) -> None:
+        super().__init__(**language)
+        self.save_hyperparameters()
+
+    def loss(self, scores: Any) -> Any:
+        return (self.hparams.margin - scores.chosen.mean_logps + scores.rejected.mean_logps).clamp(min=0.0), {}
+
+
+def test_preferences_and_rollouts_are_siblings() -> None:
+    assert issubclass(op.DPO, op.PreferenceModule) and issubclass(op.GRPO, op.RolloutModule)
+    assert issubclass(op.PreferenceModule, op.LanguageModule) and issubclass(op.RolloutModule, op.LanguageModule)
+    assert not issubclass(op.GRPO, op.PreferenceModule) and not issubclass(op.DPO, op.RolloutModule)
+
+
+def test_a_method_of_ones_own_may_extend_what_all_language_methods_do(policy: Path) -> None:
+    """Preference methods had the base that rollout methods have too."""
+    assert Hinge.__mro__[1:3] == (op.PreferenceModule, op.LanguageModule)
+
+    class Softer(Hinge):
+        pass
+
+    assert Softer.__bases__ == (Hinge,)
+    trained = []
+    for kind in (Hinge, Softer, Hinge):
+        module = kind(policy=str(policy), lr=1e-2, batch_size=4, margin=2.0)
+        module.seed, module.run.log_every = 0, 2
+        fit(module, max_steps=3)
+        assert module.hparams.margin == 2.0 and module.metric_row["train/loss"] > 0
+        trained.append(module.state_dict())
+    assert all(torch.equal(trained[0][name], other[name]) for other in trained[1:] for name in other)

@@ -464,4 +464,4 @@ def test_sharded_policies_cannot_answer(policy: Path) -> None:
     one = method("GRPO", policy)
     one._trainer = SimpleNamespace(strategy=FullySharded())
     with pytest.raises(UsageError, match="fsdp2"):
-        one._take_data(None)
+        one.take_data(None)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offpolicy.data.module import DataModule
@@ -98,7 +98,6 @@ class RolloutModule(LanguageModule):
     """
 
     preset: ClassVar[Mapping[str, Any]] = {}
-    uses_reference = False
     look_command = "python -m offpolicy.evaluate {folder}, or offpolicy.export {folder} OUT [--merge]"
 
     def __init__(
@@ -264,6 +263,10 @@ class RolloutModule(LanguageModule):
                 torch.manual_seed(self.seed or 0)
                 self.critic = Critic(policies.base_of(model), self.hparams.critic)
 
+    def copies(self) -> list[nn.Module]:
+        decoder = getattr(self.critic, "decoder", None)
+        return [] if decoder is None else [decoder]
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.critic is not None:
@@ -309,7 +312,7 @@ class RolloutModule(LanguageModule):
     def held_out(self) -> dict[str, float]:
         return {} if self.eval_problems is None else solve(self)
 
-    def _take_data(self, data: Any) -> None:
+    def take_data(self, data: Any) -> None:
         h = self.hparams
         if self.trainer.strategy.__class__.__name__ == "FullySharded":
             raise UsageError("`trainer.strategy` is 'fsdp2', under which no answers can be drawn yet; expected 'ddp'.")
@@ -334,14 +337,11 @@ class RolloutModule(LanguageModule):
         """What the policy is asked."""
         return self.answering.problems
 
-    def _longest(self) -> int:
+    def longest_row(self) -> int:
         return self.answering.open()
 
-    def _make_plan(self) -> None:
-        """Steps are laid out iteration by iteration."""
-
-    def _check_texts(self, replay: Any) -> None:
-        self._check_tokens(replay, "problems")
+    def check_texts(self, replay: Any) -> None:
+        self.check_tokens(replay, "problems")
 
     def configure_model(self) -> None:
         if getattr(self, "_trainer", None) is None or not self.trainer.training or self.answering is None:
@@ -497,7 +497,7 @@ class RolloutModule(LanguageModule):
         """Scores of the tokens of a batch of answers, at the temperature of sampling."""
         layout = self.layout(batch)
         if torch.is_grad_enabled():
-            self._real, self._places = self._real + layout.real_tokens, self._places + layout.input_ids.numel()
+            self.pace.add_pass(layout.real_tokens, layout.input_ids.numel())
         h = self.hparams
         return score_tokens(self.model, layout, chunk=h.chunk, temperature=h.temperature, **options)
 
@@ -514,12 +514,11 @@ class RolloutModule(LanguageModule):
         bound, rows = self._rollouts, self._steps[t - self._first_step]
         assert bound is not None
         if j == 0:
-            for group in self.trainer.optimizers[0].param_groups:
-                group["lr"] = self.rate(t) * group.get("lr_scale", 1.0)
+            self.begin_step()
         world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
         mine = np.array_split(rows, self._micro_batches * world)[j * world + rank]
         real = len(mine) > 0
-        self._seed_dropout(rank)
+        self.seed_dropout(rank)
         length = bound.store.length[rows]
         totals = Totals(len(rows), int(length.sum()), self.answering.length, int(length.max()))
         batch = self.gather(bound, mine if real else rows[-1:])
@@ -529,9 +528,8 @@ class RolloutModule(LanguageModule):
         if real and t == self._first_step:
             self.scoring.hear(batch, tokens.logp, tokens.mask)
         self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})
-        self._tokens += int(bound.lengths[mine].sum()) if real else 0
-        self._micro = (j + 1) % self._micro_batches
-        self.step_ended = self._micro == 0
+        self.pace.tokens += int(bound.lengths[mine].sum()) if real else 0
+        self.end_micro_batch()
         return loss * (self._micro_batches * world)  # Lightning takes the mean over micro-batches and processes
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -587,7 +585,7 @@ class RolloutModule(LanguageModule):
 
     # -- metrics, files, stopping --------------------------------------------------------------------------------------
 
-    def _progress(self, updates: int) -> dict[str, float]:
+    def progress(self, updates: int) -> dict[str, float]:
         facts = {name: total / count for name, (total, count) in self._facts.items()}
         self._facts = {}
         named = {(name if name.startswith("perf/") else f"train/{name}"): value for name, value in facts.items()}

@@ -147,7 +147,7 @@ class Scoring:
         if "base_logp" in method.objective.reads:
             return True
         now = method.global_step
-        return method.hparams.base_kl and any(method._logs(step) for step in range(now + 1, now + 1 + steps))
+        return method.hparams.base_kl and any(method.writes_row(step) for step in range(now + 1, now + 1 + steps))
 
     def columns(self, bound: BoundRollouts, rows: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Columns of the tokens of these rows, ascending, under the weights of now; processes share the work."""

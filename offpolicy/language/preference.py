@@ -1,0 +1,341 @@
+"""What a method inherits that tunes a language model on given texts: pairs of answers, or single ones.
+
+A method says which view of the data it needs and whether it has a reference, and writes one loss per row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offpolicy.data.module import DataModule
+from offpolicy.data.texts.module import TextData
+from offpolicy.data.texts.preview import report, samples
+from offpolicy.data.texts.sequences import BoundTexts, PairView, row_weights
+from offpolicy.errors import DataError, UsageError
+from offpolicy.language import policy as policies
+from offpolicy.language.evaluation import eval_sample, evaluate
+from offpolicy.language.generation import positions
+from offpolicy.language.layout import Answers, Layout, pair_layout, score, single_layout
+from offpolicy.language.meters import RowMeter
+from offpolicy.language.module import LanguageModule
+from offpolicy.language.plan import Plan, previous_of_other_prompt
+from offpolicy.language.reference import Reference, Table, evaluating
+from offpolicy.losses.scores import PairScores, Scores, SingleScores
+from offpolicy.training import divergence
+from offpolicy.training.module import Metrics
+
+HELD_OUT = -1  # in place of an epoch
+
+
+class StepMeans(NamedTuple):
+    """Facts about all rows of one optimiser step, over its micro-batches and processes.
+
+    Attributes:
+        weight: sum of the weights of its rows, by which all means are weighted.
+        length: mean number of scored tokens of the chosen answers (of the answers, for singles).
+        sequence_length: the same with the prompt's scored tokens.
+        mismatched_ratio: mean log-ratio of answers under other prompts; None unless ``uses_mismatched``.
+    """
+
+    weight: float
+    length: float
+    sequence_length: float
+    mismatched_ratio: Tensor | None = None
+
+
+class PreferenceModule(LanguageModule):
+    """Base of methods that learn from given texts.
+
+    A method declares ``view`` (:class:`PairView` or :class:`SingleView`) and the attributes below, and defines
+    ``loss``. The attributes may be properties that depend on the options.
+
+    Attributes:
+        view: what a row of the data is.
+        uses_reference: whether ``ref_logps`` are needed.
+        scores_prompt: whether ``prompt_logps`` of the chosen answers (of the answers, for singles) are needed.
+        uses_mismatched: whether singles also need each answer scored under another prompt.
+    """
+
+    view: ClassVar[Any] = PairView()
+    uses_reference: bool = True
+    scores_prompt: bool = False
+    uses_mismatched: bool = False
+
+    def __init__(self, **language: Any) -> None:
+        super().__init__(**language)
+        self.meter = RowMeter()
+        self.eval_table: Table | None = None
+        self._table: Table | None = None
+        self._mismatched: dict[int, Table] = {}  # epoch → answers under other prompts
+        self._reference = Reference(self)
+        self._plan: Plan | None = None
+        self._means: StepMeans | None = None  # of the current step
+
+    # -- to be written by a method -------------------------------------------------------------------------------------
+
+    def loss(self, scores: Any) -> tuple[Tensor, Metrics]:
+        """Loss per row, (B,), and metrics of (B,) each, detached.
+
+        Args:
+            scores: :class:`PairScores` or :class:`SingleScores` of :mod:`offpolicy.losses.scores`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define loss(scores).")
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def data_class(cls) -> type[DataModule]:
+        return TextData
+
+    def planned_steps(self, data: DataModule) -> int | None:
+        rows = len(self.view.bind(data.load()))
+        return max(1, math.ceil(self.hparams.epochs * math.ceil(rows / self.hparams.batch_size)))
+
+    def take_data(self, data: Any) -> None:
+        """Bind the view to the data, and choose the held-out rows."""
+        texts = self.view.bind(data.replay)
+        self._table = Table(texts, np.arange(len(texts)))
+        self._check_prompts(texts, "the data")
+        held_out = getattr(data, "eval_replay", None)
+        wanted = held_out is not None and self.run.eval_episodes > 0
+        self.eval_table = None
+        if wanted:
+            texts = self.view.bind(held_out)
+            self._check_prompts(texts, "the held-out data")
+            self.eval_table = Table(texts, eval_sample(len(texts), self.hparams.eval_rows))
+
+    def _check_prompts(self, texts: BoundTexts, what: str) -> None:
+        if self.uses_mismatched and len(np.unique(texts.index[:, 0])) < 2:
+            raise DataError(
+                f"{what} have one prompt; expected two or more, since {type(self).__name__} compares with answers to "
+                "other prompts. Pass more rows, or leave the held-out ones out with --data.eval_fraction 0."
+            )
+
+    def longest_row(self) -> int:
+        """Tokens of the longest row of a forward pass."""
+        assert self._table is not None
+        return int(self._table.texts.lengths.sum(1).max())
+
+    def plan_steps(self) -> None:
+        assert self._table is not None
+        self._plan = Plan(
+            self._table.texts.lengths.sum(1),
+            batch_size=self.hparams.batch_size,
+            slots=self._micro_batches * self.world_size,
+            seed=self.seed or 0,
+            by_length=self.hparams.group_by_length,
+        )
+
+    def check_texts(self, replay: Any) -> None:
+        """Every token and every position must be one that the model knows.
+
+        Raises:
+            DataError: one is not.
+        """
+        self.check_tokens(replay, "texts")
+        room = positions(policies.base_of(self.model))
+        for table in filter(None, (self._table, self.eval_table)):
+            sizes = table.texts.lengths.reshape(len(table.texts), -1, 2)  # rows, sides, prompt and answer
+            longest = int(sizes.max((0, 1)).sum() if self.uses_mismatched else sizes.sum(-1).max())
+            if longest > room:
+                together = "a prompt with another's answer has" if self.uses_mismatched else "the longest text has"
+                raise DataError(
+                    f"{together} up to {longest} tokens, but {self.hparams.policy} has {room} positions; expected "
+                    f"shorter texts. Pass --data.max_length {room // 2 if self.uses_mismatched else room}."
+                )
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy asks for it; make the reference while the policy still is at its start."""
+        if getattr(self, "_trainer", None) is None or not self.trainer.training or self._table is None:
+            return
+        if self._device_mesh is not None:
+            from offpolicy.language.sharding import shard
+
+            shard(self.model, self._device_mesh["data_parallel"])
+        self.model.to(self.trainer.strategy.root_device)
+        self.apply_settings()
+        try:
+            self._make_reference()
+        finally:
+            self.restore_settings()
+
+    # -- the reference -------------------------------------------------------------------------------------------------
+
+    def _make_reference(self) -> None:
+        """Say which rows will be asked for, and get what the reference thinks of them."""
+        table, held_out, plan = self._table, self.eval_table, self._plan
+        assert table is not None and plan is not None
+        table.needed = plan.rows_until(self.trainer.max_steps)
+        self._mismatched = {}
+        if self.uses_mismatched:
+            for epoch in range(plan.place(self.trainer.max_steps - 1)[0] + 1):
+                previous = plan.before(epoch, table.texts.index[:, 0])
+                self._mismatched[epoch] = Table(other_prompts(table.texts, previous), table.needed)
+            if held_out is not None:
+                in_order, prompts = np.arange(len(held_out.texts)), held_out.texts.index[:, 0]
+                previous = previous_of_other_prompt(in_order, prompts)
+                self._mismatched[HELD_OUT] = Table(other_prompts(held_out.texts, previous), held_out.needed)
+        if self.uses_reference:
+            tables = [table, held_out, *self._mismatched.values()]
+            self._reference.prepare([one for one in tables if one is not None], self._start_digest)
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().load_extra_state(state)
+        if self._plan is not None and self._plan.seed != self.seed:
+            if self._mismatched:
+                raise UsageError(f"the run has the seed {self.seed}; expected the same: --seed_everything {self.seed}.")
+            self.plan_steps()
+
+    # -- what the first screen says ------------------------------------------------------------------------------------
+
+    def facts(self) -> list[tuple[str, str]]:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        rows = (
+            []
+            if "format" not in data.replay.meta
+            else [(line[2:12].strip(), line[12:]) for line in report(data.replay).splitlines()[1:]]
+        )
+        rows = [row for row in rows if row[0] not in ("note", "warning")] or [
+            ("rows", f"{len(self._plan_of().lengths):,}")
+        ]
+        return [*rows, self.policy_fact(), ("reference", self._reference.words)]
+
+    def batch_words(self) -> str:
+        split = f", {self._micro_batches} micro-batches each" if self._micro_batches > 1 else ""
+        assert self._plan is not None
+        epochs = self.trainer.max_steps / self._plan.steps_per_epoch
+        return f"{self.hparams.batch_size} rows{split}, {epochs:.3g} epochs"
+
+    def evaluates(self) -> str:
+        return "" if self.eval_table is None else f"{len(self.eval_table.needed):,} held-out rows"
+
+    def samples(self) -> str:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        shown = data.options.get("show", 0)
+        return samples(data.replay, self.tokenizer, shown) if shown and self.tokenizer is not None else ""
+
+    # -- scores --------------------------------------------------------------------------------------------------------
+
+    def layout(self, batch: Any) -> Layout:
+        """The rows of one forward pass over a batch of texts, on the device."""
+        if isinstance(self.view, PairView):
+            layout = pair_layout(batch, self.pad_id, shared_prompt=self.shared_prompt, prompt_too=self.scores_prompt)
+        else:
+            layout = single_layout(batch, self.pad_id, prompt_too=self.scores_prompt)
+        return layout.to(self.device if self._trainer is None else self.trainer.strategy.root_device)
+
+    def answers(self, model: Any, layout: Layout, *, stats: bool = False) -> Answers:
+        """The scores of the rows of one forward pass."""
+        return score(model, layout, chunk=self.hparams.chunk, stats=stats)
+
+    def scores(self, table: Table, rows: np.ndarray, means: StepMeans, *, stats: bool = False) -> Any:
+        """What :meth:`loss` takes, for rows of a table: :class:`PairScores` or :class:`SingleScores`."""
+        batch = table.texts.gather(rows)
+        layout = self.layout(batch)
+        if torch.is_grad_enabled():
+            self.pace.add_pass(layout.real_tokens, layout.input_ids.numel())
+        answers = self.answers(self.model, layout, stats=stats)
+        reference = self._reference.logps(table, rows, layout, answers.sum_logps) if self.uses_reference else None
+        facts = {name: value.to(answers.length.device) for name, value in batch.facts.items()}
+        size = len(rows)
+
+        def part(i: int, prompt: int | None) -> Scores:
+            own = slice(i * size, (i + 1) * size)
+            other = None if prompt is None else slice(prompt * size, (prompt + 1) * size)
+            return Scores(
+                answers.sum_logps[own],
+                answers.length[own],
+                None if reference is None else reference[i],
+                None if other is None else answers.sum_logps[other],
+                None if other is None else answers.length[other],
+                {name: value[own] for name, value in answers.stats.items()},
+            )
+
+        if isinstance(self.view, PairView):
+            chosen, rejected = part(0, 2 if self.scores_prompt else None), part(1, None)
+            return PairScores(chosen, rejected, facts, means.length, means.sequence_length)
+        answer = part(0, 1 if self.scores_prompt else None)
+        return SingleScores(answer, facts, means.length, mismatched_ratio=means.mismatched_ratio)
+
+    def step_means(self, table: Table, rows: np.ndarray) -> StepMeans:
+        """What losses need to know of all rows of a step."""
+        lengths, weight = table.texts.lengths[rows], row_weights(table.texts, rows)
+        total = weight.sum() or 1.0  # of a step whose rows all have the weight 0, which learns nothing
+        sequence = lengths[:, 1] + np.maximum(lengths[:, 0] - 1, 0)
+        ratio = self._mismatched_ratio(table, rows, weight / total) if self.uses_mismatched else None
+        return StepMeans(total, weight @ lengths[:, 1] / total or 1.0, weight @ sequence / total or 1.0, ratio)
+
+    def _mismatched_ratio(self, table: Table, rows: np.ndarray, share: np.ndarray) -> Tensor:
+        """Mean log-ratio of answers under other prompts over the rows (B,) of a step, which have these shares, 0-d."""
+        epoch = HELD_OUT if table is self.eval_table else self._plan_of().place(self.global_step)[0]
+        other = self._mismatched[epoch]
+        world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
+        padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % world)])
+        shares = torch.from_numpy(np.pad(share, (0, len(padded) - len(rows)))[rank::world])
+        mine, total = padded[rank::world], torch.zeros((), dtype=torch.float64, device=self.device)
+        with evaluating(self.model):
+            for start in range(0, len(mine), self.rows_per_forward):
+                part = slice(start, start + self.rows_per_forward)
+                layout = self.layout(other.texts.gather(mine[part]))
+                found = self.answers(self.model, layout).sum_logps
+                ratio = found[: len(mine[part])] - self._reference.logps(other, mine[part], layout, found)[0]
+                total += (ratio.double() * shares[part].to(ratio.device)).sum()
+        return self.sum_over_processes(total).float()
+
+    # -- Lightning: the loop -------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._means = None
+
+    @divergence.named
+    def training_step(self, tick: Any, batch_idx: int) -> Tensor:
+        t, j, table, plan = self.global_step, self._micro, self._table, self._plan_of()
+        assert table is not None
+        if j == 0:
+            self.begin_step()
+            self._means = self.step_means(table, plan.rows(t))
+        means = self._means
+        assert means is not None
+        world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
+        rows = plan.slot(t, j * world + rank)
+        real = len(rows) > 0
+        rows = rows if real else plan.rows(t)[-1:]  # every process runs the same number of forward passes
+        self.seed_dropout(rank)
+        scores = self.scores(table, rows, means, stats=self.writes_row(t + 1))
+        loss, metrics = self.loss(scores)
+        if t == 0 and j == 0 and self.uses_reference:
+            self._reference.check_start(scores)
+        weight = torch.from_numpy(row_weights(table.texts, rows) * real).to(loss)
+        self.meter.add_step(loss, metrics, weight=weight, real=torch.full_like(weight, float(real)))
+        self.pace.tokens += int(table.texts.lengths[rows].sum()) if real else 0
+        self.end_micro_batch()
+        # Lightning takes the mean over micro-batches and processes
+        return (loss * weight).sum() * (self._micro_batches * world / means.weight)
+
+    def _plan_of(self) -> Plan:
+        assert self._plan is not None
+        return self._plan
+
+    def progress(self, updates: int) -> dict[str, float]:
+        """How far training has come, beside the count of updates."""
+        return {"train/epoch": updates / self._plan_of().steps_per_epoch}
+
+    def held_out(self) -> dict[str, float]:
+        return {} if self.eval_table is None else evaluate(self)
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        self._reference.close()
+
+
+def other_prompts(bound: BoundTexts, previous: np.ndarray) -> BoundTexts:
+    """Every prompt of a table of singles with the answer of another row."""
+    index = np.stack([bound.index[:, 0], bound.index[previous, 1]], axis=1)
+    return BoundTexts(bound.replay, index, {}, bound.kind)
