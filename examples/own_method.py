@@ -12,7 +12,7 @@ import offpolicy
 from offpolicy.losses.td import exponential_weight
 from offpolicy.nn.critics import ValueNetwork
 from offpolicy.nn.policies import DeterministicPolicy
-from offpolicy.training.module import Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Metrics, OfflineModule, Rate, Sizes
 
 
 class AWR(OfflineModule):

@@ -36,7 +36,7 @@ from offpolicy.losses.td import squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic, ValueNetwork
 from offpolicy.nn.policies import DeterministicPolicy
 from offpolicy.nn.vae import ActionVAE, standard_normal_kl
-from offpolicy.training.module import Draw, Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
 
 KL_WEIGHT = 0.5  # of the authors' code
 

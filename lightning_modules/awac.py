@@ -24,7 +24,7 @@ from offpolicy.errors import check_range
 from offpolicy.losses.td import exponential_weight, squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import GaussianPolicy, normal_log_prob
-from offpolicy.training.module import Draw, Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
 
 
 class AWAC(OfflineModule):

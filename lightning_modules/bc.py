@@ -14,7 +14,7 @@ from offpolicy.data.views import Transitions, TransitionView
 from offpolicy.errors import check_range
 from offpolicy.losses.td import mean_squared_action
 from offpolicy.nn.policies import DeterministicPolicy
-from offpolicy.training.module import Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Metrics, OfflineModule, Rate, Sizes
 
 
 class BC(OfflineModule):

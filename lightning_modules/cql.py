@@ -38,7 +38,7 @@ from offpolicy.losses.td import squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import TanhGaussianPolicy
 from offpolicy.nn.stacked import Init
-from offpolicy.training.module import Draw, Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
 
 MULTIPLIER_MAX = 1e6  # of m, in the authors' code
 Heads = tuple[Tensor, Tensor]

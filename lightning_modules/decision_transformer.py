@@ -31,7 +31,7 @@ from offpolicy.compute.optim import FusedAdam
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import Windows, WindowView
 from offpolicy.errors import UsageError, check_range
-from offpolicy.training.module import Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Metrics, OfflineModule, Rate, Sizes
 
 STATES = slice(1, None, 3)  # the tokens of states among (R̂, s, a, R̂, s, a, …)
 

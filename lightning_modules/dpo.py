@@ -14,7 +14,7 @@ from offpolicy.errors import check_range
 from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import dpo_loss, preference_metrics
 from offpolicy.losses.scores import PairScores
-from offpolicy.training.module import Metrics
+from offpolicy.training.meter import Metrics
 
 
 class DPO(PreferenceModule):

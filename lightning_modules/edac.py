@@ -31,7 +31,7 @@ from offpolicy.losses.td import squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic, joined
 from offpolicy.nn.policies import TanhGaussianPolicy
 from offpolicy.nn.stacked import Init
-from offpolicy.training.module import Draw, Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
 
 Heads = tuple[Tensor, Tensor]
 

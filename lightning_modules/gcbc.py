@@ -9,7 +9,7 @@ from torch import Tensor
 from offpolicy.data.goals import GoalMix, GoalTransitions, GoalView
 from offpolicy.nn.goals import UnitGaussian, unit_log_prob
 from offpolicy.training.goals import GoalModule, Perturb
-from offpolicy.training.module import Metrics, Sizes
+from offpolicy.training.offline import Metrics, Sizes
 
 
 class GCBC(GoalModule):

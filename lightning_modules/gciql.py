@@ -24,7 +24,7 @@ from offpolicy.losses.goal import awr_loss, ddpg_bc_loss
 from offpolicy.losses.td import expectile_loss, squared_td
 from offpolicy.nn.goals import UnitGaussian, Values, unit_log_prob
 from offpolicy.training.goals import GoalModule, Perturb
-from offpolicy.training.module import Metrics, Sizes
+from offpolicy.training.offline import Metrics, Sizes
 
 
 class GCIQL(GoalModule):

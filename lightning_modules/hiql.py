@@ -23,7 +23,7 @@ from offpolicy.errors import check_range
 from offpolicy.losses.goal import awr_loss, implicit_value_loss
 from offpolicy.nn.goals import Representation, UnitGaussian, Values, to_length, unit_log_prob
 from offpolicy.training.goals import GoalModule, Perturb
-from offpolicy.training.module import Metrics, Sizes
+from offpolicy.training.offline import Metrics, Sizes
 
 
 class HIQL(GoalModule):

@@ -15,7 +15,7 @@ from offpolicy.errors import check_range
 from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import ipo_loss, preference_metrics
 from offpolicy.losses.scores import PairScores
-from offpolicy.training.module import Metrics
+from offpolicy.training.meter import Metrics
 
 
 class IPO(PreferenceModule):

@@ -23,7 +23,7 @@ from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.td import expectile_loss, exponential_weight, squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic, ValueNetwork
 from offpolicy.nn.policies import DeterministicPolicy, GaussianPolicy
-from offpolicy.training.module import Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Metrics, OfflineModule, Rate, Sizes
 
 
 class IQL(OfflineModule):

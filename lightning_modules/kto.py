@@ -19,7 +19,7 @@ from offpolicy.errors import DataError, check_range
 from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import kto_loss
 from offpolicy.losses.scores import SingleScores
-from offpolicy.training.module import Metrics
+from offpolicy.training.meter import Metrics
 
 
 class KTO(PreferenceModule):

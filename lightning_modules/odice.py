@@ -42,7 +42,7 @@ from offpolicy.losses.dice import DIVERGENCES, Divergence, conjugate, policy_wei
 from offpolicy.losses.td import td_target
 from offpolicy.nn.policies import GaussianPolicy
 from offpolicy.nn.stacked import MLP
-from offpolicy.training.module import Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Metrics, OfflineModule, Rate, Sizes
 
 
 class ValueTerms(NamedTuple):

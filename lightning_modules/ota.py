@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_modules.hiql import HIQL
 from offpolicy.data.goals import GoalTransitions
 from offpolicy.nn.goals import Values
-from offpolicy.training.module import Metrics, Sizes
+from offpolicy.training.offline import Metrics, Sizes
 
 
 class OTA(HIQL):

@@ -32,7 +32,7 @@ from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.td import mean_squared_action, squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import DeterministicPolicy
-from offpolicy.training.module import Draw, Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
 
 
 class PRDC(OfflineModule):

@@ -22,7 +22,7 @@ from offpolicy.errors import check_range
 from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import cdpo_loss, preference_metrics, rdpo_loss
 from offpolicy.losses.scores import PairScores
-from offpolicy.training.module import Metrics
+from offpolicy.training.meter import Metrics
 
 
 class RDPO(PreferenceModule):

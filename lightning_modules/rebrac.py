@@ -30,7 +30,7 @@ from offpolicy.losses.td import squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import DeterministicPolicy
 from offpolicy.nn.stacked import Init
-from offpolicy.training.module import Draw, Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
 
 HIDDEN = Init("default", bias=0.1)  # this and the bounds of the last layers: authors' code, after EDAC's
 

@@ -20,7 +20,7 @@ from offpolicy.errors import UsageError, check_range
 from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import NLL_FORMS, dpo_loss, nll, preference_metrics
 from offpolicy.losses.scores import PairScores
-from offpolicy.training.module import Metrics
+from offpolicy.training.meter import Metrics
 
 
 class RPO(PreferenceModule):

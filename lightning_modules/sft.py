@@ -18,7 +18,7 @@ from offpolicy.errors import UsageError
 from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import NLL_FORMS, nll
 from offpolicy.losses.scores import SingleScores, TokenMean
-from offpolicy.training.module import Metrics
+from offpolicy.training.meter import Metrics
 
 STATS = {"logits/answer": "logits", "entropy": "entropy", "mean_token_accuracy": "hits"}
 

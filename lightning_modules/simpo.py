@@ -14,7 +14,7 @@ from offpolicy.errors import UsageError, check_range
 from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import nll, preference_metrics, simpo_loss
 from offpolicy.losses.scores import PairScores
-from offpolicy.training.module import Metrics
+from offpolicy.training.meter import Metrics
 
 
 class SimPO(PreferenceModule):

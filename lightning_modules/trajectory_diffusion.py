@@ -31,14 +31,14 @@ from torch import Tensor
 from offpolicy.compute.memory import keep_freed_memory
 from offpolicy.data import sampling
 from offpolicy.data.replay import Replay
-from offpolicy.data.views import BoundView
+from offpolicy.data.views import BoundView, Noise
 from offpolicy.diffusion.sampler import EDM, UNGUIDED, GuidanceOptions, SamplerOptions, policy_score, sample
 from offpolicy.diffusion.trajectories import ACTION_LIMIT, BoundTrajectories, Channels, Trajectories, TrajectoryView
 from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.diffusion import denoise, denoising_loss, noise_level
 from offpolicy.nn.unet import TrajectoryUNet
 from offpolicy.training.callbacks import HeldOut
-from offpolicy.training.module import Draw, Metrics, Noise, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
 
 HELD_OUT_ROWS = 1024  # sub-trajectories of an evaluation at most
 

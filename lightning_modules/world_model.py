@@ -31,7 +31,7 @@ from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.nn.critics import joined
 from offpolicy.nn.stacked import MLP
 from offpolicy.training.callbacks import HeldOut
-from offpolicy.training.module import Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Metrics, OfflineModule, Rate, Sizes
 
 MAX_LOG_VAR, MIN_LOG_VAR = 0.5, -10.0  # bounds at the start, of y in standard deviations
 HELD_OUT_ROWS = 10_000  # at most, evenly spaced

@@ -48,7 +48,8 @@ from offpolicy.training.checkpoints import (
     to_plain,
 )
 from offpolicy.training.goals import GoalModule
-from offpolicy.training.module import Module, OfflineModule
+from offpolicy.training.module import Module
+from offpolicy.training.offline import OfflineModule
 from offpolicy.training.opening import load, own_state
 from offpolicy.training.options import RunOptions
 from offpolicy.training.seeds import over_seeds

@@ -95,8 +95,7 @@ def worker(features: int, threads: int, args: argparse.Namespace) -> dict[str, f
     replay = random_replay()
     learner: Any = TrajectoryDiffusion(num_features=features, batch_size=64, lr_decay_steps=0).prepare(replay)
     learner.to(args.device)
-    learner._bound = learner.view.bind(learner.select(replay), learner.normalizer, learner.device)
-    learner.on_bind(learner._bound)
+    learner.bind(learner.select(replay))
     side = 1024 if args.device == "cpu" else 8192
     large = torch.randn(side, side, device=args.device, dtype=torch.bfloat16 if args.bf16 else torch.float32)
 

@@ -76,7 +76,7 @@ def measure(folder: Path, blocks: int, packed: bool) -> dict[str, Any]:
         warm = [int(np.asarray(column).reshape(-1).view(np.uint8)[::4096].sum()) for column in replay.steps.values()]
         assert len(warm) == len(replay.steps)
     began = time.perf_counter()
-    method._bound = method.view.bind(replay, method.normalizer, torch.device("cpu"))
+    method.bind(replay)
     bound = time.perf_counter() - began
     seconds = []
     for block in range(blocks):

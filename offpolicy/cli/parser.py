@@ -27,7 +27,8 @@ from offpolicy.errors import DataError, UsageError
 from offpolicy.given import is_whole_type, seed_number
 from offpolicy.registry import import_class
 from offpolicy.training import screen
-from offpolicy.training.module import Module, OfflineModule
+from offpolicy.training.module import Module
+from offpolicy.training.offline import OfflineModule
 from offpolicy.training.options import RunOptions
 from offpolicy.trust import ALL, NAME, OWN, check_class, speaking, words
 

@@ -1,4 +1,4 @@
-"""Gradients and Adam in one call per network, and the update of target networks."""
+"""Gradients and Adam in one call per network, clipping, and the update of target networks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.variable import Variable
 from torch.optim.adam import adam
 
@@ -176,3 +176,24 @@ def polyak_(targets: Sequence[Tensor], sources: Sequence[Tensor], tau: float) ->
         tau: τ in [0, 1].
     """
     torch._foreach_lerp_(list(targets), list(sources), tau)
+
+
+def clip_per_seed(grads: list[Tensor], max_norm: float, *, seeds: bool) -> list[Tensor]:
+    """Scale gradients so that their joint norm is at most ``max_norm``, for each seed by itself.
+
+    Args:
+        grads: one gradient per parameter, with a seed axis in front when ``seeds``.
+        max_norm: limit > 0 on the Euclidean norm over all parameters.
+    """
+    if not seeds:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return list(torch._foreach_mul(grads, scale))
+    norm = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return [g * scale.reshape(-1, *(1,) * (g.dim() - 1)) for g in grads]
+
+
+def num_trained(module: nn.Module) -> int:
+    """Numbers that are trained (targets and buffers are not)."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

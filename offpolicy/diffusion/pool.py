@@ -27,7 +27,7 @@ from offpolicy.diffusion.measures import regeneration_metrics
 from offpolicy.diffusion.sampler import GuidanceOptions, SamplerOptions, to_replay
 from offpolicy.errors import UsageError, check_range
 from offpolicy.files import atomic_write
-from offpolicy.training.module import OfflineModule
+from offpolicy.training.offline import OfflineModule
 from offpolicy.training.opening import load
 from offpolicy.trust import Trust, trusting
 

@@ -22,7 +22,7 @@ from offpolicy.diffusion.trajectories import Channels
 from offpolicy.errors import DataError, UsageError, check_range
 
 if TYPE_CHECKING:
-    from offpolicy.training.module import OfflineModule
+    from offpolicy.training.offline import OfflineModule
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 PASSING = ("notes", "warnings", "file", "sha256")  # facts about the real data that synthetic ones do not share

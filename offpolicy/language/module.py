@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offpolicy.compute.devices import finish_work
+from offpolicy.compute.optim import num_trained
 from offpolicy.data import sampling
 from offpolicy.data.module import DataModule
 from offpolicy.errors import DataError, UsageError, check_range
@@ -40,7 +41,7 @@ from offpolicy.language.noise import without_noise
 from offpolicy.moved import extend_successors
 from offpolicy.training import divergence
 from offpolicy.training.callbacks import Interruption, RestoreSettings
-from offpolicy.training.module import Module, num_trained
+from offpolicy.training.module import Module
 from offpolicy.trust import names_of, trusting
 
 SCHEDULES = ("cosine", "linear", "constant")

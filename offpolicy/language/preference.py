@@ -28,7 +28,7 @@ from offpolicy.language.plan import Plan, previous_of_other_prompt
 from offpolicy.language.reference import Reference, Table, evaluating
 from offpolicy.losses.scores import PairScores, Scores, SingleScores
 from offpolicy.training import divergence
-from offpolicy.training.module import Metrics
+from offpolicy.training.meter import Metrics
 
 HELD_OUT = -1  # in place of an epoch
 

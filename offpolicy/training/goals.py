@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.errors import UsageError, check_range
-from offpolicy.training.module import Metrics, OfflineModule, Rate
+from offpolicy.training.offline import Metrics, OfflineModule, Rate
 
 Perturb = Callable[[Tensor], Tensor]
 

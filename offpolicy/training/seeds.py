@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,6 @@ from offpolicy.compute.casts import fresh_casts
 from offpolicy.errors import UsageError
 from offpolicy.training.checkpoints import plain_hparams
 from offpolicy.trust import speaking
-
-if TYPE_CHECKING:
-    from offpolicy.training.module import OfflineModule
 
 # Modules of torch that only hold parameters for others to use; every other layer of torch has a fixed number of axes.
 HOLDERS = (nn.ParameterList, nn.ParameterDict)
@@ -36,7 +33,7 @@ def checked_seeds(seeds: Any) -> tuple[int, ...]:
     return found
 
 
-def build_stacked(method: OfflineModule, build: Callable[[], None]) -> None:
+def build_stacked(method: Any, build: Callable[[], None]) -> None:
     """Build once per seed and put the parameters of all seeds into one tensor with an axis in front.
 
     Raises:
@@ -61,7 +58,7 @@ def build_stacked(method: OfflineModule, build: Callable[[], None]) -> None:
         p.data = torch.stack([state[key] for state in states])
 
 
-def ask_each(method: OfflineModule, question: Callable[[], Any]) -> Any:
+def ask_each(method: Any, question: Callable[[], Any]) -> Any:
     """The answers of every seed (S, …), bit by bit those of a method of that seed alone.
 
     One product over all seeds would round otherwise, so each seed's weights take the place of the stack in turn.
@@ -87,8 +84,8 @@ def ask_each(method: OfflineModule, question: Callable[[], Any]) -> Any:
     return None if answers[0] is None else torch.stack(answers)
 
 
-def taken(method: OfflineModule, seed: int) -> OfflineModule:
-    """A method of one seed with the weights of that seed; see :meth:`OfflineModule.take_seed`."""
+def taken(method: Any, seed: int) -> Any:
+    """A method of one seed with the weights of that seed; see :meth:`ActingModule.take_seed`."""
     index = method.seeds.index(seed)
     with speaking(method.words):
         single = type(method)(**plain_hparams(method.hparams))
@@ -101,11 +98,11 @@ def taken(method: OfflineModule, seed: int) -> OfflineModule:
         part = value[index] if value.shape[1:] == own[key].shape and value.dim() > own[key].dim() else value
         own[key].data = part.detach().clone()
     single.load_extra_state(method.extra_state())
-    single._step = method._step
+    single.updates = method.updates
     return single.train(method.training)
 
 
-def over_seeds(method: OfflineModule, measure: Callable[[OfflineModule], Mapping[str, float]]) -> dict[str, float]:
+def over_seeds(method: Any, measure: Callable[[Any], Mapping[str, float]]) -> dict[str, float]:
     """Measure a method; one of several seeds seed by seed, each as if it had been trained alone.
 
     Args:
@@ -129,7 +126,7 @@ def over_seeds(method: OfflineModule, measure: Callable[[OfflineModule], Mapping
     return means | {f"{k}_seed{seed}": value for seed, numbers in found.items() for k, value in numbers.items()}
 
 
-def _one_agent(method: OfflineModule, index: int, **options: Any) -> OneSeed:
+def _one_agent(method: Any, index: int, **options: Any) -> OneSeed:
     return OneSeed(method.agent(**options), index)
 
 

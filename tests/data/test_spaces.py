@@ -18,7 +18,7 @@ from offpolicy.data.sources import from_arrays
 from offpolicy.data.spaces import check_suits, known_bounds
 from offpolicy.errors import DataError, UsageError
 from offpolicy.registry import find_method
-from offpolicy.training.module import OfflineModule
+from offpolicy.training.offline import OfflineModule
 
 N = 40
 CONTROL = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from offpolicy.data.goals import GoalTransitions, GoalView
 from offpolicy.data.views import Noise, Transitions
 from offpolicy.nn.stacked import MLP
-from offpolicy.training.module import Draw, OfflineModule, Sizes
+from offpolicy.training.offline import Draw, OfflineModule, Sizes
 
 
 def plain_linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -19,7 +19,7 @@ from offpolicy.training.callbacks import RunFolder
 from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 from offpolicy.training.checkpoints import read_checkpoint
 from offpolicy.training.goals import GoalModule
-from offpolicy.training.module import OfflineModule
+from offpolicy.training.offline import OfflineModule
 
 # name → (method, small settings). A method joins the tests of blocks, resume, distribution and precision by its line.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -16,7 +16,7 @@ from offpolicy.data.module import DataModule
 from offpolicy.data.renewal import SyntheticOptions
 from offpolicy.data.replay import Replay
 from offpolicy.diffusion.sampler import GuidanceOptions, SamplerOptions
-from offpolicy.training.module import Metrics, OfflineModule, Rate, Sizes
+from offpolicy.training.offline import Metrics, OfflineModule, Rate, Sizes
 from offpolicy.trust import trust_always
 
 trust_always("toy_generator")  # runs of it are opened by the name of its class

@@ -14,8 +14,8 @@ from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 from lightning_modules.cql import CQL
+from offpolicy.data.sizes import Sizes
 from offpolicy.errors import UsageError
-from offpolicy.training.module import Sizes
 
 SMALL: dict[str, Any] = {"actor_hidden_dims": (8, 8), "critic_hidden_dims": (8, 8), "num_actions": 3}
 

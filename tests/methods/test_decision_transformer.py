@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_modules.decision_transformer import DecisionTransformer, Transformer
 from offpolicy.data.replay import Replay
+from offpolicy.data.sizes import Sizes
 from offpolicy.data.views import Windows
 from offpolicy.errors import UsageError
-from offpolicy.training.module import Sizes
 
 SMALL: dict[str, Any] = {"context_length": 4, "embed_dim": 8, "num_layers": 2, "dropout": 0.0, "batch_size": 6}
 
@@ -105,7 +105,7 @@ def test_updates_equal_an_obvious_implementation(options: dict[str, Any]) -> Non
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda done: min((done + 1) / max(h.warmup_steps, 1), 1))
     for step in range(1, 6):
         batch = made_windows(seed=step)
-        method._step = step
+        method.updates = step
         ours = method.update(batch, step)["actor_loss"]
         error = (plain(batch, 0.5) - batch.action) ** 2 * batch.mask[..., None]
         loss = error.sum() / error.numel()

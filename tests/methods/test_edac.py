@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from lightning_modules.edac import EDAC, SACN, diversity_loss
+from offpolicy.data.sizes import Sizes
 from offpolicy.errors import UsageError
-from offpolicy.training.module import Sizes
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8), "num_critics": 4}
 

@@ -193,7 +193,7 @@ def test_updates_equal_the_obvious_loop(order: str, deterministic: bool) -> None
     reference = Reference(method, horizon=12)
     for step in range(1, 13):
         batch = made_batch(method, seed=step)
-        method._step = step
+        method.updates = step
         metrics = method.update(batch, step)
         for name, value in reference.update(batch).items():
             assert metrics[name].item() == pytest.approx(value, rel=1e-9)
@@ -210,7 +210,7 @@ def test_the_two_orders_differ() -> None:
     for order in ("corl", "original"):
         method = small(update_order=order, lr_decay_steps=0)
         for step in range(1, 4):
-            method._step = step
+            method.updates = step
             method.update(made_batch(method, seed=step), step)
         results.append(method.state_dict())
     assert any(not torch.equal(results[0][k], results[1][k]) for k in results[0] if k.startswith("critic"))

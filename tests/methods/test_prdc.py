@@ -15,9 +15,9 @@ from toy import Rows, differences, fit, toy_replay, weights
 from lightning_modules.prdc import PRDC
 from lightning_modules.td3bc import TD3BC
 from offpolicy.data import neighbors
+from offpolicy.data.sizes import Sizes
 from offpolicy.data.views import Transitions
 from offpolicy.errors import UsageError
-from offpolicy.training.module import Sizes
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8)}
 
@@ -255,7 +255,7 @@ def test_the_index_is_in_normalised_units_and_named_by_rows_of_the_replay() -> N
     replay = toy_replay((7, 5, 9))
     replay.tail.clear()
     module = PRDC(batch_size=8, **SMALL).prepare(replay)
-    bound, index = module._bound, module.index
+    bound, index = module.bound, module.index
     assert bound is not None and index is not None and len(bound.rows) < 21
     batch = bound.gather(torch.arange(len(bound)))
     assert torch.equal(index.points, torch.cat([batch.obs, batch.action], 1))

@@ -10,8 +10,8 @@ import torch
 from plain import assert_same, assert_seeds_equal, made_batch, plain_mlp, ready
 
 from lightning_modules.rebrac import ReBRAC
+from offpolicy.data.sizes import Sizes
 from offpolicy.errors import UsageError
-from offpolicy.training.module import Sizes
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8, 8), "batch_size": 16}
 

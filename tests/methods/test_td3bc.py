@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from lightning_modules.bc import BC
 from lightning_modules.td3bc import TD3BC
+from offpolicy.data.sizes import Sizes
 from offpolicy.data.views import Noise, Transitions
 from offpolicy.errors import UsageError
-from offpolicy.training.module import Sizes
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8)}
 

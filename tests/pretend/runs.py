@@ -40,7 +40,7 @@ from offpolicy.registry import find_method  # noqa: E402
 from offpolicy.training import callbacks  # noqa: E402
 from offpolicy.training.checkpoints import read_checkpoint  # noqa: E402
 from offpolicy.training.goals import GoalModule  # noqa: E402
-from offpolicy.training.module import OfflineModule, Sizes  # noqa: E402
+from offpolicy.training.offline import OfflineModule, Sizes  # noqa: E402
 
 SMALL: dict[str, Any] = {  # options that a method may have, for methods without a line in `toy.METHODS`
     "batch_size": 16,

@@ -16,12 +16,14 @@ from toy import METHODS, Rows, differences, fit, method, quiet, toy_replay, weig
 
 from lightning_modules.iql import IQL
 from lightning_modules.td3bc import TD3BC
+from offpolicy.compute.optim import clip_per_seed
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError, UsageError
 from offpolicy.nn.stacked import Linear
 from offpolicy.training.checkpoints import read_checkpoint
-from offpolicy.training.module import Meter, OfflineModule, Sizes, clip_per_seed
+from offpolicy.training.meter import Meter
+from offpolicy.training.offline import OfflineModule, Sizes
 from offpolicy.training.options import RunOptions
 
 
@@ -112,7 +114,7 @@ def test_no_value_is_read_inside_a_block(replay: Replay) -> None:
         module = method(name).prepare(replay)
         module.run_block(0, 2)
         # dropout reads its seed from a tensor on the CPU; on the CPU the lists of PRDC are compared by their length
-        if not module._has_dropout and not name.startswith("PRDC"):
+        if not module.has_dropout and not name.startswith("PRDC"):
             with NoReading():
                 module.run_block(2, 4)
 
@@ -161,7 +163,7 @@ def test_metrics_of_several_processes_are_resumed_by_rank() -> None:
 def ready(module: OfflineModule) -> OfflineModule:
     module.initialize(Sizes(3, 1), seed=0)
     module.double().configure_optimizers()
-    module._step = 1
+    module.updates = 1
     return module
 
 

@@ -1,0 +1,86 @@
+"""The drawing of batches: which rows an update sees, and with which noise.
+
+Every number is a function of the seed, the update and the row of the global batch alone, so blocks of any length and
+any number of processes draw the same batches, and a resumed run goes on with those that it would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from offpolicy.data import sampling
+from offpolicy.data.views import BoundView, Noise
+
+LAWS = {"normal": sampling.normals, "uniform": sampling.uniforms}
+Seeds = int | list[int]  # several give every tensor one more axis in front
+
+
+class Draw(NamedTuple):
+    """Noise of one name: numbers per row of the batch, and their law ("normal" or "uniform" in [0, 1))."""
+
+    shape: tuple[int, ...]
+    law: str = "normal"
+
+
+def draw_batches(
+    bound: BoundView,
+    draws: Mapping[str, Draw],
+    seeds: Seeds,
+    updates: range,
+    rows: range,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Any]:
+    """One batch for each of these updates, gathered at once.
+
+    Args:
+        bound: the view of the data, where they lie.
+        draws: noise by name.
+        seeds: of rows and noise.
+        updates: their numbers, from 1.
+        rows: those of the global batch that this process draws.
+        device: of the noise.
+        dtype: of the noise.
+    """
+    row = torch.arange(rows.start, rows.stop, device=bound.device)
+    update = torch.arange(updates.start, updates.stop, device=bound.device)
+    words = sampling.bits(sampling.keys(seeds, "index", update), row)
+    more = bound.uniforms
+    uniforms = [sampling.uniforms(sampling.keys(seeds, "view", update), row, (more,))] if more else []
+    batch = bound.gather(bound.pick(words), *uniforms)
+    noise = draw_noise(draws, seeds, update.to(device), row.to(device), dtype)
+    fields = {name: value.unbind(0) for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    parts = {name: value.unbind(0) for name, value in noise.items()}
+    return [
+        type(batch)(
+            **{name: each[j] for name, each in fields.items()},
+            noise=Noise(**{name: each[j] for name, each in parts.items()}),
+        )
+        for j in range(len(updates))
+    ]
+
+
+def draw_noise(
+    draws: Mapping[str, Draw], seeds: Seeds, update: Tensor, row: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Noise by name, (K, B, …) for K updates and B rows of the global batch."""
+    return {
+        name: LAWS[draw.law](sampling.keys(seeds, name, update), row, draw.shape).to(dtype)
+        for name, draw in draws.items()
+    }
+
+
+def seed_dropout(seed: int, update: int, rank: int) -> None:
+    """Make torch's own generator, which dropout draws from, a function of the update and the process too."""
+    number = torch.tensor([update], device="cpu")
+    torch.manual_seed(int(sampling.keys(seed, f"dropout of process {rank}", number)[0]))
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a module draws a dropout mask of its own: torch's layers, or an attribute ``dropout`` > 0."""
+    rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
+    return isinstance(rate, float) and rate > 0.0

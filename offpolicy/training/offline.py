@@ -1,0 +1,498 @@
+"""What control methods inherit: the update loop over blocks of batches, several optimisers, one count of updates.
+
+A method is one class that says which view it needs, builds its networks, and writes its losses and the order of its
+steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from typing import Any, ClassVar, Self
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from offpolicy.compute.casts import fresh_casts
+from offpolicy.compute.devices import finish_work
+from offpolicy.compute.optim import FusedAdam, clip_per_seed, gradients, num_trained, polyak_
+from offpolicy.data.batches import check_rows
+from offpolicy.data.mixing import SHARE
+from offpolicy.data.module import DataModule
+from offpolicy.data.normalize import parse_reward_transform
+from offpolicy.data.replay import Replay
+from offpolicy.data.sizes import Sizes
+from offpolicy.data.spaces import check_suits
+from offpolicy.data.views import BoundView, TransitionView
+from offpolicy.errors import UsageError, check_range
+from offpolicy.given import refuse_half
+from offpolicy.training import divergence
+from offpolicy.training.acting import ActingModule
+from offpolicy.training.callbacks import Evaluation, Interruption, RestoreSettings
+from offpolicy.training.checkpoints import KEY
+from offpolicy.training.drawing import Draw, draw_batches, has_dropout, seed_dropout
+from offpolicy.training.meter import Metrics
+
+log = logging.getLogger(__name__)
+Rate = float | Callable[[int], float]
+
+
+def counted(update: Callable[[Any, Any, int], Metrics]) -> Callable[[Any, Any, int], Metrics]:
+    """A method's ``update`` that also remembers its number, as learning rates are functions of it.
+
+    A batch from outside of :meth:`OfflineModule.run_block` is checked first.
+    """
+
+    @wraps(update)
+    def counting(self: OfflineModule, batch: Any, step: int) -> Metrics:
+        if not self._in_block:
+            self._check_update(batch)
+        self.updates = step
+        return update(self, batch, step)
+
+    return counting
+
+
+class OfflineModule(ActingModule):
+    """Base of control methods: one update = one batch = one ``trainer.global_step``, whatever the optimisers.
+
+    A method declares ``view``, and defines ``build``, ``learning_rates``, ``update`` and ``policy``; ``draws`` when its
+    losses need noise. Hyperparameters understood by the base when a method has them: ``batch_size`` (global, 256),
+    ``normalize_obs`` (True), ``obs_eps`` (1e-3), ``reward_transform`` ("r"), ``max_grad_norm`` (None).
+    """
+
+    takes_discrete_actions: ClassVar[bool] = False  # else data with discrete actions are refused
+    takes_images: ClassVar[bool] = False  # observations of any shape and type; else only vectors of floats
+    updates: int = 0  # made so far: the number of the newest, which learning rates are functions of
+    view: Any = TransitionView()  # of the class, or of an instance where it depends on hyperparameters
+    divergence_advice: ClassVar[str] = (
+        "Lower the learning rates, limit gradients by `max_grad_norm`, or look at the scale of the rewards and "
+        "observations (`reward_transform`, `normalize_obs`)"
+    )
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "update" in vars(cls):
+            cls.update = counted(vars(cls)["update"])  # type: ignore[method-assign, assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self._in_block = False
+        self._params: dict[str, list[Tensor]] = {}
+        self._optimizers: dict[str, FusedAdam] = {}
+        self._rates: dict[str, Rate] = {}
+        self.has_dropout = False  # it takes no noise of the batch
+        self.bound: BoundView | None = None  # the view of the data, where they lie
+        self._bound_version: tuple[int, int] = (0, 0)
+        self._update_time = 0.0
+        self._updates_timed = 0
+
+    # -- to be written by a method -------------------------------------------------------------------------------------
+
+    def learning_rates(self) -> dict[str, Rate]:
+        """What is trained: name of a network or parameter of this module → its rate, or a function of the update."""
+        raise NotImplementedError(f"{type(self).__name__} must define learning_rates(), e.g. {{'actor': 3e-4}}.")
+
+    def draws(self) -> dict[str, Draw]:
+        """Noise that the losses need; arrives as ``batch.noise.<name>`` with shape (B, *shape)."""
+        return {}
+
+    def update(self, batch: Any, step: int) -> Metrics:
+        """One update in the order of the paper; ``step`` counts from 1. Returns detached metrics.
+
+        Learning rates are those of update ``step``.
+
+        Raises:
+            UsageError: called from outside of training, and there are no networks, optimisers or noise yet, or a field
+                of the batch has another number of axes than it should.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define update(batch, step).")
+
+    def select(self, replay: Replay) -> Replay:
+        """The episodes this method trains on; all by default.
+
+        Statistics of observations, and scales of actions that no environment bounds, are those of the chosen episodes.
+        """
+        return replay
+
+    def check_data(self, replay: Replay) -> None:
+        """Refuse observations and actions of kinds that the method does not declare to take (DataError)."""
+        check_suits(replay, type(self).__name__, discrete=self.takes_discrete_actions, images=self.takes_images)
+
+    def on_bind(self, bound: BoundView) -> None:
+        """Called when the data lie on the device, and again whenever they changed: the place for an index over them."""
+
+    def make_optimizer(self, name: str, params: list[Tensor]) -> FusedAdam:
+        """The optimiser of one name: Adam (0.9, 0.999, 1e-8) by default."""
+        return FusedAdam(params)
+
+    def _check_update(self, batch: Any) -> None:
+        """What an update needs and fit has always; asked where a batch comes from outside."""
+        self.check_built()
+        if not self._optimizers and self.learning_rates():
+            raise self._no_optimizers()
+        draws = self.draws()
+        missing = [name for name in draws if not hasattr(getattr(batch, "noise", None), name)]
+        if missing:
+            raise UsageError(
+                f"the batch has no noise `{missing[0]}`; {type(self).__name__} needs {', '.join(draws)}. Take batches "
+                "of `draw(t, k)`, or pass `noise=offpolicy.Noise(…)`."
+            )
+        check_rows(batch)
+
+    def _no_optimizers(self) -> UsageError:
+        return UsageError(
+            f"{type(self).__name__} has no optimisers yet, so it can make no update; expected them first. Call "
+            "`prepare(replay)`, or `configure_optimizers()` after `initialize(sizes)`."
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.updates = checkpoint[KEY]["updates"]
+
+    def facts(self) -> list[tuple[str, str]]:
+        data, meta, sizes = self.trainer.datamodule, self.data_meta, self.sizes  # type: ignore[attr-defined]
+        renewal = getattr(data, "renewal", None)
+        replay = data.replay if renewal is None else renewal.real
+        limits = f", {sizes.max_steps} steps at most" if sizes.max_steps else ""
+        return [
+            ("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({origin(meta)})"),
+            ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
+            *([] if renewal is None else renewal.facts(self.trainer.max_steps)),
+        ]
+
+    # -- steps of an update --------------------------------------------------------------------------------------------
+
+    def params(self, name: str) -> list[Tensor]:
+        """The parameters of a network (or the parameter) of this name."""
+        if name not in self._params:
+            part = getattr(self, name, None)
+            if part is None:
+                self.check_built()
+                raise UsageError(
+                    f"`{name}` is no network or parameter of {type(self).__name__}; expected a name that its `build` "
+                    f"makes: {', '.join(dict(self.named_children()))}."
+                )
+            self._params[name] = [part] if isinstance(part, Tensor) else list(part.parameters())
+        return self._params[name]
+
+    def target_of(self, network: nn.Module) -> Any:
+        """A copy that follows a network by :meth:`track` and takes no gradient."""
+        return copy.deepcopy(network).requires_grad_(False)
+
+    def track(self, name: str, tau: float) -> None:
+        """Polyak step of ``target_<name>``: θ̄ ← (1 − τ)·θ̄ + τ·θ."""
+        polyak_(self.params(f"target_{name}"), self.params(name), tau)
+
+    def step(self, name: str, loss: Tensor | None = None, *, grads: list[Tensor] | None = None) -> None:
+        """One optimiser step of one network, from its loss or from ready gradients.
+
+        Only this network's gradient is computed, so other networks in the graph need no detaching and keep nothing.
+        With several processes gradients are averaged first; with ``max_grad_norm`` they are clipped per seed.
+
+        Args:
+            name: a key of :meth:`learning_rates`.
+            loss: (…,), one number per seed.
+            grads: instead of the loss, one gradient per parameter, of the local batch's mean loss.
+        """
+        params = self.params(name)
+        if grads is None:
+            assert loss is not None
+            grads = gradients(loss.sum() if loss.dim() else loss, params)
+        if self.world_size > 1:
+            grads = self.reduce_gradients(grads)
+        limit = self.option("max_grad_norm", None)
+        if limit is not None:
+            grads = clip_per_seed(grads, limit, seeds=bool(self.seeds))
+        try:
+            optimizer, rate = self._optimizers[name], self._rates[name]
+        except KeyError:
+            if not self._optimizers:
+                raise self._no_optimizers() from None
+            known = ", ".join(self._rates)
+            raise UsageError(f"`{name}` has no learning rate; expected one of {known}. See learning_rates.") from None
+        optimizer.apply(params, grads, rate(self.updates or 1) if callable(rate) else rate)
+
+    def reduce_gradients(self, grads: list[Tensor]) -> list[Tensor]:
+        """Mean over processes of a list of tensors, as one flat all-reduce."""
+        if self.world_size == 1:
+            return grads
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        torch.distributed.all_reduce(flat)
+        flat /= self.world_size
+        return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
+
+    # -- Lightning: construction ---------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "replay", None) is None:
+            raise UsageError(
+                "fit was given no replay; expected a data module. Use `data = offpolicy.load_data(...)` and "
+                "`trainer.fit(method, data)`."
+            )
+        refuse_half(self.trainer.precision)
+        self.updates = 0  # or those of a checkpoint, which is opened next
+        self._check_hyperparameters()
+        if self.seed is None:
+            self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed())) % (1 << 63)
+        self.check_data(data.replay)
+        replay = self.select(data.replay)
+        self.data_meta, self.data_fingerprint = dict(data.replay.meta), data.replay.fingerprint()
+        self.initialize(Sizes.of(replay))
+        self.plan_rates(self.trainer.max_steps)
+        self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
+        self.fit_normalizer(replay)
+
+    def batch_words(self) -> str:
+        words, trainer = super().batch_words(), self.trainer
+        if self.bound is None or getattr(trainer.datamodule, "renewal", None) is not None:  # type: ignore[attr-defined]
+            return words
+        epochs = trainer.max_steps * self.option("batch_size", 256) / self.bound.count
+        return f"{words}, {epochs:,.0f} epochs" if epochs >= 10 else f"{words}, {epochs:.2g} epochs"
+
+    def evaluates(self) -> str:
+        episodes, env = self.run.eval_episodes, self.data_meta.get("env_id")
+        tasks = self.data_meta.get("tasks")
+        each = f" for each of {tasks} goals" if tasks else ""
+        each += f" by each of {len(self.seeds)} seeds" if self.seeds else ""
+        return f"{episodes} episodes of {env}{each}" if episodes and env else ""
+
+    def fit_normalizer(self, replay: Replay) -> None:
+        """Statistics of the rows that training draws."""
+        self.normalizer.fit(
+            replay,
+            self.view.rows(replay) if isinstance(self.view, TransitionView) else replay.rows,
+            normalize_obs=self.option("normalize_obs", True),
+            reward_transform=self.option("reward_transform", "r"),
+            eps=self.option("obs_eps", 1e-3),
+        )
+
+    def prepare(self, replay: Replay | DataModule, seed: int = 0, *, max_steps: int | None = None) -> Self:
+        """Ready for :meth:`run_block` without a Trainer: networks, normaliser, optimisers, data. Returns self.
+
+        Args:
+            replay: the data; of a data module the replay that it opens.
+            seed: of weights, batches and noise, unless ``seeds`` are set.
+            max_steps: updates to be made, ≥ 1, over which learning rates with ``lr_decay_steps=None`` fall. Without it
+                such rates stay constant, and a warning says so.
+        """
+        if max_steps is not None:
+            check_range("max_steps", max_steps, 1)
+        self._check_hyperparameters()
+        replay = replay.load() if isinstance(replay, DataModule) else replay
+        if not isinstance(replay, Replay):
+            raise UsageError(
+                f"`replay` is a {type(replay).__name__}; expected a Replay or a DataModule. Call "
+                "`prepare(offpolicy.load_data(...))`."
+            )
+        self.check_data(replay)
+        self.data_meta = dict(replay.meta)
+        chosen = self.select(replay)
+        self.initialize(Sizes.of(chosen), seed)
+        self.plan_rates(max_steps)
+        self.fit_normalizer(chosen)
+        self.configure_optimizers()
+        self.has_dropout = any(map(has_dropout, self.modules()))
+        self.bind(chosen)
+        return self
+
+    def plan_rates(self, max_steps: int | None) -> None:
+        """Called before training with the updates of the run, for learning rates that fall over them.
+
+        None is for updates without a Trainer whose number nobody gave.
+        """
+
+    def planned_horizon(self, max_steps: int | None) -> int | None:
+        """The updates over which a rate falls that follows the length of the run; None for a constant one."""
+        if max_steps is None:
+            log.warning(
+                "%s has `lr_decay_steps` None, which stands for the updates of the run, and `prepare` was not told how "
+                "many there are: the rate stays constant. Pass `max_steps` to `prepare`, or `lr_decay_steps`.",
+                type(self).__name__,
+            )
+        return max_steps
+
+    def _check_hyperparameters(self) -> None:
+        check_range("batch_size", self.option("batch_size", 256), 1)
+        check_range("obs_eps", self.option("obs_eps", 1e-3), 0.0)
+        parse_reward_transform(self.option("reward_transform", "r"))
+        for name, value in self.hparams.items():
+            if name.endswith("hidden_dims") and value is not None:
+                for width in value:
+                    check_range(name, width, 1)
+        if self.option("max_grad_norm", None) is not None:
+            check_range("max_grad_norm", self.hparams["max_grad_norm"], 0.0, lower_open=True)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        self._rates = self.learning_rates()
+        for name, rate in self._rates.items():
+            if not callable(rate):
+                check_range(f"{name} learning rate", rate, 0.0)
+        self._params.clear()
+        self._optimizers = {name: self.make_optimizer(name, self.params(name)) for name in self._rates}
+        return list(self._optimizers.values())
+
+    def on_fit_start(self) -> None:
+        trainer = self.trainer
+        if trainer.max_steps < 1:
+            raise UsageError("the Trainer has no `max_steps`; expected the number of updates, e.g. max_steps=10000.")
+        if self.option("batch_size", 256) % self.world_size:
+            raise UsageError(
+                f"`batch_size` is {self.option('batch_size', 256)}; expected a multiple of the {self.world_size} "
+                "processes, as it is the size of the global batch."
+            )
+        self.apply_settings()
+        if self.run.compile:
+            self._compile_losses()
+        self.meter.to(self.device)
+        self.has_dropout = any(map(has_dropout, self.modules()))
+        self._cuts = self._intervals()
+        self._bind_newest()
+
+    def _compile_losses(self) -> None:
+        for name in dir(type(self)):
+            if name.endswith("_loss") and callable(getattr(self, name)):
+                setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+                self._undo.callback(partial(delattr, self, name))
+
+    def _intervals(self) -> set[int]:
+        """Every interval, in updates, at which a block must end."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        found = {self.run.log_every, self.run.eval_every, getattr(data, "change_every", 0)}
+        found |= {getattr(callback, "_every_n_train_steps", 0) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return {n for n in found if isinstance(n, int) and n > 0}
+
+    def bind(self, replay: Replay) -> None:
+        """Put the episodes that are trained on where batches are gathered from."""
+        self.bound = self.view.bind(replay, self.normalizer, self.device)
+        if SHARE in replay.meta and self.bound.cumulative is None:
+            raise UsageError(
+                f"{type(self.view).__name__} draws all rows alike; expected a view that keeps the synthetic share. "
+                "Pass `mixture_weights(replay, rows)` to its BoundView, or take --data.synthetic.share 1."
+            )
+        self.on_bind(self.bound)
+
+    def _bind_newest(self) -> None:
+        """Bind the Trainer's data, again whenever they have changed."""
+        replay = self.trainer.datamodule.replay  # type: ignore[attr-defined]
+        version = (id(replay), replay.version)
+        if self.bound is None or version != self._bound_version:
+            self.bind(self.select(replay))
+            self._bound_version = version
+
+    def teardown(self, stage: str) -> None:
+        self.restore_settings()
+        self.bound = None
+
+    def configure_callbacks(self) -> list[Callback]:
+        for name, usual, instead in (
+            ("gradient_clip_val", (None, 0), "max_grad_norm"),
+            ("accumulate_grad_batches", (None, 1), "batch_size"),
+        ):
+            value = getattr(self.trainer, name)
+            if value not in usual:
+                raise UsageError(
+                    f"the Trainer has {name}={value}; expected none, as methods step their own optimisers. Set "
+                    f"`{instead}` of the method."
+                )
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UsageError("sharding (fsdp2) is for language models; expected another strategy. Use ddp.")
+        return [RestoreSettings(), divergence.Divergence(), self.measurement(), Interruption()]
+
+    def measurement(self) -> Callback:
+        return Evaluation()
+
+    # -- Lightning: the loop -------------------------------------------------------------------------------------------
+
+    def block_length(self, t: int) -> int:
+        """Updates until the next interval ends, at most ``run.block``; a function of the update count alone."""
+        return min([self.run.block, self.trainer.max_steps - t, *(n - t % n for n in self._cuts)])
+
+    def draw(self, t: int, k: int) -> list[Any]:
+        """The batches of updates t + 1 … t + k: this process's rows of each, with their noise."""
+        if self.bound is None:
+            raise UsageError(
+                f"{type(self).__name__} has no data to draw batches from; expected them to be laid out. Call "
+                "`prepare(replay)` first."
+            )
+        local = self.option("batch_size", 256) // self.world_size
+        first = self.process_rank * local
+        return draw_batches(
+            self.bound,
+            self.draws(),
+            list(self.seeds) if self.seeds else self.seed or 0,
+            updates=range(t + 1, t + k + 1),
+            rows=range(first, first + local),
+            device=self.device,
+            dtype=self.normalizer.obs_scale.dtype,
+        )
+
+    def run_block(self, t: int, k: int) -> None:
+        """Updates t + 1 … t + k, without any reading of values back to the host."""
+        self._in_block = True
+        try:
+            with fresh_casts():
+                for step, batch in enumerate(self.draw(t, k), t + 1):
+                    if self.has_dropout:
+                        seed_dropout(self.seed or 0, step, self.process_rank)
+                    self.meter.add(self.update(batch, step))
+        finally:
+            self._in_block = False
+
+    @divergence.named
+    def training_step(self, tick: Any, _: int) -> None:
+        t = self.global_step
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        change_every = getattr(data, "change_every", 0)
+        if change_every and t % change_every == 0:
+            self.check_finite()  # before the data are changed by the policy
+            data.on_block_start(self)
+            self._bind_newest()
+        k = self.block_length(t)
+        began = time.perf_counter()
+        self.run_block(t, k)
+        self._count(k)
+        self._update_time += time.perf_counter() - began
+        self._updates_timed += k
+        if (t + k) % self.run.log_every == 0 or t + k == self.trainer.max_steps:
+            self._write_row(t + k)
+
+    def stop_clock(self, wait: bool = False) -> None:
+        if wait:
+            began = time.perf_counter()
+            finish_work(self.device)
+            self._update_time += time.perf_counter() - began
+
+    def _count(self, k: int) -> None:
+        """Let ``global_step`` count k updates. The only place that touches the Trainer's private counters."""
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        for part in (progress.total, progress.current):
+            part.ready += k
+            part.completed += k
+
+    def _write_row(self, updates: int) -> None:
+        """One row of metrics: means since the last row, read back once."""
+        self.stop_clock(wait=True)
+        means = self.meter.read(self.mean_over_processes)
+        row: dict[str, Any] = {k if k.startswith("synthetic/") else f"train/{k}": v for k, v in means.items()}
+        speed = self._updates_timed / max(self._update_time, 1e-9)
+        self._update_time, self._updates_timed = 0.0, 0
+        self.log_row({"step": updates, **row, "perf/updates_per_s": speed}, updates)
+
+
+def origin(meta: Mapping[str, Any]) -> str:
+    """Where data come from, in a few words."""
+    return str(meta.get("file") or {"made": "made here"}.get(str(meta.get("source")), meta.get("source", "arrays")))
+
+
+__all__ = ["Draw", "Metrics", "OfflineModule", "Rate", "Sizes"]  # what the file of a method needs
