@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule
 
@@ -17,11 +17,8 @@ from offpolicy.registry import import_class
 from offpolicy.training.checkpoints import KEY, check_proportions, read_checkpoint, resolve_checkpoint, run_of
 from offpolicy.trust import NAME, Trust, check_environment, trusting
 
-if TYPE_CHECKING:
-    from offpolicy.training.module import Module
 
-
-def load(run_or_checkpoint: str | Path, *, method: type[Module] | None = None, trust: Trust = None) -> Module:
+def load(run_or_checkpoint: str | Path, *, method: type[Any] | None = None, trust: Trust = None) -> Any:
     """A trained method from a run folder (its newest checkpoint) or a checkpoint; needs neither data nor simulator.
 
     A checkpoint may come from anybody: it holds plain values and tensors alone, and of the code it names only what
@@ -57,7 +54,7 @@ def load(run_or_checkpoint: str | Path, *, method: type[Module] | None = None, t
             ) from error
 
 
-def made_again(cls: type[Module], checkpoint: dict[str, Any], state: Mapping[str, Any], path: Path) -> Module:
+def made_again(cls: type[Any], checkpoint: dict[str, Any], state: Mapping[str, Any], path: Path) -> Any:
     """A method of this class with the options and weights of a checkpoint."""
     check_environment(state["data"]["meta"], str(path))
     check_proportions(checkpoint, state, str(path))
