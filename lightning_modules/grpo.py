@@ -20,9 +20,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from offpolicy.errors import UsageError, check_range, nearest
+from offpolicy.errors import UsageError, check_choice, check_range, nearest
 from offpolicy.language.rl.rollouts import RolloutModule
-from offpolicy.losses.policy_terms import ESTIMATORS, choose
+from offpolicy.losses.policy.anchors import ESTIMATORS
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "grpo": {},
@@ -66,7 +66,7 @@ class GRPO(RolloutModule):
         check_range("clip", clip or 0.0, 0.0, 1.0)
         for name, value in (("clip_high", clip_high), ("beta", beta), ("entropy", entropy)):
             check_range(name, value or 0.0, 0.0)
-        choose("kl", kl, ESTIMATORS)
+        check_choice("kl", kl, ESTIMATORS)
         self.save_hyperparameters()
         self.objective = self.compose()
 

@@ -22,9 +22,9 @@ from __future__ import annotations
 from typing import Any
 
 from offpolicy.data.replay import Replay
-from offpolicy.errors import check_range
+from offpolicy.errors import check_choice, check_range
 from offpolicy.language.rl.rollouts import RolloutModule
-from offpolicy.losses.policy_terms import ESTIMATORS, choose
+from offpolicy.losses.policy.anchors import ESTIMATORS
 
 BASES = ("grpo", "ppo")
 CENTERS = {"proximal-additive": "additive", "proximal-multiplicative": "multiplicative", "behaviour": "behavior"}
@@ -79,9 +79,9 @@ class ReMix(RolloutModule):
         super().__init__(
             replay_fraction=replay_fraction, replay_window=replay_window, sweeps=sweeps, group_size=size, **rollouts
         )
-        choose("base", base, BASES)
-        choose("clip_center", clip_center, CENTERS)
-        choose("kl", kl, ESTIMATORS)
+        check_choice("base", base, BASES)
+        check_choice("clip_center", clip_center, CENTERS)
+        check_choice("kl", kl, ESTIMATORS)
         check_range("reincarnation", 1 if reincarnation is None else reincarnation, 1)
         check_range("clip", clip, 0.0)
         check_range("eps_scale", eps_scale, 0.0, lower_open=True)

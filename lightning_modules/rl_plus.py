@@ -30,9 +30,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from offpolicy.errors import DataError, check_range
+from offpolicy.errors import DataError, check_choice, check_range
 from offpolicy.language.rl.rollouts import RolloutModule
-from offpolicy.losses.policy_terms import choose
 
 UNIFORMS = ("vocab", "one")
 DEMONSTRATORS = ("unknown", "known", "ratio")
@@ -71,8 +70,8 @@ class RLPlus(RolloutModule):
         **rollouts: Any,
     ) -> None:
         super().__init__(demonstrations=demonstrations, **rollouts)
-        choose("uniform", uniform, UNIFORMS)
-        choose("demonstrator", demonstrator, DEMONSTRATORS)
+        check_choice("uniform", uniform, UNIFORMS)
+        check_choice("demonstrator", demonstrator, DEMONSTRATORS)
         for name, number in (
             ("gamma", gamma),
             ("entropy", entropy),

@@ -91,3 +91,9 @@ def check_range(
     interval = f"{'(' if lower_open else '['}{low}, {high}{')' if upper_open else ']'}"
     option = option or (name if "." in name else f"model.{name}")
     raise UsageError(f"`{name}` is {value}; expected a value in {interval}. Change `--{option}` or leave it out.")
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise :class:`UsageError` unless the value is one of those known."""
+    if value not in known:
+        raise UsageError(f"`{name}` is '{value}'; expected one of {', '.join(known)}. Change it or leave it out.")

@@ -42,14 +42,26 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.language.answering": ("offpolicy.language.rl.answering",),
     "offpolicy.language.critic": ("offpolicy.language.rl.critic",),
     "offpolicy.language.engines": ("offpolicy.language.rl.engines", "offpolicy.language.rl.engine"),
+    "offpolicy.language.layout": (),
+    "offpolicy.language.module": ("offpolicy.language.preference", "offpolicy.data.texts.sequences"),
+    "offpolicy.language.plan": (),
     "offpolicy.language.preview": ("offpolicy.data.texts.preview",),
     "offpolicy.language.records": ("offpolicy.language.rl.records",),
+    "offpolicy.language.reference": (),
     "offpolicy.language.rewards": ("offpolicy.language.rl.rewards",),
     "offpolicy.language.rollouts": ("offpolicy.language.rl.rollouts",),
     "offpolicy.language.scores": ("offpolicy.losses.scores",),
     "offpolicy.language.scoring": ("offpolicy.language.rl.scoring",),
     "offpolicy.language.solving": ("offpolicy.language.rl.solving",),
     "offpolicy.language.tokens": ("offpolicy.data.texts.tokens",),
+    "offpolicy.losses.policy_terms": (
+        "offpolicy.losses.policy.ratios",
+        "offpolicy.losses.policy.trust",
+        "offpolicy.losses.policy.means",
+        "offpolicy.losses.policy.anchors",
+        "offpolicy.losses.policy.weights",
+        "offpolicy.losses.tokens",
+    ),
     "offpolicy.matmul": ("offpolicy.compute.matmul",),
     "offpolicy.memory": ("offpolicy.compute.memory",),
     "offpolicy.modules": (
@@ -68,6 +80,16 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.synthetic": ("offpolicy.diffusion.pool",),
 }
 
+RENAMED = {  # name of version 0.1 → where it is now under another name
+    "offpolicy.language.engines.choose": "offpolicy.language.rl.engines.draw_scored",
+    "offpolicy.language.engines.uniforms": "offpolicy.language.rl.engines.answer_uniforms",
+    "offpolicy.language.layout.States": "offpolicy.language.layout.FinalStates",
+    "offpolicy.language.layout.states": "offpolicy.language.layout.final_states",
+    "offpolicy.language.plan.Plan": "offpolicy.language.plan.RowPlan",
+    "offpolicy.language.reference.Table": "offpolicy.language.reference.ReferenceTable",
+    "offpolicy.losses.policy_terms.TokenMean": "offpolicy.losses.policy.means.StepTokenMean",
+    "offpolicy.losses.policy_terms.choose": "offpolicy.errors.check_choice",
+}
 SPLIT = {  # class of version 0.1 that became several → the one that a class which extends it directly extends now
     "offpolicy.language.module.LanguageModule": "offpolicy.language.preference.PreferenceModule",
 }
@@ -92,6 +114,8 @@ def names_of(old: str) -> Callable[[str], Any]:
 
     def get(name: str) -> Any:
         path = vars(sys.modules[old]).get("__path__", ())  # of a package that has the name of the former module
+        if f"{old}.{name}" in RENAMED:
+            return _named(RENAMED[f"{old}.{name}"])
         if not name.startswith("__") and PathFinder.find_spec(f"{old}.{name}", path) is None:
             for new in MOVED[old]:
                 module = importlib.import_module(new)
@@ -113,8 +137,13 @@ def extend_successors(cls: type) -> None:
 
 
 def _successor(base: type) -> type:
-    module, _, name = SPLIT.get(f"{base.__module__}.{base.__qualname__}", "").rpartition(".")
-    return getattr(importlib.import_module(module), name) if module else base
+    found = SPLIT.get(f"{base.__module__}.{base.__qualname__}")
+    return base if found is None else _named(found)
+
+
+def _named(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def install() -> None:

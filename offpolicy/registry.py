@@ -94,11 +94,6 @@ def find_method(name: str) -> Any:
     return import_class(class_path(name)) if fold(name) in known else None
 
 
-def resolve_method(name: str) -> Any:
-    """The class of a method, by name or by import path. Raises :class:`UsageError` when there is none."""
-    return import_class(class_path(name))
-
-
 def import_class(path: str) -> Any:
     """The class at an import path ``package.module.Class``.
 

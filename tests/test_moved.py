@@ -17,7 +17,7 @@ from toy import differences, run_files
 
 import offpolicy as op
 from offpolicy import evaluate, fit
-from offpolicy.moved import MOVED
+from offpolicy.moved import MOVED, RENAMED
 from offpolicy.training.checkpoints import read_checkpoint, write_checkpoint
 
 
@@ -50,6 +50,7 @@ GONE = {  # helpers of single modules that other ones replaced
     "offpolicy.data.sources.fetch": {"open_npz"},  # the guard reads all archives
     "offpolicy.language.engines": {"padded"},  # offpolicy.language.layout
     "offpolicy.language.policy": {"adapter_settings", "import_peft"},  # offpolicy.language.adapters
+    "offpolicy.registry": {"resolve_method"},  # offpolicy.registry.find_method
     "offpolicy.language.rewards": {"to_decimal", "read_last_number"},  # offpolicy.data.texts.numbers
 }
 
@@ -58,8 +59,8 @@ GONE = {  # helpers of single modules that other ones replaced
 def test_every_name_of_version_0_1_is_the_object_of_its_new_place(old: str, names: str) -> None:
     module = importlib.import_module(old)
     for name in set(names.split()) - GONE.get(old, set()):
-        value = getattr(module, name)
-        assert getattr(sys.modules[value.__module__], name) is value, f"{old}.{name}"
+        value, now = getattr(module, name), RENAMED.get(f"{old}.{name}", name).rpartition(".")[2]
+        assert getattr(sys.modules[value.__module__], now) is value, f"{old}.{name}"
     assert not [name for name in GONE.get(old, ()) if hasattr(module, name)]
 
 

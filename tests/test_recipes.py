@@ -14,7 +14,7 @@ from offpolicy.data.texts.module import TextData
 from offpolicy.errors import UsageError
 from offpolicy.language.module import LanguageModule
 from offpolicy.recipes import Recipe, named_recipe, parse_recipe, recipe, recipes
-from offpolicy.registry import resolve_method
+from offpolicy.registry import find_method
 from offpolicy.training.options import RunOptions
 
 ALL = list(recipes())
@@ -22,7 +22,7 @@ ALL = list(recipes())
 
 @pytest.mark.parametrize("one", ALL, ids=lambda one: one.name)
 def test_every_recipe_fits_its_method(one: Recipe) -> None:
-    cls = resolve_method(one.name.partition("/")[0])
+    cls = find_method(one.name.partition("/")[0])
     method = cls(**one.group("model"))
     for key, value in one.group("model").items():
         found = method.hparams[key]

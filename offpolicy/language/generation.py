@@ -96,10 +96,10 @@ def sample(
             number = torch.tensor([i * num_samples + k for i, k in batch], device=key.device)
             uniform = sampling.uniforms(key, number, (max_new_tokens,)).to(device)
 
-            def choose(logits: Tensor, position: int, uniform: Tensor = uniform) -> Tensor:
+            def next_tokens(logits: Tensor, position: int, uniform: Tensor = uniform) -> Tensor:
                 return draw(logits, uniform[:, position], temperature=temperature, top_k=top_k, top_p=top_p)
 
-            drawn = _continue(Reader(model, way), [prompts[i] for i, _ in batch], stops, max_new_tokens, choose)
+            drawn = _continue(Reader(model, way), [prompts[i] for i, _ in batch], stops, max_new_tokens, next_tokens)
             for (i, k), answer in zip(batch, drawn):
                 answers[i][k] = answer
             if on_batch is not None:
@@ -122,15 +122,15 @@ def _continue(
     prompts: list[np.ndarray],
     stops: Tensor,
     max_new_tokens: int,
-    choose: Callable[[Tensor, int], Tensor],
+    next_tokens: Callable[[Tensor, int], Tensor],
 ) -> list[Answer]:
-    """One answer per prompt; ``choose(logits (B, V), position)`` gives the next tokens (B,)."""
+    """One answer per prompt; ``next_tokens(logits (B, V), position)`` gives the next tokens (B,)."""
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=stops.device)
     length = torch.full((len(prompts),), max_new_tokens, device=stops.device)
     tokens: list[Tensor] = []
     logits = reader.read(prompts, [1] * len(prompts))
     for t in range(max_new_tokens):
-        tokens.append(choose(logits, t))
+        tokens.append(next_tokens(logits, t))
         stopped = torch.isin(tokens[-1], stops) & ~ended
         length = torch.where(stopped, t + 1, length)
         ended |= stopped

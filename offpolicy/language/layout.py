@@ -20,6 +20,7 @@ from offpolicy.data.texts.sequences import Pairs, Ragged, Singles, spread
 from offpolicy.errors import UsageError
 from offpolicy.language.logprobs import token_divergence, token_logps
 from offpolicy.language.reading import call, in_eval, taken
+from offpolicy.moved import names_of
 
 # kinds of attention layers (``config.layer_types``) that see the whole past, and no more
 WHOLE_PAST = ("full_attention", "attention")
@@ -222,7 +223,7 @@ def mask_of(layout: Layout, config: Any, dtype: torch.dtype) -> Tensor | None:
     return layout.attention_mask
 
 
-class States(NamedTuple):
+class FinalStates(NamedTuple):
     """What the last layer of a policy makes the probabilities of n places from, without gradient.
 
     Attributes:
@@ -237,10 +238,10 @@ class States(NamedTuple):
 
 
 @torch.no_grad()
-def states(model: nn.Module, layout: Layout) -> States:
+def final_states(model: nn.Module, layout: Layout) -> FinalStates:
     """The states that predict the scored tokens of a layout under the weights of now, to be compared with later."""
     head = Head(model)
-    return States(_hidden(head, layout), head.weight.detach(), None if head.bias is None else head.bias.detach())
+    return FinalStates(_hidden(head, layout), head.weight.detach(), None if head.bias is None else head.bias.detach())
 
 
 class TokenScores(NamedTuple):
@@ -267,7 +268,7 @@ def score_tokens(
     temperature: float = 1.0,
     entropy: bool = False,
     entropy_gradient: bool = False,
-    others: Mapping[str, States] | None = None,
+    others: Mapping[str, FinalStates] | None = None,
 ) -> TokenScores:
     """Log-probability of every scored token at a temperature, differentiable in the model's parameters.
 
@@ -278,7 +279,7 @@ def score_tokens(
         temperature: τ > 0 that divides the logits.
         entropy: also give the entropy.
         entropy_gradient: with gradient.
-        others: name → what the exact divergence to is wanted, by `states` of the same layout.
+        others: name → what the exact divergence to is wanted, by `final_states` of the same layout.
     """
     check_head(model)
     if layout.shared:
@@ -406,7 +407,7 @@ class Head:
             entropy=entropy,
         )
 
-    def divergence(self, hidden: Tensor, other: States, chunk: int = 256, temperature: float = 1.0) -> Tensor:
+    def divergence(self, hidden: Tensor, other: FinalStates, chunk: int = 256, temperature: float = 1.0) -> Tensor:
         """`token_divergence` of this head from another of the same kind."""
         return token_divergence(
             hidden,
@@ -606,3 +607,6 @@ def _per_answer(values: Tensor, layout: Layout) -> Tensor:
     # lengths are those of the layout: a check of them would make the host wait for a GPU
     sums = torch.segment_reduce(values.double(), "sum", lengths=layout.length, unsafe=True, initial=0.0)
     return sums.to(values.dtype)
+
+
+__getattr__ = names_of("offpolicy.language.layout")  # the names that stood here in version 0.1

@@ -22,6 +22,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from offpolicy import moved
 from offpolicy.compute.devices import finish_work
 from offpolicy.compute.optim import num_trained
 from offpolicy.data import sampling
@@ -38,7 +39,6 @@ from offpolicy.language.layout import (
 )
 from offpolicy.language.meters import Pace
 from offpolicy.language.noise import without_noise
-from offpolicy.moved import extend_successors
 from offpolicy.training import divergence
 from offpolicy.training.callbacks import Interruption, RestoreSettings
 from offpolicy.training.module import Module
@@ -93,7 +93,7 @@ class LanguageModule(Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        extend_successors(cls)
+        moved.extend_successors(cls)
 
     def __init__(
         self,
@@ -543,3 +543,6 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+__getattr__ = moved.names_of("offpolicy.language.module")  # the names that stood here in version 0.1

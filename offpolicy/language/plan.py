@@ -13,9 +13,10 @@ import math
 import numpy as np
 
 from offpolicy.data.sampling import permutation
+from offpolicy.moved import names_of
 
 
-class Plan:
+class RowPlan:
     """The order of training.
 
     Args:
@@ -83,3 +84,6 @@ def previous_of_other_prompt(order: np.ndarray, prompts: np.ndarray) -> np.ndarr
     previous = np.empty_like(order)
     previous[order] = order[place - 1]
     return previous
+
+
+__getattr__ = names_of("offpolicy.language.plan")  # the names that stood here in version 0.1

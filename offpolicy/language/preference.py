@@ -24,8 +24,8 @@ from offpolicy.language.generation import positions
 from offpolicy.language.layout import Answers, Layout, pair_layout, score, single_layout
 from offpolicy.language.meters import RowMeter
 from offpolicy.language.module import LanguageModule
-from offpolicy.language.plan import Plan, previous_of_other_prompt
-from offpolicy.language.reference import Reference, Table, evaluating
+from offpolicy.language.plan import RowPlan, previous_of_other_prompt
+from offpolicy.language.reference import Reference, ReferenceTable, evaluating
 from offpolicy.losses.scores import PairScores, Scores, SingleScores
 from offpolicy.training import divergence
 from offpolicy.training.meter import Metrics
@@ -70,11 +70,11 @@ class PreferenceModule(LanguageModule):
     def __init__(self, **language: Any) -> None:
         super().__init__(**language)
         self.meter = RowMeter()
-        self.eval_table: Table | None = None
-        self._table: Table | None = None
-        self._mismatched: dict[int, Table] = {}  # epoch → answers under other prompts
+        self.eval_table: ReferenceTable | None = None
+        self._table: ReferenceTable | None = None
+        self._mismatched: dict[int, ReferenceTable] = {}  # epoch → answers under other prompts
         self._reference = Reference(self)
-        self._plan: Plan | None = None
+        self._plan: RowPlan | None = None
         self._means: StepMeans | None = None  # of the current step
 
     # -- to be written by a method -------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class PreferenceModule(LanguageModule):
     def take_data(self, data: Any) -> None:
         """Bind the view to the data, and choose the held-out rows."""
         texts = self.view.bind(data.replay)
-        self._table = Table(texts, np.arange(len(texts)))
+        self._table = ReferenceTable(texts, np.arange(len(texts)))
         self._check_prompts(texts, "the data")
         held_out = getattr(data, "eval_replay", None)
         wanted = held_out is not None and self.run.eval_episodes > 0
@@ -108,7 +108,7 @@ class PreferenceModule(LanguageModule):
         if wanted:
             texts = self.view.bind(held_out)
             self._check_prompts(texts, "the held-out data")
-            self.eval_table = Table(texts, eval_sample(len(texts), self.hparams.eval_rows))
+            self.eval_table = ReferenceTable(texts, eval_sample(len(texts), self.hparams.eval_rows))
 
     def _check_prompts(self, texts: BoundTexts, what: str) -> None:
         if self.uses_mismatched and len(np.unique(texts.index[:, 0])) < 2:
@@ -124,7 +124,7 @@ class PreferenceModule(LanguageModule):
 
     def plan_steps(self) -> None:
         assert self._table is not None
-        self._plan = Plan(
+        self._plan = RowPlan(
             self._table.texts.lengths.sum(1),
             batch_size=self.hparams.batch_size,
             slots=self._micro_batches * self.world_size,
@@ -176,11 +176,11 @@ class PreferenceModule(LanguageModule):
         if self.uses_mismatched:
             for epoch in range(plan.place(self.trainer.max_steps - 1)[0] + 1):
                 previous = plan.before(epoch, table.texts.index[:, 0])
-                self._mismatched[epoch] = Table(other_prompts(table.texts, previous), table.needed)
+                self._mismatched[epoch] = ReferenceTable(other_prompts(table.texts, previous), table.needed)
             if held_out is not None:
                 in_order, prompts = np.arange(len(held_out.texts)), held_out.texts.index[:, 0]
                 previous = previous_of_other_prompt(in_order, prompts)
-                self._mismatched[HELD_OUT] = Table(other_prompts(held_out.texts, previous), held_out.needed)
+                self._mismatched[HELD_OUT] = ReferenceTable(other_prompts(held_out.texts, previous), held_out.needed)
         if self.uses_reference:
             tables = [table, held_out, *self._mismatched.values()]
             self._reference.prepare([one for one in tables if one is not None], self._start_digest)
@@ -234,7 +234,7 @@ class PreferenceModule(LanguageModule):
         """The scores of the rows of one forward pass."""
         return score(model, layout, chunk=self.hparams.chunk, stats=stats)
 
-    def scores(self, table: Table, rows: np.ndarray, means: StepMeans, *, stats: bool = False) -> Any:
+    def scores(self, table: ReferenceTable, rows: np.ndarray, means: StepMeans, *, stats: bool = False) -> Any:
         """What :meth:`loss` takes, for rows of a table: :class:`PairScores` or :class:`SingleScores`."""
         batch = table.texts.gather(rows)
         layout = self.layout(batch)
@@ -263,7 +263,7 @@ class PreferenceModule(LanguageModule):
         answer = part(0, 1 if self.scores_prompt else None)
         return SingleScores(answer, facts, means.length, mismatched_ratio=means.mismatched_ratio)
 
-    def step_means(self, table: Table, rows: np.ndarray) -> StepMeans:
+    def step_means(self, table: ReferenceTable, rows: np.ndarray) -> StepMeans:
         """What losses need to know of all rows of a step."""
         lengths, weight = table.texts.lengths[rows], row_weights(table.texts, rows)
         total = weight.sum() or 1.0  # of a step whose rows all have the weight 0, which learns nothing
@@ -271,7 +271,7 @@ class PreferenceModule(LanguageModule):
         ratio = self._mismatched_ratio(table, rows, weight / total) if self.uses_mismatched else None
         return StepMeans(total, weight @ lengths[:, 1] / total or 1.0, weight @ sequence / total or 1.0, ratio)
 
-    def _mismatched_ratio(self, table: Table, rows: np.ndarray, share: np.ndarray) -> Tensor:
+    def _mismatched_ratio(self, table: ReferenceTable, rows: np.ndarray, share: np.ndarray) -> Tensor:
         """Mean log-ratio of answers under other prompts over the rows (B,) of a step, which have these shares, 0-d."""
         epoch = HELD_OUT if table is self.eval_table else self._plan_of().place(self.global_step)[0]
         other = self._mismatched[epoch]
@@ -319,7 +319,7 @@ class PreferenceModule(LanguageModule):
         # Lightning takes the mean over micro-batches and processes
         return (loss * weight).sum() * (self._micro_batches * world / means.weight)
 
-    def _plan_of(self) -> Plan:
+    def _plan_of(self) -> RowPlan:
         assert self._plan is not None
         return self._plan
 

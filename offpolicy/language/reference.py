@@ -33,6 +33,7 @@ from offpolicy.files import atomic_write
 from offpolicy.language import policy as policies
 from offpolicy.language.generation import positions
 from offpolicy.language.layout import Layout
+from offpolicy.moved import names_of
 
 log = logging.getLogger(__name__)
 Columns = dict[str, np.ndarray]
@@ -42,7 +43,7 @@ PATIENCE = 30.0  # seconds between two writes, so that an interruption loses lit
 
 
 @dataclass
-class Table:
+class ReferenceTable:
     """Rows of texts, and what the reference thinks of them.
 
     Attributes:
@@ -69,7 +70,7 @@ class Reference:
         self.words = "none, the method needs no reference"
         self._live: Any = None  # a frozen copy
 
-    def prepare(self, tables: list[Table], start: str) -> None:
+    def prepare(self, tables: list[ReferenceTable], start: str) -> None:
         """Get ready while the policy still has its first weights: fill the tables, or copy the policy.
 
         Args:
@@ -111,7 +112,7 @@ class Reference:
         model = policies.open_adapter(model, adapter) if adapter else model
         return trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device).eval()
 
-    def _check_other(self, model: Any, name: str, tables: list[Table]) -> None:
+    def _check_other(self, model: Any, name: str, tables: list[ReferenceTable]) -> None:
         """Another model must read the policy's tokens as the policy does.
 
         Raises:
@@ -170,7 +171,7 @@ class Reference:
                 parts.append(found[: len(names) * len(some)].view(len(names), -1).cpu())
         return {name: torch.cat([part[i] for part in parts]).numpy() for i, name in enumerate(names)}
 
-    def logps(self, table: Table, rows: np.ndarray, layout: Layout, like: Tensor) -> list[Tensor]:
+    def logps(self, table: ReferenceTable, rows: np.ndarray, layout: Layout, like: Tensor) -> list[Tensor]:
         """Summed log-probabilities under the reference, (B,) for each answer of a row, no gradient.
 
         Args:
@@ -339,3 +340,6 @@ def texts_digest(bound: BoundTexts) -> str:
     for array in (token, replay.start, replay.length, bound.index):
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
+
+
+__getattr__ = names_of("offpolicy.language.reference")  # the names that stood here in version 0.1

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from offpolicy.losses.policy_terms import LARGEST_LOG_RATIO, difference
-from offpolicy.losses.tokens import Ratio, Surrogate, Tokens
+from offpolicy.losses.tokens import LARGEST_LOG_RATIO, Ratio, Surrogate, Tokens, difference
 
 LAGS = (0, 1, 2, 4, 8, 16)  # first lag of each class
 CLASSES = (*(f"lag{lag}" for lag in LAGS), "external", "engine")

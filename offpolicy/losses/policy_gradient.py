@@ -37,10 +37,10 @@ from torch import Tensor
 
 from offpolicy.errors import UsageError
 from offpolicy.losses import advantages as adv
-from offpolicy.losses import policy_terms as terms
 from offpolicy.losses.health import measure
 from offpolicy.losses.parts import OwnParts
-from offpolicy.losses.tokens import Ratio, Surrogate, Tokens, Totals
+from offpolicy.losses.policy import anchors, means, ratios, trust, weights
+from offpolicy.losses.tokens import Ratio, Surrogate, Tokens, Totals, per_token
 from offpolicy.registry import Spec, make
 
 __all__ = ["COMPONENTS", "Objective", "Ratio", "Spec", "Surrogate", "Tokens", "Totals"]
@@ -54,32 +54,32 @@ COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
         "gae": adv.GAE,
     },
     "ratio": {
-        "token": terms.TokenRatio,
-        "decoupled": terms.DecoupledRatio,
-        "mix": terms.MixRatio,
-        "sequence": terms.SequenceRatio,
-        "mis": terms.MISRatio,
-        "none": terms.NoRatio,
+        "token": ratios.TokenRatio,
+        "decoupled": ratios.DecoupledRatio,
+        "mix": ratios.MixRatio,
+        "sequence": ratios.SequenceRatio,
+        "mis": ratios.MISRatio,
+        "none": ratios.NoRatio,
     },
-    "trust": {"ppo": terms.PPO, "dual": terms.DualPPO, "centred": terms.Centred, "none": terms.NoTrust},
+    "trust": {"ppo": trust.PPO, "dual": trust.DualPPO, "centred": trust.Centred, "none": trust.NoTrust},
     "aggregation": {
-        "seq_mean_token_mean": terms.SeqMeanTokenMean,
-        "token_mean": terms.TokenMean,
-        "token_mean_local": terms.TokenMeanLocal,
-        "dr_grpo": terms.DrGRPOSum,
-        "sum_over_T": terms.SumOverT,
-        "seq_sum": terms.SeqSum,
+        "seq_mean_token_mean": means.SeqMeanTokenMean,
+        "token_mean": means.StepTokenMean,
+        "token_mean_local": means.TokenMeanLocal,
+        "dr_grpo": means.DrGRPOSum,
+        "sum_over_T": means.SumOverT,
+        "seq_sum": means.SeqSum,
     },
     "anchors": {
-        "k1": terms.K1,
-        "k2": terms.K2,
-        "k3": terms.K3,
-        "full": terms.FullKL,
-        "convex": terms.ConvexKL,
+        "k1": anchors.K1,
+        "k2": anchors.K2,
+        "k3": anchors.K3,
+        "full": anchors.FullKL,
+        "convex": anchors.ConvexKL,
     },
-    "entropy": {"bonus": terms.EntropyBonus},
-    "weight": {"engine": terms.EngineWeight, "focal": terms.FocalWeight, "source": terms.SourceWeight},
-    "value": {"squared": terms.SquaredValue},
+    "entropy": {"bonus": anchors.EntropyBonus},
+    "weight": {"engine": weights.EngineWeight, "focal": weights.FocalWeight, "source": weights.SourceWeight},
+    "value": {"squared": anchors.SquaredValue},
 }
 MANY = ("anchors", "weight")
 OPTIONAL = ("entropy", "value")  # "none" leaves them out
@@ -128,7 +128,7 @@ class Objective:
             object.__setattr__(self, slot, listed)
         parts, _ = self._parts, self.own  # made here, so that what parts remember is known from their beginning
         mean = parts["aggregation"]
-        if getattr(parts["ratio"], "counts_rows", False) and not isinstance(mean, terms.SeqMeanTokenMean):
+        if getattr(parts["ratio"], "counts_rows", False) and not isinstance(mean, means.SeqMeanTokenMean):
             raise UsageError(
                 f"`ratio` gives one number per answer and `aggregation` is {self.aggregation!r}, by which long answers "
                 "would count more often; expected 'seq_mean_token_mean'."
@@ -234,7 +234,7 @@ class Objective:
             iteration: from 1, for schedules.
             health: False leaves the dict empty.
         """
-        parts, advantage = self._parts, terms.per_token(tokens.advantage)
+        parts, advantage = self._parts, per_token(tokens.advantage)
         ratio = parts["ratio"](tokens)
         surrogate = parts["trust"](ratio, advantage, tokens)
         gain = surrogate.value

@@ -7,6 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from offpolicy.errors import UsageError
+
+LARGEST_LOG_RATIO = 20.0
+
 
 class Tokens(NamedTuple):
     """One micro-batch of B answers, right-padded to T tokens, on the device; float32 (float64 in tests).
@@ -105,3 +109,25 @@ class Surrogate(NamedTuple):
 
     value: Tensor
     clipped: Tensor
+
+
+def difference(first: Tensor, second: Tensor, kept: Tensor) -> Tensor:
+    """first − second on the kept tokens, clamped; 0 elsewhere, whatever stands there."""
+    return torch.where(kept, first - second, 0.0).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+
+
+def field(tokens: Tokens, name: str) -> Tensor:
+    """An optional field of the tokens that a component reads.
+
+    Raises:
+        UsageError: it was not given.
+    """
+    found = getattr(tokens, name)
+    if found is None:
+        raise UsageError(f"the objective reads `{name}`, which this batch does not have; expected (B, T) numbers.")
+    return found
+
+
+def per_token(advantage: Tensor) -> Tensor:
+    """(B, 1) of (B,); (B, T) as it is."""
+    return advantage[:, None] if advantage.ndim == 1 else advantage

@@ -27,9 +27,9 @@ from offpolicy.data.texts.rollouts import BoundRollouts, make_store, steps_of
 from offpolicy.data.texts.sequences import PairView, SingleView
 from offpolicy.diffusion.sampler import GuidanceOptions, SamplerOptions, guidance_schedule, noise_levels
 from offpolicy.language.layout import group_layout, pair_layout, single_layout
-from offpolicy.language.plan import Plan
+from offpolicy.language.plan import RowPlan
 from offpolicy.language.rl.engine import Request, Sampling
-from offpolicy.language.rl.engines import uniforms
+from offpolicy.language.rl.engines import answer_uniforms
 from offpolicy.registry import find_method
 
 # what takes torch's default device unless it is told another
@@ -107,11 +107,13 @@ def rollouts() -> Any:
 
 HOST: dict[str, Callable[[], Any]] = {
     "permutation": lambda: sampling.permutation(0, 1, 9),
-    "order of training": lambda: torch.from_numpy(Plan(np.arange(1, 9), batch_size=3, slots=1, seed=0).order(2)),
+    "order of training": lambda: torch.from_numpy(RowPlan(np.arange(1, 9), batch_size=3, slots=1, seed=0).order(2)),
     "split": lambda: torch.from_numpy(toy.toy_replay().split(0.2, 0)[1].start),
     "noise levels": lambda: noise_levels(SamplerOptions()),
     "guidance": lambda: guidance_schedule(4, GuidanceOptions()),
-    "random numbers of answers": lambda: uniforms([Request(np.arange(3), 0, 2)], Sampling((2,), max_new_tokens=4)),
+    "random numbers of answers": lambda: answer_uniforms(
+        [Request(np.arange(3), 0, 2)], Sampling((2,), max_new_tokens=4)
+    ),
     "pairs": lambda: pair_layout(pairs(), 0, shared_prompt=False, prompt_too=True),
     "pairs with one prompt": lambda: pair_layout(pairs(), 0, shared_prompt=True),
     "singles": lambda: single_layout(pairs(SingleView()), 0, prompt_too=True),

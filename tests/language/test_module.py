@@ -17,7 +17,7 @@ from offpolicy.data.texts.module import TextData
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.meters import RowMeter
 from offpolicy.language.module import LanguageModule
-from offpolicy.language.plan import Plan
+from offpolicy.language.plan import RowPlan
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_pairs_from_a_file_through_fit(policy: Path, tmp_path: Path, capsys: pyt
 
 def test_the_order_of_training_is_the_plans(policy: Path) -> None:
     module = train("SFT", policy, max_steps=1)[0]
-    assert isinstance(module._plan, Plan) and module._plan.seed == 0
+    assert isinstance(module._plan, RowPlan) and module._plan.seed == 0
 
 
 def test_a_forward_pass_has_a_bound_where_nobody_says(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

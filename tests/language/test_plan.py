@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from offpolicy.language.plan import Plan, previous_of_other_prompt
+from offpolicy.language.plan import RowPlan, previous_of_other_prompt
 
 
-def plan(rows: int = 23, **options: int) -> Plan:
+def plan(rows: int = 23, **options: int) -> RowPlan:
     lengths = np.random.default_rng(0).integers(1, 50, rows)
-    return Plan(lengths, **{"batch_size": 5, "slots": 1, "seed": 3} | options)
+    return RowPlan(lengths, **{"batch_size": 5, "slots": 1, "seed": 3} | options)
 
 
 def test_every_row_comes_once_per_epoch() -> None:

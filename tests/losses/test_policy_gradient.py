@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offpolicy.errors import UsageError
 from offpolicy.language.logprobs import token_divergence
-from offpolicy.losses import policy_terms as terms
+from offpolicy.losses.policy import anchors, ratios, trust, weights
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Ratio, Surrogate, Tokens, Totals, component
 
 ROWS, LENGTH = 5, 4
@@ -85,15 +85,15 @@ def test_ratios_known_answers() -> None:
     """π_θ = 0.6, π_k = 0.5, π_b = 0.4: ρ is 1.5 by token and mix (center 1.25), 1.2·1.25 decoupled, 1.2 for a sequence
     of one, 1 without."""
     given = one(probability(0.6), probability(0.4), probability(0.5))
-    assert terms.TokenRatio()(given).value.item() == pytest.approx(1.5)
-    mix = terms.MixRatio()(given)
+    assert ratios.TokenRatio()(given).value.item() == pytest.approx(1.5)
+    mix = ratios.MixRatio()(given)
     assert (mix.value.item(), mix.center.item()) == (pytest.approx(1.5), pytest.approx(1.25))  # type: ignore[union-attr]
-    decoupled = terms.DecoupledRatio()(given)
+    decoupled = ratios.DecoupledRatio()(given)
     assert (decoupled.value.item(), decoupled.factor.item()) == (pytest.approx(1.2), pytest.approx(1.25))  # type: ignore[union-attr]
-    assert terms.DecoupledRatio(cap=1.1)(given).factor.item() == pytest.approx(1.1)  # type: ignore[union-attr]
-    assert terms.SequenceRatio()(given).value.item() == pytest.approx(1.2)
-    assert terms.SequenceRatio(denominator="behavior")(given).value.item() == pytest.approx(1.5)
-    assert terms.NoRatio()(given).value.item() == 1.0
+    assert ratios.DecoupledRatio(cap=1.1)(given).factor.item() == pytest.approx(1.1)  # type: ignore[union-attr]
+    assert ratios.SequenceRatio()(given).value.item() == pytest.approx(1.2)
+    assert ratios.SequenceRatio(denominator="behavior")(given).value.item() == pytest.approx(1.5)
+    assert ratios.NoRatio()(given).value.item() == 1.0
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -103,7 +103,7 @@ def test_sequence_ratio(per_token: bool) -> None:
     logp = f64([-1.0, -2.0, -3.0, 5.0]).requires_grad_()
     previous = f64([-1.1, -2.3, -2.9, -9.0])
     given = Tokens(logp, f64([1, 1, 1, 0]), f64(2.0), previous, previous)
-    found = terms.SequenceRatio(per_token=per_token)(given).value
+    found = ratios.SequenceRatio(per_token=per_token)(given).value
     torch.testing.assert_close(found[:, :3], f64(3 * [math.exp(0.1)]))
     objective = Objective(ratio={"name": "sequence", "per_token": per_token}, trust="none")
     expected = f64(3 * [-2.0 * math.exp(0.1) / 3] + [0.0])
@@ -138,12 +138,12 @@ def test_mis_table(p: float, one_: float, one_focal: float, vocab: float, vocab_
     """2p/(1.5p + 0.5U) and its product with √(1 − p) at θ = θ_k, for U = 1 and U = 1/50000."""
     outside = torch.ones(1, 1, dtype=torch.bool)
     given = one(probability(p), math.nan, probability(p), external=outside)
-    focal = terms.FocalWeight()(given).item()
+    focal = weights.FocalWeight()(given).item()
     for ratio, weighted, options in (
         (one_, one_focal, {"uniform": "one"}),
         (vocab, vocab_focal, {"uniform": "vocab", "vocabulary": 50_000}),
     ):
-        found = terms.MISRatio(**options)(given).value.item()
+        found = ratios.MISRatio(**options)(given).value.item()
         u = 1.0 if options["uniform"] == "one" else 1 / 50_000
         assert found == pytest.approx(2 * p / (1.5 * p + 0.5 * u), rel=1e-12)
         assert found == pytest.approx(ratio, abs=6e-4)
@@ -157,12 +157,12 @@ def test_mis_with_a_known_author() -> None:
     given = one(probability(0.3), probability(0.6), probability(0.2), external=outside)
     options: dict[str, Any] = {"vocabulary": 10}
     unknown = given._replace(behavior_logp=f64([math.nan]))
-    assert terms.MISRatio(demonstrator="known", **options)(given).value.item() == pytest.approx(0.75)
-    assert terms.MISRatio(demonstrator="ratio", **options)(given).value.item() == pytest.approx(0.3 / (0.6 + 1e-6))
+    assert ratios.MISRatio(demonstrator="known", **options)(given).value.item() == pytest.approx(0.75)
+    assert ratios.MISRatio(demonstrator="ratio", **options)(given).value.item() == pytest.approx(0.3 / (0.6 + 1e-6))
     for demonstrator in ("known", "unknown", "ratio"):
-        found = terms.MISRatio(demonstrator=demonstrator, **options)(unknown).value.item()
+        found = ratios.MISRatio(demonstrator=demonstrator, **options)(unknown).value.item()
         assert found == pytest.approx(0.6 / 0.35)
-    assert terms.MISRatio(high=0.5, **options)(given).value.item() == 0.5
+    assert ratios.MISRatio(high=0.5, **options)(given).value.item() == 0.5
 
 
 @pytest.mark.parametrize("uniform", ["vocab", "one"])
@@ -222,10 +222,10 @@ def test_demonstrations_are_never_clipped() -> None:
 )
 def test_ppo_and_dual(ratio: float, advantage: float, value: float, clipped: bool) -> None:
     given = one(probability(ratio) - 3, -3.0, -3.0, advantage=advantage)
-    rho, adv = terms.TokenRatio()(given), f64([advantage])
-    found = terms.PPO(0.2, 0.3)(rho, adv, given)
+    rho, adv = ratios.TokenRatio()(given), f64([advantage])
+    found = trust.PPO(0.2, 0.3)(rho, adv, given)
     assert (found.value.item(), found.clipped.item()) == (pytest.approx(value), clipped)
-    dual = terms.DualPPO(0.2, 0.3, c=3.0)(rho, adv, given)
+    dual = trust.DualPPO(0.2, 0.3, c=3.0)(rho, adv, given)
     beyond = ratio > 3 and advantage < 0
     assert dual.value.item() == pytest.approx(-3.0 if beyond else value)
     assert dual.clipped.item() is (clipped or beyond)
@@ -237,10 +237,10 @@ def test_centred_interval() -> None:
     """π_k/π_b = 2, ε = 0.2: the interval is 1.8 to 2.2, and 1.6 to 2.4 when it scales; around 1 for "behavior"."""
 
     def bounds(center: str, scale: float = 1.0) -> tuple[float, float]:
-        trust = terms.Centred(0.2, center=center, scale=scale)
+        part = trust.Centred(0.2, center=center, scale=scale)
         ends = []
         for advantage, ratio in ((-1.0, 0.01), (1.0, 100.0)):
-            found = trust(Ratio(f64([ratio]), f64([2.0])), f64([advantage]), one(0.0))
+            found = part(Ratio(f64([ratio]), f64([2.0])), f64([advantage]), one(0.0))
             ends.append(found.value.item() / advantage)
         return ends[0], ends[1]
 
@@ -252,7 +252,7 @@ def test_centred_interval() -> None:
 
 def test_the_lower_bound_is_not_negative() -> None:
     """π_k/π_b = 0.1, ε = 0.2: with A < 0 and ρ = 0.001 nothing is clipped, as ρ is above max(−0.1, 0)."""
-    found = terms.Centred()(Ratio(f64([0.001]), f64([0.1])), f64([-1.0]), one(0.0))
+    found = trust.Centred()(Ratio(f64([0.001]), f64([0.1])), f64([-1.0]), one(0.0))
     assert (found.value.item(), found.clipped.item()) == (pytest.approx(-0.001), False)
 
 
@@ -261,11 +261,11 @@ def test_centred_at_the_start_of_an_iteration() -> None:
     given = tokens()
     given = given._replace(logp=given.previous_logp.clone().requires_grad_())
     objective = Objective(ratio="mix", trust="centred", aggregation="token_mean")
-    ratio = terms.MixRatio()(given)
+    ratio = ratios.MixRatio()(given)
     advantage = given.advantage[:, None]
-    surrogate = terms.Centred()(ratio, advantage, given)
+    surrogate = trust.Centred()(ratio, advantage, given)
     assert not surrogate.clipped[given.kept].any()
-    assert terms.Centred(center="behavior")(ratio, advantage, given).clipped[given.kept].any()
+    assert trust.Centred(center="behavior")(ratio, advantage, given).clipped[given.kept].any()
     center = (given.previous_logp - given.behavior_logp).exp()
     expected = -(center * advantage)[given.kept].mean()
     torch.testing.assert_close(loss_of(objective, given).detach(), expected)
@@ -452,8 +452,8 @@ def test_correction_makes_stale_estimates_unbiased() -> None:
         p.log()[None],
         base_logp=ref.log()[None],
     )
-    plain = terms.K3(1.0)(given, iteration=1)[0]
-    corrected = terms.K3(1.0, correction=True)(given, iteration=1)[0]
+    plain = anchors.K3(1.0)(given, iteration=1)[0]
+    corrected = anchors.K3(1.0, correction=True)(given, iteration=1)[0]
     torch.testing.assert_close((b * corrected).sum(), (p * plain).sum())
     slope = torch.autograd.grad(corrected.sum(), given.logp)[0][0]
     torch.testing.assert_close(slope, p / b * (1 - ref / p))
@@ -461,7 +461,7 @@ def test_correction_makes_stale_estimates_unbiased() -> None:
 
 def test_convex_schedule() -> None:
     """λ: 1 to iteration 50, then a tenth less every 10, ½ from 91 on."""
-    share = terms.ConvexKL(1e-3).share
+    share = anchors.ConvexKL(1e-3).share
     expected = {1: 1.0, 50: 1.0, 51: 0.9, 60: 0.9, 61: 0.8, 80: 0.7, 90: 0.6, 91: 0.5, 10**6: 0.5}
     for iteration, value in expected.items():
         assert share(iteration) == pytest.approx(value, abs=1e-12)
@@ -485,18 +485,18 @@ def test_after_reincarnation_the_divergence_is_zero() -> None:
     given = tokens()
     now = given.logp.detach()
     given = given._replace(base_logp=now, previous_logp=now)
-    penalty = terms.ConvexKL(1.0)(given, iteration=60)
+    penalty = anchors.ConvexKL(1.0)(given, iteration=60)
     assert (penalty[given.kept] == 0).all()
     assert (torch.autograd.grad(penalty.sum(), given.logp)[0][given.kept] == 0).all()
 
 
 def test_coefficients_follow_knots() -> None:
     knots = [[10, 1.0], [20, 0.0]]
-    values = [terms.coefficient(knots, t) for t in (1, 10, 15, 20, 99)]
+    values = [anchors.coefficient(knots, t) for t in (1, 10, 15, 20, 99)]
     assert values == [1.0, 1.0, 0.5, 0.0, 0.0]
     for bad in ([], [[1]], [[2, 0.1], [1, 0.2]], "much", [[1, -1.0]]):
         with pytest.raises(UsageError, match="`coef`"):
-            terms.K3(bad)  # type: ignore[arg-type]
+            anchors.K3(bad)  # type: ignore[arg-type]
 
 
 # -- entropy, weight, value --------------------------------------------------------------------------------------------
@@ -532,9 +532,9 @@ def test_engine_weights(mode: str, expected: list[float]) -> None:
     mask = f64([1, 1], [1, 0], [1, 0])
     zero = torch.zeros(3, 2, dtype=torch.float64)
     given = Tokens(zero, mask, zero[:, 0], gap, zero, sampler_logp=zero, external=external)
-    found = terms.EngineWeight(mode)(given)
+    found = weights.EngineWeight(mode)(given)
     torch.testing.assert_close(found[mask > 0], f64(*expected))
-    agreeing = terms.EngineWeight(mode)(given._replace(sampler_logp=None))
+    agreeing = weights.EngineWeight(mode)(given._replace(sampler_logp=None))
     assert (agreeing == 1).all()
 
 
@@ -680,5 +680,5 @@ def test_objectives_are_data() -> None:
 
 
 def test_surrogate_of_trust_none_is_linear() -> None:
-    found: Surrogate = terms.NoTrust()(Ratio(f64([3.0])), f64([-2.0]), one(0.0))
+    found: Surrogate = trust.NoTrust()(Ratio(f64([3.0])), f64([-2.0]), one(0.0))
     assert found.value.item() == -6.0 and not found.clipped.any()

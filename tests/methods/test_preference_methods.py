@@ -14,14 +14,14 @@ from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.module import LanguageModule
 from offpolicy.losses.scores import PairScores, Scores, SingleScores
-from offpolicy.registry import resolve_method
+from offpolicy.registry import find_method
 
 PAIRED = ("DPO", "CDPO", "RDPO", "RPO", "IPO", "SimPO", "CPO", "ORPO")
 SINGLE = ("KTO", "SFT")
 
 
 def make(name: str, **options: Any) -> LanguageModule:
-    return resolve_method(name)(policy="tiny", **options)
+    return find_method(name)(policy="tiny", **options)
 
 
 def rows(generator: torch.Generator, size: int, **more: Any) -> Scores:

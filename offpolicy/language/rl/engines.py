@@ -96,14 +96,14 @@ class TransformersEngine(LocalEngine):
         reader = Reader(self.model, way_of(self.model))
         logits = reader.read([r.prompt for r in requests], samples)
         rows, device = len(logits), logits.device
-        uniform = uniforms(requests, how).to(device)
+        uniform = answer_uniforms(requests, how).to(device)
         stops = torch.tensor(sorted(set(how.stop)), dtype=torch.int64, device=device)
         alive = torch.arange(rows, device=device)  # answers that are not finished
         table = torch.zeros(rows, how.max_new_tokens, dtype=torch.int64, device=device)
         logps = torch.zeros(rows, how.max_new_tokens, dtype=torch.float32, device=device)
         length = torch.full((rows,), how.max_new_tokens, device=device)
         for t in range(how.max_new_tokens):
-            token, logp = choose(logits, uniform[alive, t], how.temperature)
+            token, logp = draw_scored(logits, uniform[alive, t], how.temperature)
             table[alive, t], logps[alive, t] = token, logp
             ended = torch.isin(token, stops)
             length[alive[ended]] = t + 1
@@ -133,7 +133,7 @@ class TinyEngine(LocalEngine):
         if not sum(samples):
             return [[] for _ in requests]
         texts = [tuple(r.prompt.tolist()) for r in requests for _ in range(r.samples)]
-        uniform = uniforms(requests, how).to(device)
+        uniform = answer_uniforms(requests, how).to(device)
         stops = torch.tensor(sorted(set(how.stop)), dtype=torch.int64, device=device)
         alive, way = list(range(len(texts))), way_of(self.model, keeps=False)
         table = torch.zeros(len(texts), how.max_new_tokens, dtype=torch.int64, device=device)
@@ -146,7 +146,7 @@ class TinyEngine(LocalEngine):
             chunks = _chunks([np.asarray(text) for text in distinct], self.batch_size)
             logits = torch.cat([read_anew(self.model, part, way) for part in chunks])
             rows = torch.tensor(alive, device=device)
-            token, logp = choose(
+            token, logp = draw_scored(
                 logits[torch.tensor([distinct[texts[i]] for i in alive], device=device)],
                 uniform[rows, t],
                 how.temperature,
@@ -199,14 +199,14 @@ def room(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> int:
     return min(max_new_tokens, left)
 
 
-def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def draw_scored(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token per row of logits (B, V), and its log-probability, float32 (B,), at the temperature of the draw."""
     token = draw(logits, uniform, temperature=temperature)
     scaled = logits.float() / (temperature or 1.0)
     return token, scaled.gather(-1, token[:, None])[:, 0] - scaled.logsumexp(-1)
 
 
-def uniforms(requests: Sequence[Request], how: Sampling) -> Tensor:
+def answer_uniforms(requests: Sequence[Request], how: Sampling) -> Tensor:
     """The random number of every place of every answer, (answers, max_new_tokens), on the host."""
     key = sampling.keys(how.seed, "rollout", torch.tensor([how.iteration], device="cpu"))[0]
     stride = 1 << 20  # samples of one request

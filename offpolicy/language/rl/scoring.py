@@ -14,7 +14,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.rollouts import OWN, BoundRollouts, Rollouts
 from offpolicy.data.texts.sequences import runs, spans
-from offpolicy.language.layout import States, states
+from offpolicy.language.layout import FinalStates, final_states
 from offpolicy.language.reference import evaluating
 from offpolicy.losses.health import effective_sample_size
 
@@ -59,13 +59,13 @@ class Scoring:
             for name, p in own.items():
                 p.data, weights[name] = weights[name], p.data
 
-    def others(self, batch: Rollouts) -> dict[str, States]:
+    def others(self, batch: Rollouts) -> dict[str, FinalStates]:
         """The states of those policies to which the objective wants the exact divergence, at the tokens of a batch."""
         found = {}
         for name, weights in (("base", self.base), ("previous", self.previous)):
             if f"{name}_kl" in self.method.objective.reads and weights is not None:
                 with evaluating(self.method.model), self.under(weights):
-                    found[name] = states(self.method.model, self.method.layout(batch))
+                    found[name] = final_states(self.method.model, self.method.layout(batch))
         return found
 
     def state_dict(self) -> dict[str, Any]:
