@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.diffusion import denoise, denoising_loss, noise_level
 from offpolicy.nn.unet import TrajectoryUNet
 from offpolicy.training.callbacks import HeldOut
+from offpolicy.training.description import Description
 from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
 
 HELD_OUT_ROWS = 1024  # sub-trajectories of an evaluation at most
@@ -66,7 +68,6 @@ class TrajectoryDiffusion(OfflineModule):
     """
 
     seed_axis = False
-    look_command: ClassVar[str] = "python -m offpolicy.sample {folder} synthetic"
 
     def __init__(
         self,
@@ -148,17 +149,6 @@ class TrajectoryDiffusion(OfflineModule):
             key = sampling.keys(0, name, torch.zeros(1, dtype=torch.int64, device=rows.device))
             noise[name] = sampling.normals(key, rows, draw.shape)[0].to(batch.x)
         return batch._replace(noise=Noise(**noise))
-
-    def notes(self) -> list[str]:
-        found = []
-        if self.clipped:
-            found.append(
-                f"{100 * self.clipped:.3g} % of the actions lie beyond ±{ACTION_LIMIT} of their bounds and are moved "
-                "there, as arctanh is infinite at ±1"
-            )
-        if self.split(self.trainer.datamodule.replay)[1] is None:  # type: ignore[attr-defined]
-            found.append("too few episodes to hold one out: no evaluation loss")
-        return found
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -316,8 +306,21 @@ class TrajectoryDiffusion(OfflineModule):
         with self.trainer.precision_plugin.forward_context():
             return {"loss": float(self.losses(self.target_denoiser, self._held_out).mean())}
 
-    def evaluates(self) -> str:
-        return "loss of held-out episodes" if self.hparams.held_out else ""
-
     def measurement(self) -> Callback:
         return HeldOut()
+
+    def describe(self) -> Description:
+        notes = []
+        if self.clipped:
+            notes.append(
+                f"{100 * self.clipped:.3g} % of the actions lie beyond ±{ACTION_LIMIT} of their bounds and are moved "
+                "there, as arctanh is infinite at ±1"
+            )
+        if self.split(self.trainer.datamodule.replay)[1] is None:  # type: ignore[attr-defined]
+            notes.append("too few episodes to hold one out: no evaluation loss")
+        return replace(
+            super().describe(),
+            evaluates="loss of held-out episodes" if self.hparams.held_out else "",
+            notes=notes,
+            look="python -m offpolicy.sample {folder} synthetic",
+        )

@@ -14,6 +14,7 @@ episodes are held out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.nn.critics import joined
 from offpolicy.nn.stacked import MLP
 from offpolicy.training.callbacks import HeldOut
+from offpolicy.training.description import Description
 from offpolicy.training.offline import Metrics, OfflineModule, Rate, Sizes
 
 MAX_LOG_VAR, MIN_LOG_VAR = 0.5, -10.0  # bounds at the start, of y in standard deviations
@@ -81,7 +83,6 @@ class WorldModel(OfflineModule):
     """
 
     seed_axis = False
-    look_command = 'offpolicy.load("{folder}").rollout(obs, policy, steps)'
     elite: Tensor
     target_center: Tensor
     target_scale: Tensor
@@ -190,8 +191,13 @@ class WorldModel(OfflineModule):
     def measurement(self) -> Callback:
         return HeldOut()
 
-    def evaluates(self) -> str:
-        return f"on {self.hparams.held_out:.0%} of the episodes, held out" if self.hparams.held_out else ""
+    def describe(self) -> Description:
+        share = self.hparams.held_out
+        return replace(
+            super().describe(),
+            evaluates=f"on {share:.0%} of the episodes, held out" if share else "",
+            look='offpolicy.load("{folder}").rollout(obs, policy, steps)',
+        )
 
     # -- rolling out ---------------------------------------------------------------------------------------------------
 

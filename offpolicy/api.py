@@ -236,7 +236,7 @@ def fit(
     if verbose and trainer.is_global_zero:
         seconds = time.perf_counter() - began
         resume_or_none = resume_words(result.folder, origin) if result.interrupted else None
-        look = method.look_command.format(folder=shlex.quote(str(result.folder)))
+        look = start.look.format(folder=shlex.quote(str(result.folder)))
         failed = "error" in getattr(method, "eval_row", {})
         lines = screen.last_lines(result.folder, scores, result.updates, seconds, resume_or_none, look, failed)
         print(lines, flush=True)
@@ -396,6 +396,7 @@ class Start(Callback):
 
     def __init__(self, files: RunFolder, origin: Origin, data: DataModule, options: Mapping[str, Any], verbose: bool):
         self.files, self.origin, self.data, self.options, self.verbose = files, origin, data, options, verbose
+        self.look = ""  # the command that looks at the trained method
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
@@ -410,9 +411,9 @@ class Start(Callback):
         atomic_write(command, f"{earlier}{called}  # from update {trainer.global_step}\n")
         pl_module.keep_files(folder)
         if self.verbose:
-            print(screen.first_screen(trainer, pl_module, folder, self.origin.lines), flush=True)
-            samples = pl_module.samples()
-            print(f"\n{samples}\n" if samples else "", end="", flush=True)
+            described = pl_module.describe()
+            self.look = described.look
+            print(screen.first_screen(trainer, pl_module, folder, self.origin.lines, described), flush=True)
 
 
 def python_config(method: Module, data: DataModule, max_steps: int, options: Mapping[str, Any]) -> str:

@@ -89,7 +89,6 @@ class LanguageModule(Module):
     divergence_advice = "Lower --model.lr, or give it a longer rise by --model.warmup_ratio"
     run_defaults: ClassVar[dict[str, Any]] = {"eval_every": 100, "log_every": 10}
     saved_again = False  # an evaluation changes nothing here, and weights take long to write
-    look_command = "python -m offpolicy.generate {folder}, or offpolicy.export {folder} OUT [--merge]"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -346,7 +345,8 @@ class LanguageModule(Module):
         kind = policies.base_of(self.model).config.model_type
         return "policy", f"{self.hparams.policy} ({kind}), {numbers:,} parameters, {trained:,} trained"
 
-    def notes(self) -> list[str]:
+    def precision_notes(self) -> list[str]:
+        """A sentence where the weights can hardly move."""
         dtype = next(policies.base_of(self.model).parameters()).dtype
         if dtype != torch.bfloat16 or not self.strict_loading:
             return []

@@ -28,6 +28,7 @@ from offpolicy.language.plan import RowPlan, previous_of_other_prompt
 from offpolicy.language.reference import Reference, ReferenceTable, evaluating
 from offpolicy.losses.scores import PairScores, Scores, SingleScores
 from offpolicy.training import divergence
+from offpolicy.training.description import Description
 from offpolicy.training.meter import Metrics
 
 HELD_OUT = -1  # in place of an epoch
@@ -194,31 +195,25 @@ class PreferenceModule(LanguageModule):
 
     # -- what the first screen says ------------------------------------------------------------------------------------
 
-    def facts(self) -> list[tuple[str, str]]:
+    def describe(self) -> Description:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        plan, shown = self._plan_of(), data.options.get("show", 0)
         rows = (
             []
             if "format" not in data.replay.meta
             else [(line[2:12].strip(), line[12:]) for line in report(data.replay).splitlines()[1:]]
         )
-        rows = [row for row in rows if row[0] not in ("note", "warning")] or [
-            ("rows", f"{len(self._plan_of().lengths):,}")
-        ]
-        return [*rows, self.policy_fact(), ("reference", self._reference.words)]
-
-    def batch_words(self) -> str:
+        rows = [row for row in rows if row[0] not in ("note", "warning")] or [("rows", f"{len(plan.lengths):,}")]
         split = f", {self._micro_batches} micro-batches each" if self._micro_batches > 1 else ""
-        assert self._plan is not None
-        epochs = self.trainer.max_steps / self._plan.steps_per_epoch
-        return f"{self.hparams.batch_size} rows{split}, {epochs:.3g} epochs"
-
-    def evaluates(self) -> str:
-        return "" if self.eval_table is None else f"{len(self.eval_table.needed):,} held-out rows"
-
-    def samples(self) -> str:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        shown = data.options.get("show", 0)
-        return samples(data.replay, self.tokenizer, shown) if shown and self.tokenizer is not None else ""
+        epochs = self.trainer.max_steps / plan.steps_per_epoch
+        return Description(
+            facts=[*rows, self.policy_fact(), ("reference", self._reference.words)],
+            batch=f"{self.hparams.batch_size} rows{split}, {epochs:.3g} epochs",
+            evaluates="" if self.eval_table is None else f"{len(self.eval_table.needed):,} held-out rows",
+            notes=self.precision_notes(),
+            samples=samples(data.replay, self.tokenizer, shown) if shown and self.tokenizer is not None else "",
+            look="python -m offpolicy.generate {folder}, or offpolicy.export {folder} OUT [--merge]",
+        )
 
     # -- scores --------------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from offpolicy.given import tidy
 from offpolicy.training import divergence
 from offpolicy.training.callbacks import HeldOut
 from offpolicy.training.checkpoints import KEY, plain_hparams, to_plain
+from offpolicy.training.description import Description
 from offpolicy.training.meter import Meter
 from offpolicy.training.options import RunOptions
 from offpolicy.training.seeds import checked_seeds
@@ -40,7 +41,6 @@ class Module(LightningModule):
 
     run_defaults: ClassVar[dict[str, Any]] = {}  # of `--run.*`, where they differ from those of RunOptions
     trains_on_texts: ClassVar[bool] = False
-    look_command: ClassVar[str] = "python -m offpolicy.evaluate {folder}"  # shown at the end of a run
     saved_again: ClassVar[bool] = True  # after an evaluation, which may change the method, as well as before it
     divergence_advice: ClassVar[str] = "Lower the learning rate"  # begins a sentence
     step_ended: bool = True  # false between the micro-batches of one optimiser step
@@ -132,21 +132,9 @@ class Module(LightningModule):
         """A hyperparameter that a method may leave out."""
         return getattr(self.hparams, name, default)
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Lines of the first screen about data and networks: (label, text)."""
-        return []
-
-    def notes(self) -> list[str]:
-        """Sentences for the first screen."""
-        return []
-
-    def samples(self) -> str:
-        """A few rows of the data for a person to read before training; empty for none."""
-        return ""
-
-    def evaluates(self) -> str:
-        """What an evaluation measures, in a few words; empty when there is none."""
-        return ""
+    def describe(self) -> Description:
+        """Itself in lines for the first screen; asked once training begins, on the first process."""
+        return Description()
 
     def measurement(self) -> Callback:
         """What judges the method in training."""
@@ -163,9 +151,11 @@ class Module(LightningModule):
             wait: until an accelerator has done what training gave it, which does count.
         """
 
-    def batch_words(self) -> str:
-        """What one update takes, in a few words."""
-        return f"batch size {self.option('batch_size', 256)}"
+    @property
+    def dtype_of_weights(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    # -- files of a run ------------------------------------------------------------------------------------------------
 
     def wants_checkpoint(self) -> bool:
         """Whether a checkpoint should be written now; asked after every update, on every process."""
@@ -179,10 +169,6 @@ class Module(LightningModule):
 
     def finish_files(self, folder: Path) -> None:
         """Write into the folder of a run, on the first process, what is wanted once it has trained to its end."""
-
-    @property
-    def dtype_of_weights(self) -> torch.dtype:
-        return next(self.parameters()).dtype
 
     # -- statistics over processes -------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, ClassVar, Self
 
@@ -36,6 +36,7 @@ from offpolicy.training import divergence
 from offpolicy.training.acting import ActingModule
 from offpolicy.training.callbacks import Evaluation, Interruption, RestoreSettings
 from offpolicy.training.checkpoints import KEY
+from offpolicy.training.description import Description, origin
 from offpolicy.training.drawing import Draw, draw_batches, has_dropout, seed_dropout
 from offpolicy.training.meter import Metrics
 
@@ -157,17 +158,6 @@ class OfflineModule(ActingModule):
         super().on_load_checkpoint(checkpoint)
         self.updates = checkpoint[KEY]["updates"]
 
-    def facts(self) -> list[tuple[str, str]]:
-        data, meta, sizes = self.trainer.datamodule, self.data_meta, self.sizes  # type: ignore[attr-defined]
-        renewal = getattr(data, "renewal", None)
-        replay = data.replay if renewal is None else renewal.real
-        limits = f", {sizes.max_steps} steps at most" if sizes.max_steps else ""
-        return [
-            ("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({origin(meta)})"),
-            ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
-            *([] if renewal is None else renewal.facts(self.trainer.max_steps)),
-        ]
-
     # -- steps of an update --------------------------------------------------------------------------------------------
 
     def params(self, name: str) -> list[Tensor]:
@@ -252,20 +242,6 @@ class OfflineModule(ActingModule):
         self.plan_rates(self.trainer.max_steps)
         self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self.fit_normalizer(replay)
-
-    def batch_words(self) -> str:
-        words, trainer = super().batch_words(), self.trainer
-        if self.bound is None or getattr(trainer.datamodule, "renewal", None) is not None:  # type: ignore[attr-defined]
-            return words
-        epochs = trainer.max_steps * self.option("batch_size", 256) / self.bound.count
-        return f"{words}, {epochs:,.0f} epochs" if epochs >= 10 else f"{words}, {epochs:.2g} epochs"
-
-    def evaluates(self) -> str:
-        episodes, env = self.run.eval_episodes, self.data_meta.get("env_id")
-        tasks = self.data_meta.get("tasks")
-        each = f" for each of {tasks} goals" if tasks else ""
-        each += f" by each of {len(self.seeds)} seeds" if self.seeds else ""
-        return f"{episodes} episodes of {env}{each}" if episodes and env else ""
 
     def fit_normalizer(self, replay: Replay) -> None:
         """Statistics of the rows that training draws."""
@@ -412,6 +388,29 @@ class OfflineModule(ActingModule):
     def measurement(self) -> Callback:
         return Evaluation()
 
+    def describe(self) -> Description:
+        data, meta, sizes = self.trainer.datamodule, self.data_meta, self.sizes  # type: ignore[attr-defined]
+        renewal = getattr(data, "renewal", None)
+        replay = data.replay if renewal is None else renewal.real
+        limits = f", {sizes.max_steps} steps at most" if sizes.max_steps else ""
+        size = self.option("batch_size", 256)
+        batch = f"batch size {size}"
+        if self.bound is not None and renewal is None:
+            epochs = self.trainer.max_steps * size / self.bound.count
+            batch += f", {epochs:,.0f} epochs" if epochs >= 10 else f", {epochs:.2g} epochs"
+        episodes, env, tasks = self.run.eval_episodes, meta.get("env_id"), meta.get("tasks")
+        each = f" for each of {tasks} goals" if tasks else ""
+        each += f" by each of {len(self.seeds)} seeds" if self.seeds else ""
+        return Description(
+            facts=[
+                ("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({origin(meta)})"),
+                ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
+                *([] if renewal is None else renewal.facts(self.trainer.max_steps)),
+            ],
+            batch=batch,
+            evaluates=f"{episodes} episodes of {env}{each}" if episodes and env else "",
+        )
+
     # -- Lightning: the loop -------------------------------------------------------------------------------------------
 
     def block_length(self, t: int) -> int:
@@ -488,11 +487,6 @@ class OfflineModule(ActingModule):
         speed = self._updates_timed / max(self._update_time, 1e-9)
         self._update_time, self._updates_timed = 0.0, 0
         self.log_row({"step": updates, **row, "perf/updates_per_s": speed}, updates)
-
-
-def origin(meta: Mapping[str, Any]) -> str:
-    """Where data come from, in a few words."""
-    return str(meta.get("file") or {"made": "made here"}.get(str(meta.get("source")), meta.get("source", "arrays")))
 
 
 __all__ = ["Draw", "Metrics", "OfflineModule", "Rate", "Sizes"]  # what the file of a method needs

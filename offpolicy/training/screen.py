@@ -12,6 +12,7 @@ from typing import Any
 
 import offpolicy
 from offpolicy.evaluation.scores import score_kind, simulator_version
+from offpolicy.training.description import Description
 
 LABEL = 10  # width of the labels
 
@@ -20,7 +21,9 @@ def line(label: str, text: str) -> str:
     return f"  {label:<{LABEL}}{text}"
 
 
-def first_screen(trainer: Any, method: Any, folder: Path, extra: list[str]) -> str:
+def first_screen(
+    trainer: Any, method: Any, folder: Path, extra: list[str], described: Description | None = None
+) -> str:
     """What will happen, in lines; shown once the data are open and the settings chosen.
 
     Args:
@@ -28,6 +31,7 @@ def first_screen(trainer: Any, method: Any, folder: Path, extra: list[str]) -> s
         method: the module being trained.
         folder: of the run.
         extra: further lines, after that of the method.
+        described: what the method says of itself; None asks it.
     """
     meta, now, total = method.data_meta, trainer.global_step, trainer.max_steps
     device = str(trainer.strategy.root_device)
@@ -38,21 +42,22 @@ def first_screen(trainer: Any, method: Any, folder: Path, extra: list[str]) -> s
     if trainer.world_size > 1:
         device = f"{trainer.world_size} processes on {device}"
     threads, matmul = settings_in_use(method)
-    what = method.evaluates()
+    described = described or method.describe()
     which = f"seeds {', '.join(map(str, method.seeds))}" if method.seeds else f"seed {method.seed}"
     when = f"every {method.run.eval_every:,} updates" if method.run.eval_every else "after the last update"
     start = f"continuing at update {now:,} of {total:,}" if now else "new"
     lines = [
         f"{type(method).__name__} on {meta.get('name', 'data')}, {which}",
-        *(line(label, text) for label, text in method.facts()),
+        *(line(label, text) for label, text in described.facts),
         *extra,
-        line("updates", f"{total:,} of {method.batch_words()}"),
-        line("evaluate", f"{when}, {what}" if what else "none"),
+        line("updates", f"{total:,} of {described.batch}"),
+        line("evaluate", f"{when}, {described.evaluates}" if described.evaluates else "none"),
         line("device", f"{device}, precision {trainer.precision}, threads {threads}, matmul {matmul}"),
         line("folder", f"{folder} ({start})"),
     ]
-    notes = [str(text) for key in ("notes", "warnings") for text in meta.get(key) or []] + method.notes()
-    return "\n".join(lines + [line("note", text) for text in notes])
+    notes = [str(text) for key in ("notes", "warnings") for text in meta.get(key) or []] + [*described.notes]
+    samples = ["", described.samples] if described.samples else []
+    return "\n".join([*lines, *(line("note", text) for text in notes), *samples])
 
 
 def settings_in_use(method: Any) -> tuple[int, str]:

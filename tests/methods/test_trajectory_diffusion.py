@@ -113,7 +113,7 @@ def test_few_episodes_give_no_evaluation_and_a_note() -> None:
     module = method("TrajectoryDiffusion")
     fit(module, toy_replay([10] * 5), 5)
     assert not module.eval_row
-    assert module.notes() == ["too few episodes to hold one out: no evaluation loss"]
+    assert module.describe().notes == ["too few episodes to hold one out: no evaluation loss"]
 
 
 def test_clipped_actions_are_noted() -> None:
@@ -121,7 +121,7 @@ def test_clipped_actions_are_noted() -> None:
     replay.steps["action"][:] = 2.0
     module = method("TrajectoryDiffusion")
     fit(module, replay, 5)
-    assert "100 % of the actions lie beyond ±0.999" in module.notes()[0]
+    assert "100 % of the actions lie beyond ±0.999" in module.describe().notes[0]
 
 
 def test_it_learns_what_follows() -> None:

@@ -45,6 +45,7 @@ from offpolicy.language.rl.solving import solve
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Tokens, Totals
 from offpolicy.training import divergence
 from offpolicy.training.callbacks import Interruption, RunFolder
+from offpolicy.training.description import Description
 from offpolicy.trust import names_in, speaking, trusting
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,6 @@ class RolloutModule(LanguageModule):
     """
 
     preset: ClassVar[Mapping[str, Any]] = {}
-    look_command = "python -m offpolicy.evaluate {folder}, or offpolicy.export {folder} OUT [--merge]"
 
     def __init__(
         self,
@@ -377,27 +377,28 @@ class RolloutModule(LanguageModule):
 
     # -- what the first screen says ------------------------------------------------------------------------------------
 
-    def facts(self) -> list[tuple[str, str]]:
-        meta = self.problems.meta
+    def describe(self) -> Description:
+        h, meta, held_out = self.hparams, self.problems.meta, self.eval_problems
         lengths = ", ".join(f"{role} {'/'.join(map(str, q))}" for role, q in meta.get("lengths", {}).items())
-        return [
-            ("problems", f"{meta.get('problems', 0):,}, {meta.get('demonstrations', 0):,} with a demonstration"),
-            ("tokens", f"{lengths} (median/95 %/largest), answers up to {self.answering.length}"),
-            ("reward", ", ".join(self.answering.rewards.names)),
-            self.policy_fact(),
-        ]
-
-    def batch_words(self) -> str:
-        h = self.hparams
-        return (
-            f"{h.batch_size} answers; an iteration has {self.rows_per_iteration}, {h.group_size} to a problem, and "
-            f"{h.minibatches * h.sweeps} update{'s' if h.minibatches * h.sweeps > 1 else ''}"
+        return Description(
+            facts=[
+                ("problems", f"{meta.get('problems', 0):,}, {meta.get('demonstrations', 0):,} with a demonstration"),
+                ("tokens", f"{lengths} (median/95 %/largest), answers up to {self.answering.length}"),
+                ("reward", ", ".join(self.answering.rewards.names)),
+                self.policy_fact(),
+            ],
+            batch=(
+                f"{h.batch_size} answers; an iteration has {self.rows_per_iteration}, {h.group_size} to a problem, and "
+                f"{h.minibatches * h.sweeps} update{'s' if h.minibatches * h.sweeps > 1 else ''}"
+            ),
+            evaluates="" if held_out is None else f"{len(held_out.tables['problems']):,} held-out problems",
+            notes=self.precision_notes(),
+            samples=self.samples(),
+            look="python -m offpolicy.evaluate {folder}, or offpolicy.export {folder} OUT [--merge]",
         )
 
-    def evaluates(self) -> str:
-        return "" if self.eval_problems is None else f"{len(self.eval_problems.tables['problems']):,} held-out problems"
-
     def samples(self) -> str:
+        """A few problems for a person to read."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         problems, lines = self.problems, []
         for number in range(min(data.options.get("show", 0), len(problems.tables["problems"]))):
