@@ -303,9 +303,9 @@ def test_a_sound_folder_opens_as_it_was_written(folder: Path) -> None:
 
 
 def test_large_folders_are_looked_at_in_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from offpolicy.data import recheck, stored
+    from offpolicy.data import recheck, store
 
-    monkeypatch.setattr(stored, "READ_THROUGH", 100)
+    monkeypatch.setattr(store, "READ_THROUGH", 100)
     monkeypatch.setattr(recheck, "READ_THROUGH", 100)
     obs = np.full((300, 3), np.nan, np.float32)
     refused(saved(tmp_path, obs=obs), "`obs` has NaN or infinite values near row 0")
