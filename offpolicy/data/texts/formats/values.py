@@ -1,0 +1,124 @@
+"""Values of single columns: prompts, answers, numbers, and what rows say to the chat template."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from offpolicy.data.texts.formats.source import Source
+from offpolicy.data.texts.messages import Fault, WrongType, blank, read_prompt, shorten, turn_key, unpack_lists
+from offpolicy.data.texts.tokens import Message, Text
+from offpolicy.errors import DataError
+
+NUMBERS = ("score_chosen", "score_rejected", "weight")
+
+
+def typed_column(source: Source, ours: str, theirs: str) -> list[Any]:
+    """A column, with lists that stand as text read, and numbers too where all values are text."""
+    values = source.column(theirs)
+    if ours in ("completions", "scores"):
+        return unpack_lists(values)
+    if source.text_only and ours in (*NUMBERS, "label"):
+        return [_number(value) for value in values]
+    return values
+
+
+def _number(text: Any) -> Any:
+    """The number or truth value that a text is; None for no text, and other text as it is."""
+    words = {"true": True, "false": False, "": None}
+    plain = str(text).strip().lower()
+    if plain in words:
+        return words[plain]
+    try:
+        return float(plain)
+    except ValueError:
+        return text
+
+
+def prompt_in(values: Mapping[str, Any], name: str, chat: bool) -> Text:
+    """The prompt in the column ``name``; with ``chat`` as turns, after the system message of the row."""
+    return read_prompt(values[name], name, chat=chat, system=values.get("system"))
+
+
+def checked_answer(prompt: Text, answer: Text, name: str, chat: bool, apart: bool) -> Text:
+    """An answer that is one: text, or with ``chat`` turns that the assistant ends.
+
+    Args:
+        prompt: what it answers.
+        answer: as read.
+        name: of the column.
+        chat: whether rows are messages.
+        apart: whether the prompt stands in a column of its own, so that an answer that begins with it repeats it.
+
+    Raises:
+        Fault: it says nothing, repeats the prompt, or holds turns of others.
+    """
+    if not chat:
+        if blank(answer):
+            raise Fault(name, "empty", answer)
+        return answer
+    turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    if not turns or blank(turns[-1:]):
+        raise Fault(name, "empty", turns)
+    asked = cast(list[Message], prompt)
+    if apart and [*map(turn_key, turns[: len(asked)])] == [*map(turn_key, asked)]:
+        raise Fault(name, "repeated", turns[0])
+    if turns[-1]["role"] != "assistant":
+        raise Fault(name, "last_role", turns[-1])
+    if any(m["role"] in ("user", "system") for m in turns):
+        raise Fault(name, "other_turn", turns)
+    return turns
+
+
+def numbers_in(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """The numbers in those of the columns that are there. Raises :class:`Fault` for what is none."""
+    facts = {}
+    for name in names:
+        if name not in values:
+            continue
+        value = values[name]
+        if value is None or not isinstance(value, int | float) or not math.isfinite(value):
+            raise Fault(name, "nan", "None" if value is None else value)
+        if name == "weight" and value < 0:
+            raise Fault(name, "negative", value)
+        facts[name] = float(value)
+    return facts
+
+
+def label_of(value: Any, column: str) -> float:
+    """Whether an answer is wanted, 1 or 0; ``column`` is the source's, for messages."""
+    if value is None:
+        raise Fault("label", "label", "None")
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise DataError(
+            f"`{column}` holds {shorten(value)}; expected true for a wanted and false for an unwanted "
+            "answer. Convert the column."
+        )
+    return float(value)
+
+
+def template_options(values: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """What a row says to the chat template: tools, and arguments of its own."""
+    options = _object(values.get("chat_template_kwargs"), "chat_template_kwargs", row)
+    if options and not isinstance(options, Mapping):
+        raise WrongType(f"`chat_template_kwargs` is {shorten(options)}; expected an object. Correct it.")
+    result = {k: v for k, v in (options or {}).items() if v is not None}
+    tools = _object(values.get("tools"), "tools", row)
+    tools = [tools] if isinstance(tools, Mapping) else tools
+    if tools and not isinstance(tools, list):
+        raise WrongType(f"`tools` is {shorten(tools)}; expected a list of objects. Correct it.")
+    if tools:
+        result["tools"] = [_object(tool, "tools", row) for tool in tools]
+    return result
+
+
+def _object(value: Any, name: str, row: int) -> Any:
+    """A value that may stand as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        raise DataError(f"`{name}` of row {row} is {shorten(value)}; expected JSON. Correct it.") from None
