@@ -26,7 +26,8 @@ from offpolicy.compute.processes import ProcessLost, claimed, end_together, is_l
 from offpolicy.data.module import DataModule
 from offpolicy.data.names import resolve
 from offpolicy.data.replay import Replay
-from offpolicy.diffusion.pool import Pool, sample
+from offpolicy.diffusion.drawing import sample
+from offpolicy.diffusion.pool import Pool
 from offpolicy.environments.make import EVAL_SEED
 from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.evaluation.order import make_order

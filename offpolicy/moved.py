@@ -37,7 +37,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.data.validate": ("offpolicy.data.report", "offpolicy.data.raw"),
     "offpolicy.diffusion": ("offpolicy.diffusion.sampler",),
     "offpolicy.entry": ("offpolicy.cli.entry",),
-    "offpolicy.evaluation.synthetic": ("offpolicy.diffusion.measures",),
+    "offpolicy.evaluation.synthetic": ("offpolicy.diffusion.measures", "offpolicy.evaluation.simulators"),
     "offpolicy.goals": ("offpolicy.training.goals",),
     "offpolicy.language.answering": ("offpolicy.language.rl.answering",),
     "offpolicy.language.critic": ("offpolicy.language.rl.critic",),
@@ -77,9 +77,8 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.optim": ("offpolicy.compute.optim",),
     "offpolicy.options": ("offpolicy.training.options", "offpolicy.data.renewal", "offpolicy.given"),
     "offpolicy.screen": ("offpolicy.training.screen",),
-    "offpolicy.synthetic": ("offpolicy.diffusion.pool",),
+    "offpolicy.synthetic": ("offpolicy.diffusion.pool", "offpolicy.diffusion.drawing", "offpolicy.diffusion.opening"),
 }
-
 RENAMED = {  # name of version 0.1 → where it is now under another name
     "offpolicy.language.engines.choose": "offpolicy.language.rl.engines.draw_scored",
     "offpolicy.language.engines.uniforms": "offpolicy.language.rl.engines.answer_uniforms",
@@ -89,6 +88,8 @@ RENAMED = {  # name of version 0.1 → where it is now under another name
     "offpolicy.language.reference.Table": "offpolicy.language.reference.ReferenceTable",
     "offpolicy.losses.policy_terms.TokenMean": "offpolicy.losses.policy.means.StepTokenMean",
     "offpolicy.losses.policy_terms.choose": "offpolicy.errors.check_choice",
+    "offpolicy.synthetic.Plan": "offpolicy.diffusion.drawing.TrajectoryPlan",
+    "offpolicy.synthetic.draw": "offpolicy.diffusion.drawing.draw_trajectories",
 }
 SPLIT = {  # class of version 0.1 that became several → the one that a class which extends it directly extends now
     "offpolicy.language.module.LanguageModule": "offpolicy.language.preference.PreferenceModule",

@@ -45,10 +45,6 @@ FLOORS: list[set[str]] = [
         "offpolicy.sample",
     },
 ]
-# Imports that are still to be cut: (the file, what it imports).
-ALLOWED = {
-    ("offpolicy.diffusion.pool", "offpolicy.api"),
-}
 PACKAGES = ("offpolicy", "lightning_modules", "datasets_cfg")
 
 
@@ -86,10 +82,7 @@ def graph(files: dict[str, Path]) -> dict[str, set[str]]:
     edges = {
         name: {resolve(target, files) for target in imported(path.read_text("utf-8"))} for name, path in files.items()
     }
-    return {
-        name: {target for target in targets if target and target != name and (name, target) not in ALLOWED}
-        for name, targets in edges.items()
-    }
+    return {name: {target for target in targets if target and target != name} for name, targets in edges.items()}
 
 
 GRAPH = graph(modules())

@@ -76,7 +76,7 @@ def agent(args: argparse.Namespace, method: str, source: str, guidance: float, s
 
 def measures(args: argparse.Namespace, method: str, policy_run: Path, world_run: Path) -> Comparison:
     """Real data, synthetic ones by coefficient, and roll-outs in the world model, under one policy."""
-    from offpolicy.diffusion.pool import sample
+    from offpolicy.diffusion.drawing import sample
 
     real = offpolicy.load_data(args.data).replay
     policy, world, model = (offpolicy.load(run) for run in (policy_run, world_run, args.model))

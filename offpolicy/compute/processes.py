@@ -91,11 +91,27 @@ def is_loss(error: BaseException) -> bool:
     """Whether an error says that another process of the run is gone."""
     import torch
 
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    if rank_and_world()[1] == 1:
         return False
     text = str(error).lower()
-    return isinstance(error, getattr(distributed, "DistError", ())) or any(words in text for words in GONE)
+    return isinstance(error, getattr(torch.distributed, "DistError", ())) or any(words in text for words in GONE)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process, and how many work together."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def wait_for_all() -> None:
+    """Go on once all processes that work together have come here."""
+    from torch import distributed
+
+    if rank_and_world()[1] > 1:
+        distributed.barrier()
 
 
 def stop_watching() -> None:
@@ -110,9 +126,5 @@ def stop_watching() -> None:
 
 def end_together() -> None:
     """Wait for the other processes of a run, so that none is gone while the first still writes."""
-    import torch
-
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        with contextlib.suppress(RuntimeError):
-            distributed.barrier()
+    with contextlib.suppress(RuntimeError):
+        wait_for_all()

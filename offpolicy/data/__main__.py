@@ -257,7 +257,7 @@ def _compare(options: argparse.Namespace) -> None:
     policy = None
     with trusting(options.trust):
         if options.policy:
-            from offpolicy.diffusion.pool import open_method
+            from offpolicy.diffusion.opening import open_method
 
             policy = open_method(options.policy)
         real, *sets = (open_source(target) for target in targets)

@@ -5,7 +5,7 @@ true simulator thinks of the transitions, how far from the data they lie, and ho
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from offpolicy.compute.generators import isolated_rng
 from offpolicy.data.columns import to_numpy
 from offpolicy.data.neighbors import NeighborIndex
 from offpolicy.data.normalize import Normalizer, mean_std
@@ -22,107 +21,13 @@ from offpolicy.data.sampling import permutation
 from offpolicy.data.sizes import Sizes
 from offpolicy.environments.wrappers import NoEnvironment
 from offpolicy.errors import DataError, UsageError, check_range
-from offpolicy.evaluation.rollout import Evaluator
+from offpolicy.evaluation.simulators import Simulator
 from offpolicy.files import atomic_write
 
 ROWS = 4000  # of each set, unless told
 LEVELS = (1, 5, 25, 50, 75, 95, 99)  # per cent
 SHOWN = 12  # columns in the printed table of quantiles, those that differ most
 REGENERATION_ROWS, NOVELTY_ROWS = 2000, 500  # of a pool in training
-Put = Callable[[np.ndarray], np.ndarray]
-
-
-# -- the true simulator ------------------------------------------------------------------------------------------------
-
-
-class Simulator:
-    """One step of the true environment from the state that an observation encodes.
-
-    The absolute place of a walking robot is not in its observation and is set to 0. Velocities that an environment
-    clips in its observations (Hopper, Walker2d: ±10) are taken as observed, so that real transitions have an error
-    there too.
-
-    Args:
-        meta: of the real replay.
-        sizes: ``obs_dim`` and ``action_dim`` of the data.
-
-    Raises:
-        NoEnvironment: none here, or one whose observations do not tell the state.
-    """
-
-    def __init__(self, meta: Mapping[str, Any], sizes: Any) -> None:
-        self._evaluator = Evaluator(meta, sizes, episodes=1)
-        self.env = self._evaluator.envs[0].unwrapped
-        options = dict(self._evaluator._options[0] or {})
-        with isolated_rng(0):
-            start = self._evaluator.flat(self._evaluator.envs[0].reset(seed=0, options=options or None)[0])
-        put = _putter(self.env, len(start))
-        if put is None or not np.allclose(put(start), start, atol=1e-6):
-            self.close()
-            raise NoEnvironment(f"The observations of {meta['env_id']} do not tell its state: no dynamics error.")
-        self._put: Put = put
-        self._rewards = True
-        if hasattr(self.env, "point_env"):
-            self._rewards = "goal_cell" in options
-            if self._rewards:  # its centre, as in the data; a reset moves it at random
-                self.env.goal = self.env.maze.cell_rowcol_to_xy(np.asarray(options["goal_cell"]))
-
-    def step(self, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Next observation (n, O) and reward (n,) (NaN where it is unknown) of obs (n, O) and action (n, A), float64.
-
-        Actions in environment units.
-        """
-        next_obs, reward = np.empty(obs.shape, np.float64), np.full(len(obs), np.nan)
-        for i, (state, force) in enumerate(zip(obs.astype(np.float64), action)):
-            self._put(state)
-            next_obs[i], gained = self._move(force)
-            if self._rewards:
-                reward[i] = gained
-        return next_obs, reward
-
-    def play(self, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
-        """The observations (T, O) after each of the actions (T, A), from the state of one observation (O,)."""
-        self._put(obs.astype(np.float64))
-        return np.stack([self._move(force)[0] for force in action])
-
-    def _move(self, action: np.ndarray) -> tuple[np.ndarray, float]:
-        observation, reward, *_ = self.env.step(action.astype(self.env.action_space.dtype))
-        return self._evaluator.flat(observation), float(reward)
-
-    def close(self) -> None:
-        self._evaluator.close()
-
-
-def _putter(env: Any, width: int) -> Put | None:
-    """What puts an environment into the state of an observation and returns the observation there; None if unknown."""
-    if hasattr(env, "point_env"):
-        inner = env.point_env
-        split = inner.model.nq
-
-        def place(obs: np.ndarray) -> np.ndarray:
-            inner.set_state(obs[:split], obs[split:])
-            return inner._get_obs()[0]
-
-        return place
-    if all(hasattr(env, name) for name in ("set_state", "model", "_get_obs")):
-        split, hidden = env.model.nq, env.model.nq + env.model.nv - width
-        if not 0 <= hidden <= 2:  # root coordinates that the observation leaves out
-            return None
-
-        def pose(obs: np.ndarray) -> np.ndarray:
-            full = np.concatenate([np.zeros(hidden), obs])
-            env.set_state(full[:split], full[split:])
-            return env._get_obs()
-
-        return pose
-    if type(env).__name__ == "PendulumEnv":
-
-        def swing(obs: np.ndarray) -> np.ndarray:
-            env.state = np.array([np.arctan2(obs[1], obs[0]), obs[2]])
-            return env._get_obs()
-
-        return swing
-    return None
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class Evaluator:
         self.episodes = episodes * (self.tasks or 1)
         self.seed = seed
         options = [{"task_id": k + 1} for k in range(self.tasks)] or meta.get("reset_options")
-        self._options: list[Mapping[str, Any] | None] = (
+        self.reset_options: list[Mapping[str, Any] | None] = (
             list(options) if isinstance(options, (list, tuple)) else [options]
         )
         self._keys = [str(key).split("/") for key in meta.get("obs_keys") or []]
@@ -149,7 +149,7 @@ class Evaluator:
             for i in range(n)
         ]
         for i, episode in enumerate(episodes):
-            info = episode.reset(self._options[(first + i) % len(self._options)], obs[i])
+            info = episode.reset(self.reset_options[(first + i) % len(self.reset_options)], obs[i])
             if goals is not None:
                 if "goal" not in info:
                     raise episode.refuse("gave no goal", f'info["goal"], as its data come with {self.tasks} tasks')

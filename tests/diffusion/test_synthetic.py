@@ -19,8 +19,8 @@ from offpolicy.cli.parser import parse, run_command
 from offpolicy.data.module import DataModule
 from offpolicy.data.renewal import SyntheticOptions
 from offpolicy.data.replay import Replay
-from offpolicy.diffusion import pool as synthetic
-from offpolicy.diffusion.pool import sample
+from offpolicy.diffusion import drawing
+from offpolicy.diffusion.drawing import sample
 from offpolicy.diffusion.sampler import to_replay
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
@@ -106,7 +106,7 @@ def test_an_interrupted_call_goes_on(model: Path, tmp_path: Path) -> None:
 
 def test_large_replays_are_put_together_on_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sample(model, tmp_path / "small", trajectories=20, batch_size=8)
-    monkeypatch.setattr(synthetic, "IN_MEMORY", 100)
+    monkeypatch.setattr(drawing, "IN_MEMORY", 100)
     mapped = sample(model, tmp_path / "large", trajectories=20, batch_size=8)
     assert mapped.is_mapped and mapped.fingerprint() == whole.fingerprint()
 

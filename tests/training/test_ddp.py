@@ -19,7 +19,7 @@ from toy_generator import pool, toy_model, versions
 
 import offpolicy
 from offpolicy.data.replay import Replay
-from offpolicy.diffusion.pool import sample
+from offpolicy.diffusion.drawing import sample
 from offpolicy.errors import UsageError
 from offpolicy.evaluation.rollout import Evaluator
 from offpolicy.files import Table
