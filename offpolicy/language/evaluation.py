@@ -24,7 +24,7 @@ def evaluate(method: Any) -> dict[str, float]:
     """Means of loss and metrics over the held-out rows of a method in training."""
     table, rows = method.eval_table, method.eval_table.needed
     rows = rows[np.argsort(-table.texts.lengths[rows].sum(1), kind="stable")]
-    world, rank = method.world_size, method.global_rank if method.world_size > 1 else 0
+    world, rank = method.world_size, method.process_rank
     padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % world)])
     counted = (np.arange(len(padded)) < len(rows)).astype(np.float64)
     mine, real = padded[rank::world], torch.from_numpy(counted[rank::world]).to(method.device)

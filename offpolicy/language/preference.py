@@ -270,7 +270,7 @@ class PreferenceModule(LanguageModule):
         """Mean log-ratio of answers under other prompts over the rows (B,) of a step, which have these shares, 0-d."""
         epoch = HELD_OUT if table is self.eval_table else self._plan_of().place(self.global_step)[0]
         other = self._mismatched[epoch]
-        world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
+        world, rank = self.world_size, self.process_rank
         padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % world)])
         shares = torch.from_numpy(np.pad(share, (0, len(padded) - len(rows)))[rank::world])
         mine, total = padded[rank::world], torch.zeros((), dtype=torch.float64, device=self.device)
@@ -298,7 +298,7 @@ class PreferenceModule(LanguageModule):
             self._means = self.step_means(table, plan.rows(t))
         means = self._means
         assert means is not None
-        world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
+        world, rank = self.world_size, self.process_rank
         rows = plan.slot(t, j * world + rank)
         real = len(rows) > 0
         rows = rows if real else plan.rows(t)[-1:]  # every process runs the same number of forward passes

@@ -92,7 +92,7 @@ class Reference:
             self._check_other(model, name, tables)
             digest = policies.weights_digest(model)
         began, folder = time.perf_counter(), cache_folder(h.ref_cache)
-        rank, world = method.global_rank if method.world_size > 1 else 0, method.world_size
+        rank, world = method.process_rank, method.world_size
         computed = 0
         for table in tables:
             cache = Cache(folder, self._parts(model, digest, table.texts))

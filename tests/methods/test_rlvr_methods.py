@@ -35,8 +35,8 @@ class Stores(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         k = pl_module.iteration
-        self.seen[k], self.taken[k] = trainer.datamodule.rollouts, list(pl_module._steps)
-        self.begins[k] = pl_module._first_step
+        self.seen[k], self.taken[k] = trainer.datamodule.rollouts, list(pl_module.course.steps)
+        self.begins[k] = pl_module.course.first_step
 
 
 def reference_policy(policy: Path) -> Any:
@@ -316,7 +316,7 @@ def test_dropout_is_no_part_of_what_the_policy_thought(policy: Path) -> None:
     """Log-probabilities of the behaviour are those of the whole policy, which drew the answers."""
     pytest.importorskip("peft")
     module = fit(method("GRPO", policy, lora_rank=2, lora_dropout=0.5, lr=0.1), 3, held_out=False)
-    steps = module._rollouts.store.steps
+    steps = module.course.rollouts.store.steps
     assert module.iteration == 2
     np.testing.assert_allclose(steps["logp"], steps["sampler_logp"], atol=1e-4)
 

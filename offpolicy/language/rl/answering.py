@@ -95,7 +95,7 @@ class Answering:
         problems = self._next_problems(groups, seen)
         given = table[problems, 1]
         shown = (given >= 0) & (h.demonstrations > 0)
-        world, rank = method.world_size, method.global_rank if method.world_size > 1 else 0
+        world, rank = method.world_size, method.process_rank
         mine = np.arange(rank, groups, world)
         requests = [
             Request(token_ids(self.problems, table[problems[i], 0]), int(i), h.group_size - int(shown[i])) for i in mine
@@ -136,9 +136,6 @@ class Answering:
         }
         for name in made[0]["parts"]:
             episodes[f"reward/{name}"] = np.asarray([row["parts"][name] for row in made], np.float32)
-        objective = self.method.objective
-        if not objective.uses_critic:
-            episodes["advantage"] = objective.advantages(rewards, torch.from_numpy(group), own).numpy()
         logp = column["logp"]
         steps = {"logp": logp, "sampler_logp": logp}
         store = store_of.make_store(column["token"], steps, episodes, self.problems.steps["token"].dtype)

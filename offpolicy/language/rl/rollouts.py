@@ -7,6 +7,17 @@ schedules of the papers follow.
 
 Everything is a function of (seed, iteration) and the weights at its start, and every process holds the whole store, so
 a run goes on exactly from anywhere, and two processes learn what one does.
+
+Where it is told, in the order of an iteration::
+
+    iteration.py   how many groups are fresh and replayed, which rows each step takes, where the run stands
+    answering.py   the policy answers problems, by an engine (engines.py), and rewards.py judges the answers
+    advantages.py  rewards become the advantage of an answer, or by a critic (critic.py) of a token
+    scoring.py     log-probabilities of the answers under π_k and the base, and which old answers may stay
+    rollouts.py    ``roll_out`` puts these in their order; ``tokens`` hands a step its micro-batch
+
+How a token gets its advantage: the formula is in ``losses/advantages.py``, ``advantages.py`` applies it to the answers
+of an iteration, and ``RolloutModule.tokens`` below gives it to the loss (``losses/policy_gradient.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +26,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,8 +48,10 @@ from offpolicy.language.layout import Layout, TokenScores, group_layout, score_t
 from offpolicy.language.meters import SumMeter
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import evaluating
+from offpolicy.language.rl.advantages import from_groups
 from offpolicy.language.rl.answering import Answering, Stopped
 from offpolicy.language.rl.critic import CRITICS, Critic
+from offpolicy.language.rl.iteration import Course, Shape, replayed_now, sweeps_of
 from offpolicy.language.rl.records import Recorder
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.solving import solve
@@ -184,14 +197,8 @@ class RolloutModule(LanguageModule):
             self.objective = self.compose()
         self.meter = SumMeter()
         self.critic: Any = None
-        self.iteration = 0  # the one whose steps are being made
-        self.generated = 0  # answers written so far
-        self._problems_seen = 0
-        self._first_step = 0  # of the iteration
-        self._steps: list[np.ndarray] = []  # rows of each of its steps
-        self._rollouts: BoundRollouts | None = None
+        self.course = Course()
         self._recorder: Recorder | None = None
-        self._facts: dict[str, list[float]] = {}  # of iterations since the last row: sum, count
         self._saved = 0.0
         self.answering: Answering = None  # type: ignore[assignment]
         self.scoring: Scoring = None  # type: ignore[assignment]
@@ -284,8 +291,10 @@ class RolloutModule(LanguageModule):
         return optimizer
 
     @property
-    def rows_per_iteration(self) -> int:
-        return self.hparams.batch_size * self.hparams.minibatches
+    def shape(self) -> Shape:
+        """Groups and steps of an iteration."""
+        h = self.hparams
+        return Shape(h.batch_size, h.group_size, h.minibatches, h.replay_window, self.mixture)
 
     def planned_steps(self, data: DataModule) -> int | None:
         h = self.hparams
@@ -296,18 +305,7 @@ class RolloutModule(LanguageModule):
 
     def schedule(self) -> Iterator[tuple[int, int]]:
         """Optimiser steps, and problems answered, after every iteration, as long as no answers are forgotten early."""
-        h, steps = self.hparams, 0
-        fresh: list[int] = []  # groups of each iteration
-        for k in count(1):
-            fraction, sweeps = self.mixture(k)
-            old = min(self._replayed_groups(fraction), sum(fresh[-h.replay_window :]))
-            steps += h.minibatches * (sweeps if old or not fraction else 1)
-            fresh.append(self.rows_per_iteration // h.group_size - old)
-            yield steps, sum(fresh)
-
-    def _replayed_groups(self, fraction: float) -> int:
-        """Groups of an iteration that are not fresh; the rest, (1 − p)·B answers, is."""
-        return round(fraction * self.rows_per_iteration / self.hparams.group_size)
+        return self.shape.schedule()
 
     def held_out(self) -> dict[str, float]:
         return {} if self.eval_problems is None else solve(self)
@@ -333,6 +331,16 @@ class RolloutModule(LanguageModule):
             )
 
     @property
+    def iteration(self) -> int:
+        """The iteration whose steps are being made, from 1; 0 before the first."""
+        return self.course.iteration
+
+    @property
+    def generated(self) -> int:
+        """Answers written so far."""
+        return self.course.generated
+
+    @property
     def problems(self) -> Replay:
         """What the policy is asked."""
         return self.answering.problems
@@ -353,21 +361,14 @@ class RolloutModule(LanguageModule):
 
     def extra_state(self) -> dict[str, Any]:
         return super().extra_state() | {
-            "iteration": self.iteration,
-            "first_step": self._first_step,
-            "steps": len(self._steps),
-            "problems_seen": self._problems_seen,
-            "generated": self.generated,
-            "facts": self._facts,
+            **self.course.state_dict(),
             "objective": self._of_all_processes(self.objective.own.state_dict()),
             **({} if self.scoring is None else self.scoring.state_dict()),
         }
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         super().load_extra_state(state)
-        self.iteration, self._first_step = state["iteration"], state["first_step"]
-        self._problems_seen, self.generated = state["problems_seen"], state["generated"]
-        self._facts = {name: list(pair) for name, pair in state["facts"].items()}
+        self.course.load_state_dict(state)
         parts = state.get("objective") or [{}]  # of each process; checkpoints of earlier versions have none
         without = self.objective.own.load_state_dict(parts[self.global_rank if self.global_rank < len(parts) else 0])
         if without:
@@ -388,7 +389,7 @@ class RolloutModule(LanguageModule):
                 self.policy_fact(),
             ],
             batch=(
-                f"{h.batch_size} answers; an iteration has {self.rows_per_iteration}, {h.group_size} to a problem, and "
+                f"{h.batch_size} answers; an iteration has {self.shape.answers}, {h.group_size} to a problem, and "
                 f"{h.minibatches * h.sweeps} update{'s' if h.minibatches * h.sweeps > 1 else ''}"
             ),
             evaluates="" if held_out is None else f"{len(held_out.tables['problems']):,} held-out problems",
@@ -416,12 +417,13 @@ class RolloutModule(LanguageModule):
         super().on_train_start()
         self._saved = time.monotonic()
         store = self.trainer.datamodule.rollouts  # type: ignore[attr-defined]
-        self._steps, self._rollouts = [], None
         self._recorder = None
         if self.hparams.record and self.trainer.is_global_zero:
             self._recorder = Recorder(Path(self.trainer.default_root_dir) / "records.jsonl", self.iteration)
-        if store is not None and self.iteration:
-            self._go_on(store)
+        self.course.lay_out([], None)
+        if store is not None and self.iteration:  # a checkpoint stopped in the middle of an iteration
+            old = replayed_now(store, self.iteration, self.shape, self.seed or 0)
+            self.course.lay_out(self._plan_steps(store, self.iteration, old), BoundRollouts(self.problems, store))
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -430,7 +432,7 @@ class RolloutModule(LanguageModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         super().on_train_batch_start(batch, batch_idx)
-        if self.global_step < self._first_step + len(self._steps):
+        if not self.course.is_over(self.global_step):
             return None
         self.check_finite()  # before answers are drawn
         try:
@@ -445,30 +447,25 @@ class RolloutModule(LanguageModule):
         Raises:
             Stopped: the user wants to stop; nothing has changed.
         """
-        h, k, began = self.hparams, self.iteration + 1, time.perf_counter()
+        k, began, course, shape = self.iteration + 1, time.perf_counter(), self.course, self.shape
         fraction, sweeps = self.mixture(k)
         self.answering.engine.sync(self.model, k)
         with evaluating(self.model), self.precision_context():
             store = self.before_iteration(k, store)
-            wanted = self._replayed_groups(fraction)
-            store, old = self.scoring.admit(self.problems, store, wanted, sweeps, k)
-            mixed = len(old[0]) > 0
-            old = old if mixed or not fraction else old[:1]
-            groups = self.rows_per_iteration // h.group_size - len(old[0])
-            fresh, facts = self.answering.fresh(k, groups, self._problems_seen)
+            store, old = self.scoring.admit(self.problems, store, shape.replayed(fraction), sweeps, k)
+            groups = shape.groups - len(old[0])
+            fresh, facts = self.answering.fresh(k, groups, course.problems_seen)
+            if not self.objective.uses_critic:
+                fresh.episodes["advantage"] = from_groups(self.objective, fresh)
             store = store_of.joined(store, fresh)
-            steps = self._plan_steps(store, k, old)
+            steps = self._plan_steps(store, k, sweeps_of(old, len(old[0]) > 0, fraction))
             store = self.scoring.score(BoundRollouts(self.problems, store), steps, k)
         store.version = k
-        self._problems_seen += groups
         written = int((fresh.episodes["source"] == OWN).sum())
-        self.generated += written
-        self.iteration, self._first_step = k, self.global_step
-        self._steps, self._rollouts = steps, BoundRollouts(self.problems, store)
-        facts |= {"answers/fresh": float(written), "perf/rollout_seconds": time.perf_counter() - began}
-        for name, value in facts.items():
-            pair = self._facts.setdefault(name, [0.0, 0.0])
-            pair[0], pair[1] = pair[0] + value, pair[1] + 1.0
+        course.problems_seen, course.generated = course.problems_seen + groups, course.generated + written
+        course.iteration, course.first_step = k, self.global_step
+        course.lay_out(steps, BoundRollouts(self.problems, store))
+        course.note(facts | {"answers/fresh": float(written), "perf/rollout_seconds": time.perf_counter() - began})
         return store
 
     def _plan_steps(self, store: Replay, k: int, old: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -481,16 +478,6 @@ class RolloutModule(LanguageModule):
             iteration=k,
             drop_duplicates=self.hparams.drop_duplicates,
         )
-
-    def _go_on(self, store: Replay) -> None:
-        """Lay out the steps of an iteration that a checkpoint stopped in the middle of."""
-        k, version = self.iteration, store.episodes["policy_version"]
-        fraction, sweeps = self.mixture(k)
-        fresh = len(np.unique(store.episodes["group"][version == k]))
-        wanted = self.rows_per_iteration // self.hparams.group_size - fresh
-        old = store_of.drawn(store_of.select(store, version < k), wanted, sweeps, self.seed or 0, k)
-        old = old if wanted or not fraction else old[:1]
-        self._steps, self._rollouts = self._plan_steps(store, k, old), BoundRollouts(self.problems, store)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -512,11 +499,11 @@ class RolloutModule(LanguageModule):
     @divergence.named
     def training_step(self, tick: Any, batch_idx: int) -> Tensor:
         t, j = self.global_step, self._micro
-        bound, rows = self._rollouts, self._steps[t - self._first_step]
+        bound, rows = self.course.rollouts, self.course.rows(t)
         assert bound is not None
         if j == 0:
             self.begin_step()
-        world, rank = self.world_size, self.global_rank if self.world_size > 1 else 0
+        world, rank = self.world_size, self.process_rank
         mine = np.array_split(rows, self._micro_batches * world)[j * world + rank]
         real = len(mine) > 0
         self.seed_dropout(rank)
@@ -526,7 +513,7 @@ class RolloutModule(LanguageModule):
         tokens = self.tokens(batch, real)
         loss, sums = self.objective.loss(tokens, totals, iteration=self.iteration)
         share = loss.new_tensor(len(mine) / len(rows))
-        if real and t == self._first_step:
+        if real and t == self.course.first_step:
             self.scoring.hear(batch, tokens.logp, tokens.mask)
         self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})
         self.pace.tokens += int(bound.lengths[mine].sum()) if real else 0
@@ -536,11 +523,12 @@ class RolloutModule(LanguageModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         self.objective.own.check_memory()
-        if self.global_step == self._first_step:
-            assert self._rollouts is not None
-            self.scoring.keep(self._rollouts.store, self.iteration)
+        if self.global_step == self.course.first_step:
+            rollouts = self.course.rollouts
+            assert rollouts is not None
+            self.scoring.keep(rollouts.store, self.iteration)
             if self._recorder is not None:
-                self._recorder.write(self.problems, self._rollouts.store, self.iteration)
+                self._recorder.write(self.problems, rollouts.store, self.iteration)
 
     def tokens(self, batch: Rollouts, real: bool = True) -> Tokens:
         """What the objective sees of a batch of answers; all of it padding unless ``real``."""
@@ -561,7 +549,9 @@ class RolloutModule(LanguageModule):
         external = (facts["source"] == DEMONSTRATION)[:, None].expand(size, width)
         advantage = steps["advantage"] if "advantage" in steps else facts["advantage"].to(scores.logps)
         behavior, previous, logp = steps["logp"], steps["previous_logp"], padded(scores.logps)
-        if self.global_step == self._first_step:  # still π_k: its own log-probabilities, where nobody asked before
+        if (
+            self.global_step == self.course.first_step
+        ):  # still π_k: its own log-probabilities, where nobody asked before
             behavior = torch.where(behavior.isnan() & ~external, logp.detach(), behavior)
             previous = torch.where(previous.isnan(), logp.detach(), previous)
         return Tokens(
@@ -587,10 +577,9 @@ class RolloutModule(LanguageModule):
     # -- metrics, files, stopping --------------------------------------------------------------------------------------
 
     def progress(self, updates: int) -> dict[str, float]:
-        facts = {name: total / count for name, (total, count) in self._facts.items()}
-        self._facts = {}
+        facts = self.course.read()
         named = {(name if name.startswith("perf/") else f"train/{name}"): value for name, value in facts.items()}
-        passes = self._problems_seen / len(self.problems.tables["problems"])
+        passes = self.course.problems_seen / len(self.problems.tables["problems"])
         return named | {
             "train/iteration": float(self.iteration),
             "train/answers": float(self.generated),
@@ -599,7 +588,7 @@ class RolloutModule(LanguageModule):
 
     def wants_checkpoint(self) -> bool:
         """Whether the weights should be on disk before what comes next: answers are drawn after this step."""
-        if self.global_step < self._first_step + len(self._steps) or self.global_step >= self.trainer.max_steps:
+        if not self.course.is_over(self.global_step) or self.global_step >= self.trainer.max_steps:
             return False
         wanted = time.monotonic() - self._saved >= self.hparams.save_seconds
         return bool(self.trainer.strategy.broadcast(wanted))

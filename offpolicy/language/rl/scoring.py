@@ -16,6 +16,7 @@ from offpolicy.data.texts.rollouts import OWN, BoundRollouts, Rollouts
 from offpolicy.data.texts.sequences import runs, spans
 from offpolicy.language.layout import FinalStates, final_states
 from offpolicy.language.reference import evaluating
+from offpolicy.language.rl.advantages import from_critic
 from offpolicy.losses.health import effective_sample_size
 
 Weights = dict[str, Tensor]
@@ -100,7 +101,7 @@ class Scoring:
                 columns[name][spans(store, where)] = values
 
         found = self.columns(bound, known, ("previous_logp", *(("old_value",) if critic else ())))
-        fill(known, found | (self._critic_advantages(store, rows, found["old_value"]) if critic else {}))
+        fill(known, found | (from_critic(objective, store, rows, found["old_value"]) if critic else {}))
         if self._wants_base(len(steps)):
             said = columns.get("base_logp", np.full(store.num_steps, np.nan))
             new = rows[np.isnan(said[store.start[rows]])]  # the base stays the same as long as answers are kept
@@ -152,7 +153,7 @@ class Scoring:
     def columns(self, bound: BoundRollouts, rows: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Columns of the tokens of these rows, ascending, under the weights of now; processes share the work."""
         method, store = self.method, bound.store
-        world, rank = method.world_size, method.global_rank if method.world_size > 1 else 0
+        world, rank = method.world_size, method.process_rank
         by_length = rows[np.argsort(-bound.lengths[rows].sum(1), kind="stable")]
         by_length = by_length[np.argsort(store.episodes["group"][by_length], kind="stable")]
         mine, parts = np.array_split(by_length, world)[rank], []
@@ -173,16 +174,6 @@ class Scoring:
                     out[name] = out[name].astype(values[name].dtype, copy=False)
                     out[name][place] = values[name]
         return out
-
-    def _critic_advantages(self, store: Replay, rows: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Advantages and returns of the tokens of these rows, stale ones too, under the critic of now."""
-        length = torch.from_numpy(store.length[rows])
-        mask = torch.arange(int(length.max()), device="cpu") < length[:, None]
-        value = torch.zeros(mask.shape, dtype=torch.from_numpy(values).dtype, device="cpu")
-        value[mask] = torch.from_numpy(values)
-        rewards = torch.from_numpy(store.episodes["reward"][rows]).to(value)
-        found = self.method.objective.critic_advantages(rewards, value, mask.to(value))
-        return {name: part[mask].numpy() for name, part in zip(("advantage", "returns"), found)}
 
     # -- admission -----------------------------------------------------------------------------------------------------
 

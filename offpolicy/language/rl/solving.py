@@ -23,7 +23,7 @@ def solve(method: Any) -> dict[str, float]:
     problems, samples = method.eval_problems, method.hparams.eval_samples
     table = problems.tables["problems"]
     rows = eval_sample(len(table), method.hparams.eval_rows)
-    world, rank = method.world_size, method.global_rank if method.world_size > 1 else 0
+    world, rank = method.world_size, method.process_rank
     mine = rows[rank::world]
     answering, h = method.answering, method.hparams
     engine = answering.engine if h.engine != "replay" else TransformersEngine(h.generation_batch)

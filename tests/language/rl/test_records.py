@@ -43,7 +43,7 @@ def test_a_recorded_run_is_trained_again(name: str, policy: Path, tmp_path: Path
 
 def test_what_a_record_says(policy: Path, tmp_path: Path) -> None:
     module = fit(method("GRPO", policy, record=True), 2, tmp_path, held_out=False)
-    store, problems = module._rollouts.store, toy_problems()
+    store, problems = module.course.rollouts.store, toy_problems()
     rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert len(rows) == 4 and [row["request"] for row in rows] == [0, 1, 2, 3]
     for i, row in enumerate(rows):
