@@ -21,6 +21,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.checkpoint_io": ("offpolicy.training.checkpoint_io",),
     "offpolicy.cli": ("offpolicy.cli.parser",),
     "offpolicy.data.module": ("offpolicy.api",),  # of a module that is still there, names that moved out of it
+    "offpolicy.data.neighbors": ("offpolicy.data.neighbor_search",),
     "offpolicy.data.problems": ("offpolicy.data.texts.problems", "offpolicy.data.texts.sums"),
     "offpolicy.data.replay": ("offpolicy.data.ring", "offpolicy.data.columns"),
     "offpolicy.data.rollouts": ("offpolicy.data.texts.rollouts",),
