@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from made_data import Bomb
 from scripts import FIXTURES
 from toy import fit, method, toy_replay
 
@@ -173,14 +174,6 @@ def test_lightning_takes_no_name_from_the_file_either(trained: Path, marker: Pat
     with pytest.raises(UsageError):
         find_method("BC").load_from_checkpoint(run / "step=00000045.ckpt")
     assert not marker.exists()
-
-
-class Bomb:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
 
 
 def test_pickles_are_not_opened(trained: Path, marker: Path, tmp_path: Path) -> None:

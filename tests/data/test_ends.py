@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import h5py
+import made_data
 import numpy as np
 import pytest
 
@@ -20,17 +22,7 @@ TERMINATED = np.arange(N) == 9  # one real terminal, so that nothing is doubted 
 NUMBER = np.arange(N) // EPISODE
 
 
-def walks(**changes: Any) -> dict[str, Any]:
-    """Four episodes of ten steps, the first of which terminates; None leaves a column out."""
-    rng = np.random.default_rng(0)
-    data = {
-        "obs": rng.normal(size=(N, 3)).astype(np.float32),
-        "action": rng.uniform(-1, 1, (N, 2)).astype(np.float32),
-        "reward": rng.normal(size=N).astype(np.float32),
-        "terminated": TERMINATED,
-        **changes,
-    }
-    return {name: column for name, column in data.items() if column is not None}
+walks = partial(made_data.walks, N, terminated=TERMINATED)  # four episodes of ten steps, the first of which terminates
 
 
 def words(replay: Replay) -> str:

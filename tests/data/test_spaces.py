@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import gymnasium
+import made_data
 import numpy as np
 import pytest
 import torch
@@ -38,17 +40,7 @@ CONTROL = (
 OTHERS = ("WorldModel", "TrajectoryDiffusion", "HIQL", "OTA", "GCIVL", "GCIQL", "GCBC")
 
 
-def walks(**changes: Any) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    data = {
-        "obs": rng.normal(size=(N, 3)).astype(np.float32),
-        "action": rng.uniform(-1, 1, (N, 2)).astype(np.float32),
-        "reward": rng.normal(size=N).astype(np.float32),
-        "terminated": np.zeros(N, bool),
-        "episode_end": np.arange(N) % 10 == 9,
-        **changes,
-    }
-    return {name: column for name, column in data.items() if column is not None}
+walks = partial(made_data.walks, N, episode_end=np.arange(N) % 10 == 9)
 
 
 # -- bounds ------------------------------------------------------------------------------------------------------------

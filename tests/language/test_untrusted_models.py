@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_data import Bomb
 from tiny import make_policy
 
 from offpolicy.data.texts.tokens import load_tokenizer
@@ -61,14 +62,6 @@ def test_code_that_a_checkpoint_names_is_not_run(policy: Path, marker: Path) -> 
     maps = {"AutoConfig": f"{policy}--evil.Config", "AutoModelForCausalLM": f"{policy}--evil.Model"}
     build_model(json.dumps(config | {"auto_map": maps}), dtype=torch.float32)
     assert not marker.exists()
-
-
-class Bomb:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
 
 
 def test_pickled_weights_are_read_as_weights_only(policy: Path, marker: Path, tmp_path: Path) -> None:

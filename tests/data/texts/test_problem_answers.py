@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_data import problem_data as opened
 
 from offpolicy.data.names import resolve
 from offpolicy.data.texts.answers import OR, alternatives, joined, right_answers
 from offpolicy.data.texts.messages import Fault
-from offpolicy.data.texts.problems import BOXED, ProblemData, sketch
+from offpolicy.data.texts.problems import BOXED, sketch
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.rl.rewards import exact, final_number
@@ -30,14 +31,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     made.save_pretrained(folder)
     return str(folder)
-
-
-def opened(tmp_path: Path, rows: list[dict[str, Any]], tokenizer: str, **options: Any) -> Any:
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = ProblemData(str(path), tokenizer=tokenizer, **{"eval_fraction": 0.0, **options})
-    data.load()
-    return data
 
 
 def text(data: Any, row: int, side: int = 0) -> str:

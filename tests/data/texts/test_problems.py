@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_data import problem_data as opened
 
 from offpolicy.data.names import describe, resolve
 from offpolicy.data.replay import Replay
@@ -24,14 +25,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(folder)
     return str(folder)
-
-
-def opened(tmp_path: Path, rows: list[dict[str, Any]], tokenizer: str, **options: Any) -> ProblemData:
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = ProblemData(str(path), tokenizer=tokenizer, **{"eval_fraction": 0.0, **options})
-    data.load()
-    return data
 
 
 def text(data: ProblemData, row: int, side: int) -> str:
