@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.views import Transitions
-from offpolicy.errors import UsageError, check_range
-from offpolicy.losses.td import squared_td, td_target
+from offpolicy.errors import UsageError, check_range, check_widths
+from offpolicy.losses.td import smoothed_action, squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic, ValueNetwork
 from offpolicy.nn.policies import DeterministicPolicy
 from offpolicy.nn.vae import ActionVAE, standard_normal_kl
@@ -69,6 +69,8 @@ class A2PR(OfflineModule):
         reward_transform: "r", an affine form such as "0.1r" or "10000r-1", or "return_range".
         max_grad_norm: limit on each network's gradient norm, > 0; None for no limit.
     """
+
+    compiled = ("critic_loss", "value_loss", "vae_loss", "actor_loss")
 
     def __init__(
         self,
@@ -108,6 +110,9 @@ class A2PR(OfflineModule):
         check_range("policy_freq", policy_freq, 1)
         if vae_action not in ("policy", "prior"):
             raise UsageError(f"`vae_action` is {vae_action!r}; expected 'policy' or 'prior'.")
+        check_widths("actor_hidden_dims", actor_hidden_dims)
+        check_widths("critic_hidden_dims", critic_hidden_dims)
+        check_widths("vae_hidden_dims", vae_hidden_dims)
         self.save_hyperparameters()
 
     def build(self, sizes: Sizes) -> None:
@@ -130,8 +135,8 @@ class A2PR(OfflineModule):
     def next_step(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """The smoothed target action a' (…, B, A) and min Q̄(s', a') (…, B); both losses below share them."""
         h = self.hparams
-        noise = (h.policy_noise * batch.noise.target).clamp(-h.noise_clip, h.noise_clip)
-        next_action = (self.target_actor(batch.next_obs) + noise).clamp(-1.0, 1.0)
+        next_action = self.target_actor(batch.next_obs)
+        next_action = smoothed_action(next_action, batch.noise.target, h.policy_noise, h.noise_clip)
         return next_action, self.target_critic(batch.next_obs, next_action).amin(-2)
 
     @torch.no_grad()
@@ -146,15 +151,14 @@ class A2PR(OfflineModule):
         loss = squared_td(q, target_q)
         return loss, {"critic_loss": loss.detach(), "q_mean": q.detach().mean((-2, -1))}
 
-    def value_loss(self, batch: Transitions, next_action: Tensor, next_q: Tensor) -> tuple[Tensor, Metrics]:
-        """Call after the critics' step, with both results of :meth:`next_step`; ``v (…, B)`` is among the metrics."""
+    def value_loss(self, batch: Transitions, v: Tensor, next_action: Tensor, next_q: Tensor) -> tuple[Tensor, Metrics]:
+        """Call after the critics' step, with ``v (…, B)``, V(s), and both results of :meth:`next_step`."""
         with torch.no_grad():
             online_q = self.critic(batch.next_obs, next_action).amin(-2)
             next_v = torch.minimum(next_q, online_q)
             target_v = td_target(batch.reward, batch.terminated, next_v, self.hparams.discount)
-        v = self.value(batch.obs)
         loss = (v - target_v).square().mean(-1)
-        return loss, {"value_loss": loss.detach(), "v": v.detach()}
+        return loss, {"value_loss": loss.detach(), "v_mean": v.detach().mean(-1)}
 
     def vae_loss(self, batch: Transitions, v: Tensor, data_q: Tensor) -> tuple[Tensor, Metrics]:
         """``v (…, B)``: V(s) before its step; ``data_q (…, B)``: Q₁(s, a) after the critics' step."""
@@ -191,13 +195,14 @@ class A2PR(OfflineModule):
         next_action, next_q = self.next_step(batch)
         loss, metrics = self.critic_loss(batch, next_q)
         self.step("critic", loss)
-        loss, value_metrics = self.value_loss(batch, next_action, next_q)
-        v = value_metrics.pop("v")
+        v = self.value(batch.obs)
+        loss, value_metrics = self.value_loss(batch, v, next_action, next_q)
         self.step("value", loss)
+        v = v.detach()  # from before its step
         data_q = self.data_q(batch)
         loss, vae_metrics = self.vae_loss(batch, v, data_q)
         self.step("vae", loss)
-        metrics |= value_metrics | {"v_mean": v.mean(-1)} | vae_metrics
+        metrics |= value_metrics | vae_metrics
         if step % self.hparams.policy_freq == 0:
             loss, actor_metrics = self.actor_loss(batch, v, data_q)
             self.step("actor", loss)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.views import Transitions
-from offpolicy.errors import check_range
+from offpolicy.errors import check_range, check_widths
 from offpolicy.losses.td import exponential_weight, squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import GaussianPolicy, normal_log_prob
@@ -45,6 +45,8 @@ class AWAC(OfflineModule):
         max_grad_norm: limit on each network's gradient norm, > 0; None for no limit.
     """
 
+    compiled = ("critic_loss", "actor_loss")
+
     def __init__(
         self,
         *,
@@ -67,6 +69,7 @@ class AWAC(OfflineModule):
         check_range("discount", discount, 0.0, 1.0, upper_open=True)
         check_range("tau", tau, 0.0, 1.0)
         check_range("num_critics", num_critics, 1)
+        check_widths("hidden_dims", hidden_dims)
         self.save_hyperparameters()
 
     def build(self, sizes: Sizes) -> None:

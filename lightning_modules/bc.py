@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import Transitions, TransitionView
-from offpolicy.errors import check_range
+from offpolicy.errors import check_range, check_widths
 from offpolicy.losses.td import mean_squared_action
 from offpolicy.nn.policies import DeterministicPolicy
 from offpolicy.training.offline import Metrics, OfflineModule, Rate, Sizes
@@ -31,6 +31,7 @@ class BC(OfflineModule):
         max_grad_norm: limit on the gradient norm, > 0; None for no limit.
     """
 
+    compiled = ("actor_loss",)
     view = TransitionView(reward=False)
 
     def __init__(
@@ -48,6 +49,7 @@ class BC(OfflineModule):
         super().__init__()
         check_range("top", top, 0.0, 1.0, lower_open=True)
         check_range("top_discount", top_discount, 0.0, 1.0)
+        check_widths("hidden_dims", hidden_dims)
         self.save_hyperparameters()
 
     def build(self, sizes: Sizes) -> None:

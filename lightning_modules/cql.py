@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from offpolicy.data.views import Transitions
-from offpolicy.errors import check_range
+from offpolicy.errors import check_range, check_widths
 from offpolicy.losses.td import squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import TanhGaussianPolicy
@@ -75,6 +75,8 @@ class CQL(OfflineModule):
         max_grad_norm: limit on each network's gradient norm, > 0; None for no limit.
     """
 
+    compiled = ("actor_loss", "entropy_loss", "multiplier_loss", "critic_loss")
+
     def __init__(
         self,
         *,
@@ -113,6 +115,10 @@ class CQL(OfflineModule):
         check_range("tau", tau, 0.0, 1.0)
         if penalty_min is not None and penalty_max is not None:
             check_range("penalty_max", penalty_max, penalty_min)
+        check_widths("actor_hidden_dims", actor_hidden_dims)
+        check_widths("critic_hidden_dims", critic_hidden_dims)
+        if second_critic_hidden_dims is not None:
+            check_widths("second_critic_hidden_dims", second_critic_hidden_dims)
         self.save_hyperparameters()
 
     def build(self, sizes: Sizes) -> None:

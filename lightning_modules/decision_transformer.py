@@ -58,6 +58,7 @@ class DecisionTransformer(OfflineModule):
         obs_eps: added to the standard deviation, ≥ 0.
     """
 
+    compiled = ("actor_loss",)
     seed_axis = False
     view = WindowView(20)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from offpolicy.data.views import Transitions
-from offpolicy.errors import UsageError, check_range
+from offpolicy.errors import UsageError, check_range, check_widths
 from offpolicy.losses.td import squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic, joined
 from offpolicy.nn.policies import TanhGaussianPolicy
@@ -55,6 +55,8 @@ class EDAC(OfflineModule):
         max_grad_norm: limit on each network's gradient norm, > 0; None for no limit.
     """
 
+    compiled = ("entropy_loss", "actor_loss", "critic_loss")
+
     def __init__(
         self,
         *,
@@ -79,6 +81,7 @@ class EDAC(OfflineModule):
         check_range("tau", tau, 0.0, 1.0)
         if eta > 0 and num_critics < 2:
             raise UsageError("`eta` > 0 compares critics with each other; expected `num_critics` ≥ 2, or `eta` 0.")
+        check_widths("hidden_dims", hidden_dims)
         self.save_hyperparameters()
 
     def build(self, sizes: Sizes) -> None:

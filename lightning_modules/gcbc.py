@@ -7,6 +7,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from offpolicy.data.goals import GoalMix, GoalTransitions, GoalView
+from offpolicy.errors import check_widths
 from offpolicy.nn.goals import UnitGaussian, unit_log_prob
 from offpolicy.training.goals import GoalModule, Perturb
 from offpolicy.training.offline import Metrics, Sizes
@@ -28,7 +29,7 @@ class GCBC(GoalModule):
         max_grad_norm: limit on the gradient norm, > 0; None for no limit.
     """
 
-    losses = ("actor_loss",)
+    losses = compiled = ("actor_loss",)
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class GCBC(GoalModule):
         max_grad_norm: float | None = None,
     ) -> None:
         super().__init__()
+        check_widths("hidden_dims", hidden_dims)
         self.save_hyperparameters()
         self.view = GoalView(
             discount=discount, actor=GoalMix(actor_p_current, actor_p_trajectory, actor_p_random, actor_geometric)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from offpolicy.data.goals import GoalMix, GoalTransitions, GoalView
-from offpolicy.errors import UsageError, check_range
+from offpolicy.errors import UsageError, check_range, check_widths
 from offpolicy.losses.goal import awr_loss, ddpg_bc_loss
 from offpolicy.losses.td import expectile_loss, squared_td
 from offpolicy.nn.goals import UnitGaussian, Values, unit_log_prob
@@ -51,7 +51,7 @@ class GCIQL(GoalModule):
         max_grad_norm: limit on the norm of all gradients together, > 0; None for no limit.
     """
 
-    losses = ("value_loss", "critic_loss", "actor_loss")
+    losses = compiled = ("value_loss", "critic_loss", "actor_loss")
     targets = ("critic",)
 
     def __init__(
@@ -82,6 +82,7 @@ class GCIQL(GoalModule):
         check_range("tau", tau, 0.0, 1.0)
         if actor_loss_kind not in ("ddpgbc", "awr"):
             raise UsageError(f"`actor_loss_kind` is {actor_loss_kind!r}; expected 'ddpgbc' or 'awr'.")
+        check_widths("hidden_dims", hidden_dims)
         self.save_hyperparameters()
         self.view = GoalView(
             discount=discount,

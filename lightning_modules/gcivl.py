@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.goals import GoalMix, GoalTransitions, GoalView
-from offpolicy.errors import check_range
+from offpolicy.errors import check_range, check_widths
 from offpolicy.losses.goal import awr_loss, implicit_value_loss
 from offpolicy.nn.goals import UnitGaussian, Values, unit_log_prob
 from offpolicy.training.goals import GoalModule, Perturb
@@ -40,7 +40,7 @@ class GCIVL(GoalModule):
         max_grad_norm: limit on the norm of all gradients together, > 0; None for no limit.
     """
 
-    losses = ("value_loss", "actor_loss")
+    losses = compiled = ("value_loss", "actor_loss")
     targets = ("value",)
 
     def __init__(
@@ -68,6 +68,7 @@ class GCIVL(GoalModule):
         check_range("alpha", alpha, 0.0)
         check_range("expectile", expectile, 0.0, 1.0, lower_open=True, upper_open=True)
         check_range("tau", tau, 0.0, 1.0)
+        check_widths("hidden_dims", hidden_dims)
         self.save_hyperparameters()
         self.view = GoalView(
             discount=discount,

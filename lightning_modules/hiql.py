@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.goals import GoalMix, GoalTransitions, GoalView
-from offpolicy.errors import check_range
+from offpolicy.errors import check_range, check_widths
 from offpolicy.losses.goal import awr_loss, implicit_value_loss
 from offpolicy.nn.goals import Representation, UnitGaussian, Values, to_length, unit_log_prob
 from offpolicy.training.goals import GoalModule, Perturb
@@ -52,8 +52,8 @@ class HIQL(GoalModule):
     """
 
     losses: ClassVar[tuple[str, ...]] = ("value_loss", "low_actor_loss", "high_actor_loss")
+    compiled = losses
     targets: ClassVar[tuple[str, ...]] = ("value",)
-    high_heads: ClassVar[str] = "value"  # values that the high policy follows
 
     def __init__(
         self,
@@ -85,6 +85,7 @@ class HIQL(GoalModule):
         check_range("tau", tau, 0.0, 1.0)
         check_range("rep_dim", rep_dim, 1)
         check_range("actor_p_random", actor_p_random, 0.0, 1.0)
+        check_widths("hidden_dims", hidden_dims)
         self.save_hyperparameters()
         self.view = GoalView(
             discount=discount,
@@ -101,13 +102,18 @@ class HIQL(GoalModule):
         self.high_actor = UnitGaussian(2 * sizes.obs_dim, h.rep_dim, h.hidden_dims)
         self.target_value = self.target_of(self.value)
 
-    def v(self, heads: str, obs: Tensor, goal: Tensor) -> Tensor:
-        """Vⱼ(s, φ(s, g)), (…, E, B), by the heads of this name."""
-        return getattr(self, heads)(obs, self.phi(obs, goal))
+    def v(self, value: Values, obs: Tensor, goal: Tensor) -> Tensor:
+        """Vⱼ(s, φ(s, g)), (…, E, B), by the heads of a value network."""
+        return value(obs, self.phi(obs, goal))
+
+    def high_values(self) -> Values:
+        """The value network that the high policy follows."""
+        return self.value
 
     def regression(
         self,
-        heads: str,
+        value: Values,
+        target: Values,
         obs: Tensor,
         next_obs: Tensor,
         goal: Tensor,
@@ -115,12 +121,12 @@ class HIQL(GoalModule):
         mask: Tensor,
         weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The value loss of these heads, (…,), and their values of ``obs``, (…, E, B)."""
+        """The loss of a value network with its target copy, (…,), and its values of ``obs``, (…, E, B)."""
         rep = self.phi(obs, goal)
-        v = getattr(self, heads)(obs, rep)
+        v = value(obs, rep)
         with torch.no_grad():
             both, reps = torch.cat((obs, next_obs), -2), torch.cat((rep, self.phi(next_obs, goal)), -2)
-            target_v, target_next_v = getattr(self, f"target_{heads}")(both, reps).chunk(2, -1)
+            target_v, target_next_v = target(both, reps).chunk(2, -1)
         h = self.hparams
         loss = implicit_value_loss(
             v, target_v, target_next_v, reward, mask, discount=h.discount, expectile=h.expectile, weight=weight
@@ -128,21 +134,27 @@ class HIQL(GoalModule):
         return loss, v.detach()
 
     @torch.no_grad()
-    def progress(self, heads: str, obs: Tensor, later: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    def progress(self, value: Values, obs: Tensor, later: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """A = V(later, g) - V(obs, g), the mean over the heads, (…, B); and φ(obs, g)."""
         both = torch.cat((obs, later), -2)
         reps = self.phi(both, torch.cat((goal, goal), -2))
-        now, then = getattr(self, heads)(both, reps).mean(-2).chunk(2, -1)
+        now, then = value(both, reps).mean(-2).chunk(2, -1)
         return then - now, reps.chunk(2, -2)[0]
 
     def value_loss(self, batch: GoalTransitions) -> tuple[Tensor, Metrics]:
         loss, v = self.regression(
-            "value", batch.obs, batch.next_obs, batch.value_goal, batch.value_reward, batch.value_mask
+            self.value,
+            self.target_value,
+            batch.obs,
+            batch.next_obs,
+            batch.value_goal,
+            batch.value_reward,
+            batch.value_mask,
         )
         return loss, {"value_loss": loss.detach(), "v_mean": v.mean((-2, -1))}
 
     def low_actor_loss(self, batch: GoalTransitions) -> tuple[Tensor, Metrics]:
-        advantage, z = self.progress("value", batch.obs, batch.next_obs, batch.low_goal)
+        advantage, z = self.progress(self.value, batch.obs, batch.next_obs, batch.low_goal)
         if self.hparams.low_actor_rep_grad:
             z = self.phi(batch.obs, batch.low_goal)
         log_prob = unit_log_prob(self.low_actor(batch.obs, z), batch.action)
@@ -150,7 +162,7 @@ class HIQL(GoalModule):
         return loss, {"low_actor_loss": loss.detach(), "low_advantage": advantage.mean(-1)}
 
     def high_actor_loss(self, batch: GoalTransitions) -> tuple[Tensor, Metrics]:
-        advantage, _ = self.progress(self.high_heads, batch.obs, batch.high_target, batch.high_goal)
+        advantage, _ = self.progress(self.high_values(), batch.obs, batch.high_target, batch.high_goal)
         with torch.no_grad():
             target = self.phi(batch.obs, batch.high_target)
         log_prob = unit_log_prob(self.high_actor(batch.obs, batch.high_goal), target)
@@ -162,7 +174,7 @@ class HIQL(GoalModule):
         return perturb(self.low_actor(obs, z))
 
     def values(self, obs: Tensor, goal: Tensor) -> dict[str, Tensor]:
-        return {"value": self.v("value", obs, goal).mean(-2)}
+        return {"value": self.v(self.value, obs, goal).mean(-2)}
 
     def subgoals(self, obs: Tensor, goal: Tensor) -> Tensor:
         return to_length(self.high_actor(obs, goal))

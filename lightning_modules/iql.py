@@ -12,14 +12,13 @@ Differs from both: the learning rate of the actor decays over ``lr_decay_steps``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from offpolicy.data.views import Transitions
-from offpolicy.errors import UsageError, check_range
+from offpolicy.errors import UsageError, check_range, check_widths
 from offpolicy.losses.td import expectile_loss, exponential_weight, squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic, ValueNetwork
 from offpolicy.nn.policies import DeterministicPolicy, GaussianPolicy
@@ -50,6 +49,8 @@ class IQL(OfflineModule):
         reward_transform: "r", an affine form such as "r-1", or "return_range".
         max_grad_norm: limit on each network's gradient norm, > 0; None for no limit.
     """
+
+    compiled = ("advantage", "value_loss", "critic_loss", "actor_loss")
 
     def __init__(
         self,
@@ -85,8 +86,8 @@ class IQL(OfflineModule):
             check_range("lr_decay_steps", lr_decay_steps, 0)
         if update_order not in ("corl", "original"):
             raise UsageError(f"`update_order` is {update_order!r}; expected 'corl' or 'original'.")
+        check_widths("hidden_dims", hidden_dims)
         self.save_hyperparameters()
-        self.horizon = lr_decay_steps
 
     def build(self, sizes: Sizes) -> None:
         h = self.hparams
@@ -101,10 +102,10 @@ class IQL(OfflineModule):
         return {"value": h.value_lr, "critic": h.critic_lr, "actor": self.decayed_actor_lr}
 
     def decayed_actor_lr(self, step: int) -> float:
-        """Cosine from ``actor_lr`` at the first update to 0 after the stored horizon."""
-        if not self.horizon:
+        """Cosine from ``actor_lr`` at the first update to 0 after ``decay_steps``."""
+        if not self.decay_steps:
             return self.hparams.actor_lr
-        progress = min((step - 1) / self.horizon, 1.0)
+        progress = min((step - 1) / self.decay_steps, 1.0)
         return 0.5 * (1.0 + math.cos(math.pi * progress)) * self.hparams.actor_lr
 
     def advantage(self, batch: Transitions) -> tuple[Tensor, Tensor]:
@@ -114,10 +115,11 @@ class IQL(OfflineModule):
         v = self.value(batch.obs)
         return target_q - v, v.detach()
 
-    def value_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
-        adv, v = self.advantage(batch)
+    def value_loss(self, batch: Transitions, advantage: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Metrics]:
+        """``advantage`` is what :meth:`advantage` gave, if it is at hand."""
+        adv, v = self.advantage(batch) if advantage is None else advantage
         loss = expectile_loss(adv, self.hparams.expectile).mean(-1)
-        return loss, {"value_loss": loss.detach(), "v_mean": v.mean(-1), "adv": adv.detach()}
+        return loss, {"value_loss": loss.detach(), "v_mean": v.mean(-1)}
 
     def critic_loss(self, batch: Transitions, next_v: Tensor) -> tuple[Tensor, Metrics]:
         """``next_v (…, B)`` is V(s') before or after the value step, by ``update_order``."""
@@ -145,19 +147,18 @@ class IQL(OfflineModule):
 
     def update_corl(self, batch: Transitions) -> Metrics:
         next_v = self.next_value(batch)
-        loss, metrics = self.value_loss(batch)
-        adv = metrics.pop("adv")
+        advantage = self.advantage(batch)
+        loss, metrics = self.value_loss(batch, advantage)
         self.step("value", loss)
         loss, critic_metrics = self.critic_loss(batch, next_v)
         self.step("critic", loss)
         self.track("critic", self.hparams.tau)
-        loss, actor_metrics = self.actor_loss(batch, adv)
+        loss, actor_metrics = self.actor_loss(batch, advantage[0].detach())
         self.step("actor", loss)
         return metrics | critic_metrics | actor_metrics
 
     def update_original(self, batch: Transitions) -> Metrics:
         loss, metrics = self.value_loss(batch)
-        metrics.pop("adv")
         self.step("value", loss)
         with torch.no_grad():
             adv, _ = self.advantage(batch)
@@ -175,13 +176,3 @@ class IQL(OfflineModule):
         if self.hparams.deterministic:
             return super().log_density(obs, action)
         return self.actor.log_prob(obs, action)
-
-    def plan_rates(self, max_steps: int | None) -> None:
-        if self.horizon is None:
-            self.horizon = self.planned_horizon(max_steps)
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"lr_decay_steps": self.horizon}
-
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        self.horizon = state["lr_decay_steps"]

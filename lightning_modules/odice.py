@@ -37,7 +37,7 @@ from torch import Tensor
 from offpolicy.compute.optim import FusedAdam, gradients
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import Transitions
-from offpolicy.errors import UsageError, check_range
+from offpolicy.errors import UsageError, check_range, check_widths
 from offpolicy.losses.dice import DIVERGENCES, Divergence, conjugate, policy_weight, projection
 from offpolicy.losses.td import td_target
 from offpolicy.nn.policies import GaussianPolicy
@@ -88,6 +88,8 @@ class ODICE(OfflineModule):
         max_grad_norm: limit on each network's gradient norm, after the projection, > 0; None for no limit.
     """
 
+    compiled = ("actor_loss",)
+
     def __init__(
         self,
         *,
@@ -127,6 +129,8 @@ class ODICE(OfflineModule):
             raise UsageError(f"`gradient` is {gradient!r}; expected 'orthogonal', 'semi' or 'true'.")
         if expert_episode is not None:
             check_range("expert_episode", expert_episode, 0)
+        check_widths("value_hidden_dims", value_hidden_dims)
+        check_widths("actor_hidden_dims", actor_hidden_dims)
         self.save_hyperparameters()
         if expert_episode is not None:
             self.hparams.reward_transform = "r"  # rewards that are all 0 have no range

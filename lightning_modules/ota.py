@@ -34,9 +34,8 @@ class OTA(HIQL):
         drop_short_options: leave out options that end before n steps without having reached their goal.
     """
 
-    losses = ("value_loss", "high_value_loss", "low_actor_loss", "high_actor_loss")
+    losses = compiled = ("value_loss", "high_value_loss", "low_actor_loss", "high_actor_loss")
     targets = ("value", "high_value")
-    high_heads = "high_value"
 
     def __init__(self, *, abstraction_factor: int = 5, drop_short_options: bool = False, **options: Any) -> None:
         super().__init__(**options)
@@ -47,9 +46,13 @@ class OTA(HIQL):
         self.high_value = Values(sizes.obs_dim + self.hparams.rep_dim, self.hparams.hidden_dims)
         self.target_high_value = self.target_of(self.high_value)
 
+    def high_values(self) -> Values:
+        return self.high_value
+
     def high_value_loss(self, batch: GoalTransitions) -> tuple[Tensor, Metrics]:
         loss, v = self.regression(
-            "high_value",
+            self.high_value,
+            self.target_high_value,
             batch.obs,
             batch.high_value_option_obs,
             batch.high_value_goal,
@@ -60,4 +63,4 @@ class OTA(HIQL):
         return loss, {"high_value_loss": loss.detach(), "high_v_mean": v.mean((-2, -1))}
 
     def values(self, obs: Tensor, goal: Tensor) -> dict[str, Tensor]:
-        return {"low": self.v("value", obs, goal).mean(-2), "high": self.v("high_value", obs, goal).mean(-2)}
+        return {"low": self.v(self.value, obs, goal).mean(-2), "high": self.v(self.high_value, obs, goal).mean(-2)}

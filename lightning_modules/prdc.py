@@ -28,8 +28,8 @@ from torch import Tensor
 
 from offpolicy.data.neighbors import NeighborIndex
 from offpolicy.data.views import BoundView, Transitions
-from offpolicy.errors import UsageError, check_range
-from offpolicy.losses.td import mean_squared_action, squared_td, td_target
+from offpolicy.errors import UsageError, check_range, check_widths
+from offpolicy.losses.td import mean_squared_action, smoothed_action, squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import DeterministicPolicy
 from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
@@ -66,6 +66,8 @@ class PRDC(OfflineModule):
     actions, or lay the data out with :meth:`index_rows` and number the batch's rows in ``batch.row``.
     """
 
+    compiled = ("critic_loss", "actor_loss")
+
     def __init__(
         self,
         *,
@@ -97,6 +99,7 @@ class PRDC(OfflineModule):
         check_range("noise_clip", noise_clip, 0.0)
         check_range("policy_freq", policy_freq, 1)
         check_range("num_critics", num_critics, 1)
+        check_widths("hidden_dims", hidden_dims)
         self.save_hyperparameters()
         self.index: NeighborIndex | None = None
 
@@ -137,8 +140,8 @@ class PRDC(OfflineModule):
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         h = self.hparams
         with torch.no_grad():
-            noise = (h.policy_noise * batch.noise.target).clamp(-h.noise_clip, h.noise_clip)
-            next_action = (self.target_actor(batch.next_obs) + noise).clamp(-1.0, 1.0)
+            next_action = self.target_actor(batch.next_obs)
+            next_action = smoothed_action(next_action, batch.noise.target, h.policy_noise, h.noise_clip)
             next_q = self.target_critic(batch.next_obs, next_action).amin(-2)
             target_q = td_target(batch.reward, batch.terminated, next_q, h.discount)
         q = self.critic(batch.obs, batch.action)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.views import Transitions, TransitionView
-from offpolicy.errors import check_range
-from offpolicy.losses.td import squared_td, td_target
+from offpolicy.errors import check_range, check_widths
+from offpolicy.losses.td import smoothed_action, squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import DeterministicPolicy
 from offpolicy.nn.stacked import Init
@@ -58,6 +58,7 @@ class ReBRAC(OfflineModule):
         max_grad_norm: limit on each network's gradient norm, > 0; None for no limit.
     """
 
+    compiled = ("critic_loss", "actor_loss")
     view = TransitionView(next_action=True)
 
     def __init__(
@@ -90,6 +91,7 @@ class ReBRAC(OfflineModule):
         check_range("noise_clip", noise_clip, 0.0)
         check_range("policy_freq", policy_freq, 1)
         check_range("num_critics", num_critics, 1)
+        check_widths("hidden_dims", hidden_dims)
         self.save_hyperparameters()
 
     def build(self, sizes: Sizes) -> None:
@@ -118,8 +120,8 @@ class ReBRAC(OfflineModule):
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         h = self.hparams
         with torch.no_grad():
-            noise = (h.policy_noise * batch.noise.target).clamp(-h.noise_clip, h.noise_clip)
-            next_action = (self.target_actor(batch.next_obs) + noise).clamp(-1.0, 1.0)
+            next_action = self.target_actor(batch.next_obs)
+            next_action = smoothed_action(next_action, batch.noise.target, h.policy_noise, h.noise_clip)
             penalty = (next_action - batch.next_action).square().sum(-1)
             next_q = self.target_critic(batch.next_obs, next_action).amin(-2) - h.critic_beta * penalty
             target_q = td_target(batch.reward, batch.terminated, next_q, h.discount)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.views import Transitions
-from offpolicy.errors import check_range
-from offpolicy.losses.td import mean_squared_action, squared_td, td_target
+from offpolicy.errors import check_range, check_widths
+from offpolicy.losses.td import mean_squared_action, smoothed_action, squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import DeterministicPolicy
 from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
@@ -37,6 +37,8 @@ class TD3BC(OfflineModule):
         reward_transform: "r", an affine form such as "0.1r" or "r-1", or "return_range".
         max_grad_norm: limit on each network's gradient norm, > 0; None for no limit.
     """
+
+    compiled = ("critic_loss", "actor_loss")
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class TD3BC(OfflineModule):
         check_range("noise_clip", noise_clip, 0.0)
         check_range("policy_freq", policy_freq, 1)
         check_range("num_critics", num_critics, 1)
+        check_widths("hidden_dims", hidden_dims)
         self.save_hyperparameters()
 
     def build(self, sizes: Sizes) -> None:
@@ -81,8 +84,8 @@ class TD3BC(OfflineModule):
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         h = self.hparams
         with torch.no_grad():
-            noise = (h.policy_noise * batch.noise.target).clamp(-h.noise_clip, h.noise_clip)
-            next_action = (self.target_actor(batch.next_obs) + noise).clamp(-1.0, 1.0)
+            next_action = self.target_actor(batch.next_obs)
+            next_action = smoothed_action(next_action, batch.noise.target, h.policy_noise, h.noise_clip)
             next_q = self.target_critic(batch.next_obs, next_action).amin(-2)
             target_q = td_target(batch.reward, batch.terminated, next_q, h.discount)
         q = self.critic(batch.obs, batch.action)

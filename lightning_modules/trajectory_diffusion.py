@@ -20,7 +20,7 @@ Differs from the authors' code:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +67,7 @@ class TrajectoryDiffusion(OfflineModule):
         max_grad_norm: limit on the gradient norm, > 0; None for no limit.
     """
 
+    compiled = ("denoiser_loss",)
     seed_axis = False
 
     def __init__(
@@ -99,7 +100,6 @@ class TrajectoryDiffusion(OfflineModule):
             check_range("lr_decay_steps", lr_decay_steps, 0)
         self.save_hyperparameters()
         self.view = TrajectoryView(horizon, stride)
-        self.decay_steps = lr_decay_steps
         self.clipped = 0.0  # share of the actions
         self._held_out: Trajectories | None = None
 
@@ -156,7 +156,7 @@ class TrajectoryDiffusion(OfflineModule):
         return {"denoiser": self.decayed_lr}
 
     def decayed_lr(self, step: int) -> float:
-        """From a tenth of ``lr`` to ``lr`` over the first tenth of the stored horizon, then a cosine to 0."""
+        """From a tenth of ``lr`` to ``lr`` over the first tenth of ``decay_steps``, then a cosine to 0."""
         peak = self.hparams.lr
         if not self.decay_steps:
             return peak
@@ -279,20 +279,10 @@ class TrajectoryDiffusion(OfflineModule):
 
     # -- a run ---------------------------------------------------------------------------------------------------------
 
-    def plan_rates(self, max_steps: int | None) -> None:
-        if self.decay_steps is None:
-            self.decay_steps = self.planned_horizon(max_steps)
-
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
             self._held_out = None
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"lr_decay_steps": self.decay_steps}
-
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        self.decay_steps = state["lr_decay_steps"]
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:

@@ -28,7 +28,7 @@ from offpolicy.data import sampling
 from offpolicy.data.normalize import mean_std
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import Transitions
-from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.errors import DataError, UsageError, check_range, check_widths
 from offpolicy.nn.critics import joined
 from offpolicy.nn.stacked import MLP
 from offpolicy.training.callbacks import HeldOut
@@ -82,6 +82,7 @@ class WorldModel(OfflineModule):
         max_grad_norm: limit on the gradient norm, > 0; None for no limit.
     """
 
+    compiled = ("model_loss",)
     seed_axis = False
     elite: Tensor
     target_center: Tensor
@@ -105,6 +106,7 @@ class WorldModel(OfflineModule):
         check_range("elites", elites, 1, members)
         check_range("weight_decay", weight_decay, 0.0)
         check_range("held_out", held_out, 0.0, 1.0, upper_open=True)
+        check_widths("hidden_dims", hidden_dims)
         self.save_hyperparameters()
         self._held_out: Replay | None = None
 

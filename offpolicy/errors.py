@@ -97,3 +97,9 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raise :class:`UsageError` unless the value is one of those known."""
     if value not in known:
         raise UsageError(f"`{name}` is '{value}'; expected one of {', '.join(known)}. Change it or leave it out.")
+
+
+def check_widths(name: str, widths: Iterable[int]) -> None:
+    """Raise :class:`UsageError` unless every width of a network's hidden layers is at least 1."""
+    for width in widths:
+        check_range(name, width, 1)

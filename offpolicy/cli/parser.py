@@ -27,6 +27,7 @@ from offpolicy.errors import DataError, UsageError
 from offpolicy.given import is_whole_type, seed_number
 from offpolicy.registry import import_class
 from offpolicy.training import screen
+from offpolicy.training.common import CommonOptions
 from offpolicy.training.module import Module
 from offpolicy.training.offline import OfflineModule
 from offpolicy.training.options import RunOptions
@@ -140,7 +141,7 @@ def updates_for_own_data(command: Command, cli: FitCLI) -> str:
         return ""
     with api.quiet():
         rows = cli.datamodule.load().num_steps
-    wanted = math.ceil(EPOCHS * rows / cli.model.option("batch_size", 256))
+    wanted = math.ceil(EPOCHS * rows / CommonOptions.of(cli.model.hparams).batch_size)
     cli.config.trainer.max_steps = min(max(wanted, LEAST_STEPS), MAX_STEPS)
     return (
         f"{EPOCHS} epochs of {rows:,} steps, within {LEAST_STEPS:,} and {MAX_STEPS:,} updates, as no recipe is for "

@@ -198,15 +198,20 @@ class BoundTrajectories(BoundView):
             chunks = [replay.rows[i : i + CHUNK] for i in range(0, replay.num_steps, CHUNK)]
             self.table = torch.cat([raw_rows(replay, rows, normalizer).to(device) for rows in chunks])
 
+    def row(self, items: Tensor) -> Tensor:
+        """The replay rows in which sub-trajectories start."""
+        return self.first_row.take(items)
+
     def gather(self, items: Tensor) -> Trajectories:
-        place = self.row(items.to(self.device))[..., None] + self.offset
+        items = items.to(self.device)
+        place = super().row(items)[..., None] + self.offset
         if self.table is not None:
             x = self.table.index_select(0, place.reshape(-1))
         else:
             x = raw_rows(self.replay, self.replay.rows[place.reshape(-1).numpy()], self.normalizer)
         if self.channels is not None:
             x = (x - self.channels.mean) / self.channels.std
-        row = self.first_row[items.to(self.device)].to(self.target)
+        row = self.row(items).to(self.target)
         return Trajectories(x=x.reshape(*place.shape, -1), row=row)
 
 

@@ -24,6 +24,18 @@ def td_target(reward: Tensor, terminated: Tensor, next_value: Tensor, discount: 
     return reward + discount * next_value.masked_fill(terminated, 0.0)
 
 
+def smoothed_action(action: Tensor, noise: Tensor, scale: float, clip: float) -> Tensor:
+    """The target action of TD3 with clipped noise, clip(a + clip(σ·ε, ±c), ±1) (arXiv:1802.09477).
+
+    Args:
+        action: a, of the target policy, in [-1, 1], any shape.
+        noise: ε, standard normal, of the same shape.
+        scale: σ ≥ 0, standard deviation of the noise.
+        clip: c ≥ 0, bound on it.
+    """
+    return (action + (scale * noise).clamp(-clip, clip)).clamp(-1.0, 1.0)
+
+
 def squared_td(q: Tensor, target: Tensor) -> Tensor:
     """Σ over critics of the mean squared TD error.
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from offpolicy.errors import UsageError, nearest
+from offpolicy.errors import UsageError, check_widths, nearest
 
 # Numbers in a hidden layer of one member, 1 MB. Larger ones a CPU computes faster member by member and in parts of this
 # size: they stay in its cache, and bias and layer norm are parts of larger operations.
@@ -246,6 +246,7 @@ class MLP(nn.Module):
             raise UsageError(f"`layer_norm` is {layer_norm!r}; expected None, 'before' or 'after' the activation.")
         if not 0.0 <= dropout < 1.0:
             raise UsageError(f"`dropout` is {dropout}; expected a probability in [0, 1).")
+        check_widths("hidden_dims", hidden_dims)
         widths = [in_dim, *hidden_dims, out_dim]
         inits = [hidden_init] * len(hidden_dims) + [final_init]
         self.layers = nn.ModuleList(Linear(i, o, stack, init) for i, o, init in zip(widths, widths[1:], inits))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, ClassVar, Self
 
@@ -25,7 +25,6 @@ from offpolicy.compute.optim import FusedAdam, clip_per_seed, gradients, num_tra
 from offpolicy.data.batches import check_rows
 from offpolicy.data.mixing import SHARE
 from offpolicy.data.module import DataModule
-from offpolicy.data.normalize import parse_reward_transform
 from offpolicy.data.replay import Replay
 from offpolicy.data.sizes import Sizes
 from offpolicy.data.spaces import check_suits
@@ -36,6 +35,7 @@ from offpolicy.training import divergence
 from offpolicy.training.acting import ActingModule
 from offpolicy.training.callbacks import Evaluation, Interruption, RestoreSettings
 from offpolicy.training.checkpoints import KEY
+from offpolicy.training.common import CommonOptions
 from offpolicy.training.description import Description, origin
 from offpolicy.training.drawing import Draw, draw_batches, has_dropout, seed_dropout
 from offpolicy.training.meter import Metrics
@@ -64,13 +64,18 @@ class OfflineModule(ActingModule):
     """Base of control methods: one update = one batch = one ``trainer.global_step``, whatever the optimisers.
 
     A method declares ``view``, and defines ``build``, ``learning_rates``, ``update`` and ``policy``; ``draws`` when its
-    losses need noise. Hyperparameters understood by the base when a method has them: ``batch_size`` (global, 256),
-    ``normalize_obs`` (True), ``obs_eps`` (1e-3), ``reward_transform`` ("r"), ``max_grad_norm`` (None).
+    losses need noise. The base acts on arguments of a method that :class:`CommonOptions` names.
+
+    Attributes:
+        common: those arguments, as they are when networks are made and when training begins.
+        compiled: the methods that ``run.compile`` compiles; None for all whose name ends in ``_loss``.
     """
 
     takes_discrete_actions: ClassVar[bool] = False  # else data with discrete actions are refused
     takes_images: ClassVar[bool] = False  # observations of any shape and type; else only vectors of floats
     updates: int = 0  # made so far: the number of the newest, which learning rates are functions of
+    compiled: ClassVar[tuple[str, ...] | None] = None
+    common: CommonOptions
     view: Any = TransitionView()  # of the class, or of an instance where it depends on hyperparameters
     divergence_advice: ClassVar[str] = (
         "Lower the learning rates, limit gradients by `max_grad_norm`, or look at the scale of the rewards and "
@@ -86,6 +91,7 @@ class OfflineModule(ActingModule):
         super().__init__()
         self.automatic_optimization = False
         self._in_block = False
+        self._decay_steps: int | None = None  # of a run that has begun
         self._params: dict[str, list[Tensor]] = {}
         self._optimizers: dict[str, FusedAdam] = {}
         self._rates: dict[str, Rate] = {}
@@ -158,6 +164,12 @@ class OfflineModule(ActingModule):
         super().on_load_checkpoint(checkpoint)
         self.updates = checkpoint[KEY]["updates"]
 
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    def initialize(self, sizes: Sizes, seed: int | None = None) -> Self:
+        self.common = CommonOptions.of(self.hparams)
+        return super().initialize(sizes, seed)
+
     # -- steps of an update --------------------------------------------------------------------------------------------
 
     def params(self, name: str) -> list[Tensor]:
@@ -198,9 +210,8 @@ class OfflineModule(ActingModule):
             grads = gradients(loss.sum() if loss.dim() else loss, params)
         if self.world_size > 1:
             grads = self.reduce_gradients(grads)
-        limit = self.option("max_grad_norm", None)
-        if limit is not None:
-            grads = clip_per_seed(grads, limit, seeds=bool(self.seeds))
+        if self.common.max_grad_norm is not None:
+            grads = clip_per_seed(grads, self.common.max_grad_norm, seeds=bool(self.seeds))
         try:
             optimizer, rate = self._optimizers[name], self._rates[name]
         except KeyError:
@@ -232,7 +243,7 @@ class OfflineModule(ActingModule):
             )
         refuse_half(self.trainer.precision)
         self.updates = 0  # or those of a checkpoint, which is opened next
-        self._check_hyperparameters()
+        self.common = CommonOptions.of(self.hparams)
         if self.seed is None:
             self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed())) % (1 << 63)
         self.check_data(data.replay)
@@ -248,9 +259,9 @@ class OfflineModule(ActingModule):
         self.normalizer.fit(
             replay,
             self.view.rows(replay) if isinstance(self.view, TransitionView) else replay.rows,
-            normalize_obs=self.option("normalize_obs", True),
-            reward_transform=self.option("reward_transform", "r"),
-            eps=self.option("obs_eps", 1e-3),
+            normalize_obs=self.common.normalize_obs,
+            reward_transform=self.common.reward_transform,
+            eps=self.common.obs_eps,
         )
 
     def prepare(self, replay: Replay | DataModule, seed: int = 0, *, max_steps: int | None = None) -> Self:
@@ -264,7 +275,7 @@ class OfflineModule(ActingModule):
         """
         if max_steps is not None:
             check_range("max_steps", max_steps, 1)
-        self._check_hyperparameters()
+        self.common = CommonOptions.of(self.hparams)
         replay = replay.load() if isinstance(replay, DataModule) else replay
         if not isinstance(replay, Replay):
             raise UsageError(
@@ -282,11 +293,27 @@ class OfflineModule(ActingModule):
         self.bind(chosen)
         return self
 
+    @property
+    def decay_steps(self) -> int | None:
+        """The updates over which learning rates fall: ``lr_decay_steps``, or those of the run that started.
+
+        Rates stay constant where it is 0 or None.
+        """
+        return getattr(self.hparams, "lr_decay_steps", None) if self._decay_steps is None else self._decay_steps
+
     def plan_rates(self, max_steps: int | None) -> None:
         """Called before training with the updates of the run, for learning rates that fall over them.
 
         None is for updates without a Trainer whose number nobody gave.
         """
+        if "lr_decay_steps" in self.hparams and self.decay_steps is None:
+            self._decay_steps = self.planned_horizon(max_steps)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"lr_decay_steps": self.decay_steps} if "lr_decay_steps" in self.hparams else {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self._decay_steps = state.get("lr_decay_steps")
 
     def planned_horizon(self, max_steps: int | None) -> int | None:
         """The updates over which a rate falls that follows the length of the run; None for a constant one."""
@@ -297,17 +324,6 @@ class OfflineModule(ActingModule):
                 type(self).__name__,
             )
         return max_steps
-
-    def _check_hyperparameters(self) -> None:
-        check_range("batch_size", self.option("batch_size", 256), 1)
-        check_range("obs_eps", self.option("obs_eps", 1e-3), 0.0)
-        parse_reward_transform(self.option("reward_transform", "r"))
-        for name, value in self.hparams.items():
-            if name.endswith("hidden_dims") and value is not None:
-                for width in value:
-                    check_range(name, width, 1)
-        if self.option("max_grad_norm", None) is not None:
-            check_range("max_grad_norm", self.hparams["max_grad_norm"], 0.0, lower_open=True)
 
     def configure_optimizers(self) -> list[Optimizer]:
         self._rates = self.learning_rates()
@@ -322,7 +338,7 @@ class OfflineModule(ActingModule):
         trainer = self.trainer
         if trainer.max_steps < 1:
             raise UsageError("the Trainer has no `max_steps`; expected the number of updates, e.g. max_steps=10000.")
-        if self.option("batch_size", 256) % self.world_size:
+        if self.common.batch_size % self.world_size:
             raise UsageError(
                 f"`batch_size` is {self.option('batch_size', 256)}; expected a multiple of the {self.world_size} "
                 "processes, as it is the size of the global batch."
@@ -336,10 +352,12 @@ class OfflineModule(ActingModule):
         self._bind_newest()
 
     def _compile_losses(self) -> None:
-        for name in dir(type(self)):
-            if name.endswith("_loss") and callable(getattr(self, name)):
-                setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
-                self._undo.callback(partial(delattr, self, name))
+        names = self.compiled
+        if names is None:
+            names = tuple(n for n in dir(type(self)) if n.endswith("_loss") and callable(getattr(self, n)))
+        for name in names:
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+            self._undo.callback(partial(delattr, self, name))
 
     def _intervals(self) -> set[int]:
         """Every interval, in updates, at which a block must end."""
@@ -357,6 +375,12 @@ class OfflineModule(ActingModule):
                 "Pass `mixture_weights(replay, rows)` to its BoundView, or take --data.synthetic.share 1."
             )
         self.on_bind(self.bound)
+
+    @property
+    def bound_rows(self) -> Tensor:
+        """The rows of the replay that batches are drawn from, int64, once the data are bound."""
+        assert self.bound is not None
+        return self.bound.row(torch.arange(len(self.bound), device=self.bound.device))
 
     def _bind_newest(self) -> None:
         """Bind the Trainer's data, again whenever they have changed."""
@@ -393,7 +417,7 @@ class OfflineModule(ActingModule):
         renewal = getattr(data, "renewal", None)
         replay = data.replay if renewal is None else renewal.real
         limits = f", {sizes.max_steps} steps at most" if sizes.max_steps else ""
-        size = self.option("batch_size", 256)
+        size = self.common.batch_size
         batch = f"batch size {size}"
         if self.bound is not None and renewal is None:
             epochs = self.trainer.max_steps * size / self.bound.count
@@ -424,7 +448,7 @@ class OfflineModule(ActingModule):
                 f"{type(self).__name__} has no data to draw batches from; expected them to be laid out. Call "
                 "`prepare(replay)` first."
             )
-        local = self.option("batch_size", 256) // self.world_size
+        local = self.common.batch_size // self.world_size
         first = self.process_rank * local
         return draw_batches(
             self.bound,

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offpolicy.losses.td import expectile_loss, exponential_weight, mean_squared_action, squared_td, td_target
+from offpolicy.losses.td import (
+    expectile_loss,
+    exponential_weight,
+    mean_squared_action,
+    smoothed_action,
+    squared_td,
+    td_target,
+)
 
 NUMBERS = st.floats(-10, 10)
 
@@ -103,3 +110,10 @@ def test_axes_in_front_are_seeds() -> None:
         assert torch.equal(squared_td(q, target)[i], squared_td(q[i], target[i]))
         assert torch.equal(mean_squared_action(action, other)[i], mean_squared_action(action[i], other[i]))
     assert squared_td(q, target).shape == mean_squared_action(action, other).shape == (2,)
+
+
+def test_smoothed_action_known_answer() -> None:
+    """σ 0.2, c 0.5: ε = 1 adds 0.2; ε = 5 adds the clip 0.5; ε = −9 takes 0.5 from −0.8, which ends at the bound."""
+    action, noise = f64(0.1, 0.1, -0.8), f64(1.0, 5.0, -9.0)
+    torch.testing.assert_close(smoothed_action(action, noise, 0.2, 0.5), f64(0.3, 0.6, -1.0))
+    torch.testing.assert_close(smoothed_action(action, noise, 0.2, 0.0), action)

@@ -41,9 +41,11 @@ def test_value_loss_known_answer(bias: float, expected: float) -> None:
     """min Q̄ = 1. V = 0: u = 1, 0.7·1; V = 3: u = −2, 0.3·4."""
     method = by_hand(expectile=0.7)
     method.value.net.layers[-1].bias.data.fill_(bias)
-    loss, metrics = method.value_loss(made_batch(method))
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
-    assert metrics["adv"].unique().tolist() == [1.0 - bias] and metrics["v_mean"].item() == pytest.approx(bias)
+    batch = made_batch(method)
+    loss, metrics = method.value_loss(batch)
+    assert loss.item() == method.value_loss(batch, method.advantage(batch))[0].item()
+    assert loss.item() == pytest.approx(expected, rel=1e-12) and metrics["v_mean"].item() == pytest.approx(bias)
+    assert method.advantage(batch)[0].unique().tolist() == [1.0 - bias]
 
 
 def test_critic_loss_known_answer() -> None:

@@ -253,7 +253,7 @@ def test_imitation_trains_on_one_episode_without_rewards() -> None:
     method = ODICE(expert_episode=1, normalize_obs=True, tanh_mean=True, layer_norm=False, batch_size=64, **SMALL)
     method.prepare(replay)
     assert method.hparams.reward_transform == "r"
-    assert method.bound is not None and method.bound.rows.tolist() == list(range(30, 59))
+    assert method.bound_rows.tolist() == list(range(30, 59))
     batch = method.draw(0, 1)[0]
     assert (batch.reward == 0).all()
     rows = replay.steps["obs"][30:59]

@@ -85,7 +85,7 @@ def test_held_out_episodes_are_not_trained_on(replay: Replay) -> None:
     assert rest is not None and rest.num_episodes == 6 and train.num_episodes == 24
     assert not set(train.start) & set(rest.start)
     module.prepare(replay)
-    assert module.bound is not None and set(module.bound.first_row.tolist()) <= set(train.rows.tolist())
+    assert set(module.bound_rows.tolist()) <= set(train.rows.tolist())
     batch = module.held_out_batch(replay)
     assert batch is not None and set(batch.row.tolist()) <= set(rest.rows.tolist())
     assert batch.noise.data.shape == batch.x.shape

@@ -227,4 +227,6 @@ def test_ends_whose_successor_is_unknown_teach_nothing() -> None:
     replay.steps["terminated"][replay.end] = True
     told = small(held_out=0.0).prepare(replay)
     bare = small(held_out=0.0).prepare(Replay(replay.steps, start=replay.start, length=replay.length, meta=replay.meta))
-    assert told.bound.rows is None and bare.bound.rows.tolist() == [row for row in range(400) if row % 10 < 9]
+    assert told.bound_rows.tolist() == list(range(400)) and bare.bound_rows.tolist() == [
+        row for row in range(400) if row % 10 < 9
+    ]

@@ -381,7 +381,7 @@ def test_horizon_of_the_learning_rate_is_stored(replay: Replay, tmp_path: Any) -
     fit(method("IQL"), replay, 45, tmp_path)
     longer = method("IQL")
     fit(longer, replay, 90, ckpt_path=tmp_path / "checkpoints" / "step=00000045.ckpt")
-    assert isinstance(longer, IQL) and longer.horizon == 45
+    assert isinstance(longer, IQL) and longer.decay_steps == 45
     assert longer.decayed_actor_lr(1) == 3e-4 and longer.decayed_actor_lr(46) == 0.0 == longer.decayed_actor_lr(90)
 
 

@@ -60,9 +60,9 @@ def test_an_update_has_the_rate_of_its_number(replay: Replay) -> None:
 
 
 def test_a_rate_without_a_horizon_is_told(replay: Replay, caplog: pytest.LogCaptureFixture) -> None:
-    assert method("IQL").prepare(replay, max_steps=40).horizon == 40  # type: ignore[attr-defined]
+    assert method("IQL").prepare(replay, max_steps=40).decay_steps == 40  # type: ignore[attr-defined]
     assert method("TrajectoryDiffusion").prepare(replay, max_steps=40).decay_steps == 40  # type: ignore[attr-defined]
-    assert method("IQL", lr_decay_steps=7).prepare(replay).horizon == 7  # type: ignore[attr-defined]
+    assert method("IQL", lr_decay_steps=7).prepare(replay).decay_steps == 7  # type: ignore[attr-defined]
     assert not [r for r in caplog.records if "lr_decay_steps" in r.getMessage()]
     module: Any = method("IQL").prepare(replay)
     (record,) = [r for r in caplog.records if "lr_decay_steps" in r.getMessage()]
