@@ -10,7 +10,7 @@ from typing import Any
 
 from offpolicy import moved
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "DataError": "offpolicy.errors",

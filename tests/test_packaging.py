@@ -11,13 +11,15 @@ import zipfile
 import pytest
 from scripts import ROOT
 
+import offpolicy
+
 PACKAGES = ("offpolicy", "lightning_modules", "datasets_cfg")
 KEPT = {".py", ".yaml", ".csv", ".typed"}
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
-    """Files of the sources, and of a wheel built from a copy of them without a network."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str], str]:
+    """Files of the sources, those of a wheel built from a copy of them without a network, and its metadata."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("setuptools is not installed here")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
@@ -33,12 +35,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]
     (file,) = out.glob("*.whl")
     with zipfile.ZipFile(file) as archive:
         names = set(archive.namelist())
+        about = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     files = (path for name in PACKAGES for path in (source / name).rglob("*") if path.suffix in KEPT)
-    return {path.relative_to(source).as_posix() for path in files}, names
+    return {path.relative_to(source).as_posix() for path in files}, names, about
 
 
-def test_wheel_holds_every_module_and_every_data_file(built: tuple[set[str], set[str]]) -> None:
-    sources, wheel = built
+def test_wheel_holds_every_module_and_every_data_file(built: tuple[set[str], set[str], str]) -> None:
+    sources, wheel, _ = built
     assert not sources - wheel
     for name in (
         "offpolicy/py.typed",
@@ -49,8 +52,15 @@ def test_wheel_holds_every_module_and_every_data_file(built: tuple[set[str], set
         assert name in wheel
 
 
-def test_wheel_holds_nothing_else(built: tuple[set[str], set[str]]) -> None:
-    _, wheel = built
+def test_wheel_holds_nothing_else(built: tuple[set[str], set[str], str]) -> None:
+    _, wheel, _ = built
     top = {name.partition("/")[0] for name in wheel}
     assert {name for name in top if not name.endswith(".dist-info")} == set(PACKAGES)
     assert any(name.endswith("LICENSE") for name in wheel)
+
+
+def test_the_version_stands_in_one_place(built: tuple[set[str], set[str], str]) -> None:
+    assert f"\nVersion: {offpolicy.__version__}\n" in built[2]
+    assert f"\nversion: {offpolicy.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert changes.index("\n## ") == changes.index(f"\n## {offpolicy.__version__}\n")
