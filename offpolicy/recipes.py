@@ -89,7 +89,7 @@ def recipes(method: str | None = None) -> Iterator[Recipe]:
 
 def parse_recipe(name: str, text: str) -> Recipe:
     """Read a recipe. Raises :class:`UsageError` when it is not in the form above or gives a key twice."""
-    raw = yaml.safe_load(text)
+    raw = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the one in C is ten times as fast
     settings: dict[str, Any] = {}
     origin: dict[str, tuple[str, ...]] = {}
     for section, note in (("published", "source"), ("ours", "reason")):

@@ -70,10 +70,10 @@ def test_where_there_are_no_locks_there_is_none(tmp_path: Path, monkeypatch: pyt
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with claimed(tmp_path):
-        pass
+    with claimed(tmp_path), claimed(tmp_path):  # nobody is refused
+        assert (tmp_path / LOCK).read_text() == ""
     with claimed(tmp_path / "absent"), claimed(None):  # as in a folder that cannot be written
-        pass
+        assert not (tmp_path / "absent").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"pid": "x"}', "[]"])

@@ -118,7 +118,8 @@ def test_not_finite_stops_or_drops_the_episode(key: str, value: float) -> None:
 
 
 def test_not_finite_is_fine_elsewhere() -> None:
-    from_arrays(arrays(behaviour_logp=np.full(20, np.nan)))
+    replay = from_arrays(arrays(behaviour_logp=np.full(20, np.nan)))
+    assert replay.length.sum() == 20 and np.isnan(replay.steps["behaviour_logp"]).all()
 
 
 def test_all_episodes_faulty() -> None:

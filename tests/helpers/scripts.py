@@ -20,10 +20,14 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
 
 
-def run_python(*arguments: Any, timeout: float = 200, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *arguments: Any, timeout: float = 200, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run Python with arguments such as ``"-c", code`` or the path of a script, and wait for its end."""
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=timeout
+    )
 
 
 def run_pair(script: str, root: Path) -> list[dict[str, Any]]:

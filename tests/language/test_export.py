@@ -143,7 +143,11 @@ def test_models_that_are_not_there(options: dict[str, Any], message: str, place:
 def test_an_exported_model_is_a_policy(whole: Path, place: Path, tmp_path: Path) -> None:
     out = export(whole, tmp_path / "out")
     method: Any = op.SFT(policy=str(out), batch_size=8)
-    op.fit(method, str(place / "pairs.jsonl"), max_steps=1, folder=tmp_path / "next", verbose=False, matmul="mkl")
+    pairs = str(place / "pairs.jsonl")
+    found = op.fit(method, pairs, max_steps=1, folder=tmp_path / "next", verbose=False, matmul="mkl")
+    first, second = op.load(whole).model.state_dict(), op.load(found.folder).model.state_dict()
+    assert found.updates == 1 and first.keys() == second.keys()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_folder_with_files_is_left_alone(whole: Path, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from scripts import run_pair
-from tiny import fit, make_policy, method
+from tiny import fit, method
 from toy import differences, run_files
 
 import offpolicy as op
@@ -72,14 +71,6 @@ def main(root: Path) -> None:
             train(name, root, resumed, 2, ckpt_path=resumed / "checkpoints" / "step=00000003.ckpt")
         found[name] = {"eval": module.eval_row, "saved": len(saved)}
     (root / f"rank{module.global_rank}.json").write_text(json.dumps(found))
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder in which both processes trained, and what each of them found."""
-    root = tmp_path_factory.mktemp("pair")
-    make_policy(root / "policy")
-    return root, run_pair(__file__, root)
 
 
 @pytest.mark.parametrize("name", CASES)
