@@ -38,8 +38,8 @@ from offpolicy.diffusion.trajectories import ACTION_LIMIT, BoundTrajectories, Ch
 from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.diffusion import denoise, denoising_loss, noise_level
 from offpolicy.nn.unet import TrajectoryUNet
-from offpolicy.training.callbacks import HeldOut
 from offpolicy.training.description import Description
+from offpolicy.training.measurement import HeldOut
 from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
 
 HELD_OUT_ROWS = 1024  # sub-trajectories of an evaluation at most

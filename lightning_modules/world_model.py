@@ -31,8 +31,8 @@ from offpolicy.data.views import Transitions
 from offpolicy.errors import DataError, UsageError, check_range, check_widths
 from offpolicy.nn.critics import joined
 from offpolicy.nn.stacked import MLP
-from offpolicy.training.callbacks import HeldOut
 from offpolicy.training.description import Description
+from offpolicy.training.measurement import HeldOut
 from offpolicy.training.offline import Metrics, OfflineModule, Rate, Sizes
 
 MAX_LOG_VAR, MIN_LOG_VAR = 0.5, -10.0  # bounds at the start, of y in standard deviations

@@ -22,7 +22,7 @@ import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from offpolicy.compute.processes import ProcessLost, claimed, end_together, is_loss, stop_watching
+from offpolicy.compute.processes import ProcessLost, claimed, end_together, is_first_process, is_loss
 from offpolicy.data.module import DataModule
 from offpolicy.data.names import resolve
 from offpolicy.data.replay import Replay
@@ -36,7 +36,7 @@ from offpolicy.evaluation.scores import has_score, interval, normalized_score, s
 from offpolicy.files import Table, atomic_write, unique_run_folder
 from offpolicy.given import place, plain, refuse_half, seed_number, whole
 from offpolicy.training import screen
-from offpolicy.training.callbacks import Evaluation, EvaluationFailed, RunFolder, UpdateBar
+from offpolicy.training.bar import UpdateBar
 from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 from offpolicy.training.checkpoints import (
     KEY,
@@ -49,10 +49,15 @@ from offpolicy.training.checkpoints import (
     to_plain,
 )
 from offpolicy.training.goals import GoalModule
+from offpolicy.training.headlines import scores_line
+from offpolicy.training.lightning_private import stop_watching
+from offpolicy.training.measurement import Evaluation, EvaluationFailed
 from offpolicy.training.module import Module
 from offpolicy.training.offline import OfflineModule
 from offpolicy.training.opening import load, own_state
 from offpolicy.training.options import RunOptions
+from offpolicy.training.run_folder import RunFolder
+from offpolicy.training.run_log import RunLog, scores_of
 from offpolicy.training.seeds import over_seeds
 from offpolicy.trust import Trust, names_in, names_of, trusting
 
@@ -207,7 +212,9 @@ def fit(
                 keep_earlier_rows(checkpoint, updates, target)
         files = RunFolder(target or root)  # other processes are told the folder by the first
         start = Start(files, origin, module, options, verbose)
-        trainer = make_trainer(files.folder, max_steps, options, [start, files], bar=verbose)
+        shows = verbose and options.get("enable_progress_bar") in (None, True)
+        method.run_log = RunLog(bar=UpdateBar() if shows else None)
+        trainer = make_trainer(files.folder, max_steps, options, [start, files], bar=False)
         began = time.perf_counter()
         try:
             with clear_errors():
@@ -230,16 +237,17 @@ def fit(
                 "same. Pass the settings of the run it comes from."
             ) from None
 
-    scores = {k.removeprefix("eval/"): v for k, v in getattr(method, "eval_row", {}).items() if isinstance(v, float)}
-    result = FitResult(method, files.folder, scores, trainer.global_step, getattr(method, "interrupted_by", 0))
+    found = method.run_log
+    result = FitResult(method, files.folder, found.scores(), trainer.global_step, found.interrupted_by)
     if trainer.is_global_zero and not result.interrupted:
         method.finish_files(result.folder)
     if verbose and trainer.is_global_zero:
         seconds = time.perf_counter() - began
         resume_or_none = resume_words(result.folder, origin) if result.interrupted else None
         look = start.look.format(folder=shlex.quote(str(result.folder)))
-        failed = "error" in getattr(method, "eval_row", {})
-        lines = screen.last_lines(result.folder, scores, result.updates, seconds, resume_or_none, look, failed)
+        lines = screen.last_lines(
+            result.folder, result.scores, result.updates, seconds, resume_or_none, look, found.failed
+        )
         print(lines, flush=True)
     if result.interrupted:
         stop_watching()
@@ -515,11 +523,11 @@ def already_done(method: Module, checkpoint: Path, updates: int, max_steps: int,
     trained.run = method.run
     missing = is_first_process() and not last_evaluation(trained, checkpoint, folder, updates)
     rows = Table(folder / "evals.csv").rows()
-    scores = {k.removeprefix("eval/"): float(v) for k, v in (rows[-1] if rows else {}).items() if isinstance(v, float)}
+    scores = scores_of(rows[-1] if rows else {})
     if verbose:
         print(
             f"{checkpoint} has {updates:,} updates and `max_steps` is {max_steps:,}: nothing to do. Raise "
-            f"--trainer.max_steps to go on. {screen.scores_line(scores)}"
+            f"--trainer.max_steps to go on. {scores_line(scores)}"
         )
         if missing:
             print(screen.line("note", f"The evaluation at update {updates:,} failed; going on begins with it."))
@@ -553,12 +561,6 @@ def data_name(data: DataModule) -> str:
 
 
 # -- surroundings ------------------------------------------------------------------------------------------------------
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks and writes for all, before a Trainer exists (launchers set these variables)."""
-    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    return all(int(os.environ.get(name) or 0) == 0 for name in ranks)
 
 
 @contextlib.contextmanager

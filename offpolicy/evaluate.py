@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
     from offpolicy.files import Table, WriteError, atomic_write
     from offpolicy.training import screen
     from offpolicy.training.checkpoints import read_checkpoint, resolve_checkpoint, run_of
+    from offpolicy.training.headlines import headline
     from offpolicy.training.opening import own_state
 
     path = resolve_checkpoint(args.run)
@@ -89,9 +90,9 @@ def main(argv: list[str]) -> int:
     for name, value in numbers.items():
         if name.startswith(("success_task", "order_consistency")) and "_seed" not in name:
             print(screen.line("", f"{name:<24}{value:.4g}"))
-    headline = next((name for name in ("score", "success_rate", "return_mean") if name in numbers), "")
+    judge = (headline(f"eval/{name}" for name in numbers) or "").removeprefix("eval/")
     for seed_trained in numbers.get("seeds", ()):
-        name = f"{headline}_seed{seed_trained}"
+        name = f"{judge}_seed{seed_trained}"
         print(screen.line("", f"{name:<24}{numbers[name]:.4g}"))
     if unwritten:
         print(f"Warning: {unwritten}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Small files that are either whole or absent: atomic writes, tables by update number, curves, run folders."""
+"""Small files that are either whole or absent: atomic writes, tables by update number, run folders."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from offpolicy.errors import DataError
+from offpolicy.moved import names_of
 
 Value = int | float | str
-Columns = dict[str, tuple[list[float], list[float]]]  # name -> (steps, values)
-COUNTS = ("version", "steps")  # of synthetic data: no curves
+__getattr__ = names_of("offpolicy.files")  # what stood here in version 0.1
 
 
 class WriteError(OSError):
@@ -175,54 +175,6 @@ class Table:
             raise WriteError.of(error, self.path, size) from error
 
 
-def plot_curves(folder: str | os.PathLike[str], title: str | None = None) -> Path | None:
-    """Draw `curves.png` of a run folder from its `metrics.csv` and `evals.csv`.
-
-    Panels, each only when there is something in it: the evaluation score (the return when there are no reference
-    scores) with one standard deviation over episodes, the losses, a health number (mean Q, accuracy, margin), and what
-    was measured on synthetic data.
-
-    Args:
-        folder: a run folder; its last two or three names become the title unless `title` is given.
-
-    Returns:
-        The path of the picture, or None when there is nothing to draw yet.
-    """
-    folder = Path(folder)
-    evals, metrics = (Table(folder / name).rows() for name in ("evals.csv", "metrics.csv"))
-    name = _first_column(evals, ("score", "return_mean", "accuracies", "loss"))
-    curves = _columns(metrics)
-    groups = {
-        "training losses": {k: v for k, v in curves.items() if "loss" in k},
-        "training values": {
-            k: v for k, v in curves.items() if k.endswith(("q_mean", "v_mean", "accuracies", "margins"))
-        },
-        "synthetic data": {k: v for k, v in curves.items() if k.startswith("synthetic/") and not k.endswith(COUNTS)},
-    }
-    panels = [kind for kind, shown in (("eval", name), *groups.items()) if shown]
-    if not panels:
-        return None
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyplot would keep global state and ask for a display
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    heading = title or " · ".join(folder.resolve().parts[-3:])
-    for i, kind in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), i + 1, xlabel="updates")
-        axes.grid(alpha=0.3)
-        if kind == "eval" and name is not None:
-            heading += "\n" + _draw_evaluation(axes, _columns(evals), name)
-        else:
-            _draw_metrics(axes, groups[kind], kind)
-    figure.suptitle(heading, fontsize=10)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    atomic_write(folder / "curves.png", picture.getvalue())
-    return folder / "curves.png"
-
-
 def unique_run_folder(root: str | os.PathLike[str], data: str, method: str, seed: int) -> Path:
     """Make and return a new folder `<root>/<data>/<method>/seed<seed>-<n>`, n one above the largest there is.
 
@@ -254,33 +206,6 @@ def method_folder(root: str | os.PathLike[str], data: str, method: str) -> Path:
 def safe_name(name: str) -> str:
     """`name` as one folder name: 'D4RL/pen/human-v2' -> 'D4RL-pen-human-v2'."""
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "unnamed"
-
-
-def _draw_evaluation(axes: Any, columns: Columns, name: str) -> str:
-    """One curve with its spread. Returns the words for the title: last and best."""
-    steps, values = columns[name]
-    axes.plot(steps, values, marker="o", markersize=3)
-    spread = columns.get(name.removesuffix("_mean") + "_std")
-    if spread is not None and spread[0] == steps:
-        low, high = ([v + sign * s for v, s in zip(values, spread[1])] for sign in (-1, 1))
-        axes.fill_between(steps, low, high, alpha=0.2, linewidth=0, label="± 1 std over episodes")
-        axes.legend(fontsize=7)
-    label = name.rpartition("/")[2].removesuffix("_mean")
-    axes.set_title(f"evaluation {label}", fontsize=9)
-    best = (min if "loss" in label else max)((v for v in values if not math.isnan(v)), default=math.nan)
-    return f"{label}: last {values[-1]:.4g}, best {best:.4g}"
-
-
-def _draw_metrics(axes: Any, columns: Columns, title: str) -> None:
-    """Up to five curves of metrics."""
-    shown = dict(list(columns.items())[:5])
-    for name, (steps, values) in shown.items():
-        rare = "." if name.startswith("synthetic/") else None
-        axes.plot(steps, values, linewidth=1, marker=rare, label=name.removeprefix("train/").removeprefix("synthetic/"))
-    if "losses" in title and all(v > 0 for _, values in shown.values() for v in values):
-        axes.set_yscale("log")
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=7)
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -324,25 +249,6 @@ def _step(line: str) -> float:
         return float(line.split(",", 1)[0])
     except ValueError:
         return -math.inf  # not a row of ours: keep it
-
-
-def _columns(rows: list[dict[str, Value]]) -> Columns:
-    """The non-empty numeric cells of every column."""
-    columns: Columns = {}
-    for row in rows:
-        for name, value in row.items():
-            if name != "step" and not isinstance(value, str) and not isinstance(row.get("step", ""), str):
-                shown = name.encode(errors="replace").decode().replace("$", "S")  # what a picture can write
-                steps, values = columns.setdefault(shown, ([], []))
-                steps.append(float(row["step"]))
-                values.append(value)
-    return columns
-
-
-def _first_column(rows: list[dict[str, Value]], endings: Iterable[str]) -> str | None:
-    """The first column whose last name is one of `endings`, in their order."""
-    names = _columns(rows)
-    return next((name for end in endings for name in names if name.rpartition("/")[2] == end), None)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

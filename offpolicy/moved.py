@@ -16,7 +16,15 @@ from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its names are now
     "offpolicy.arguments": ("offpolicy.cli.arguments",),
-    "offpolicy.callbacks": ("offpolicy.training.callbacks",),
+    "offpolicy.callbacks": (
+        "offpolicy.training.callbacks",
+        "offpolicy.training.measurement",
+        "offpolicy.training.run_folder",
+        "offpolicy.training.bar",
+        "offpolicy.training.headlines",
+        "offpolicy.training.run_log",
+        "offpolicy.training.checkpoints",
+    ),
     "offpolicy.checkpoint": ("offpolicy.training.checkpoints",),
     "offpolicy.checkpoint_io": ("offpolicy.training.checkpoint_io",),
     "offpolicy.cli": ("offpolicy.cli.parser",),
@@ -39,6 +47,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.diffusion": ("offpolicy.diffusion.sampler",),
     "offpolicy.entry": ("offpolicy.cli.entry",),
     "offpolicy.evaluation.synthetic": ("offpolicy.diffusion.measures", "offpolicy.evaluation.simulators"),
+    "offpolicy.files": ("offpolicy.training.curves",),
     "offpolicy.goals": ("offpolicy.training.goals",),
     "offpolicy.language.answering": ("offpolicy.language.rl.answering",),
     "offpolicy.language.critic": ("offpolicy.language.rl.critic",),

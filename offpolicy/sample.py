@@ -6,14 +6,10 @@ again goes on with an interrupted one; ``torchrun -m offpolicy.sample …`` shar
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from offpolicy.cli import entry
 
@@ -42,11 +38,13 @@ def main(argv: list[str]) -> int:
     args = vars(parser.parse_args(argv))
 
     from offpolicy.api import sample
+    from offpolicy.compute.processes import is_first_process, joined_processes
+    from offpolicy.compute.progress import counting
     from offpolicy.training import screen
 
     run, out, total = args.pop("run"), Path(args.pop("out")), args["trajectories"]
-    began, first = time.perf_counter(), int(os.environ.get("RANK") or 0) == 0
-    with processes(), progress_bar(total if first else 0) as progress:
+    began, first = time.perf_counter(), is_first_process()
+    with joined_processes(), counting(total if first else 0, "trajectories") as progress:
         try:
             replay = sample(run, out, **args, progress=progress)
         except KeyboardInterrupt:
@@ -62,48 +60,6 @@ def main(argv: list[str]) -> int:
         print(screen.line("look", f"python -m offpolicy.data show {where}"))
         print(screen.line("train", f"python -m offpolicy.fit --data {where}"))
     return 0
-
-
-@contextmanager
-def processes() -> Iterator[None]:
-    """Join the group of processes that ``torchrun`` started, each with its own device; alone there is none."""
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
-        yield
-        return
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
-    torch.distributed.init_process_group("gloo")  # nothing but waiting for one another
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[int], Any] | None]:
-    """A bar on a terminal, lines elsewhere, nothing when ``total`` is 0."""
-    if not total:
-        yield None
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("trajectories"), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda done: bar.update(task, completed=min(done, total))
-    else:
-        said = 0
-
-        def say(done: int) -> None:
-            nonlocal said
-            if min(done, total) > said:
-                said = min(done, total)
-                print(f"{said:,}/{total:,} trajectories", file=sys.stderr, flush=True)
-
-        yield say
 
 
 sys.modules[__name__].__class__ = entry.CallableModule

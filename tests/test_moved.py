@@ -51,6 +51,7 @@ GONE = {  # helpers of single modules that other ones replaced
     "offpolicy.language.engines": {"padded"},  # offpolicy.language.layout
     "offpolicy.language.policy": {"adapter_settings", "import_peft"},  # offpolicy.language.adapters
     "offpolicy.registry": {"resolve_method"},  # offpolicy.registry.find_method
+    "offpolicy.sample": {"processes", "progress_bar"},  # offpolicy.compute.processes and progress
     "offpolicy.language.rewards": {"to_decimal", "read_last_number"},  # offpolicy.data.texts.numbers
 }
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from offpolicy.compute.torch_private import cpu_attention, cpu_attention_backward
 from offpolicy.errors import UsageError, nearest
 
 CHOICES = ("auto", "mkl", "onednn")
@@ -133,9 +134,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> Tensor:
         with matmul_setting("mkl"):
-            out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-            )
+            out, logsumexp = cpu_attention(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
         ctx.save_for_backward(query, key, value, out, logsumexp, mask)
         ctx.options = causal, scale
         return out
@@ -145,7 +144,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, out, logsumexp, mask = ctx.saved_tensors
         causal, scale = ctx.options
         with matmul_setting("mkl"):
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            found = cpu_attention_backward(
                 grads[0], query, key, value, out, logsumexp, 0.0, causal, attn_mask=mask, scale=scale
             )
         return (*found, None, None, None)

@@ -7,9 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.variable import Variable
 from torch.optim.adam import adam
 
+from offpolicy.compute.torch_private import (
+    foreach_add_,
+    foreach_lerp_,
+    foreach_mul,
+    foreach_norm,
+    fused_adam_,
+    fused_adamw_,
+    run_backward,
+)
 from offpolicy.errors import check_range
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -21,8 +29,6 @@ FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def gradients(loss: Tensor, params: Sequence[Tensor], *, keep_graph: bool = False) -> list[Tensor]:
     """The derivative of a loss by each parameter, as `torch.autograd.grad` gives it.
 
-    It calls the engine below that function, whose checks of every argument in Python take as long as a small layer.
-
     Args:
         loss: ().
         params: tensors that the loss depends on.
@@ -31,9 +37,7 @@ def gradients(loss: Tensor, params: Sequence[Tensor], *, keep_graph: bool = Fals
     Raises:
         RuntimeError: the loss does not depend on a parameter.
     """
-    engine: Any = Variable._execution_engine
-    start = (torch.ones_like(loss),)
-    return list(engine.run_backward((loss,), start, keep_graph, False, tuple(params), False, accumulate_grad=False))
+    return list(run_backward(loss, params, keep_graph=keep_graph))
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -86,8 +90,8 @@ class FusedAdam(torch.optim.Optimizer):
         grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
         fused = params[0].device.type in FUSED_DEVICES and params[0].dtype in FUSED_DTYPES
         if fused:
-            torch._foreach_add_(steps, [ONE] * len(steps) if steps[0].is_cpu else 1)
-            kernel = torch._fused_adamw_ if group["decoupled"] else torch._fused_adam_
+            foreach_add_(steps, [ONE] * len(steps) if steps[0].is_cpu else 1)
+            kernel = fused_adamw_ if group["decoupled"] else fused_adam_
             kernel(
                 list(params),
                 grads,
@@ -175,7 +179,7 @@ def polyak_(targets: Sequence[Tensor], sources: Sequence[Tensor], tau: float) ->
         sources: tensors to move towards, of the same shapes in the same order.
         tau: τ in [0, 1].
     """
-    torch._foreach_lerp_(list(targets), list(sources), tau)
+    foreach_lerp_(list(targets), list(sources), tau)
 
 
 def clip_per_seed(grads: list[Tensor], max_norm: float, *, seeds: bool) -> list[Tensor]:
@@ -186,9 +190,9 @@ def clip_per_seed(grads: list[Tensor], max_norm: float, *, seeds: bool) -> list[
         max_norm: limit > 0 on the Euclidean norm over all parameters.
     """
     if not seeds:
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        norm = torch.linalg.vector_norm(torch.stack(foreach_norm(grads)))
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        return list(torch._foreach_mul(grads, scale))
+        return list(foreach_mul(grads, scale))
     norm = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return [g * scale.reshape(-1, *(1,) * (g.dim() - 1)) for g in grads]

@@ -1,4 +1,7 @@
-"""Processes of one run: only one run trains in a folder, and those of a run notice when one of them is gone."""
+"""Processes of one run: which one this is, what all of them know, and what happens when one of them is gone.
+
+Only one run trains in a folder. Nothing heavy is imported before it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import contextlib
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from offpolicy.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOCK = ".lock"  # in a run folder while somebody trains in it
 GONE = (  # what gloo and NCCL say when the process at the other end has ended
@@ -87,44 +93,94 @@ def _taken(folder: Path, holder: str) -> str:
     )
 
 
-def is_loss(error: BaseException) -> bool:
-    """Whether an error says that another process of the run is gone."""
+# -- the processes that train together ---------------------------------------------------------------------------------
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks and writes for all, asked before a Trainer exists (launchers set these variables)."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(int(os.environ.get(name) or 0) == 0 for name in ranks)
+
+
+@contextlib.contextmanager
+def joined_processes() -> Iterator[None]:
+    """Join the group of processes that ``torchrun`` started, each with its own device; alone there is none."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        yield
+        return
     import torch
 
-    if rank_and_world()[1] == 1:
-        return False
-    text = str(error).lower()
-    return isinstance(error, getattr(torch.distributed, "DistError", ())) or any(words in text for words in GONE)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
+    torch.distributed.init_process_group("gloo")  # nothing but waiting for one another
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
-def rank_and_world() -> tuple[int, int]:
-    """Number of this process, and how many work together."""
+def world_size() -> int:
+    """The number of processes that work together, 1 alone."""
     from torch import distributed
 
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process among those that work together, 0 alone."""
+    from torch import distributed
+
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of a tensor over the processes, all of which ask; the tensor itself is left as it is."""
+    from torch import distributed
+
+    if world_size() > 1:
+        x = x.clone()
+        distributed.all_reduce(x)
+    return x
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of a tensor over the processes, all of which ask; the tensor itself is left as it is."""
+    world = world_size()
+    return sum_over_processes(x) / world if world > 1 else x
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of every process, by rank; all of them ask."""
+    from torch import distributed
+
+    values = [value] * world_size()
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
+    return values
 
 
 def wait_for_all() -> None:
-    """Go on once all processes that work together have come here."""
+    """Wait until every process is here."""
     from torch import distributed
 
-    if rank_and_world()[1] > 1:
+    if world_size() > 1:
         distributed.barrier()
 
 
-def stop_watching() -> None:
-    """Keep Lightning's launcher from killing this process because another one of the run has ended.
+# -- when one of them is gone ------------------------------------------------------------------------------------------
 
-    Its watcher does so within five seconds whenever a child ends with a code other than 0; an interrupted child does.
-    """
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer" and hasattr(thread, "_child_processes"):
-            thread._child_processes = []
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    from torch import distributed
+
+    if world_size() == 1:
+        return False
+    text = str(error).lower()
+    return isinstance(error, getattr(distributed, "DistError", ())) or any(words in text for words in GONE)
 
 
 def end_together() -> None:
     """Wait for the other processes of a run, so that none is gone while the first still writes."""
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError):  # one of them is gone
         wait_for_all()

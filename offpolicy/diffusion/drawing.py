@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from offpolicy.compute.processes import rank_and_world, wait_for_all
+from offpolicy.compute.processes import rank, wait_for_all, world_size
 from offpolicy.data.guard import read_json
 from offpolicy.data.mixing import joined
 from offpolicy.data.replay import Replay
@@ -108,20 +108,20 @@ def draw_trajectories(
     Raises:
         UsageError: ``<out>.parts`` holds pieces of another plan.  DataError: what was drawn is not finite.
     """
-    rank, world = rank_and_world()
+    own, world = rank(), world_size()  # this process and how many share the work
     parts, key = out.with_name(out.name + ".parts"), plan.key(model, policy)
-    if rank == 0 and not holds(out, key):
+    if own == 0 and not holds(out, key):
         _claim(parts, key, plan, fresh)
     wait_for_all()
     if not holds(out, key):
         folders = [parts / f"{k:06d}" for k in range(plan.pieces)]
         for k, folder in enumerate(folders):
-            if k % world == rank and not folder.exists():
+            if k % world == own and not folder.exists():
                 first, count = plan.piece(k)
                 done = plan.batch_size * sum(one.exists() for one in folders)
                 _draw_piece(model, plan, first, count, policy, _after(progress, done)).save(folder)
         wait_for_all()
-        if rank == 0:
+        if own == 0:
             _join(folders, {"key": key, **asdict(plan)}).save(out)
             shutil.rmtree(parts, ignore_errors=True)
         wait_for_all()

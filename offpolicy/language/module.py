@@ -39,8 +39,7 @@ from offpolicy.language.layout import (
 )
 from offpolicy.language.meters import Pace
 from offpolicy.language.noise import without_noise
-from offpolicy.training import divergence
-from offpolicy.training.callbacks import Interruption, RestoreSettings
+from offpolicy.training.lightning_private import trainer_of
 from offpolicy.training.module import Module
 from offpolicy.trust import names_of, trusting
 
@@ -326,7 +325,7 @@ class LanguageModule(Module):
             return
         with trusting(names=names_of(self)):
             # a sharded model is whole in its checkpoint alone
-            tuned = self if self._device_mesh is None else type(self).load_from_checkpoint(folder)
+            tuned = self if self.device_mesh is None else type(self).load_from_checkpoint(folder)
             export_model(
                 tuned.model,
                 tuned.tokenizer,
@@ -368,7 +367,7 @@ class LanguageModule(Module):
             )
         if getattr(trainer, "datamodule", None) is not None:
             self.bind_data(trainer.datamodule)  # type: ignore[attr-defined]
-        return [RestoreSettings(), divergence.Divergence(), self.measurement(), Interruption()]
+        return self.watchers()
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
@@ -429,7 +428,7 @@ class LanguageModule(Module):
 
     def precision_context(self) -> AbstractContextManager[Any]:
         """The precision that training runs in, for forward passes outside of it."""
-        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+        return self.trainer.precision_plugin.forward_context() if trainer_of(self) is not None else nullcontext()
 
     def sum_over_processes(self, x: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -446,7 +445,7 @@ class LanguageModule(Module):
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": h.weight_decay},
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ]
-        fused = self._device_mesh is None and self.device.type in ("cpu", "cuda")
+        fused = self.device_mesh is None and self.device.type in ("cpu", "cuda")
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=h.lr, betas=tuple(h.adam_betas), fused=fused)
 
     def rate(self, step: int) -> float:

@@ -29,6 +29,7 @@ from offpolicy.language.reference import Reference, ReferenceTable, evaluating
 from offpolicy.losses.scores import PairScores, Scores, SingleScores
 from offpolicy.training import divergence
 from offpolicy.training.description import Description
+from offpolicy.training.lightning_private import trainer_of
 from offpolicy.training.meter import Metrics
 
 HELD_OUT = -1  # in place of an epoch
@@ -153,12 +154,12 @@ class PreferenceModule(LanguageModule):
 
     def configure_model(self) -> None:
         """Shard the model where the strategy asks for it; make the reference while the policy still is at its start."""
-        if getattr(self, "_trainer", None) is None or not self.trainer.training or self._table is None:
+        if trainer_of(self) is None or not self.trainer.training or self._table is None:
             return
-        if self._device_mesh is not None:
+        if self.device_mesh is not None:
             from offpolicy.language.sharding import shard
 
-            shard(self.model, self._device_mesh["data_parallel"])
+            shard(self.model, self.device_mesh["data_parallel"])
         self.model.to(self.trainer.strategy.root_device)
         self.apply_settings()
         try:
@@ -223,7 +224,7 @@ class PreferenceModule(LanguageModule):
             layout = pair_layout(batch, self.pad_id, shared_prompt=self.shared_prompt, prompt_too=self.scores_prompt)
         else:
             layout = single_layout(batch, self.pad_id, prompt_too=self.scores_prompt)
-        return layout.to(self.device if self._trainer is None else self.trainer.strategy.root_device)
+        return layout.to(self.device if trainer_of(self) is None else self.trainer.strategy.root_device)
 
     def answers(self, model: Any, layout: Layout, *, stats: bool = False) -> Answers:
         """The scores of the rows of one forward pass."""

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.compute import processes
 from offpolicy.data.columns import to_numpy
 from offpolicy.data.texts.sequences import BoundTexts
 from offpolicy.errors import DataError, UsageError
@@ -142,7 +143,7 @@ class Reference:
             )
 
     def _frozen_copy(self) -> Any:
-        if self.method._device_mesh is not None:
+        if self.method.device_mesh is not None:
             raise UsageError("`reference` is 'live', which sharding does not do; expected 'auto' or 'precomputed'.")
         return self._open(self.method.hparams.policy, self.method.hparams.adapter)
 
@@ -309,12 +310,7 @@ def columns_of(
         part = missing[start : start + TOGETHER * world]
         padded = np.concatenate([part, np.repeat(part[-1:], -len(part) % world)])
         mine = padded[rank::world]
-        found: list[Any] = [(mine, compute(mine))]
-        if world > 1:
-            mine_found = found[0]
-            found = [None] * world
-            torch.distributed.all_gather_object(found, mine_found)
-        for theirs, values in found:
+        for theirs, values in processes.gathered((mine, compute(mine))):
             for name in names:
                 columns[name] = columns[name].astype(values[name].dtype, copy=False)
                 columns[name][theirs] = values[name]

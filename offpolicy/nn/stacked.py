@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from offpolicy.compute.torch_private import parameters_here
 from offpolicy.errors import UsageError, check_widths, nearest
 
 # Numbers in a hidden layer of one member, 1 MB. Larger ones a CPU computes faster member by member and in parts of this
@@ -261,10 +262,10 @@ class MLP(nn.Module):
             x: the input.
             member: compute only this member of the last stack axis, which the output then lacks.
         """
-        params: list[Tensor] = [p for layer in self.layers for p in layer._parameters.values() if p is not None]
+        params: list[Tensor] = [p for layer in self.layers for p in parameters_here(layer).values() if p is not None]
         norms: list[Tensor] = []
         if self.layer_norm:
-            norms = [p for norm in self.norms for p in norm._parameters.values() if p is not None]
+            norms = [p for norm in self.norms for p in parameters_here(norm).values() if p is not None]
         stack = params[0].shape[:-2]
         if member is not None or len(stack) > 1:
             params, norms = ([per_member(p, member) for p in some] for some in (params, norms))

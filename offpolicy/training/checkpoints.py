@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from offpolicy.compute.torch_private import set_state_notes, state_notes
 from offpolicy.errors import UsageError
 from offpolicy.files import atomic_file, is_stray, method_folder
 from offpolicy.given import expanded, place
@@ -75,8 +76,8 @@ def to_plain(value: Any, where: str = "value", *, freeze_lists: bool = False) ->
         plain: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
         for key, item in value.items():
             plain[to_plain(key, f"key {key!r} of {where}", freeze_lists=True)] = inner(item, key)
-        if isinstance(value, OrderedDict) and hasattr(value, "_metadata"):
-            plain._metadata = to_plain(value._metadata, f"{where}._metadata")  # type: ignore[attr-defined]
+        if isinstance(value, OrderedDict) and (notes := state_notes(value)) is not None:
+            set_state_notes(plain, to_plain(notes, f"{where}._metadata"))
         return plain
     if isinstance(value, (list, tuple)):
         items = [inner(item, i) for i, item in enumerate(value)]
@@ -320,6 +321,11 @@ def resolve_checkpoint(
         hint = f" Continue from {other}." if other else " No other checkpoint lies beside it."
         raise UsageError(f"{path} ({path.stat().st_size:,} bytes) does not open; expected a whole checkpoint.{hint}")
     return path
+
+
+def checkpoint_name(updates: int) -> str:
+    """The file of a run's checkpoint of this update; its digits let names sort by update."""
+    return f"step={updates:08d}.ckpt"
 
 
 def run_of(checkpoint: Path) -> Path:

@@ -16,8 +16,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from offpolicy.compute.torch_private import foreach_norm
 from offpolicy.errors import DivergenceError
 from offpolicy.training.checkpoints import newest_checkpoint
+from offpolicy.training.lightning_private import trainer_of
+from offpolicy.training.run_log import due
 
 SHOWN = 3  # names in a message
 
@@ -47,7 +50,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
         own: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # this process's part of a sharded one
         if own.numel() and own.is_floating_point():
             kinds.setdefault((own.device, own.dtype), []).append(own.detach())
-    largest = [torch.stack(torch._foreach_norm(some, math.inf)) for some in kinds.values()]  # NaN where one is
+    largest = [torch.stack(foreach_norm(some, math.inf)) for some in kinds.values()]  # NaN where one is
     return all(bool(torch.isfinite(norms).all()) for norms in largest)
 
 
@@ -59,8 +62,7 @@ def check_finite(method: Any) -> None:
     Raises:
         DivergenceError: one of them is not finite.
     """
-    row = method.metric_row if method.metric_row.get("step") == method.updates else {}
-    losses = infinite_losses(row, method.seeds)
+    losses = infinite_losses(method.run_log.metrics_at(method.updates), method.seeds)
     since = {name: value for name, value in method.meter.by_name().items() if is_loss(name)}
     trained = {n: p for n, p in method.named_parameters() if p.requires_grad or not method.trains_on_texts}
     diverged = bool(losses) or not all_finite([*since.values(), *trained.values()])
@@ -107,7 +109,7 @@ def named(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def last_checkpoint(method: Any) -> Path | None:
     """The newest checkpoint of the run that a method is trained in; all of them are finite."""
-    for callback in getattr(method._trainer, "checkpoint_callbacks", ()):
+    for callback in getattr(trainer_of(method), "checkpoint_callbacks", ()):
         folder = getattr(callback, "folder", None) or getattr(callback, "dirpath", None)
         path = newest_checkpoint(folder) if folder is not None else None
         if path is not None:
@@ -125,7 +127,5 @@ class Divergence(Callback):
         updates, run = trainer.global_step, pl_module.run
         if not pl_module.step_ended:
             return
-        if updates in (pl_module.metric_row.get("step"), trainer.max_steps) or (
-            run.eval_every and updates % run.eval_every == 0
-        ):
+        if pl_module.run_log.metrics_at(updates) or due(updates, run.eval_every, trainer.max_steps):
             pl_module.check_finite()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from offpolicy.compute.torch_private import is_dropout
 from offpolicy.data import sampling
 from offpolicy.data.views import BoundView, Noise
 
@@ -82,5 +83,5 @@ def seed_dropout(seed: int, update: int, rank: int) -> None:
 
 def has_dropout(module: nn.Module) -> bool:
     """Whether a module draws a dropout mask of its own: torch's layers, or an attribute ``dropout`` > 0."""
-    rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
+    rate = module.p if is_dropout(module) else getattr(module, "dropout", 0.0)
     return isinstance(rate, float) and rate > 0.0

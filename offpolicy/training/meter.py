@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offpolicy.compute.torch_private import foreach_add_
+
 Metrics = dict[str, Any]  # (B,) or one number per seed each; of language methods also means over tokens
 
 
@@ -26,7 +28,7 @@ class Meter:
             self.sums[name] = torch.zeros_like(metrics[name], dtype=torch.float32)
             self.counts[name] = 0
         if metrics:
-            torch._foreach_add_([self.sums[name] for name in metrics], list(metrics.values()))
+            foreach_add_([self.sums[name] for name in metrics], list(metrics.values()))
         for name in metrics:
             self.counts[name] += 1
 

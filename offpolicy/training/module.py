@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 
-from offpolicy.compute import matmul
+from offpolicy.compute import matmul, processes
 from offpolicy.compute.casts import fresh_casts
 from offpolicy.compute.memory import keep_freed_memory
 from offpolicy.compute.optim import num_trained
@@ -25,11 +25,13 @@ from offpolicy.data.module import DataModule
 from offpolicy.errors import DataError, UsageError
 from offpolicy.given import tidy
 from offpolicy.training import divergence
-from offpolicy.training.callbacks import HeldOut
+from offpolicy.training.callbacks import Interruption, RestoreSettings
 from offpolicy.training.checkpoints import KEY, plain_hparams, to_plain
 from offpolicy.training.description import Description
+from offpolicy.training.measurement import HeldOut
 from offpolicy.training.meter import Meter
 from offpolicy.training.options import RunOptions
+from offpolicy.training.run_log import RunLog
 from offpolicy.training.seeds import checked_seeds
 from offpolicy.trust import words
 
@@ -56,9 +58,7 @@ class Module(LightningModule):
         self.data_meta: dict[str, Any] = {}
         self.data_fingerprint = ""
         self.meter: Any = Meter()
-        self.metric_row: dict[str, Any] = {}  # the newest row of metrics, and of an evaluation
-        self.eval_row: dict[str, Any] = {}
-        self.interrupted_by = 0  # signal that ended the last fit, 0 when none did
+        self.run_log = RunLog()  # of the newest fit
         self.words = words()  # whose word the names in its options are
         self._seeds: tuple[int, ...] = ()
         self._finite_at = -1  # the update after which losses and weights were last found finite
@@ -96,7 +96,7 @@ class Module(LightningModule):
         frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
         super().save_hyperparameters(*args, frame=frame, **kwargs)
         types = {name: p.annotation for name, p in inspect.signature(type(self)).parameters.items()}
-        tidy(self._hparams, types)
+        tidy(self.hparams, types)
 
     @classmethod
     def data_class(cls) -> type[DataModule]:
@@ -136,6 +136,27 @@ class Module(LightningModule):
         """Itself in lines for the first screen; asked once training begins, on the first process."""
         return Description()
 
+    @property
+    def metric_row(self) -> dict[str, Any]:
+        """The newest row of metrics, with its ``step``."""
+        return self.run_log.metrics
+
+    @property
+    def eval_row(self) -> dict[str, Any]:
+        """The newest row of an evaluation, with its ``step``; empty before the first."""
+        return self.run_log.evaluation
+
+    @property
+    def interrupted_by(self) -> int:
+        """The signal that ended the last fit, 0 when none did."""
+        return self.run_log.interrupted_by
+
+    def watchers(self) -> list[Callback]:
+        """What accompanies training between blocks of updates, in the order in which it is called."""
+        self.run_log.files = None  # an earlier fit that ended by an error may have left its own
+        bars = [] if self.run_log.bar is None else [self.run_log.bar]
+        return [RestoreSettings(), divergence.Divergence(), self.measurement(), Interruption(), *bars]
+
     def measurement(self) -> Callback:
         """What judges the method in training."""
         return HeldOut()
@@ -174,13 +195,12 @@ class Module(LightningModule):
 
     @property
     def world_size(self) -> int:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return torch.distributed.get_world_size() if distributed else 1
+        return processes.world_size()
 
     @property
     def process_rank(self) -> int:
         """The number of this process among those that share a batch, from 0."""
-        return self.global_rank if self.world_size > 1 else 0
+        return processes.rank()
 
     def batch_mean(self, x: Tensor) -> Tensor:
         """Mean over the batch axis (−1) of the global batch, detached: (…, B) → (…,).
@@ -191,19 +211,13 @@ class Module(LightningModule):
 
     def mean_over_processes(self, x: Tensor) -> Tensor:
         """The mean of a tensor over the processes of the run."""
-        if self.world_size > 1:
-            x = x.clone()
-            torch.distributed.all_reduce(x)
-            x = x / self.world_size
-        return x
+        return processes.mean_over_processes(x)
 
     def on_any_process(self, flag: bool) -> bool:
         """Whether a flag is set on one of the processes; all of them must ask."""
         if self.world_size == 1:
             return flag
-        flags = torch.tensor(float(flag), device=self.device)
-        torch.distributed.all_reduce(flags)
-        return bool(flags > 0)
+        return bool(processes.sum_over_processes(torch.tensor(float(flag), device=self.device)) > 0)
 
     def check_finite(self) -> None:
         """Stop a run whose losses or weights are not finite; asked between blocks, on every process.
@@ -214,13 +228,6 @@ class Module(LightningModule):
         if self._finite_at != self.updates:
             divergence.check_finite(self)
             self._finite_at = self.updates
-
-    def _of_all_processes(self, value: Any) -> list[Any]:
-        """The value of every process, by rank."""
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            torch.distributed.all_gather_object(values, value)
-        return values
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -236,7 +243,7 @@ class Module(LightningModule):
                 "threads": torch.get_num_threads(),
                 "matmul": self.run.matmul,
                 "data": {"fingerprint": self.data_fingerprint, "meta": self.data_meta},
-                "meters": self._of_all_processes(self.meter.state_dict()),
+                "meters": processes.gathered(self.meter.state_dict()),
                 **self.extra_state(),
             }
         )
@@ -256,7 +263,7 @@ class Module(LightningModule):
         self.restore_networks(state)
         self.data_meta = self.data_meta or data["meta"]
         self.run.threads, self.run.matmul = state["threads"], state["matmul"]
-        self.meter.load_state_dict(state["meters"], self.global_rank, self.world_size)
+        self.meter.load_state_dict(state["meters"], processes.rank(), self.world_size)
         self.load_extra_state(state)
 
     @property
@@ -297,7 +304,7 @@ class Module(LightningModule):
 
     def log_row(self, row: dict[str, Any], updates: int) -> None:
         """Make a row of metrics known: to the files of the run, the bar and the loggers."""
-        self.metric_row = row
+        self.run_log.metrics = row
         scalars = {k: float(v) for k, v in row.items() if not isinstance(v, list)}
         self.log_dict({k: v for k, v in scalars.items() if k != "step"}, logger=False)
         self.log_to_loggers(scalars, updates)

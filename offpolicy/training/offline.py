@@ -33,11 +33,12 @@ from offpolicy.errors import UsageError, check_range
 from offpolicy.given import refuse_half
 from offpolicy.training import divergence
 from offpolicy.training.acting import ActingModule
-from offpolicy.training.callbacks import Evaluation, Interruption, RestoreSettings
 from offpolicy.training.checkpoints import KEY
 from offpolicy.training.common import CommonOptions
 from offpolicy.training.description import Description, origin
 from offpolicy.training.drawing import Draw, draw_batches, has_dropout, seed_dropout
+from offpolicy.training.lightning_private import count_updates, save_interval
+from offpolicy.training.measurement import Evaluation
 from offpolicy.training.meter import Metrics
 
 log = logging.getLogger(__name__)
@@ -363,7 +364,7 @@ class OfflineModule(ActingModule):
         """Every interval, in updates, at which a block must end."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         found = {self.run.log_every, self.run.eval_every, getattr(data, "change_every", 0)}
-        found |= {getattr(callback, "_every_n_train_steps", 0) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        found |= {save_interval(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return {n for n in found if isinstance(n, int) and n > 0}
 
     def bind(self, replay: Replay) -> None:
@@ -407,7 +408,7 @@ class OfflineModule(ActingModule):
                 )
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise UsageError("sharding (fsdp2) is for language models; expected another strategy. Use ddp.")
-        return [RestoreSettings(), divergence.Divergence(), self.measurement(), Interruption()]
+        return self.watchers()
 
     def measurement(self) -> Callback:
         return Evaluation()
@@ -484,7 +485,7 @@ class OfflineModule(ActingModule):
         k = self.block_length(t)
         began = time.perf_counter()
         self.run_block(t, k)
-        self._count(k)
+        count_updates(self.trainer, k)
         self._update_time += time.perf_counter() - began
         self._updates_timed += k
         if (t + k) % self.run.log_every == 0 or t + k == self.trainer.max_steps:
@@ -495,13 +496,6 @@ class OfflineModule(ActingModule):
             began = time.perf_counter()
             finish_work(self.device)
             self._update_time += time.perf_counter() - began
-
-    def _count(self, k: int) -> None:
-        """Let ``global_step`` count k updates. The only place that touches the Trainer's private counters."""
-        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        for part in (progress.total, progress.current):
-            part.ready += k
-            part.completed += k
 
     def _write_row(self, updates: int) -> None:
         """One row of metrics: means since the last row, read back once."""

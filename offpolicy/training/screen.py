@@ -13,6 +13,7 @@ from typing import Any
 import offpolicy
 from offpolicy.evaluation.scores import score_kind, simulator_version
 from offpolicy.training.description import Description
+from offpolicy.training.headlines import scores_line
 
 LABEL = 10  # width of the labels
 
@@ -81,30 +82,6 @@ def recipe_lines(recipe: Any, used: Mapping[str, Any]) -> list[str]:
         lines += [line("recipe" if not lines else "", f"{recipe.name}, {origin}:")]
         lines += [line("", "  " + part) for part in textwrap.wrap(", ".join(values), 96, break_on_hyphens=False)]
     return lines
-
-
-def scores_line(scores: Mapping[str, float]) -> str:
-    """The last evaluation and the best, in one sentence."""
-    if "success_mean" in scores:
-        half, best = 100 * scores["success_interval"], scores.get("score_best")
-        return f"success: last {scores['score']:.1f} % ± {half:.1f} (half of the 95 % interval)" + (
-            f", best {best:.1f} %" if best is not None else ""
-        )
-    for key, name in (
-        ("score", "normalised score"),
-        ("success_rate", "success rate"),
-        ("return_mean", "return"),
-        ("rewards/accuracies", "held-out reward accuracy"),
-        ("accuracy", "held-out accuracy"),
-    ):
-        if key in scores:
-            std = scores.get({"score": "score_std", "return_mean": "return_std"}.get(key, ""))
-            spread = f" ± {std:.1f} (standard deviation over episodes)" if std is not None else ""
-            best = scores.get(f"{key}_best")
-            return f"{name}: last {scores[key]:.4g}{spread}" + (f", best {best:.4g}" if best is not None else "")
-    if "loss" in scores:
-        return f"held-out loss: {scores['loss']:.4g}"
-    return "no evaluation"
 
 
 def last_lines(

@@ -49,7 +49,8 @@ def build_stacked(method: Any, build: Callable[[], None]) -> None:
         states.append({key: p.detach().clone() for key, p in method.named_parameters()})
     for key, layer in method.named_modules():
         kind = type(layer)
-        if kind.__module__.startswith("torch.nn") and layer._parameters and not isinstance(layer, HOLDERS):
+        own = any(True for _ in layer.parameters(recurse=False))
+        if own and kind.__module__.startswith("torch.nn") and not isinstance(layer, HOLDERS):
             raise UsageError(
                 f"{name} has a layer without an axis for seeds (`{key}` is a torch.nn.{kind.__name__}); expected "
                 "`seeds` empty, or layers of offpolicy.nn. Start one seed per process."

@@ -27,7 +27,7 @@ from offpolicy.cli.arguments import read_command
 from offpolicy.cli.parser import FitCLI, parse
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
-from offpolicy.training import callbacks
+from offpolicy.training import run_folder
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
 SMALL = ["--model.hidden_dims", "[8,8]", "--model.batch_size", "16"]
@@ -47,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(home)
     monkeypatch.syspath_prepend(str(home))
-    monkeypatch.setattr(callbacks, "plot_curves", lambda folder: None)  # drawing takes longer than these runs
+    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)  # drawing takes longer than these runs
     yield
     sys.modules.pop("own_algo", None)
 

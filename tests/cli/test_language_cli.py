@@ -20,7 +20,7 @@ from offpolicy.cli.parser import parse
 from offpolicy.data.texts.module import TextData
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
-from offpolicy.training import callbacks
+from offpolicy.training import run_folder
 
 SMALL = ["--data", "pairs.jsonl", "--model.policy", "policy", "--model.batch_size", "16", "--model.lr", "1e-3"]
 
@@ -39,7 +39,7 @@ def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(home)
     monkeypatch.syspath_prepend(str(home))
     monkeypatch.setenv("OFFPOLICY_REF_CACHE", str(home / "references"))
-    monkeypatch.setattr(callbacks, "plot_curves", lambda folder: None)  # drawing takes longer than these runs
+    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)  # drawing takes longer than these runs
     yield
     sys.modules.pop("own_loss", None)
 

@@ -140,3 +140,41 @@ def test_errors_that_mean_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     assert processes.is_loss(error) and not processes.is_loss(RuntimeError("shapes differ"))
+
+
+def test_a_process_alone_asks_nobody() -> None:
+    import torch
+
+    x = torch.tensor([1.0, 2.0])
+    assert processes.rank() == 0 and processes.world_size() == 1 and processes.gathered("own") == ["own"]
+    assert processes.sum_over_processes(x) is x and processes.mean_over_processes(x) is x
+    processes.wait_for_all()
+
+
+TOGETHER = """
+import sys, torch
+from offpolicy.compute import processes
+with processes.joined_processes():
+    rank, x = processes.rank(), torch.tensor([1.0 + processes.rank()])
+    print(rank, processes.world_size(), processes.sum_over_processes(x).item(), processes.mean_over_processes(x).item(),
+          x.item(), processes.gathered({"rank": rank}))
+    processes.wait_for_all()
+"""
+
+
+def test_two_processes_know_of_each_other(tmp_path: Path) -> None:
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER],
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            | {"MASTER_PORT": str(20000 + os.getpid() % 20000), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=120) for process in started]
+    for rank, (out, err) in enumerate(told):
+        assert out == f"{rank} 2 3.0 1.5 {1.0 + rank} [{{'rank': 0}}, {{'rank': 1}}]\n", err

@@ -18,7 +18,7 @@ from offpolicy.evaluate import main
 from offpolicy.evaluation.rollout import Evaluator
 from offpolicy.evaluation.scores import score_kind, summarize, wilson
 from offpolicy.training import screen
-from offpolicy.training.callbacks import headline
+from offpolicy.training.headlines import headline
 
 ogbench = pytest.mark.skipif(importlib.util.find_spec("ogbench") is None, reason="needs ogbench")
 SIZES = SimpleNamespace(obs_dim=1, action_dim=1)

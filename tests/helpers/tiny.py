@@ -16,8 +16,8 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.texts.module import TextData
 from offpolicy.language.module import LanguageModule
 from offpolicy.registry import find_method
-from offpolicy.training.callbacks import RunFolder
 from offpolicy.training.checkpoint_io import AtomicCheckpointIO
+from offpolicy.training.run_folder import RunFolder
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 VOCABULARY = 64

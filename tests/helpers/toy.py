@@ -15,11 +15,11 @@ from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.files import Table
 from offpolicy.registry import find_method
-from offpolicy.training.callbacks import RunFolder
 from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 from offpolicy.training.checkpoints import read_checkpoint
 from offpolicy.training.goals import GoalModule
 from offpolicy.training.offline import OfflineModule
+from offpolicy.training.run_folder import RunFolder
 
 # name → (method, small settings). A method joins the tests of blocks, resume, distribution and precision by its line.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -16,7 +16,7 @@ from toy import differences, run_files
 import offpolicy as op
 from offpolicy.errors import DataError
 from offpolicy.files import Table
-from offpolicy.training import callbacks
+from offpolicy.training import measurement, run_folder
 from offpolicy.training.checkpoints import newest_checkpoint
 
 HALF, LAST = 3, 7
@@ -105,7 +105,7 @@ def test_other_texts_are_refused(policy: Path, tmp_path: Path) -> None:
 def test_the_newest_run_goes_on_in_its_folder(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny import toy_pairs
 
-    monkeypatch.setattr(callbacks, "plot_curves", lambda folder: None)
+    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)
     options: dict[str, Any] = {"root": tmp_path, "verbose": False, "matmul": "mkl", "eval_every": 2}
     first = op.fit(method("DPO", policy), toy_pairs(), max_steps=2, **options)
     again = op.fit(method("DPO", policy), toy_pairs(), max_steps=3, ckpt_path="last", seed=0, **options)
@@ -129,7 +129,7 @@ def test_an_evaluation_that_fails_costs_no_training(
         return usual(self)
 
     monkeypatch.setattr(type(whole), "held_out", held_out)
-    with pytest.raises(callbacks.EvaluationFailed, match="update 6 failed: RuntimeError: out of memory"):
+    with pytest.raises(measurement.EvaluationFailed, match="update 6 failed: RuntimeError: out of memory"):
         fit(method("DPO", policy), max_steps=LAST, folder=two)
     path = newest_checkpoint(two)
     assert path is not None and path.name == "step=00000006.ckpt"

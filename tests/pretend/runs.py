@@ -37,7 +37,7 @@ from offpolicy.export import export  # noqa: E402
 from offpolicy.language import policy as policies  # noqa: E402
 from offpolicy.language.generation import sample  # noqa: E402
 from offpolicy.registry import find_method  # noqa: E402
-from offpolicy.training import callbacks  # noqa: E402
+from offpolicy.training import run_folder  # noqa: E402
 from offpolicy.training.checkpoints import read_checkpoint  # noqa: E402
 from offpolicy.training.goals import GoalModule  # noqa: E402
 from offpolicy.training.offline import OfflineModule, Sizes  # noqa: E402
@@ -63,7 +63,7 @@ BLOCK: Counter[str] = Counter()  # reads of the host inside blocks of updates
 
 
 def watch_blocks() -> None:
-    callbacks.plot_curves = lambda *_: None  # the picture costs more than the runs here
+    run_folder.plot_curves = lambda *_: None  # the picture costs more than the runs here
     run_block = OfflineModule.run_block
 
     def watched(self: OfflineModule, t: int, k: int) -> None:

@@ -18,9 +18,9 @@ import offpolicy as op
 from offpolicy.data.replay import Replay
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
-from offpolicy.training import callbacks
-from offpolicy.training.callbacks import EvaluationFailed
+from offpolicy.training import measurement, run_folder
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
+from offpolicy.training.measurement import EvaluationFailed
 
 EVERY, LAST = 20, 60
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 16}
@@ -43,7 +43,7 @@ class Fragile(PendulumEnv):
 def fragile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Fragile]]:
     gymnasium.register("Fragile-v0", Fragile, max_episode_steps=10)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(callbacks, "plot_curves", lambda folder: None)
+    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)
     monkeypatch.setattr(Fragile, "resets", 0)
     monkeypatch.setattr(Fragile, "trouble", staticmethod(lambda number: None))
     yield Fragile
@@ -208,7 +208,7 @@ def test_the_best_checkpoint_stays_whatever_stopped_the_run(
 ) -> None:
     """The best evaluation is the first; the run stops in the evaluation of 40, and goes on far enough to prune."""
     values = iter([5.0, 4.0, 3.0, 2.0, 1.0])
-    monkeypatch.setattr(callbacks, "summarize", lambda *_: {"return_mean": next(values)})
+    monkeypatch.setattr(measurement, "summarize", lambda *_: {"return_mean": next(values)})
     monkeypatch.setattr(Fragile, "trouble", fails_at(2))
     with pytest.raises(EvaluationFailed):
         fit(small(), data, 100, tmp_path)

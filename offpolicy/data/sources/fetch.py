@@ -22,6 +22,7 @@ from urllib.error import HTTPError
 
 import yaml
 
+from offpolicy.compute.progress import terminal_bar
 from offpolicy.data.guard import check_links, faults, read_json
 from offpolicy.errors import DataError
 from offpolicy.files import atomic_file, atomic_write
@@ -232,18 +233,15 @@ def fetch(url: str, path: Path) -> None:
     Raises:
         DataError: no network (within seconds), an answer other than the file, or a transfer that broke off.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
     response = _connect(url, path)
-    console = Console(stderr=True, soft_wrap=True)
     total = int(response.headers.get("Content-Length") or 0) or None  # type: ignore[attr-defined]
     size = f"{total / 1e6:,.1f} MB" if total else "size unknown"
-    console.print(f"Downloading {url} ({size}) to {path}", highlight=False)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        console=console,
-    )  # fmt: skip
+    bar = terminal_bar(
+        "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    )
+    bar.console.print(f"Downloading {url} ({size}) to {path}", highlight=False)
     received = 0
     with response, atomic_file(path) as file, bar:
         task = bar.add_task(path.name, total=total)

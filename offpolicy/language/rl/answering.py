@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from offpolicy.compute import processes
 from offpolicy.data.replay import Replay
 from offpolicy.data.sampling import permutation
 from offpolicy.data.texts import rollouts as store_of
@@ -114,7 +115,7 @@ class Answering:
                 whole = len(token) == self.problems.length[given[i]]
                 made.append(_row(int(i), int(problems[i]), DEMONSTRATION, Completion(token, logp, bool(whole))))
         self._judge(made)
-        parts = method._of_all_processes((made, self.rewards.tallies))
+        parts = processes.gathered((made, self.rewards.tallies))
         self.rewards.check([tallies for _, tallies in parts])
         everyone = [row for rows, _ in parts for row in rows]
         everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
@@ -212,7 +213,7 @@ class Answering:
 
     def check_rewards(self) -> None:
         """Stop at the end of a run in which no reward ever gave a number; called on every process."""
-        self.rewards.check(self.method._of_all_processes(self.rewards.tallies), ended=True)
+        self.rewards.check(processes.gathered(self.rewards.tallies), ended=True)
 
     def _judge(self, made: list[dict[str, Any]]) -> None:
         rows = [row["problem"] for row in made]

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from offpolicy.compute import processes
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
@@ -57,8 +58,8 @@ from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.solving import solve
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Tokens, Totals
 from offpolicy.training import divergence
-from offpolicy.training.callbacks import Interruption, RunFolder
 from offpolicy.training.description import Description
+from offpolicy.training.lightning_private import trainer_of
 from offpolicy.trust import names_in, speaking, trusting
 
 log = logging.getLogger(__name__)
@@ -352,7 +353,7 @@ class RolloutModule(LanguageModule):
         self.check_tokens(replay, "problems")
 
     def configure_model(self) -> None:
-        if getattr(self, "_trainer", None) is None or not self.trainer.training or self.answering is None:
+        if trainer_of(self) is None or not self.trainer.training or self.answering is None:
             return
         self.model.to(self.trainer.strategy.root_device)
         self.scoring = Scoring(self)
@@ -362,7 +363,7 @@ class RolloutModule(LanguageModule):
     def extra_state(self) -> dict[str, Any]:
         return super().extra_state() | {
             **self.course.state_dict(),
-            "objective": self._of_all_processes(self.objective.own.state_dict()),
+            "objective": processes.gathered(self.objective.own.state_dict()),
             **({} if self.scoring is None else self.scoring.state_dict()),
         }
 
@@ -599,17 +600,15 @@ class RolloutModule(LanguageModule):
 
     def wants_to_stop(self) -> bool:
         """Whether the user wants this process to stop."""
-        return any(isinstance(c, Interruption) and c.received for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return bool(self.run_log.received)
 
     def _stop(self) -> int:
         """End the run before the iteration begins, with its weights on disk."""
         trainer: Any = self.trainer
-        received = [c.received for c in trainer.callbacks if isinstance(c, Interruption) and c.received]
-        self.interrupted_by = int(max(trainer.strategy.broadcast(max(received, default=0)), 2))
+        self.run_log.interrupted_by = int(max(trainer.strategy.broadcast(self.run_log.received), 2))
         trainer.should_stop = True
-        for callback in trainer.callbacks:
-            if isinstance(callback, RunFolder):
-                callback.save(trainer, self)
+        if self.run_log.files is not None:
+            self.run_log.files.save(trainer, self)
         return -1
 
 

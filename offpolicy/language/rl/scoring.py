@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.compute import processes
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.rollouts import OWN, BoundRollouts, Rollouts
@@ -134,7 +135,7 @@ class Scoring:
         if not self.hears:
             return
         drawn = self._drawn_now(store, k)
-        for rows, logps in (part for parts in self.method._of_all_processes(self._said) for part in parts):
+        for rows, logps in (part for parts in processes.gathered(self._said) for part in parts):
             place = spans(store, rows)
             for name in ("previous_logp", "logp"):
                 store.steps[name] = store.steps[name].astype(logps.dtype, copy=False)
@@ -167,7 +168,7 @@ class Scoring:
         length = store.length[rows]
         first, size = np.cumsum(length) - length, int(length.sum())
         out: dict[str, np.ndarray] = {name: np.full(size, np.nan, np.float32) for name in names}
-        for part in method._of_all_processes(parts):
+        for part in processes.gathered(parts):
             for some, values in part:
                 place = runs(first[np.searchsorted(rows, some)], store.length[some])
                 for name in names:

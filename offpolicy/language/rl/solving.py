@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from offpolicy.compute import processes
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.language.evaluation import eval_sample
 from offpolicy.language.reference import evaluating
@@ -39,7 +40,7 @@ def solve(method: Any) -> dict[str, float]:
             asked = [int(row) for row in mine for _ in range(count)]
             scored = answering.judge(problems, asked, [a.token for a in answers], [a.ended for a in answers])
             found["sampled" if temperature else "likely"] = answering.rewards.solved(scored).reshape(-1, count)
-    parts = method._of_all_processes((mine, found))
+    parts = processes.gathered((mine, found))
     order = np.argsort(np.concatenate([part[0] for part in parts]))
     whole = {name: np.concatenate([part[1][name] for part in parts])[order] for name in found}
     kinds = {

@@ -1,0 +1,59 @@
+"""Everything that torch does not document and this library uses, each with the reason.
+
+A test asks for every one of them, so that a version of torch without it is noticed before a run is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.variable import Variable
+
+# Arithmetic on lists of tensors in one call: a loop in Python over the weights takes longer than the work itself.
+foreach_add_ = torch._foreach_add_
+foreach_lerp_ = torch._foreach_lerp_
+foreach_mul = torch._foreach_mul
+foreach_norm = torch._foreach_norm
+# The kernels below torch.optim.Adam(fused=True), which takes no gradients as arguments and no rate per call.
+fused_adam_ = torch._fused_adam_
+fused_adamw_ = torch._fused_adamw_
+
+
+def run_backward(loss: Tensor, params: Sequence[Tensor], *, keep_graph: bool) -> Sequence[Tensor]:
+    """``torch.autograd.grad`` without its checks of every argument in Python, which take as long as a small layer."""
+    engine: Any = Variable._execution_engine
+    start = (torch.ones_like(loss),)
+    return engine.run_backward((loss,), start, keep_graph, False, tuple(params), False, accumulate_grad=False)
+
+
+def parameters_here(layer: nn.Module) -> dict[str, Tensor | None]:
+    """The parameters of a layer itself by name; ``named_parameters(recurse=False)`` is slow for a forward pass."""
+    return layer._parameters  # type: ignore[return-value]
+
+
+def is_dropout(layer: nn.Module) -> bool:
+    """Whether it is one of torch's dropout layers, whose only common base is private."""
+    return isinstance(layer, nn.modules.dropout._DropoutNd)
+
+
+def cpu_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The fused attention of CPUs with the sums that its backward pass needs, which the public function keeps."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)
+
+
+def cpu_attention_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of :func:`cpu_attention`."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args, **kwargs)
+
+
+def state_notes(state: Any) -> Any:
+    """The versions of layers that a ``state_dict`` carries as an attribute; None where it has none."""
+    return getattr(state, "_metadata", None)
+
+
+def set_state_notes(state: Any, notes: Any) -> None:
+    """Give a ``state_dict`` the notes of :func:`state_notes`."""
+    state._metadata = notes

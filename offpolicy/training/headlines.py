@@ -1,0 +1,90 @@
+"""The numbers by which an evaluation is judged, and those that a bar shows: named here and nowhere else.
+
+Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+
+class Shown(NamedTuple):
+    """A number that is shown to the user.
+
+    Attributes:
+        name: of its column.
+        words: what it is called at the end of a run; empty for numbers that judge no evaluation.
+        spread: the column of its standard deviation over episodes, where there is one.
+    """
+
+    name: str
+    words: str = ""
+    spread: str = ""
+
+
+SHOWN = (  # in the order of the bar, which takes the first five that exist; those with words from the best judge down
+    Shown("eval/score", "normalised score", "eval/score_std"),
+    Shown("eval/score_best"),
+    Shown("eval/order_consistency"),
+    Shown("eval/order_consistency/high"),
+    Shown("eval/success_rate", "success rate"),
+    Shown("eval/return_mean", "return", "eval/return_std"),
+    Shown("train/critic_loss"),
+    Shown("train/actor_loss"),
+    Shown("train/q_mean"),
+    Shown("eval/rewards/accuracies", "held-out reward accuracy"),
+    Shown("eval/accuracy", "held-out accuracy"),
+    Shown("train/reward/own"),
+    Shown("train/iteration"),
+    Shown("eval/loss"),
+    Shown("train/loss"),
+    Shown("train/rewards/accuracies"),
+    Shown("train/rewards/margins"),
+)
+HEADLINES = tuple(one for one in SHOWN if one.words)
+
+
+def headline(names: Iterable[str]) -> str | None:
+    """The number by which an evaluation is judged, the first headline that exists; None when there is none."""
+    known = set(names)
+    return next((one.name for one in HEADLINES if one.name in known), None)
+
+
+def is_better(value: float, best: float | None) -> bool:
+    """Whether a value beats the best so far; NaN (a policy that diverged) never does."""
+    return value == value and (best is None or value > best)
+
+
+def keep_best(numbers: dict[str, float], best: float | None) -> float | None:
+    """Add the best headline so far to the numbers of an evaluation; returns it."""
+    key = headline(numbers)
+    if key is not None:
+        if is_better(numbers[key], best):
+            best = numbers[key]
+        if best is not None:
+            numbers[f"{key}_best"] = best
+    return best
+
+
+def scores_line(scores: Mapping[str, Any]) -> str:
+    """The last evaluation and the best, in one sentence.
+
+    Args:
+        scores: numbers of an evaluation by their short names, without "eval/".
+    """
+    if "success_mean" in scores:
+        half, best = 100 * scores["success_interval"], scores.get("score_best")
+        return f"success: last {scores['score']:.1f} % ± {half:.1f} (half of the 95 % interval)" + (
+            f", best {best:.1f} %" if best is not None else ""
+        )
+    for name, words, spread in HEADLINES:
+        key = name.removeprefix("eval/")
+        if key in scores:
+            std = scores.get(spread.removeprefix("eval/"))
+            told = f" ± {std:.1f} (standard deviation over episodes)" if std is not None else ""
+            best = scores.get(f"{key}_best")
+            return f"{words}: last {scores[key]:.4g}{told}" + (f", best {best:.4g}" if best is not None else "")
+    if "loss" in scores:
+        return f"held-out loss: {scores['loss']:.4g}"
+    return "no evaluation"
