@@ -18,6 +18,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_damaged_files_are_clear_errors(root: Path) -> None:
     table = fuzzing.run(root, MUTATIONS, seed=3)

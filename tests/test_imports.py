@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -81,12 +81,13 @@ assert not heavy, heavy
 
 
 def test_a_wrong_name_on_the_command_line_takes_a_moment() -> None:
-    began = time.perf_counter()
+    began = os.times()
     command = [sys.executable, "-m", "offpolicy.fit", "--model", "TD4BC"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "Did you mean 'TD3BC'?" in done.stderr and "Traceback" not in done.stderr
-    assert time.perf_counter() - began < 5.0
+    used = os.times()  # of the processor: the machine may be busy
+    assert used.children_user + used.children_system - began.children_user - began.children_system < 3.0
 
 
 def test_public_names() -> None:

@@ -87,6 +87,7 @@ def test_a_run_of_version_0_1_acts_and_is_evaluated(old_run: Path, capsys: pytes
     assert "return" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_goes_on_bit_for_bit(old_run: Path) -> None:
     """20 → 40 from its own checkpoint, and over 30 with a checkpoint of this version: the same bits, and those of 0.1.
 

@@ -37,10 +37,11 @@ def is_short(command: list[str]) -> bool:
 def test_the_two_set_up_commands_are_what_ci_relies_on() -> None:
     text = (ROOT / "README.md").read_text()
     assert "pip install -e . && python -m offpolicy.fit\n" in text
-    assert "pip install -e '.[test]' && pytest -n auto\n" in text
+    assert "pip install -e '.[test]' && pytest -n auto --dist loadgroup\n" in text
     assert "pip install --quiet --disable-pip-version-check -e '.[test]'" in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
 def test_commands_and_code_run(page: Path, tmp_path: Path) -> None:

@@ -270,6 +270,7 @@ def test_print_config_repeats_itself(capsys: pytest.CaptureFixture[str], home: P
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BC", "TD3BC", "IQL", "own_algo.Mine"])
 def test_a_run_leaves_its_files_and_can_be_repeated(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = [] if "Mine" in name else SMALL
@@ -415,6 +416,7 @@ def test_exit_codes(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 # -- as a process ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)  # three processes start, which takes long on a busy machine
 def test_ctrl_c_and_sigterm_save_and_name_the_command_that_goes_on(home: Path) -> None:
     """Two runs at once, the one for Ctrl-C of two processes; each is stopped in a block and goes on as it printed."""

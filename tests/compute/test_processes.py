@@ -111,6 +111,7 @@ def child_of(pid: int) -> int:
     return next(int(one) for one in found if "offpolicy.fit" in Path(f"/proc/{one}/cmdline").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the second process in /proc")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, 1)])
 def test_the_second_process_is_told_to_end_or_is_killed(sent: signal.Signals, code: int, tmp_path: Path) -> None:

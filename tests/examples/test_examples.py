@@ -56,6 +56,7 @@ def test_the_known_reward(example: Any) -> None:
     assert 0.6 < right(example.pairs(0, 1000, 0.0, noise=True)) < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ["known_reward"], indirect=True)
 def test_without_flips_the_methods_are_one(example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole example on few pairs; a second call reads what lies there."""

@@ -19,6 +19,8 @@ from offpolicy.language.reference import Cache
 from offpolicy.language.sharding import FullySharded
 from offpolicy.training.checkpoints import read_checkpoint
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("language pair")]  # all need the two processes, which run once
+
 LAST = 5  # 13 rows in steps of 4: a last step of one row, which leaves one process without
 # name → (method, options, options of the Trainer)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

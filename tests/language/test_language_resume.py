@@ -42,6 +42,7 @@ def crash() -> None:
     raise ZeroDivisionError("crash")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DPO", "SimPO", "RDPO", "RPO", "IPO", "CDPO", "KTO", "ORPO", "CPO", "SFT"])
 def test_crash_and_resume_equals_an_uninterrupted_run(name: str, policy: Path, tmp_path: Path) -> None:
     one, two, options = tmp_path / "one", tmp_path / "two", {"micro_batch_size": 2}
@@ -72,6 +73,7 @@ def test_an_interruption_waits_for_the_end_of_the_step(policy: Path, tmp_path: P
     assert not differences(run_files(whole, LAST), run_files(tmp_path, LAST))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [None, 3])
 def test_a_run_goes_on_with_other_micro_batches(size: int | None, policy: Path, tmp_path: Path) -> None:
     whole, cut = (

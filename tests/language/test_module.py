@@ -55,6 +55,7 @@ def assert_same(first: Any, second: Any, tolerance: float) -> None:
 # -- how a step is cut -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DPO", "KTO", "ORPO", "CPO", "SFT"])
 def test_micro_batches_do_not_change_the_result(name: str, policy: Path) -> None:
     """Losses with terms over all tokens of a step (ORPO, CPO, SFT) or all answers (KTO) included; 13 rows make a last

@@ -15,6 +15,7 @@ SHARED: dict[str, Any] = {"actor_lr": 3e-3, "critic_lr": 3e-3, "batch_size": 64,
 WIDE: dict[str, Any] = {"hidden_dims": (32, 32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -27,6 +27,7 @@ def data(policy: Path) -> TextData:
     return texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*PAIRED, "KTO", "SFT"])
 def test_wanted_answers_become_likelier(name: str, policy: Path, data: TextData) -> None:
     """Numbers on held-out prompts after a first step at a rate of nearly 0, and after 15 steps."""

@@ -113,6 +113,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, options", CASES)
 def test_updates_equal_obvious_ones(name: str, options: dict[str, Any], policy: Path) -> None:
     """A few iterations in float64, replayed by hand from the answers that were drawn, with plain AdamW."""
@@ -227,6 +228,7 @@ def test_a_lone_right_demonstration() -> None:
     assert divided.tolist() == pytest.approx([2.475] + [-0.3536] * 7, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_rewards_of_random_answers_rise(policy: Path, tmp_path: Path) -> None:
     """On-policy, and on old answers with a critic."""
     for name, options in (("GRPO", {}), ("ReMix", {"base": "ppo", "group_size": 1})):

@@ -23,7 +23,12 @@ TUNED = [name for name in METHODS if find_method(name).trains_on_texts]
 COVERED = {kind for kind, _ in toy.METHODS.values()}
 CONTROL = [*toy.METHODS, *(name for name in METHODS if name not in {*TUNED, *COVERED})]
 reason = pretend.reason_to_skip()
-pytestmark = [pytest.mark.skipif(bool(reason), reason=reason), pytest.mark.timeout(1500)]
+pytestmark = [
+    pytest.mark.skipif(bool(reason), reason=reason),
+    pytest.mark.timeout(1500),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("pretend device"),  # the device is compiled and the methods run once
+]
 
 
 def run(script: str, *arguments: str) -> str:

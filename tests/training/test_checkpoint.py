@@ -204,9 +204,9 @@ def test_looking_whether_it_opens_is_cheap(tmp_path):
     path = tmp_path / "big.ckpt"
     write_checkpoint({"state_dict": {"w": torch.zeros(20_000_000)}}, path)  # 80 MB
     assert opens(path)  # reads the file once, to compare its checksums
-    start = time.perf_counter()
+    start = time.process_time()
     assert opens(path)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 def test_a_flipped_bit_is_noticed_and_last_passes_it_over(tmp_path, caplog):

@@ -25,6 +25,8 @@ from offpolicy.evaluation.rollout import Evaluator
 from offpolicy.files import Table
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pair")]  # all of them need the two processes, which run once
+
 PLAYLESS = ("TrajectoryDiffusion", "WorldModel")  # no policies: evaluated by the loss of held-out data
 HALF, LAST = 20, 40  # updates: checkpoints and evaluations at both; rows of metrics at every 15
 

@@ -191,6 +191,7 @@ def two(root: Path) -> None:
         (root / f"rank{module.global_rank}").write_text(str(error))
 
 
+@pytest.mark.slow
 def test_two_processes_stop_alike(tmp_path: Path) -> None:
     run_python(__file__, tmp_path)
     told = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]

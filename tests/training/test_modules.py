@@ -58,6 +58,7 @@ class Tiny(OfflineModule):
 # -- one update = one batch = one global_step ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_block_length_never_matters(name: str, replay: Replay) -> None:
     results = []
@@ -102,6 +103,7 @@ def test_fast_dev_run_is_one_update(replay: Replay) -> None:
     assert module.steps == [1]
 
 
+@pytest.mark.slow
 def test_no_value_is_read_inside_a_block(replay: Replay) -> None:
     """Reading a number back would make a GPU wait; every such read goes through one of two operators."""
 
@@ -256,6 +258,7 @@ def test_two_seeds_in_one_run_equal_two_runs(clip: float | None, replay: Replay)
 # -- precision, compilation, settings of the process -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_bf16_mixed(name: str, replay: Replay) -> None:
     """Weights stay float32, products are rounded, and the length of a block does not matter here either."""
@@ -278,6 +281,7 @@ def test_float16_with_loss_scaling_is_refused(replay: Replay, monkeypatch: pytes
         fit(method("BC"), replay, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in METHODS if "-" not in name])
 def test_compiled_losses_equal_eager_ones(name: str, replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated as `torch.compile` does it, without its code generator, which takes half a minute."""

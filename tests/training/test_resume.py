@@ -32,6 +32,7 @@ def whole(replay: Replay, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return run_files(folder, LAST)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_crash_and_resume_equals_an_uninterrupted_run(name: str, replay: Replay, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
@@ -153,6 +154,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
     return root, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("scenes")
 def test_how_the_scenes_ended(scenes: tuple[Path, list[dict[str, int]]]) -> None:
     root, (interrupted, ends) = scenes
     assert ends == {"kill_in_training": -9, "kill_in_writing": -9, "interrupt_in_a_block": 0}
@@ -170,6 +173,8 @@ def test_how_the_scenes_ended(scenes: tuple[Path, list[dict[str, int]]]) -> None
 @pytest.mark.parametrize(
     ("scene", "update"), [("kill_in_training", HALF), ("kill_in_writing", HALF), ("interrupt_in_a_block", 80)]
 )
+@pytest.mark.slow
+@pytest.mark.xdist_group("scenes")
 def test_every_death_resumes_from_a_whole_checkpoint(
     scene: str, update: int, replay: Replay, whole: dict[str, Any], scenes: tuple[Path, list[dict[str, int]]]
 ) -> None:

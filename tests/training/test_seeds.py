@@ -49,6 +49,7 @@ def answers(module: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["HIQL", "IQL", "PRDC", "A2PR"])
 def test_every_seed_equals_its_single_run_after_200_updates(name: str, replay: Replay) -> None:
     together = trained(name, replay, 200, seeds=SEEDS)

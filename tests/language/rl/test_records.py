@@ -24,6 +24,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_policy(tmp_path_factory.mktemp("records") / "policy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_recorded_run_is_trained_again(name: str, policy: Path, tmp_path: Path) -> None:
     """GRPO takes more iterations than a pass over the problems, so that a prompt has answers of several policies."""

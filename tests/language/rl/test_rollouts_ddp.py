@@ -17,6 +17,8 @@ from toy import differences, run_files
 
 from offpolicy.data.replay import Replay
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rollouts pair")]  # all need the two processes, which run once
+
 LAST = 6
 # the last micro-batches of a step have no row on one process, groups do not divide evenly
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

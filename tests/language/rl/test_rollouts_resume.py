@@ -44,6 +44,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_policy(tmp_path_factory.mktemp("resume") / "policy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_crash_and_resume_equals_an_uninterrupted_run(name: str, policy: Path, tmp_path: Path) -> None:
     """From checkpoints at the start, in the middle and at the end of an iteration, before and after reincarnation."""
@@ -87,6 +88,7 @@ def main(root: Path) -> None:
     fit(method("GRPO", root / "policy", **OPTIONS), 6, root / "killed", held_out=False)
 
 
+@pytest.mark.slow
 def test_a_kill_while_answers_are_drawn(tmp_path: Path) -> None:
     """The weights of the end of the second iteration are on the disk, and the run goes on from there."""
     policy = make_policy(tmp_path / "policy")
