@@ -32,11 +32,7 @@ from offpolicy.given import refuse_half
 from offpolicy.language import policy as policies
 from offpolicy.language.adapters import adapter_names, adapter_settings, drops_out, same_settings
 from offpolicy.language.export import export_model
-from offpolicy.language.layout import (
-    check_head,
-    shared_fault,
-    shares_prompt,
-)
+from offpolicy.language.head import check_head, shared_fault, shares_prompt
 from offpolicy.language.meters import Pace
 from offpolicy.language.noise import without_noise
 from offpolicy.training.lightning_private import trainer_of

@@ -21,7 +21,8 @@ from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.evaluation import eval_sample, evaluate
 from offpolicy.language.generation import positions
-from offpolicy.language.layout import Answers, Layout, pair_layout, score, single_layout
+from offpolicy.language.head import Answers, score
+from offpolicy.language.layout import Layout, pair_layout, single_layout
 from offpolicy.language.meters import RowMeter
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.plan import RowPlan, previous_of_other_prompt

@@ -12,7 +12,8 @@ import torch
 from offpolicy.data.texts.sequences import Pairs, Ragged
 from offpolicy.errors import UsageError
 from offpolicy.language.generation import sample
-from offpolicy.language.layout import pair_layout, score, shared_fault, shares_prompt
+from offpolicy.language.head import score, shared_fault, shares_prompt
+from offpolicy.language.layout import pair_layout
 from offpolicy.language.noise import without_noise
 from offpolicy.language.reading import way_of
 from offpolicy.language.rl.engine import Request, Sampling

@@ -15,7 +15,8 @@ from torch.distributed import FileStore
 
 from offpolicy.data.texts.sequences import Pairs, Ragged, Singles
 from offpolicy.errors import UsageError
-from offpolicy.language.layout import pair_layout, score, shares_prompt, single_layout
+from offpolicy.language.head import score, shares_prompt
+from offpolicy.language.layout import pair_layout, single_layout
 
 V = 41
 SPECIAL = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}

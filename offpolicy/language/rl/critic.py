@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from offpolicy.errors import UsageError
-from offpolicy.language.layout import Layout, decoder_of, mask_of
+from offpolicy.language.head import decoder_of, mask_of
+from offpolicy.language.layout import Layout
 from offpolicy.language.reading import taken
 
 CRITICS = ("model", "head")

@@ -45,7 +45,8 @@ from offpolicy.data.texts.rollouts import DEMONSTRATION, OWN, BoundRollouts, Rol
 from offpolicy.data.texts.sequences import spread, token_ids
 from offpolicy.errors import DataError, UsageError, check_range, nearest
 from offpolicy.language import policy as policies
-from offpolicy.language.layout import Layout, TokenScores, group_layout, score_tokens
+from offpolicy.language.head import TokenScores, score_tokens
+from offpolicy.language.layout import Layout, group_layout
 from offpolicy.language.meters import SumMeter
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import evaluating

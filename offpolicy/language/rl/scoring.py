@@ -15,7 +15,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.rollouts import OWN, BoundRollouts, Rollouts
 from offpolicy.data.texts.sequences import runs, spans
-from offpolicy.language.layout import FinalStates, final_states
+from offpolicy.language.head import FinalStates, final_states
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.advantages import from_critic
 from offpolicy.losses.health import effective_sample_size

@@ -1,0 +1,424 @@
+"""The last layer of a language model: the score of each answer of a layout, and whether a model can be scored so.
+
+The logits of a whole row would take more memory than the model, so the output layer is applied to scored places only,
+tile by tile. Whether that gives the model's own numbers is tried on a few tokens before anything is learned from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from offpolicy.data.texts.sequences import Pairs, Ragged, Singles
+from offpolicy.errors import UsageError
+from offpolicy.language.layout import Layout, pair_layout, single_layout
+from offpolicy.language.logprobs import token_divergence, token_logps
+from offpolicy.language.reading import call, in_eval, taken
+
+# kinds of attention layers (``config.layer_types``) that see the whole past, and no more
+WHOLE_PAST = ("full_attention", "attention")
+# configuration entries of recurrent layers and of windows or chunks of attention
+LIMITED_PAST = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size", "local_attention")
+RECURRENT = ("ssm_state_size", "state_size", "mamba_d_state", "linear_num_key_heads", "conv_L_cache")
+# positions enter these models through the attention mask or as a bias on the distance in the row
+OWN_POSITIONS = ("bloom", "mpt", "opt", "xlnet", "ctrl", "xglm")
+# entries under which models say how their logits are capped
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+class Answers(NamedTuple):
+    """Scores of A answers: ``sum_logps (A,)`` nats, ``length (A,)`` scored tokens, both float32; ``stats``: sums over
+    the tokens of each answer by name, each (A,), without gradient."""
+
+    sum_logps: Tensor
+    length: Tensor
+    stats: dict[str, Tensor]
+
+
+def score(model: nn.Module, layout: Layout, *, chunk: int = 256, stats: bool = False) -> Answers:
+    """Log-probability of every answer under a causal language model, differentiable in its parameters.
+
+    The head is applied to scored positions only, in tiles (`token_logps`).
+
+    Args:
+        model: a causal language model of `transformers`, or one wrapped by `peft`, or sharded by FSDP2.
+        layout: the rows, on the model's device.
+        chunk: at most ``chunk * V`` logits exist at a time.
+        stats: also sum ``logits``, ``entropy`` and ``hits`` (see `token_logps`) over each answer.
+
+    Raises:
+        UsageError: the model's head is none that `token_logps` can compute.
+    """
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2: parameters are whole only inside its forward hooks
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        if not hasattr(model, "_score_answers"):
+            model._score_answers = lambda *args: _score(model, *args)  # type: ignore[assignment]
+            register_fsdp_forward_method(model, "_score_answers")
+        return model._score_answers(layout, chunk, stats)  # type: ignore[operator]
+    check_head(model)
+    if layout.shared:
+        check_shared(model)
+    return _score(model, layout, chunk, stats)
+
+
+def _score(model: nn.Module, layout: Layout, chunk: int, stats: bool) -> Answers:
+    head = Head(model)
+    found = head.logps(_hidden(head, layout), layout.target, chunk, stats)
+    logps, facts = found if stats else (found, {})
+    return Answers(
+        _per_answer(logps, layout), layout.length.float(), {k: _per_answer(v, layout) for k, v in facts.items()}
+    )
+
+
+def _hidden(head: Head, layout: Layout) -> Tensor:
+    """The states that predict the scored tokens, (n, D)."""
+    mask = mask_of(layout, head.config, head.weight.dtype)
+    return head.states(layout.input_ids, mask, layout.position_ids).flatten(0, 1).index_select(0, layout.predict)
+
+
+def mask_of(layout: Layout, config: Any, dtype: torch.dtype) -> Tensor | None:
+    """The attention mask of a layout as a model of this configuration and type takes it."""
+    if layout.shared and config._attn_implementation == "eager":
+        mask = torch.zeros(layout.attention_mask.shape, dtype=dtype, device=layout.input_ids.device)
+        return mask.masked_fill_(~layout.attention_mask, torch.finfo(dtype).min)
+    if not layout.shared and shares_prompt(config):
+        return None  # padding on the right is behind every answer; without a mask attention takes its fast path
+    return layout.attention_mask
+
+
+class FinalStates(NamedTuple):
+    """What the last layer of a policy makes the probabilities of n places from, without gradient.
+
+    Attributes:
+        hidden: (n, D).
+        weight: (V, D).
+        bias: (V,), or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+@torch.no_grad()
+def final_states(model: nn.Module, layout: Layout) -> FinalStates:
+    """The states that predict the scored tokens of a layout under the weights of now, to be compared with later."""
+    head = Head(model)
+    return FinalStates(_hidden(head, layout), head.weight.detach(), None if head.bias is None else head.bias.detach())
+
+
+class TokenScores(NamedTuple):
+    """Scores of the n scored tokens of a layout, in its order.
+
+    Attributes:
+        logps: log-probabilities, nats, (n,).
+        entropy: of the policy at each place, nats, (n,); None unless asked for.
+        hidden: the states that predict the tokens, (n, D).
+        divergence: KL(policy ‖ other) at each place, nats, (n,), by the name of the other; with gradient.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None
+    hidden: Tensor
+    divergence: dict[str, Tensor]
+
+
+def score_tokens(
+    model: nn.Module,
+    layout: Layout,
+    *,
+    chunk: int = 256,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    entropy_gradient: bool = False,
+    others: Mapping[str, FinalStates] | None = None,
+) -> TokenScores:
+    """Log-probability of every scored token at a temperature, differentiable in the model's parameters.
+
+    Args:
+        model: as in `score`, not sharded.
+        layout: the rows, on the model's device.
+        chunk: as in `score`.
+        temperature: τ > 0 that divides the logits.
+        entropy: also give the entropy.
+        entropy_gradient: with gradient.
+        others: name → what the exact divergence to is wanted, by `final_states` of the same layout.
+    """
+    check_head(model)
+    if layout.shared:
+        check_shared(model)
+    head = Head(model)
+    hidden = _hidden(head, layout)
+    found = head.logps(
+        hidden,
+        layout.target,
+        chunk,
+        entropy and not entropy_gradient,
+        temperature=temperature,
+        entropy=entropy_gradient,
+    )
+    logps, facts = found if isinstance(found, tuple) else (found, {})
+    apart = {name: head.divergence(hidden, other, chunk, temperature) for name, other in (others or {}).items()}
+    return TokenScores(logps, facts.get("entropy"), hidden, apart)
+
+
+def shares_prompt(config: Any) -> bool:
+    """Whether a model of this `transformers` configuration gives the same numbers with a shared prompt.
+
+    It does where attention sees the whole past and nothing but it, positions are given by ``position_ids``, and the
+    attention takes a mask (R, 1, T, T): implementations "sdpa" and "eager".
+    """
+    config = config.get_text_config()
+    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+        return False
+    if config.model_type in OWN_POSITIONS or getattr(config, "alibi", False):
+        return False
+    if any(getattr(config, name, None) for name in RECURRENT):
+        return False
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return all(kind in WHOLE_PAST for kind in kinds)
+    return not any(getattr(config, name, None) for name in LIMITED_PAST)
+
+
+class Route(NamedTuple):
+    """How the states before the output layer are got: from the ``decoder``, or where they enter that layer in a pass
+    of the whole model; and whether the model is told ``positions``."""
+
+    decoder: bool
+    positions: bool
+
+
+ROUTES = (Route(True, True), Route(False, True), Route(True, False), Route(False, False))
+_routes: WeakKeyDictionary[nn.Module, Route] = WeakKeyDictionary()
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """What gives the states before the output layer of a model, without adapters; None where that is no part of it."""
+    check_head(model)
+    return Head(model).decoder if _routes.get(model, ROUTES[0]).decoder else None
+
+
+class Head:
+    """The last part of a causal language model: decoder, output weight, and what its logits are multiplied with.
+
+    Raises:
+        UsageError: the output layer is no plain linear one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
+            raise UsageError(
+                "the adapter is one of learned prompts; expected LoRA or another adapter of layers, since prompts of "
+                "its own would not be seen here. Use a LoRA adapter."
+            )
+        whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self.whole, self.layer = whole, whole.get_output_embeddings()
+        head = self.layer
+        if hasattr(head, "modules_to_save"):  # peft trains a copy; with adapters off the original counts
+            off = head.disable_adapters or not head.active_adapters
+            head = head.original_module if off else head.modules_to_save[head.active_adapters[0]]
+        if "Trainable" in type(head).__name__:
+            raise UsageError(
+                "the adapter trains single tokens (trainable_token_indices) of embeddings that are the output layer "
+                "too; expected embeddings of their own, or modules_to_save. Train an adapter with modules_to_save."
+            )
+        if hasattr(head, "base_layer"):
+            raise UsageError(
+                "the output layer (lm_head) carries an adapter; expected a plain layer, since log-probabilities are "
+                "computed from its weight. Leave it out of `--model.lora_targets`, the target_modules of an adapter."
+            )
+        if not isinstance(head, nn.Linear):
+            raise UsageError(
+                f"the output layer of {type(whole).__name__} is {type(head).__name__}; expected torch.nn.Linear. Use a "
+                "causal language model with a linear head."
+            )
+        self.route = _routes.get(whole, ROUTES[0])
+        self.weight, self.bias = head.weight, head.bias
+        self.config = config = whole.config.get_text_config()
+        self.softcap = next((c for c in (getattr(config, name, None) for name in SOFTCAPS) if c), None)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        self.scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
+        if scaling := getattr(config, "logits_scaling", None):  # Granite and others divide
+            self.scale *= scaling if config.model_type == "hyperclovax" else 1 / scaling
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.whole.get_decoder()
+
+    def states(self, ids: Tensor, mask: Tensor | None, position: Tensor) -> Tensor:
+        """What enters the output layer at every place, (R, T, D)."""
+        wanted = {"attention_mask": mask, "position_ids": position if self.route.positions else None}
+        if self.route.decoder:
+            decoder = self.decoder
+            return decoder(input_ids=ids, use_cache=False, **taken(decoder, wanted)).last_hidden_state
+        seen: list[Tensor] = []
+
+        def look(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(inputs[0])
+            return inputs[0][:, :1], *inputs[1:]  # logits of one place, which nobody reads
+
+        hook = self.layer.register_forward_pre_hook(look)
+        try:
+            self.whole(input_ids=ids, **taken(self.whole, {**wanted, "use_cache": False}))
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def logps(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        chunk: int = 256,
+        stats: bool = False,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> Any:
+        """`token_logps` under this head."""
+        return token_logps(
+            hidden,
+            self.weight,
+            target,
+            bias=self.bias,
+            softcap=self.softcap,
+            scale=self.scale,
+            temperature=temperature,
+            chunk=chunk,
+            stats=stats,
+            entropy=entropy,
+        )
+
+    def divergence(self, hidden: Tensor, other: FinalStates, chunk: int = 256, temperature: float = 1.0) -> Tensor:
+        """`token_divergence` of this head from another of the same kind."""
+        return token_divergence(
+            hidden,
+            self.weight,
+            other.hidden,
+            other.weight,
+            bias=self.bias,
+            other_bias=other.bias,
+            softcap=self.softcap,
+            scale=self.scale,
+            temperature=temperature,
+            chunk=chunk,
+        )
+
+
+_checked: WeakSet[nn.Module] = WeakSet()
+_shared: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # what is wrong with a shared prompt
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compare scores of a small padded batch with the model's own logits of each text alone, once per model.
+
+    The states before the output layer are taken from the decoder, or where that is not what feeds the output layer,
+    from the layer's input in a pass of the whole model.
+
+    Raises:
+        UsageError: they differ both ways, or the model looks at tokens that follow.
+    """
+    if model in _checked:
+        return
+    head = Head(model)
+    size, device = len(head.weight), head.weight.device
+    text = torch.arange(3, 12, device="cpu") % size
+    texts, length = [text, text[:5]], torch.tensor([9, 5], device="cpu")
+    prompt = Ragged(torch.cat([t[:2] for t in texts]), torch.full_like(length, 2))
+    rows = Singles(prompt, Ragged(torch.cat([t[2:] for t in texts]), length - 2), {}, torch.zeros_like(length))
+    layout = single_layout(rows, 0).to(device)
+    with in_eval(model):
+        logps = [call(model, t[None].to(device), use_cache=False)[0][0].float().log_softmax(-1) for t in texts]
+        tolerance = _tolerance(head.weight)
+        if not torch.allclose(logps[0][:5].exp(), logps[1].exp(), atol=tolerance, rtol=0):
+            raise UsageError(
+                f"{type(head.whole).__name__} gives a token other probabilities once other tokens follow it; expected "
+                "a model that looks back only. Use a decoder, or set is_decoder in its config.json."
+            )
+        expected = torch.cat([p[1:-1].gather(1, t[2:, None].to(device))[:, 0] for p, t in zip(logps, texts)])
+        found: list[Any] = []
+        for route in ROUTES:
+            _routes[head.whole] = route
+            try:
+                head = Head(model)
+                found.append(head.logps(_hidden(head, layout), layout.target).float())
+            except Exception as error:  # a decoder of another kind: any error of the model
+                found.append(error)
+                continue
+            if torch.allclose(found[-1], expected, atol=tolerance, rtol=tolerance):
+                _checked.add(model)
+                return
+    del _routes[head.whole]
+    numbers = [one for one in found if isinstance(one, Tensor)]
+    if not numbers:
+        raise UsageError(
+            f"{type(head.whole).__name__} gives no states from which log-probabilities can be computed "
+            f"({' '.join(str(found[0]).split())[:200]}). Use another model, or report it."
+        )
+    raise UsageError(
+        f"{type(head.whole).__name__} changes its logits in a way that is not known here: log-probabilities from its "
+        f"output layer are {numbers[0][:3].tolist()}, its own are {expected[:3].tolist()}. Use another model, or "
+        "report it."
+    )
+
+
+def check_shared(model: nn.Module) -> None:
+    """Compare the scores of one small pair with and without a shared prompt, once per model.
+
+    Raises:
+        UsageError: they differ, though `shares_prompt` may hold: attention or positions are of a kind not known here.
+    """
+    if fault := shared_fault(model):
+        raise UsageError(
+            f"{type(model).__name__} gives other log-probabilities when two answers share a prompt: {fault}. Pass "
+            "`--model.shared_prompt=false`."
+        )
+
+
+@torch.no_grad()
+def shared_fault(model: nn.Module) -> str:
+    """What is wrong with the scores of a small pair that shares its prompt; "" where they are right."""
+    if model in _shared:
+        return _shared[model]
+    check_head(model)
+    weight = Head(model).weight
+    ids, length = torch.arange(10, device="cpu") % len(weight), torch.tensor([3], device="cpu")
+    text = [Ragged(ids[first : first + 3], length) for first in (1, 4, 7)]
+    pair = Pairs(text[0], text[1], text[0], text[2], {}, torch.zeros_like(length))
+
+    def scores(shared: bool) -> Tensor:
+        layout = pair_layout(pair, 0, shared_prompt=shared).to(weight.device)
+        return _score(model, layout, 256, False).sum_logps
+
+    tolerance, fault = _tolerance(weight), ""
+    with in_eval(model):  # dropout would make them differ
+        plain = scores(False)
+        try:
+            shared = scores(True)
+        except Exception as error:  # attention that takes no mask of this shape: any error of the model
+            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        else:
+            if not torch.allclose(plain, shared, atol=tolerance, rtol=tolerance):
+                fault = f"{shared.tolist()} instead of {plain.tolist()}"
+    if not fault and not _routes.get(Head(model).whole, ROUTES[0]).positions:
+        fault = "it has positions of its own"
+    _shared[model] = fault
+    return fault
+
+
+def _tolerance(x: Tensor) -> float:
+    """Allowed difference of log-probabilities; those of low precision are rounded at different places."""
+    return 1e-3 if x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type) else 0.25
+
+
+def _per_answer(values: Tensor, layout: Layout) -> Tensor:
+    """Sum over the tokens of each answer, (A,) float32; float64 stays. In a fixed order, on any device."""
+    # lengths are those of the layout: a check of them would make the host wait for a GPU
+    sums = torch.segment_reduce(values.double(), "sum", lengths=layout.length, unsafe=True, initial=0.0)
+    return sums.to(values.dtype)
