@@ -27,7 +27,7 @@ OF_A_FILE = ("columns", "split", "eval_data", "eval_fraction")  # options that a
 def main(argv: list[str]) -> int:
     """Draw, score, write and print a summary; returns the exit code."""
     from offpolicy.evaluate import Parser, add_trust
-    from offpolicy.language.rl.rewards import VERIFIERS
+    from offpolicy.language.rl.verifiers import VERIFIERS
 
     parser = Parser(
         "python -m offpolicy.generate",
@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
 
     from offpolicy.files import atomic_write
     from offpolicy.language.generation import answer_prompts, answer_text
-    from offpolicy.language.rl.rewards import choose_verifier, resolve_verifier
+    from offpolicy.language.rl.rewards import resolve_verifier
+    from offpolicy.language.rl.verifiers import choose_verifier
     from offpolicy.training import screen
 
     verifier = None if args.verifier in ("auto", "none") else resolve_verifier(args.verifier)

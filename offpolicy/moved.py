@@ -58,7 +58,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.language.preview": ("offpolicy.data.texts.preview",),
     "offpolicy.language.records": ("offpolicy.language.rl.records",),
     "offpolicy.language.reference": (),
-    "offpolicy.language.rewards": ("offpolicy.language.rl.rewards",),
+    "offpolicy.language.rewards": ("offpolicy.language.rl.rewards", "offpolicy.language.rl.verifiers"),
     "offpolicy.language.rollouts": ("offpolicy.language.rl.rollouts",),
     "offpolicy.language.scores": ("offpolicy.losses.scores",),
     "offpolicy.language.scoring": ("offpolicy.language.rl.scoring",),

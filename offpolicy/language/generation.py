@@ -236,7 +236,7 @@ def answer_prompts(
         model: as in :func:`sample`.
         tokenizer: of ``transformers``.
         prompts: see :func:`prompts_of`.
-        verifier: see :mod:`offpolicy.language.rl.rewards`; None for no scores.
+        verifier: see :mod:`offpolicy.language.rl.verifiers`; None for no scores.
         options: further arguments of :func:`sample`.
 
     Returns:

@@ -247,7 +247,7 @@ def test_answers_of_a_folder_of_transformers(place: Path, monkeypatch: Any, tmp_
 
 
 def test_help_names_every_verifier(capsys: Any) -> None:
-    from offpolicy.language.rl.rewards import VERIFIERS
+    from offpolicy.language.rl.verifiers import VERIFIERS
 
     with pytest.raises(SystemExit):
         generate.main(["--help"])

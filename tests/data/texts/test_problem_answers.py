@@ -16,7 +16,7 @@ from offpolicy.data.texts.messages import Fault
 from offpolicy.data.texts.problems import BOXED, sketch
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
-from offpolicy.language.rl.rewards import exact, final_number
+from offpolicy.language.rl.verifiers import exact, final_number
 
 
 @pytest.fixture(scope="module")

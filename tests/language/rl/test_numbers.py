@@ -10,7 +10,7 @@ import pytest
 
 from offpolicy.data.texts.numbers import last_mark, last_number_in, number_of, plain_number
 from offpolicy.language.rl.mathematics import expression
-from offpolicy.language.rl.rewards import exact, final_number, last_number, math
+from offpolicy.language.rl.verifiers import exact, final_number, last_number, math
 
 verified = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs the extra `verify`")
 

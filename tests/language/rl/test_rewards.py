@@ -11,10 +11,10 @@ import pytest
 
 from offpolicy.errors import UsageError
 from offpolicy.language.rl import mathematics, rewards
-from offpolicy.language.rl.rewards import (
+from offpolicy.language.rl.rewards import Rewards, resolve_verifier
+from offpolicy.language.rl.verifiers import (
     Format,
     Length,
-    Rewards,
     choose_verifier,
     exact,
     final_number,
@@ -22,7 +22,6 @@ from offpolicy.language.rl.rewards import (
     last_number,
     math,
     read_final_number,
-    resolve_verifier,
 )
 
 
