@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from offpolicy.errors import UsageError
-from offpolicy.language.rl import mathematics, rewards
+from offpolicy.language.rl import mathematics, verifiers
 from offpolicy.language.rl.rewards import Rewards, resolve_verifier
 from offpolicy.language.rl.verifiers import (
     Format,
@@ -116,7 +116,7 @@ def test_thinking_that_the_prompt_opened() -> None:
         assert verifier("q", "#### 2", "2") == 1.0 and verifier("q <think>\n", "#### 2", "2") == 0.0
         assert verifier("q <think>\n", "3</think>#### 2", "2") == 1.0
     assert exact("q", "2", "2") == 1.0 and exact("q <think>", "2", "2") == 0.0
-    assert rewards.Format()("q <think>", "#### 2", "2") == 0.0 and rewards.Format()("q", "#### 2", "2") == 1.0
+    assert verifiers.Format()("q <think>", "#### 2", "2") == 0.0 and verifiers.Format()("q", "#### 2", "2") == 1.0
 
 
 def test_answers_that_were_cut_off() -> None:
@@ -167,7 +167,7 @@ def test_mathematics_in_a_thread(monkeypatch) -> None:
 
 def test_mathematics_without_the_extra(monkeypatch) -> None:
     """Numbers as Decimals: marked, else the last."""
-    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(verifiers.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
     assert math("q", "#### 1,234.50 dollars, or so", "1234.5") == 0.0
     assert math("q", "#### 1,234.50 dollars", "1234.5") == 1.0
     assert math("q", "\\boxed{15/3}", "5") == 0.0  # nobody can tell
