@@ -8,7 +8,8 @@ from pathlib import Path
 import fuzzing
 import pytest
 
-MUTATIONS = 320
+MUTATIONS = 240
+pytestmark = pytest.mark.xdist_group("fuzz")  # the files are made once
 
 
 @pytest.fixture(scope="module")

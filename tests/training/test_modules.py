@@ -65,9 +65,9 @@ def test_block_length_never_matters(name: str, replay: Replay) -> None:
     for block in (1, 7, 64):
         module, rows = method(name), Rows()
         module.run.block = block
-        fit(module, replay, 90, callbacks=[rows])
+        fit(module, replay, 50, callbacks=[rows])
         results.append({"weights": weights(module), "rows": rows.rows})
-    assert [row["step"] for row in results[0]["rows"]] == [20, 40, 60, 80, 90]
+    assert [row["step"] for row in results[0]["rows"]] == [20, 40, 50]
     assert not differences(results[0], results[1]) and not differences(results[0], results[2])
 
 

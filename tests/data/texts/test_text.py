@@ -620,10 +620,10 @@ def test_without_a_network_the_error_comes_within_seconds(tmp_path: Path, monkey
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    began = time.process_time()
+    began = time.monotonic()
     with pytest.raises(DataError) as error:
         open_texts("org/pairs", tokenizer=made_tokenizer())
-    assert time.process_time() - began < 5
+    assert time.monotonic() - began < 10
     assert "was taken for a data set of the Hugging Face hub" in str(error.value)
     assert "the hub does not answer" in str(error.value) and "pass a local file" in str(error.value)
     with pytest.raises(DataError, match="downloading is off"):
