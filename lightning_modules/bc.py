@@ -55,11 +55,11 @@ class BC(OfflineModule):
     def build(self, sizes: Sizes) -> None:
         self.actor = DeterministicPolicy(sizes.obs_dim, sizes.action_dim, self.hparams.hidden_dims)
 
-    def learning_rates(self) -> dict[str, Rate]:
-        return {"actor": self.hparams.actor_lr}
-
     def select(self, replay: Replay) -> Replay:
         return replay if self.hparams.top == 1.0 else replay.top(self.hparams.top, self.hparams.top_discount)
+
+    def learning_rates(self) -> dict[str, Rate]:
+        return {"actor": self.hparams.actor_lr}
 
     def actor_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         loss = mean_squared_action(self.actor(batch.obs), batch.action)

@@ -161,62 +161,6 @@ class CQL(OfflineModule):
             "next": Draw(many),
         }
 
-    def entropy_weight(self) -> Tensor:
-        """w, (…, 1), without gradient."""
-        return self.log_entropy_weight.detach().exp()
-
-    def actor_loss(
-        self, batch: Transitions, heads: Heads | None = None, cloning: bool = False
-    ) -> tuple[Tensor, Metrics]:
-        """``heads`` are those of the actor at s, if they are at hand; ``cloning`` replaces Q by log π of the data."""
-        mean, log_std = self.actor.heads(batch.obs) if heads is None else heads
-        action, logp = self.actor.sample_from(mean, log_std, batch.noise.policy)
-        if cloning:
-            value = self.actor.log_prob_from(mean, log_std, batch.action)
-        else:
-            value = self.critic(batch.obs, action).amin(-2)
-        loss = (self.entropy_weight() * logp - value).mean(-1)
-        return loss, {"actor_loss": loss.detach(), "entropy": -logp.detach().mean(-1)}
-
-    def entropy_loss(self, entropy: Tensor) -> Tensor:
-        """log w·(H - target): (…,) mean entropy of the batch → (…,)."""
-        target = self.hparams.target_entropy
-        target = -float(self.sizes.action_dim) if target is None else target
-        return self.log_entropy_weight.squeeze(-1) * (entropy - target)
-
-    def multiplier(self) -> Tensor:
-        """m of the Lagrange form, (…, 1)."""
-        return self.log_multiplier.exp().clamp(max=MULTIPLIER_MAX)
-
-    def multiplier_loss(self, gap: Tensor) -> Tensor:
-        """-m·α·(Δ - gap), with Δ (…,) the mean of the critics' penalties."""
-        return -self.multiplier().squeeze(-1) * self.hparams.alpha * (gap - self.hparams.lagrange_gap)
-
-    @torch.no_grad()
-    def target_q(self, batch: Transitions, next_heads: Heads) -> Tensor:
-        """r + γ·min Q̄(s', a'), (…, B); with max-backup the best of K actions."""
-        h = self.hparams
-        if h.max_backup:
-            action, logp = self.sample_many(next_heads, batch.noise.backup)
-            next_q, best = self.q_of_many(self.target_critic, batch.next_obs, action).amin(-3).max(-2)
-            logp = logp.gather(-2, best.unsqueeze(-2)).squeeze(-2)
-        else:
-            action, logp = self.actor.sample_from(*next_heads, batch.noise.backup)
-            next_q = self.target_critic(batch.next_obs, action).amin(-2)
-        if h.backup_entropy:
-            next_q = next_q - self.entropy_weight() * logp
-        return td_target(batch.reward, batch.terminated, next_q, h.discount)
-
-    def sample_many(self, heads: Heads, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions (…, K, B, A) and log-densities (…, K, B) from noise (…, B, K, A) and heads (…, B, A)."""
-        mean, log_std = heads
-        return self.actor.sample_from(mean.unsqueeze(-3), log_std.unsqueeze(-3), noise.transpose(-3, -2))
-
-    def q_of_many(self, critic: nn.Module, obs: Tensor, action: Tensor) -> Tensor:
-        """q (…, E, K, B) of obs (…, B, O) and K actions for each, (…, K, B, A), as one long batch."""
-        obs = obs.unsqueeze(-3).expand(*action.shape[:-1], obs.shape[-1])
-        return critic(obs.flatten(-3, -2), action.flatten(-3, -2)).unflatten(-1, action.shape[-3:-1])
-
     def critic_loss(self, batch: Transitions, heads: Heads | None = None) -> tuple[Tensor, Metrics]:
         """``heads`` are those of the actor at s, if they are at hand."""
         h = self.hparams
@@ -249,6 +193,62 @@ class CQL(OfflineModule):
             "penalty_gap": gap.detach().mean(-1),
             "q_mean": q.detach().mean((-2, -1)),
         }
+
+    @torch.no_grad()
+    def target_q(self, batch: Transitions, next_heads: Heads) -> Tensor:
+        """r + γ·min Q̄(s', a'), (…, B); with max-backup the best of K actions."""
+        h = self.hparams
+        if h.max_backup:
+            action, logp = self.sample_many(next_heads, batch.noise.backup)
+            next_q, best = self.q_of_many(self.target_critic, batch.next_obs, action).amin(-3).max(-2)
+            logp = logp.gather(-2, best.unsqueeze(-2)).squeeze(-2)
+        else:
+            action, logp = self.actor.sample_from(*next_heads, batch.noise.backup)
+            next_q = self.target_critic(batch.next_obs, action).amin(-2)
+        if h.backup_entropy:
+            next_q = next_q - self.entropy_weight() * logp
+        return td_target(batch.reward, batch.terminated, next_q, h.discount)
+
+    def sample_many(self, heads: Heads, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions (…, K, B, A) and log-densities (…, K, B) from noise (…, B, K, A) and heads (…, B, A)."""
+        mean, log_std = heads
+        return self.actor.sample_from(mean.unsqueeze(-3), log_std.unsqueeze(-3), noise.transpose(-3, -2))
+
+    def q_of_many(self, critic: nn.Module, obs: Tensor, action: Tensor) -> Tensor:
+        """q (…, E, K, B) of obs (…, B, O) and K actions for each, (…, K, B, A), as one long batch."""
+        obs = obs.unsqueeze(-3).expand(*action.shape[:-1], obs.shape[-1])
+        return critic(obs.flatten(-3, -2), action.flatten(-3, -2)).unflatten(-1, action.shape[-3:-1])
+
+    def actor_loss(
+        self, batch: Transitions, heads: Heads | None = None, cloning: bool = False
+    ) -> tuple[Tensor, Metrics]:
+        """``heads`` are those of the actor at s, if they are at hand; ``cloning`` replaces Q by log π of the data."""
+        mean, log_std = self.actor.heads(batch.obs) if heads is None else heads
+        action, logp = self.actor.sample_from(mean, log_std, batch.noise.policy)
+        if cloning:
+            value = self.actor.log_prob_from(mean, log_std, batch.action)
+        else:
+            value = self.critic(batch.obs, action).amin(-2)
+        loss = (self.entropy_weight() * logp - value).mean(-1)
+        return loss, {"actor_loss": loss.detach(), "entropy": -logp.detach().mean(-1)}
+
+    def entropy_loss(self, entropy: Tensor) -> Tensor:
+        """log w·(H - target): (…,) mean entropy of the batch → (…,)."""
+        target = self.hparams.target_entropy
+        target = -float(self.sizes.action_dim) if target is None else target
+        return self.log_entropy_weight.squeeze(-1) * (entropy - target)
+
+    def entropy_weight(self) -> Tensor:
+        """w, (…, 1), without gradient."""
+        return self.log_entropy_weight.detach().exp()
+
+    def multiplier_loss(self, gap: Tensor) -> Tensor:
+        """-m·α·(Δ - gap), with Δ (…,) the mean of the critics' penalties."""
+        return -self.multiplier().squeeze(-1) * self.hparams.alpha * (gap - self.hparams.lagrange_gap)
+
+    def multiplier(self) -> Tensor:
+        """m of the Lagrange form, (…, 1)."""
+        return self.log_multiplier.exp().clamp(max=MULTIPLIER_MAX)
 
     def update(self, batch: Transitions, step: int) -> Metrics:
         h = self.hparams

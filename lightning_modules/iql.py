@@ -121,6 +121,10 @@ class IQL(OfflineModule):
         loss = expectile_loss(adv, self.hparams.expectile).mean(-1)
         return loss, {"value_loss": loss.detach(), "v_mean": v.mean(-1)}
 
+    def next_value(self, batch: Transitions) -> Tensor:
+        with torch.no_grad():
+            return self.value(batch.next_obs)
+
     def critic_loss(self, batch: Transitions, next_v: Tensor) -> tuple[Tensor, Metrics]:
         """``next_v (…, B)`` is V(s') before or after the value step, by ``update_order``."""
         target_q = td_target(batch.reward, batch.terminated, next_v, self.hparams.discount)
@@ -137,10 +141,6 @@ class IQL(OfflineModule):
             error = -self.actor.log_prob(batch.obs, batch.action)
         loss = (weight * error).mean(-1)
         return loss, {"actor_loss": loss.detach(), "weight_mean": weight.mean(-1)}
-
-    def next_value(self, batch: Transitions) -> Tensor:
-        with torch.no_grad():
-            return self.value(batch.next_obs)
 
     def update(self, batch: Transitions, step: int) -> Metrics:
         return self.update_corl(batch) if self.hparams.update_order == "corl" else self.update_original(batch)

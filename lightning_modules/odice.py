@@ -135,6 +135,15 @@ class ODICE(OfflineModule):
         if expert_episode is not None:
             self.hparams.reward_transform = "r"  # rewards that are all 0 have no range
 
+    def build(self, sizes: Sizes) -> None:
+        h = self.hparams
+        norm: Literal["before"] | None = "before" if h.layer_norm else None
+        self.value = MLP(sizes.obs_dim, h.value_hidden_dims, 1, stack=(h.num_values,), layer_norm=norm)
+        self.target_value = self.target_of(self.value)
+        self.actor = GaussianPolicy(
+            sizes.obs_dim, sizes.action_dim, h.actor_hidden_dims, log_std_min=-5.0, tanh_mean=h.tanh_mean
+        )
+
     def select(self, replay: Replay) -> Replay:
         episode = self.hparams.expert_episode
         if episode is None:
@@ -147,15 +156,6 @@ class ODICE(OfflineModule):
         expert = replay.filter([episode])
         expert.steps["reward"] = np.zeros(len(replay.steps["reward"]), np.float32)
         return expert
-
-    def build(self, sizes: Sizes) -> None:
-        h = self.hparams
-        norm: Literal["before"] | None = "before" if h.layer_norm else None
-        self.value = MLP(sizes.obs_dim, h.value_hidden_dims, 1, stack=(h.num_values,), layer_norm=norm)
-        self.target_value = self.target_of(self.value)
-        self.actor = GaussianPolicy(
-            sizes.obs_dim, sizes.action_dim, h.actor_hidden_dims, log_std_min=-5.0, tanh_mean=h.tanh_mean
-        )
 
     def learning_rates(self) -> dict[str, Rate]:
         return {"value": self.hparams.value_lr, "actor": self.hparams.actor_lr}

@@ -109,12 +109,6 @@ class PRDC(OfflineModule):
         self.critic = EnsembleCritic(sizes.obs_dim, sizes.action_dim, h.num_critics, h.hidden_dims)
         self.target_actor, self.target_critic = self.target_of(self.actor), self.target_of(self.critic)
 
-    def learning_rates(self) -> dict[str, Rate]:
-        return {"critic": self.hparams.critic_lr, "actor": self.hparams.actor_lr}
-
-    def draws(self) -> dict[str, Draw]:
-        return {"target": Draw((self.sizes.action_dim,))}
-
     def on_bind(self, bound: BoundView) -> None:
         items = torch.arange(len(bound), device=bound.device)
         parts = [bound.gather(part) for part in items.split(1 << 16)]
@@ -136,6 +130,12 @@ class PRDC(OfflineModule):
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
         self.index = None
+
+    def learning_rates(self) -> dict[str, Rate]:
+        return {"critic": self.hparams.critic_lr, "actor": self.hparams.actor_lr}
+
+    def draws(self) -> dict[str, Draw]:
+        return {"target": Draw((self.sizes.action_dim,))}
 
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         h = self.hparams

@@ -119,6 +119,7 @@ class ReBRAC(OfflineModule):
 
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         h = self.hparams
+        assert batch.next_action is not None  # the view asks for it
         with torch.no_grad():
             next_action = self.target_actor(batch.next_obs)
             next_action = smoothed_action(next_action, batch.noise.target, h.policy_noise, h.noise_clip)

@@ -39,6 +39,7 @@ from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.diffusion import denoise, denoising_loss, noise_level
 from offpolicy.nn.unet import TrajectoryUNet
 from offpolicy.training.description import Description
+from offpolicy.training.drawing import draw_noise
 from offpolicy.training.measurement import HeldOut
 from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
 
@@ -144,10 +145,9 @@ class TrajectoryDiffusion(OfflineModule):
         self.on_bind(bound)
         chosen = sampling.permutation(0, 0, len(bound))[:HELD_OUT_ROWS].sort().values
         batch, rows = bound.gather(chosen), torch.arange(len(chosen), device=chosen.device)
-        noise = {}
-        for name, draw in self.draws().items():
-            key = sampling.keys(0, name, torch.zeros(1, dtype=torch.int64, device=rows.device))
-            noise[name] = sampling.normals(key, rows, draw.shape)[0].to(batch.x)
+        update = torch.zeros(1, dtype=torch.int64, device=rows.device)
+        drawn = draw_noise(self.draws(), 0, update, rows, batch.x.dtype)
+        noise = {name: value[0].to(batch.x) for name, value in drawn.items()}
         return batch._replace(noise=Noise(**noise))
 
     # -- training ------------------------------------------------------------------------------------------------------

@@ -117,12 +117,6 @@ class WorldModel(OfflineModule):
         self.register_buffer("target_scale", torch.ones(out_dim))
         self.register_buffer("elite", torch.arange(h.elites))
 
-    def learning_rates(self) -> dict[str, Rate]:
-        return {"model": self.hparams.lr}
-
-    def make_optimizer(self, name: str, params: list[Tensor]) -> FusedAdam:
-        return FusedAdam(params, weight_decay=self.hparams.weight_decay, decoupled=True)
-
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def select(self, replay: Replay) -> Replay:
@@ -156,7 +150,13 @@ class WorldModel(OfflineModule):
         self.target_center.copy_(torch.from_numpy(mean))
         self.target_scale.copy_(torch.from_numpy(np.where(std > 0, std, 1.0)))
 
-    # -- loss ----------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def learning_rates(self) -> dict[str, Rate]:
+        return {"model": self.hparams.lr}
+
+    def make_optimizer(self, name: str, params: list[Tensor]) -> FusedAdam:
+        return FusedAdam(params, weight_decay=self.hparams.weight_decay, decoupled=True)
 
     def target(self, batch: Transitions) -> Tensor:
         """y (…, B, O + 1): standardised change of the observation and reward."""

@@ -121,7 +121,7 @@ class Divergence(Callback):
     """Looks at losses and weights after every row of metrics, and before an evaluation."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        pl_module._finite_at = -1
+        pl_module.finite_at = -1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         updates, run = trainer.global_step, pl_module.run

@@ -61,7 +61,7 @@ class Module(LightningModule):
         self.run_log = RunLog()  # of the newest fit
         self.words = words()  # whose word the names in its options are
         self._seeds: tuple[int, ...] = ()
-        self._finite_at = -1  # the update after which losses and weights were last found finite
+        self.finite_at = -1  # the update after which losses and weights were last found finite
         self._undo = ExitStack()
 
     def __repr__(self) -> str:
@@ -225,9 +225,9 @@ class Module(LightningModule):
         Raises:
             DivergenceError: they are not.
         """
-        if self._finite_at != self.updates:
+        if self.finite_at != self.updates:
             divergence.check_finite(self)
-            self._finite_at = self.updates
+            self.finite_at = self.updates
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
