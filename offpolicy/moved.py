@@ -53,7 +53,11 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.language.critic": ("offpolicy.language.rl.critic",),
     "offpolicy.language.engines": ("offpolicy.language.rl.engines", "offpolicy.language.rl.engine"),
     "offpolicy.language.layout": ("offpolicy.language.head",),
-    "offpolicy.language.module": ("offpolicy.language.preference", "offpolicy.data.texts.sequences"),
+    "offpolicy.language.module": (
+        "offpolicy.language.preference",
+        "offpolicy.language.meters",
+        "offpolicy.data.texts.sequences",
+    ),
     "offpolicy.language.plan": (),
     "offpolicy.language.preview": ("offpolicy.data.texts.preview",),
     "offpolicy.language.records": ("offpolicy.language.rl.records",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -145,6 +147,14 @@ class Pace:
             "perf/updates_per_s": self.steps / seconds,
             "perf/tokens_per_s": tokens / seconds,
             "perf/padding_fraction": 1.0 - self._filled / max(1, self._places),  # of the first process
+            "perf/peak_memory_mb": peak_memory(device),
         }
         self._clear()
         return row
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory this process has held so far, MiB: on the GPU, else in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -525,19 +523,11 @@ class LanguageModule(Module):
             "train/learning_rate": optimizer.param_groups[0]["lr"],
             **self.progress(updates),
             **self.pace.read(self.sum_over_processes, self.device),
-            "perf/peak_memory_mb": peak_memory(self.device),
         }
         self.log_row(row, updates)
 
     def teardown(self, stage: str) -> None:
         self.restore_settings()
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory this process has held so far, MiB: on the GPU, else in all."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 __getattr__ = moved.names_of("offpolicy.language.module")  # the names that stood here in version 0.1

@@ -233,3 +233,16 @@ def _reference(kept: str) -> str | list[str] | None:
     """The right answer that a table holds, or all of them where there are several."""
     found = alternatives(str(kept)) if kept else []
     return found if len(found) > 1 else found[0] if found else None
+
+
+def problem_texts(problems: Replay, tokenizer: Any, number: int) -> str:
+    """The first problems, with their demonstrations and right answers, for a person to read."""
+    lines = []
+    for i in range(min(number, len(problems.tables["problems"]))):
+        prompt, demonstration = problems.tables["problems"][i].tolist()
+        text = tokenizer.decode(token_ids(problems, prompt)) + " ▶ "
+        if demonstration >= 0:
+            text += tokenizer.decode(token_ids(problems, demonstration))
+        answers = " or ".join(alternatives(str(problems.tables["problems/answer"][i])))
+        lines.append(f"problem {i}\n  {text}" + (f"\n  answer {answers}" if answers else ""))
+    return "\n".join(lines)

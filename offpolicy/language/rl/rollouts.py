@@ -14,6 +14,7 @@ Where it is told, in the order of an iteration::
     answering.py   the policy answers problems, by an engine (engines.py), and rewards.py judges the answers
     advantages.py  rewards become the advantage of an answer, or by a critic (critic.py) of a token
     scoring.py     log-probabilities of the answers under π_k and the base, and which old answers may stay
+    objective.py   the parts of the loss, with those that the user names in their place
     rollouts.py    ``roll_out`` puts these in their order; ``tokens`` hands a step its micro-batch
 
 How a token gets its advantage: the formula is in ``losses/advantages.py``, ``advantages.py`` applies it to the answers
@@ -39,11 +40,10 @@ from offpolicy.compute import processes
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
-from offpolicy.data.texts.answers import alternatives
 from offpolicy.data.texts.problems import ProblemData
 from offpolicy.data.texts.rollouts import DEMONSTRATION, OWN, BoundRollouts, Rollouts
-from offpolicy.data.texts.sequences import spread, token_ids
-from offpolicy.errors import DataError, UsageError, check_range, nearest
+from offpolicy.data.texts.sequences import spread
+from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.language import policy as policies
 from offpolicy.language.head import TokenScores, score_tokens
 from offpolicy.language.layout import Layout, group_layout
@@ -51,20 +51,19 @@ from offpolicy.language.meters import SumMeter
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.advantages import from_groups
-from offpolicy.language.rl.answering import Answering, Stopped
+from offpolicy.language.rl.answering import Answering, Stopped, problem_texts
 from offpolicy.language.rl.critic import CRITICS, Critic
-from offpolicy.language.rl.iteration import Course, Shape, replayed_now, sweeps_of
+from offpolicy.language.rl.iteration import Course, Shape, check_groups, replayed_now, sweeps_of
+from offpolicy.language.rl.objective import composed
 from offpolicy.language.rl.records import Recorder
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.solving import solve
-from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Tokens, Totals
+from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
 from offpolicy.training import divergence
 from offpolicy.training.description import Description
 from offpolicy.training.lightning_private import trainer_of
-from offpolicy.trust import names_in, speaking, trusting
 
 log = logging.getLogger(__name__)
-OF_A_CRITIC = {"value", "old_value", "returns"}
 LANE = 1024  # tokens of a prompt with several answers behind it: attention to more costs what the prompt saves
 
 
@@ -167,28 +166,7 @@ class RolloutModule(LanguageModule):
         if critic not in CRITICS:
             raise UsageError(f"`critic` is '{critic}'; expected one of {', '.join(CRITICS)}.")
         check_range("demonstrations", demonstrations, 0, 1)
-        if demonstrations >= group_size:
-            raise UsageError(
-                f"`group_size` is {group_size}, which leaves no answer of the policy beside the demonstration; "
-                "expected ≥ 2. Pass --model.group_size 8."
-            )
-        batch = self.hparams.batch_size
-        if batch % group_size:
-            raise UsageError(
-                f"`batch_size` is {batch} and `group_size` {group_size}; expected a multiple, as groups stay whole. "
-                f"Pass --model.batch_size {max(1, batch // group_size) * group_size}."
-            )
-        if replay_fraction and not replay_window:
-            raise UsageError(
-                "`replay_fraction` is above 0 and `replay_window` is 0; expected ≥ 1 iterations to draw from."
-            )
-        groups = batch // group_size * minibatches
-        if replay_fraction and not 0 < round(replay_fraction * groups) < groups:
-            raise UsageError(
-                f"`replay_fraction` is {replay_fraction}, which of the {groups} groups of an iteration makes "
-                f"{round(replay_fraction * groups)}; expected one replayed group and a fresh one at least. Pass a "
-                "larger --model.batch_size, or another share."
-            )
+        check_groups(self.hparams.batch_size, group_size, minibatches, replay_fraction, replay_window, demonstrations)
         if self.hparams.reference != "auto":
             raise UsageError(
                 "`reference` is for preference methods; here the base is the policy as it was at its start. Leave it "
@@ -218,32 +196,8 @@ class RolloutModule(LanguageModule):
         Raises:
             UsageError: a slot or component is not known, or they do not go together.
         """
-        own = self.hparams.objective or {}
-        for slot in own:
-            if slot not in COMPONENTS:
-                raise UsageError(
-                    f"`objective` has the slot '{slot}'; expected {', '.join(COMPONENTS)}.{nearest(slot, COMPONENTS)}"
-                )
-        parts = self.parts()
-        with speaking(self.words), trusting(names=names_in(parts)):  # what the class itself names is its code
-            found = Objective(**{**parts, **own})
-        unknown = found.reads - set(Tokens._fields)
-        if unknown:
-            raise UsageError(
-                f"a component of `objective` reads {', '.join(sorted(unknown))}; expected fields of the tokens: "
-                f"{', '.join(Tokens._fields)}.{nearest(min(unknown), Tokens._fields)}"
-            )
-        if found.reads & OF_A_CRITIC and not found.uses_critic:
-            raise UsageError(
-                f"a component of `objective` reads {', '.join(sorted(found.reads & OF_A_CRITIC))} of a critic, and the "
-                "advantages come from none; expected 'gae' for `advantage`, or no such component."
-            )
-        if found.compares_answers and self.hparams.group_size < 2:
-            raise UsageError(
-                "`group_size` is 1, and the advantage compares the answers of a group, so it would always be 0; "
-                "expected ≥ 2. Pass --model.group_size 8."
-            )
-        return found
+        h = self.hparams
+        return composed(self.parts(), h.objective or {}, group_size=h.group_size, words=self.words)
 
     @property
     def vocabulary(self) -> int:
@@ -382,6 +336,7 @@ class RolloutModule(LanguageModule):
 
     def describe(self) -> Description:
         h, meta, held_out = self.hparams, self.problems.meta, self.eval_problems
+        shown = self.trainer.datamodule.options.get("show", 0)  # type: ignore[attr-defined]
         lengths = ", ".join(f"{role} {'/'.join(map(str, q))}" for role, q in meta.get("lengths", {}).items())
         return Description(
             facts=[
@@ -396,22 +351,9 @@ class RolloutModule(LanguageModule):
             ),
             evaluates="" if held_out is None else f"{len(held_out.tables['problems']):,} held-out problems",
             notes=self.precision_notes(),
-            samples=self.samples(),
+            samples=problem_texts(self.problems, self.tokenizer, shown),
             look="python -m offpolicy.evaluate {folder}, or offpolicy.export {folder} OUT [--merge]",
         )
-
-    def samples(self) -> str:
-        """A few problems for a person to read."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        problems, lines = self.problems, []
-        for number in range(min(data.options.get("show", 0), len(problems.tables["problems"]))):
-            prompt, demonstration = problems.tables["problems"][number].tolist()
-            text = self.tokenizer.decode(token_ids(problems, prompt)) + " ▶ "
-            if demonstration >= 0:
-                text += self.tokenizer.decode(token_ids(problems, demonstration))
-            answers = " or ".join(alternatives(str(problems.tables["problems/answer"][number])))
-            lines.append(f"problem {number}\n  {text}" + (f"\n  answer {answers}" if answers else ""))
-        return "\n".join(lines)
 
     # -- an iteration --------------------------------------------------------------------------------------------------
 

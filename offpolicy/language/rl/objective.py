@@ -1,0 +1,55 @@
+"""The objective of a method that learns from its own answers: its own parts, with those that the user names instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from offpolicy.errors import UsageError, nearest
+from offpolicy.losses.policy_gradient import COMPONENTS, Objective
+from offpolicy.losses.tokens import Tokens
+from offpolicy.trust import names_in, speaking, trusting
+
+OF_A_CRITIC = {"value", "old_value", "returns"}
+
+
+def composed(parts: Mapping[str, Any], own: Mapping[str, Any], *, group_size: int, words: Any) -> Objective:
+    """The objective of these parts, with the user's own in their place.
+
+    Args:
+        parts: slot → component of the method.
+        own: slot → component that the user names.
+        group_size: answers of a group.
+        words: whose word the names in ``own`` are, see :mod:`offpolicy.trust`.
+
+    Raises:
+        UsageError: a slot or component is not known, or they do not go together.
+    """
+    for slot in own:
+        if slot not in COMPONENTS:
+            raise UsageError(
+                f"`objective` has the slot '{slot}'; expected {', '.join(COMPONENTS)}.{nearest(slot, COMPONENTS)}"
+            )
+    with speaking(words), trusting(names=names_in(parts)):  # what the class itself names is its code
+        found = Objective(**{**parts, **own})
+    _check(found, group_size)
+    return found
+
+
+def _check(objective: Objective, group_size: int) -> None:
+    unknown = objective.reads - set(Tokens._fields)
+    if unknown:
+        raise UsageError(
+            f"a component of `objective` reads {', '.join(sorted(unknown))}; expected fields of the tokens: "
+            f"{', '.join(Tokens._fields)}.{nearest(min(unknown), Tokens._fields)}"
+        )
+    if objective.reads & OF_A_CRITIC and not objective.uses_critic:
+        raise UsageError(
+            f"a component of `objective` reads {', '.join(sorted(objective.reads & OF_A_CRITIC))} of a critic, and the "
+            "advantages come from none; expected 'gae' for `advantage`, or no such component."
+        )
+    if objective.compares_answers and group_size < 2:
+        raise UsageError(
+            "`group_size` is 1, and the advantage compares the answers of a group, so it would always be 0; "
+            "expected ≥ 2. Pass --model.group_size 8."
+        )
