@@ -81,6 +81,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.modules": (
         "offpolicy.training.module",
         "offpolicy.training.acting",
+        "offpolicy.training.stepping",
         "offpolicy.training.offline",
         "offpolicy.training.drawing",
         "offpolicy.training.meter",

@@ -1,4 +1,4 @@
-"""What control methods inherit: the update loop over blocks of batches, several optimisers, one count of updates.
+"""What control methods inherit: the view of the data, and the update loop over blocks of batches.
 
 A method is one class that says which view it needs, builds its networks, and writes its losses and the order of its
 steps.
@@ -6,22 +6,19 @@ steps.
 
 from __future__ import annotations
 
-import copy
-import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, ClassVar, Self
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from offpolicy.compute.casts import fresh_casts
 from offpolicy.compute.devices import finish_work
-from offpolicy.compute.optim import FusedAdam, clip_per_seed, gradients, num_trained, polyak_
+from offpolicy.compute.optim import num_trained
 from offpolicy.data.batches import check_rows
 from offpolicy.data.mixing import SHARE
 from offpolicy.data.module import DataModule
@@ -32,17 +29,13 @@ from offpolicy.data.views import BoundView, TransitionView
 from offpolicy.errors import UsageError, check_range
 from offpolicy.given import refuse_half
 from offpolicy.training import divergence
-from offpolicy.training.acting import ActingModule
-from offpolicy.training.checkpoints import KEY
 from offpolicy.training.common import CommonOptions
 from offpolicy.training.description import Description, origin
 from offpolicy.training.drawing import Draw, draw_batches, has_dropout, seed_dropout
 from offpolicy.training.lightning_private import count_updates, save_interval
 from offpolicy.training.measurement import Evaluation
 from offpolicy.training.meter import Metrics
-
-log = logging.getLogger(__name__)
-Rate = float | Callable[[int], float]
+from offpolicy.training.stepping import Rate, SteppingModule
 
 
 def counted(update: Callable[[Any, Any, int], Metrics]) -> Callable[[Any, Any, int], Metrics]:
@@ -61,22 +54,19 @@ def counted(update: Callable[[Any, Any, int], Metrics]) -> Callable[[Any, Any, i
     return counting
 
 
-class OfflineModule(ActingModule):
+class OfflineModule(SteppingModule):
     """Base of control methods: one update = one batch = one ``trainer.global_step``, whatever the optimisers.
 
     A method declares ``view``, and defines ``build``, ``learning_rates``, ``update`` and ``policy``; ``draws`` when its
     losses need noise. The base acts on arguments of a method that :class:`CommonOptions` names.
 
     Attributes:
-        common: those arguments, as they are when networks are made and when training begins.
         compiled: the methods that ``run.compile`` compiles; None for all whose name ends in ``_loss``.
     """
 
     takes_discrete_actions: ClassVar[bool] = False  # else data with discrete actions are refused
     takes_images: ClassVar[bool] = False  # observations of any shape and type; else only vectors of floats
-    updates: int = 0  # made so far: the number of the newest, which learning rates are functions of
     compiled: ClassVar[tuple[str, ...] | None] = None
-    common: CommonOptions
     view: Any = TransitionView()  # of the class, or of an instance where it depends on hyperparameters
     divergence_advice: ClassVar[str] = (
         "Lower the learning rates, limit gradients by `max_grad_norm`, or look at the scale of the rewards and "
@@ -92,10 +82,6 @@ class OfflineModule(ActingModule):
         super().__init__()
         self.automatic_optimization = False
         self._in_block = False
-        self._decay_steps: int | None = None  # of a run that has begun
-        self._params: dict[str, list[Tensor]] = {}
-        self._optimizers: dict[str, FusedAdam] = {}
-        self._rates: dict[str, Rate] = {}
         self.has_dropout = False  # it takes no noise of the batch
         self.bound: BoundView | None = None  # the view of the data, where they lie
         self._bound_version: tuple[int, int] = (0, 0)
@@ -103,10 +89,6 @@ class OfflineModule(ActingModule):
         self._updates_timed = 0
 
     # -- to be written by a method -------------------------------------------------------------------------------------
-
-    def learning_rates(self) -> dict[str, Rate]:
-        """What is trained: name of a network or parameter of this module → its rate, or a function of the update."""
-        raise NotImplementedError(f"{type(self).__name__} must define learning_rates(), e.g. {{'actor': 3e-4}}.")
 
     def draws(self) -> dict[str, Draw]:
         """Noise that the losses need; arrives as ``batch.noise.<name>`` with shape (B, *shape)."""
@@ -137,15 +119,11 @@ class OfflineModule(ActingModule):
     def on_bind(self, bound: BoundView) -> None:
         """Called when the data lie on the device, and again whenever they changed: the place for an index over them."""
 
-    def make_optimizer(self, name: str, params: list[Tensor]) -> FusedAdam:
-        """The optimiser of one name: Adam (0.9, 0.999, 1e-8) by default."""
-        return FusedAdam(params)
-
     def _check_update(self, batch: Any) -> None:
         """What an update needs and fit has always; asked where a batch comes from outside."""
         self.check_built()
         if not self._optimizers and self.learning_rates():
-            raise self._no_optimizers()
+            raise self.no_optimizers()
         draws = self.draws()
         missing = [name for name in draws if not hasattr(getattr(batch, "noise", None), name)]
         if missing:
@@ -154,82 +132,6 @@ class OfflineModule(ActingModule):
                 "of `draw(t, k)`, or pass `noise=offpolicy.Noise(…)`."
             )
         check_rows(batch)
-
-    def _no_optimizers(self) -> UsageError:
-        return UsageError(
-            f"{type(self).__name__} has no optimisers yet, so it can make no update; expected them first. Call "
-            "`prepare(replay)`, or `configure_optimizers()` after `initialize(sizes)`."
-        )
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.updates = checkpoint[KEY]["updates"]
-
-    # -- construction --------------------------------------------------------------------------------------------------
-
-    def initialize(self, sizes: Sizes, seed: int | None = None) -> Self:
-        self.common = CommonOptions.of(self.hparams)
-        return super().initialize(sizes, seed)
-
-    # -- steps of an update --------------------------------------------------------------------------------------------
-
-    def params(self, name: str) -> list[Tensor]:
-        """The parameters of a network (or the parameter) of this name."""
-        if name not in self._params:
-            part = getattr(self, name, None)
-            if part is None:
-                self.check_built()
-                raise UsageError(
-                    f"`{name}` is no network or parameter of {type(self).__name__}; expected a name that its `build` "
-                    f"makes: {', '.join(dict(self.named_children()))}."
-                )
-            self._params[name] = [part] if isinstance(part, Tensor) else list(part.parameters())
-        return self._params[name]
-
-    def target_of(self, network: nn.Module) -> Any:
-        """A copy that follows a network by :meth:`track` and takes no gradient."""
-        return copy.deepcopy(network).requires_grad_(False)
-
-    def track(self, name: str, tau: float) -> None:
-        """Polyak step of ``target_<name>``: θ̄ ← (1 − τ)·θ̄ + τ·θ."""
-        polyak_(self.params(f"target_{name}"), self.params(name), tau)
-
-    def step(self, name: str, loss: Tensor | None = None, *, grads: list[Tensor] | None = None) -> None:
-        """One optimiser step of one network, from its loss or from ready gradients.
-
-        Only this network's gradient is computed, so other networks in the graph need no detaching and keep nothing.
-        With several processes gradients are averaged first; with ``max_grad_norm`` they are clipped per seed.
-
-        Args:
-            name: a key of :meth:`learning_rates`.
-            loss: (…,), one number per seed.
-            grads: instead of the loss, one gradient per parameter, of the local batch's mean loss.
-        """
-        params = self.params(name)
-        if grads is None:
-            assert loss is not None
-            grads = gradients(loss.sum() if loss.dim() else loss, params)
-        if self.world_size > 1:
-            grads = self.reduce_gradients(grads)
-        if self.common.max_grad_norm is not None:
-            grads = clip_per_seed(grads, self.common.max_grad_norm, seeds=bool(self.seeds))
-        try:
-            optimizer, rate = self._optimizers[name], self._rates[name]
-        except KeyError:
-            if not self._optimizers:
-                raise self._no_optimizers() from None
-            known = ", ".join(self._rates)
-            raise UsageError(f"`{name}` has no learning rate; expected one of {known}. See learning_rates.") from None
-        optimizer.apply(params, grads, rate(self.updates or 1) if callable(rate) else rate)
-
-    def reduce_gradients(self, grads: list[Tensor]) -> list[Tensor]:
-        """Mean over processes of a list of tensors, as one flat all-reduce."""
-        if self.world_size == 1:
-            return grads
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        torch.distributed.all_reduce(flat)
-        flat /= self.world_size
-        return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
 
     # -- Lightning: construction ---------------------------------------------------------------------------------------
 
@@ -293,47 +195,6 @@ class OfflineModule(ActingModule):
         self.has_dropout = any(map(has_dropout, self.modules()))
         self.bind(chosen)
         return self
-
-    @property
-    def decay_steps(self) -> int | None:
-        """The updates over which learning rates fall: ``lr_decay_steps``, or those of the run that started.
-
-        Rates stay constant where it is 0 or None.
-        """
-        return getattr(self.hparams, "lr_decay_steps", None) if self._decay_steps is None else self._decay_steps
-
-    def plan_rates(self, max_steps: int | None) -> None:
-        """Called before training with the updates of the run, for learning rates that fall over them.
-
-        None is for updates without a Trainer whose number nobody gave.
-        """
-        if "lr_decay_steps" in self.hparams and self.decay_steps is None:
-            self._decay_steps = self.planned_horizon(max_steps)
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"lr_decay_steps": self.decay_steps} if "lr_decay_steps" in self.hparams else {}
-
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        self._decay_steps = state.get("lr_decay_steps")
-
-    def planned_horizon(self, max_steps: int | None) -> int | None:
-        """The updates over which a rate falls that follows the length of the run; None for a constant one."""
-        if max_steps is None:
-            log.warning(
-                "%s has `lr_decay_steps` None, which stands for the updates of the run, and `prepare` was not told how "
-                "many there are: the rate stays constant. Pass `max_steps` to `prepare`, or `lr_decay_steps`.",
-                type(self).__name__,
-            )
-        return max_steps
-
-    def configure_optimizers(self) -> list[Optimizer]:
-        self._rates = self.learning_rates()
-        for name, rate in self._rates.items():
-            if not callable(rate):
-                check_range(f"{name} learning rate", rate, 0.0)
-        self._params.clear()
-        self._optimizers = {name: self.make_optimizer(name, self.params(name)) for name in self._rates}
-        return list(self._optimizers.values())
 
     def on_fit_start(self) -> None:
         trainer = self.trainer

@@ -1,0 +1,172 @@
+"""Optimiser steps: what a method trains, at rates that follow one count of updates."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from offpolicy.compute.optim import FusedAdam, clip_per_seed, gradients, polyak_
+from offpolicy.data.sizes import Sizes
+from offpolicy.errors import UsageError, check_range
+from offpolicy.training.acting import ActingModule
+from offpolicy.training.checkpoints import KEY
+from offpolicy.training.common import CommonOptions
+
+log = logging.getLogger(__name__)
+Rate = float | Callable[[int], float]
+
+
+class SteppingModule(ActingModule):
+    """One optimiser per name of :meth:`learning_rates`, targets that follow, and gradients over processes and seeds.
+
+    Attributes:
+        updates: made so far: the number of the newest, which learning rates are functions of.
+        common: arguments of the method that the base acts on, as they are when networks are made and when training
+            begins.
+    """
+
+    updates: int = 0
+    common: CommonOptions
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._params: dict[str, list[Tensor]] = {}
+        self._optimizers: dict[str, FusedAdam] = {}
+        self._rates: dict[str, Rate] = {}
+        self._decay_steps: int | None = None  # of a run that has begun
+
+    # -- to be written by a method -------------------------------------------------------------------------------------
+
+    def learning_rates(self) -> dict[str, Rate]:
+        """What is trained: name of a network or parameter of this module → its rate, or a function of the update."""
+        raise NotImplementedError(f"{type(self).__name__} must define learning_rates(), e.g. {{'actor': 3e-4}}.")
+
+    def make_optimizer(self, name: str, params: list[Tensor]) -> FusedAdam:
+        """The optimiser of one name: Adam (0.9, 0.999, 1e-8) by default."""
+        return FusedAdam(params)
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    def initialize(self, sizes: Sizes, seed: int | None = None) -> Self:
+        self.common = CommonOptions.of(self.hparams)
+        return super().initialize(sizes, seed)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        self._rates = self.learning_rates()
+        for name, rate in self._rates.items():
+            if not callable(rate):
+                check_range(f"{name} learning rate", rate, 0.0)
+        self._params.clear()
+        self._optimizers = {name: self.make_optimizer(name, self.params(name)) for name in self._rates}
+        return list(self._optimizers.values())
+
+    def no_optimizers(self) -> UsageError:
+        """The error of a step before there are optimisers."""
+        return UsageError(
+            f"{type(self).__name__} has no optimisers yet, so it can make no update; expected them first. Call "
+            "`prepare(replay)`, or `configure_optimizers()` after `initialize(sizes)`."
+        )
+
+    # -- rates over a run ----------------------------------------------------------------------------------------------
+
+    @property
+    def decay_steps(self) -> int | None:
+        """The updates over which learning rates fall: ``lr_decay_steps``, or those of the run that started.
+
+        Rates stay constant where it is 0 or None.
+        """
+        return getattr(self.hparams, "lr_decay_steps", None) if self._decay_steps is None else self._decay_steps
+
+    def plan_rates(self, max_steps: int | None) -> None:
+        """Called before training with the updates of the run, for learning rates that fall over them.
+
+        None is for updates without a Trainer whose number nobody gave.
+        """
+        if "lr_decay_steps" in self.hparams and self.decay_steps is None:
+            self._decay_steps = self.planned_horizon(max_steps)
+
+    def planned_horizon(self, max_steps: int | None) -> int | None:
+        """The updates over which a rate falls that follows the length of the run; None for a constant one."""
+        if max_steps is None:
+            log.warning(
+                "%s has `lr_decay_steps` None, which stands for the updates of the run, and `prepare` was not told how "
+                "many there are: the rate stays constant. Pass `max_steps` to `prepare`, or `lr_decay_steps`.",
+                type(self).__name__,
+            )
+        return max_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.updates = checkpoint[KEY]["updates"]
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"lr_decay_steps": self.decay_steps} if "lr_decay_steps" in self.hparams else {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self._decay_steps = state.get("lr_decay_steps")
+
+    # -- steps of an update --------------------------------------------------------------------------------------------
+
+    def params(self, name: str) -> list[Tensor]:
+        """The parameters of a network (or the parameter) of this name."""
+        if name not in self._params:
+            part = getattr(self, name, None)
+            if part is None:
+                self.check_built()
+                raise UsageError(
+                    f"`{name}` is no network or parameter of {type(self).__name__}; expected a name that its `build` "
+                    f"makes: {', '.join(dict(self.named_children()))}."
+                )
+            self._params[name] = [part] if isinstance(part, Tensor) else list(part.parameters())
+        return self._params[name]
+
+    def target_of(self, network: nn.Module) -> Any:
+        """A copy that follows a network by :meth:`track` and takes no gradient."""
+        return copy.deepcopy(network).requires_grad_(False)
+
+    def track(self, name: str, tau: float) -> None:
+        """Polyak step of ``target_<name>``: θ̄ ← (1 − τ)·θ̄ + τ·θ."""
+        polyak_(self.params(f"target_{name}"), self.params(name), tau)
+
+    def step(self, name: str, loss: Tensor | None = None, *, grads: list[Tensor] | None = None) -> None:
+        """One optimiser step of one network, from its loss or from ready gradients.
+
+        Only this network's gradient is computed, so other networks in the graph need no detaching and keep nothing.
+        With several processes gradients are averaged first; with ``max_grad_norm`` they are clipped per seed.
+
+        Args:
+            name: a key of :meth:`learning_rates`.
+            loss: (…,), one number per seed.
+            grads: instead of the loss, one gradient per parameter, of the local batch's mean loss.
+        """
+        params = self.params(name)
+        if grads is None:
+            assert loss is not None
+            grads = gradients(loss.sum() if loss.dim() else loss, params)
+        if self.world_size > 1:
+            grads = self.reduce_gradients(grads)
+        if self.common.max_grad_norm is not None:
+            grads = clip_per_seed(grads, self.common.max_grad_norm, seeds=bool(self.seeds))
+        try:
+            optimizer, rate = self._optimizers[name], self._rates[name]
+        except KeyError:
+            if not self._optimizers:
+                raise self.no_optimizers() from None
+            known = ", ".join(self._rates)
+            raise UsageError(f"`{name}` has no learning rate; expected one of {known}. See learning_rates.") from None
+        optimizer.apply(params, grads, rate(self.updates or 1) if callable(rate) else rate)
+
+    def reduce_gradients(self, grads: list[Tensor]) -> list[Tensor]:
+        """Mean over processes of a list of tensors, as one flat all-reduce."""
+        if self.world_size == 1:
+            return grads
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        torch.distributed.all_reduce(flat)
+        flat /= self.world_size
+        return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
