@@ -81,6 +81,7 @@ class Place:
         self.name, self.root, self.policy = name, root, policy
         self.kind: Any = find_method(toy.METHODS[name][0] if name in toy.METHODS else name)
         self.rolls_out = issubclass(self.kind.data_class(), ProblemData)
+        self.short = (2, 2) if self.kind.trains_on_texts else (8, 8)  # updates, and those between evaluations
 
     def method(self, **options: Any) -> Any:
         if self.kind.trains_on_texts:
@@ -143,14 +144,14 @@ def mixed(place: Place) -> None:
     """bf16-mixed, in a script whose default device is the GPU."""
     torch.set_default_device("cuda")
     try:
-        place.fit("mixed", place.method(), 2 if place.kind.trains_on_texts else 8, 2, precision="bf16-mixed")
+        place.fit("mixed", place.method(), *place.short, precision="bf16-mixed")
     finally:
         torch.set_default_device(None)
 
 
 def low(place: Place) -> None:
     """bf16-true."""
-    place.fit("low", place.method(), 2 if place.kind.trains_on_texts else 8, 2, precision="bf16-true")
+    place.fit("low", place.method(), *place.short, precision="bf16-true")
 
 
 def adapters(place: Place) -> None:
@@ -226,7 +227,7 @@ def draws(place: Place) -> None:
 def options(place: Place) -> None:
     """Options that lead to other code."""
     for i, those in enumerate(OPTIONS.get(place.name, [])):
-        place.fit(f"options{i}", place.method(**those), 4, 2)
+        place.fit(f"options{i}", place.method(**those), 4, 4)
 
 
 def checks(place: Place) -> list[Callable[[Place], None]]:
