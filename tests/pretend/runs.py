@@ -48,6 +48,7 @@ SMALL: dict[str, Any] = {  # options that a method may have, for methods without
     "actor_hidden_dims": (8, 8),
     "critic_hidden_dims": (8, 8),
     "value_hidden_dims": (8, 8),
+    "num_critics": 3,
 }
 CRITIC = {"advantage": "gae", "value": "squared"}
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other code
@@ -87,7 +88,7 @@ class Place:
         if self.kind.trains_on_texts:
             return (tiny_rl if self.rolls_out else tiny).method(self.name, self.policy, **options)
         if self.name not in toy.METHODS:
-            known = inspect.signature(self.kind).parameters
+            known = {name for cls in self.kind.__mro__ for name in inspect.signature(cls.__init__).parameters}
             toy.METHODS[self.name] = (self.name, {k: v for k, v in SMALL.items() if k in known})
         return toy.method(self.name, **options)
 
