@@ -50,7 +50,7 @@ def recheck(replay: Replay, where: str, *, on_bad: str = "error", clip_actions: 
         meta=dict(replay.meta),
         owned=False,
     )
-    scan = Scan(raw, clip_actions)
+    scan = Scan(raw, clip_actions, measure=False)
     scan.run()
     if clip_actions and scan.clipped:
         replay = replay.derive({**replay.steps, "action": raw.steps["action"]}, replay.tail)

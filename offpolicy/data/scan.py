@@ -30,10 +30,16 @@ class ContentFault:
 
 
 class Scan:
-    """The one pass over all rows."""
+    """The one pass over all rows.
 
-    def __init__(self, raw: Raw, clip_actions: bool) -> None:
-        self.raw, self.clip_actions = raw, clip_actions
+    Args:
+        raw: what is looked at; actions are clipped in it.
+        clip_actions: clip actions outside the bounds instead of calling them faulty.
+        measure: also take the numbers that :func:`offpolicy.data.validate.finish` reports, not faults alone.
+    """
+
+    def __init__(self, raw: Raw, clip_actions: bool, measure: bool = True) -> None:
+        self.raw, self.clip_actions, self.measure = raw, clip_actions, measure
         self.rows = len(raw.steps["obs"])
         self.faults: dict[tuple[str, str], ContentFault] = {}
         self.bad = np.zeros(self.rows, dtype=bool)
@@ -46,7 +52,8 @@ class Scan:
             np.add.at(edges, raw.start + raw.length, -1)
             self.covered = np.cumsum(edges[:-1]).astype(bool)
         obs = raw.steps["obs"]
-        self.moves = np.full(self.rows, np.nan) if obs.ndim == 2 and obs.dtype.kind == "f" else None
+        moves = measure and obs.ndim == 2 and obs.dtype.kind == "f"
+        self.moves = np.full(self.rows, np.nan) if moves else None
 
     def run(self) -> None:
         with np.errstate(all="ignore"):
@@ -66,7 +73,7 @@ class Scan:
                 rows = low + np.flatnonzero(~finite.reshape(high - low, -1).all(1))
                 self._add(name, "NaN or infinite values", rows)
         self._actions(low, high)
-        if "reward" in self.raw.steps:
+        if self.measure and "reward" in self.raw.steps:
             reward = self.raw.steps["reward"][low:high]
             self.reward_range = [min(self.reward_range[0], reward.min()), max(self.reward_range[1], reward.max())]
         if self.moves is not None:
@@ -88,6 +95,8 @@ class Scan:
                 self._add("action", what, low + np.flatnonzero(wrong.reshape(high - low, -1).any(1)))
         elif meta.get("action_low") is not None:
             bottom, top = (np.asarray(meta[key], dtype=np.float32) for key in ("action_low", "action_high"))
+            if not (self.measure or (action > top).any() or (action < bottom).any()):
+                return
             excess = np.maximum(action - top, bottom - action)
             self.at_bound += int((excess == 0).any(1).sum())
             if not (excess > 0).any():
