@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from offpolicy.data.views import Transitions
 from offpolicy.errors import UsageError, check_range, check_widths
 from offpolicy.losses.td import squared_td, td_target
-from offpolicy.nn.critics import EnsembleCritic, joined
+from offpolicy.nn.critics import EnsembleCritic, state_action
 from offpolicy.nn.policies import TanhGaussianPolicy
 from offpolicy.nn.stacked import Init
 from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
@@ -155,7 +155,7 @@ class EDAC(OfflineModule):
     def q_and_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """q (…, E, B) and each critic's gradient in the action (…, E, B, A), differentiable, from one pass."""
         each = action.unsqueeze(-3).repeat_interleave(self.hparams.num_critics, -3).requires_grad_()
-        q = self.critic.net(joined(obs.unsqueeze(-3), each)).squeeze(-1)
+        q = self.critic.net(state_action(obs.unsqueeze(-3), each)).squeeze(-1)
         return q, torch.autograd.grad(q.sum(), each, create_graph=True)[0]
 
     def update(self, batch: Transitions, step: int) -> Metrics:

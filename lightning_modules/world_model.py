@@ -29,7 +29,7 @@ from offpolicy.data.normalize import mean_std
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import Transitions
 from offpolicy.errors import DataError, UsageError, check_range, check_widths
-from offpolicy.nn.critics import joined
+from offpolicy.nn.critics import state_action
 from offpolicy.nn.stacked import MLP
 from offpolicy.training.description import Description
 from offpolicy.training.measurement import HeldOut
@@ -164,7 +164,7 @@ class WorldModel(OfflineModule):
         return (y - self.target_center) / self.target_scale
 
     def model_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
-        mean, log_var = self.model(joined(batch.obs, batch.action))
+        mean, log_var = self.model(state_action(batch.obs, batch.action))
         square = (mean - self.target(batch).unsqueeze(-3)).square()
         likelihood = (square * torch.exp(-log_var) + log_var).mean((-2, -1)).sum(-1)
         loss = likelihood + 0.01 * self.model.spread()
@@ -185,7 +185,7 @@ class WorldModel(OfflineModule):
         rows = self._held_out.usable_rows()
         rows = rows[:: -(-len(rows) // HELD_OUT_ROWS)]
         batch = Transitions(**self.view.fields(self._held_out, rows, self.normalizer))
-        mean, _ = self.model(joined(batch.obs, batch.action))
+        mean, _ = self.model(state_action(batch.obs, batch.action))
         error = (mean - self.target(batch)).square().mean((-2, -1))
         self.elite.copy_(error.argsort()[: self.hparams.elites].sort().values)
         return {"loss": float(error[self.elite].mean())}
@@ -247,7 +247,7 @@ class WorldModel(OfflineModule):
     def sample(self, obs: Tensor, action: Tensor, rows: Tensor, t: int, seed: int) -> tuple[Tensor, Tensor]:
         """Next observation (n, O) and reward (n,), environment units, of one elite member per row."""
         x = self.normalizer.obs(obs)
-        mean, log_var = self.model(joined(x, action))
+        mean, log_var = self.model(state_action(x, action))
         step = torch.tensor([t], device=rows.device)
         member = self.elite[sampling.uniform_indices(sampling.keys(seed, "member", step), rows, len(self.elite))[0]]
         noise = sampling.normals(sampling.keys(seed, "transition", step), rows, mean.shape[-1:])[0].to(mean)

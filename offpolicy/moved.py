@@ -90,11 +90,18 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
         "offpolicy.compute.optim",
     ),
     "offpolicy.optim": ("offpolicy.compute.optim",),
+    "offpolicy.nn.critics": (),
     "offpolicy.options": ("offpolicy.training.options", "offpolicy.data.renewal", "offpolicy.given"),
     "offpolicy.screen": ("offpolicy.training.screen",),
     "offpolicy.synthetic": ("offpolicy.diffusion.pool", "offpolicy.diffusion.drawing", "offpolicy.diffusion.opening"),
 }
 RENAMED = {  # name of version 0.1 → where it is now under another name
+    "offpolicy.data.problems.select": "offpolicy.data.texts.problems.select_problems",
+    "offpolicy.data.problems.sketch": "offpolicy.data.texts.problems.sketch_problems",
+    "offpolicy.data.rollouts.joined": "offpolicy.data.texts.rollouts.merged",
+    "offpolicy.data.rollouts.select": "offpolicy.data.texts.rollouts.select_answers",
+    "offpolicy.data.sources.hf.select": "offpolicy.data.texts.parts.select_rows",
+    "offpolicy.nn.critics.joined": "offpolicy.nn.critics.state_action",
     "offpolicy.language.engines.choose": "offpolicy.language.rl.engines.draw_scored",
     "offpolicy.language.engines.uniforms": "offpolicy.language.rl.engines.answer_uniforms",
     "offpolicy.language.layout.States": "offpolicy.language.head.FinalStates",
@@ -119,7 +126,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         names = MOVED[module.__name__]
-        if len(names) == 1:  # the same module, so that what is set on the one is set on the other
+        renamed = any(name.startswith(f"{module.__name__}.") for name in RENAMED)
+        if len(names) == 1 and not renamed:  # the same module, so that what is set on the one is set on the other
             sys.modules[module.__name__] = importlib.import_module(names[0])
         else:
             module.__getattr__ = names_of(module.__name__)  # type: ignore[method-assign]

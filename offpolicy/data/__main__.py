@@ -191,7 +191,7 @@ def _show_texts(target: Target, options: argparse.Namespace) -> None:
 
     given = _text_options(options) | {"download": not options.no_download}
     if "hub" in target.info:  # problems, which are no texts to imitate
-        from offpolicy.data.texts.problems import sketch as sketch_problems
+        from offpolicy.data.texts.problems import sketch_problems
 
         print(sketch_problems(target, **given))
         return

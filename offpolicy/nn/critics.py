@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from offpolicy.moved import names_of
 from offpolicy.nn.stacked import MLP, Init
 
 
-def joined(obs: Tensor, action: Tensor) -> Tensor:
+def state_action(obs: Tensor, action: Tensor) -> Tensor:
     """(…, B, O + A): the observation repeated over the leading axes that only the action has."""
     if obs.shape[:-1] != action.shape[:-1]:
         obs = obs.expand(*action.shape[:-1], obs.shape[-1])
@@ -61,11 +62,11 @@ class EnsembleCritic(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """q (…, E, B) of obs (…, B, O) and action (…, B, A); more leading axes of the action repeat the observation."""
-        return self.net(joined(obs, action).unsqueeze(-3)).squeeze(-1)
+        return self.net(state_action(obs, action).unsqueeze(-3)).squeeze(-1)
 
     def member(self, obs: Tensor, action: Tensor, index: int = 0) -> Tensor:
         """q (…, B) of one critic; the others are not computed and get no gradient (zero, if asked for)."""
-        return self.net(joined(obs, action), member=index).squeeze(-1)
+        return self.net(state_action(obs, action), member=index).squeeze(-1)
 
 
 class ValueNetwork(nn.Module):
@@ -104,3 +105,6 @@ class ValueNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """v (…, B) of obs (…, B, O)."""
         return self.net(obs).squeeze(-1)
+
+
+__getattr__ = names_of("offpolicy.nn.critics")  # the names that stood here in version 0.1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from offpolicy.nn.critics import joined
+from offpolicy.nn.critics import state_action
 from offpolicy.nn.stacked import MLP
 
 LOG_STD_MIN, LOG_STD_MAX = -4.0, 15.0  # bounds of the encoder's log standard deviation in BCQ's code
@@ -33,12 +33,12 @@ class ActionVAE(nn.Module):
 
     def encode(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation, both (…, B, Z), of obs (…, B, O) and action (…, B, A)."""
-        mean, log_std = self.encoder(joined(obs, action)).chunk(2, -1)
+        mean, log_std = self.encoder(state_action(obs, action)).chunk(2, -1)
         return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
     def decode(self, obs: Tensor, z: Tensor) -> Tensor:
         """Action (…, B, A) in [−1, 1] of obs (…, B, O) and z (…, B, Z)."""
-        return torch.tanh(self.decoder(joined(obs, z)))
+        return torch.tanh(self.decoder(state_action(obs, z)))
 
     def forward(self, obs: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode, draw z, decode.

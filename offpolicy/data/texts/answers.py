@@ -81,13 +81,13 @@ def _unpacked(text: str, column: str) -> Any:
         raise Fault(column, "answer_kind", text) from None
 
 
-def joined(answers: Iterable[str]) -> str:
+def joined_answers(answers: Iterable[str]) -> str:
     """Right answers as one text; "" for none."""
     return OR.join(answers)
 
 
 def alternatives(reference: str | Sequence[str] | None) -> list[str]:
-    """The right answers that a text of :func:`joined` holds; [] for None."""
+    """The right answers that a text of :func:`joined_answers` holds; [] for None."""
     if reference is None:
         return []
     return reference.split(OR) if isinstance(reference, str) else list(reference)

@@ -34,10 +34,10 @@ def split_by_prompt(replay: Replay, fraction: float) -> tuple[Replay, Replay | N
         return replay, None
     count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
     held = key <= distinct[count - 1]
-    return select(replay, ~held), select(replay, held)
+    return select_rows(replay, ~held), select_rows(replay, held)
 
 
-def select(replay: Replay, keep: np.ndarray) -> Replay:
+def select_rows(replay: Replay, keep: np.ndarray) -> Replay:
     """The rows of the index table that a mask (P,) keeps, with the texts they need; tokens are shared."""
     table = table_of(replay)
     index = replay.tables[table][keep]

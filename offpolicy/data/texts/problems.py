@@ -18,7 +18,7 @@ import numpy as np
 from offpolicy.data.columns import smallest_type, to_numpy
 from offpolicy.data.names import Target, resolve
 from offpolicy.data.replay import Replay
-from offpolicy.data.texts.answers import joined
+from offpolicy.data.texts.answers import joined_answers
 from offpolicy.data.texts.formats import Faults, Source
 from offpolicy.data.texts.hub import read
 from offpolicy.data.texts.numbers import MARK
@@ -233,7 +233,7 @@ def open_problems(
     replay = _build(prompt_ids, demonstrations, logps, len(tokenizer))
     replay.reopen = partial(read, target, split, download=download)
     replay.tables |= {
-        "problems/answer": np.asarray([joined(read_rows[i].answers) for i in left]),
+        "problems/answer": np.asarray([joined_answers(read_rows[i].answers) for i in left]),
         "problems/row": np.asarray(left, dtype=np.int64),
         "problems/prompt_hash": np.asarray([int(question_hash(read_rows[i].text), 16) for i in left]),
         **{f"problems/{kind}": np.asarray(values, dtype=bool)[left] for kind, values in kinds.items()},
@@ -263,7 +263,7 @@ def open_problems(
     return replay
 
 
-def sketch(
+def sketch_problems(
     target: Target, *, columns: Mapping[str, str | None] | None = None, split: str | None = None, download: bool = True
 ) -> str:
     """What can be said about problems without a tokenizer: counts, and the first two."""
@@ -362,10 +362,10 @@ def _split(replay: Replay, fraction: float) -> tuple[Replay, Replay | None]:
     if len(distinct) < 2:
         return replay, None
     held = key <= distinct[min(len(distinct) - 1, max(1, round(fraction * len(distinct)))) - 1]
-    return select(replay, ~held), select(replay, held)
+    return select_problems(replay, ~held), select_problems(replay, held)
 
 
-def select(replay: Replay, keep: np.ndarray) -> Replay:
+def select_problems(replay: Replay, keep: np.ndarray) -> Replay:
     """The problems that a mask (P,) keeps; texts are shared."""
     tables = {name: column[keep] for name, column in replay.tables.items()}
     part = type(replay)(replay.steps, start=replay.start, length=replay.length, tables=tables, meta=dict(replay.meta))

@@ -127,7 +127,7 @@ def _digest(prompt: int, token: np.ndarray) -> int:
     return int.from_bytes(found.digest(), "little", signed=True)
 
 
-def select(store: Replay, keep: np.ndarray) -> Replay | None:
+def select_answers(store: Replay, keep: np.ndarray) -> Replay | None:
     """The answers that a mask (E,) keeps, laid end to end without the columns of their iteration; None for none."""
     rows = np.flatnonzero(keep)
     if not len(rows):
@@ -141,7 +141,7 @@ def select(store: Replay, keep: np.ndarray) -> Replay | None:
     )
 
 
-def joined(first: Replay | None, second: Replay | None) -> Replay:
+def merged(first: Replay | None, second: Replay | None) -> Replay:
     """The answers of both, one after the other; columns that one of them lacks are NaN there (0 for facts)."""
     parts = [one for one in (first, second) if one is not None]
     if len(parts) == 1:
@@ -169,7 +169,7 @@ def recent(store: Replay | None, oldest: int) -> Replay | None:
     """Own answers of versions ≥ ``oldest``; demonstrations never stay."""
     if store is None:
         return None
-    return select(store, (store.episodes["policy_version"] >= oldest) & (store.episodes["source"] == OWN))
+    return select_answers(store, (store.episodes["policy_version"] >= oldest) & (store.episodes["source"] == OWN))
 
 
 def group_rows(store: Replay) -> dict[int, np.ndarray]:

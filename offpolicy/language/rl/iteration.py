@@ -114,7 +114,7 @@ def replayed_now(store: Replay, k: int, shape: Shape, seed: int) -> list[np.ndar
     version = store.episodes["policy_version"]
     fraction, sweeps = shape.mixture(k)
     wanted = shape.groups - len(np.unique(store.episodes["group"][version == k]))
-    old = store_of.drawn(store_of.select(store, version < k), wanted, sweeps, seed, k)
+    old = store_of.drawn(store_of.select_answers(store, version < k), wanted, sweeps, seed, k)
     return sweeps_of(old, bool(wanted), fraction)
 
 

@@ -401,7 +401,7 @@ class RolloutModule(LanguageModule):
             fresh, facts = self.answering.fresh(k, groups, course.problems_seen)
             if not self.objective.uses_critic:
                 fresh.episodes["advantage"] = from_groups(self.objective, fresh)
-            store = store_of.joined(store, fresh)
+            store = store_of.merged(store, fresh)
             steps = self._plan_steps(store, k, sweeps_of(old, len(old[0]) > 0, fraction))
             store = self.scoring.score(BoundRollouts(self.problems, store), steps, k)
         store.version = k

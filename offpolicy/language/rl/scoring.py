@@ -199,4 +199,4 @@ class Scoring:
             ]
             if not far:
                 return store, old
-            store = store_of.select(store, ~np.isin(version, far))
+            store = store_of.select_answers(store, ~np.isin(version, far))

@@ -11,9 +11,9 @@ import pytest
 from made_data import problem_data as opened
 
 from offpolicy.data.names import resolve
-from offpolicy.data.texts.answers import OR, alternatives, joined, right_answers
+from offpolicy.data.texts.answers import OR, alternatives, joined_answers, right_answers
 from offpolicy.data.texts.messages import Fault
-from offpolicy.data.texts.problems import BOXED, sketch
+from offpolicy.data.texts.problems import BOXED, sketch_problems
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.rl.verifiers import exact, final_number
@@ -87,13 +87,13 @@ def test_right_answers_that_no_text_can_equal(value: Any) -> None:
 
 
 def test_each_of_several_right_answers_is_right(tokenizer: str, tmp_path: Path) -> None:
-    assert alternatives(joined(["3", "4"])) == ["3", "4"] and alternatives(None) == []
+    assert alternatives(joined_answers(["3", "4"])) == ["3", "4"] and alternatives(None) == []
     data = opened(tmp_path, [{"prompt": "a root?", "answer": ["3", "4"]}, {"prompt": "b", "answer": "5"}], tokenizer)
     first, second = map(str, data.replay.tables["problems/answer"])
     assert [exact("", x, first) for x in ("3", "4", "34", "5")] == [1.0, 1.0, 0.0, 0.0] and second == "5"
     assert final_number("", "#### 4", first) == 1.0 and final_number("", "#### 4", ["3", "4"]) == 1.0
     assert "several right answers" in data.replay.meta["notes"][0]
-    assert "answer '3' or '4'" in sketch(resolve(str(tmp_path / "problems.jsonl"), language=True))
+    assert "answer '3' or '4'" in sketch_problems(resolve(str(tmp_path / "problems.jsonl"), language=True))
 
 
 def test_layouts_of_other_libraries(tokenizer: str, tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_layouts_of_other_libraries(tokenizer: str, tmp_path: Path) -> None:
         (verl, "2"),
         (verl | {"reward_model": json.dumps(verl["reward_model"])}, "2"),
         (verl | {"answer": None}, "2"),
-        (search, joined(["2", "two"])),
+        (search, joined_answers(["2", "two"])),
         (verl | {"reward_model": {"ground_truth": "so\n#### 2"}}, "2"),
-        ({"question": "1+1?", "golden_answers": ["2", "two"]}, joined(["2", "two"])),
+        ({"question": "1+1?", "golden_answers": ["2", "two"]}, joined_answers(["2", "two"])),
     ):
         data = opened(tmp_path, [row], tokenizer)
         assert data.replay.tables["problems/answer"].tolist() == [found]
