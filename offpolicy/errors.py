@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class UsageError(ValueError):
-    """A misspelt name, an unknown option or an impossible setting (exit code 2)."""
+    """A misspelt name, an unknown option or an impossible setting (exit code 2).
+
+    Attributes:
+        together: every process of the run raises it at the same update, so none has to be ended by the others.
+    """
+
+    together = False
 
 
 class DataError(ValueError):

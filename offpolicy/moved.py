@@ -15,6 +15,13 @@ from types import ModuleType
 from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its names are now
+    "offpolicy.api": (
+        "offpolicy.compute.processes",
+        "offpolicy.training.beginning",
+        "offpolicy.training.checkpoints",
+        "offpolicy.training.origin",
+        "offpolicy.training.trainer",
+    ),
     "offpolicy.arguments": ("offpolicy.cli.arguments",),
     "offpolicy.callbacks": (
         "offpolicy.training.callbacks",
@@ -66,6 +73,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.language.rollouts": ("offpolicy.language.rl.rollouts",),
     "offpolicy.language.scores": ("offpolicy.losses.scores",),
     "offpolicy.language.scoring": ("offpolicy.language.rl.scoring",),
+    "offpolicy.language.sharding": ("offpolicy.training.lightning_private",),
     "offpolicy.language.solving": ("offpolicy.language.rl.solving",),
     "offpolicy.language.tokens": ("offpolicy.data.texts.tokens",),
     "offpolicy.losses.policy_terms": (

@@ -161,6 +161,18 @@ def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.mark.parametrize("root", ["runs", "some/where"])
+def test_a_run_that_is_refused_leaves_nothing(root: str) -> None:
+    for wrong in ({"gradient_clip_val": 1.0}, {"accelerator": "abacus"}):
+        with pytest.raises(op.UsageError):
+            op.fit(op.BC(**SMALL), toy_replay(), root=root, **wrong, **SHORT)
+        assert not list(Path().iterdir())
+    Path(root).mkdir(parents=True)  # a folder of the user's stays
+    with pytest.raises(op.UsageError):
+        op.fit(op.BC(**SMALL), toy_replay(), root=root, gradient_clip_val=1.0, **SHORT)
+    assert Path(root).is_dir() and not list(Path(root).iterdir())
+
+
 # -- load --------------------------------------------------------------------------------------------------------------
 
 OWN = """

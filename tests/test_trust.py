@@ -99,6 +99,18 @@ def test_the_class_of_a_checkpoint(name: Any, trained: Path, marker: Path, tmp_p
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("lost", ["lr_schedulers", "optimizer_states", "threads", "meters"])
+def test_going_on_from_a_checkpoint_that_lacks_a_part(lost: str, trained: Path, marker: Path, tmp_path: Path) -> None:
+    """Its checksums are right, so only what reads a part can find that it is missing."""
+
+    def change(content: dict[str, Any]) -> None:
+        del (content if lost in content else content["offpolicy"])[lost]
+
+    run = forged(trained, tmp_path / "run", change)
+    with pytest.raises(UsageError, match=r"step=00000045\.ckpt"):
+        op.fit(method("BC"), toy_replay(), max_steps=60, ckpt_path=run, verbose=False, eval_episodes=0)
+
+
 def test_a_class_that_is_trusted(trained: Path, marker: Path, tmp_path: Path) -> None:
     run = forged(trained, tmp_path / "run", lambda content: content["offpolicy"].update({"class": "evil.Evil"}))
     with pytest.raises(UsageError, match=r"--trust evil .*trust='evil'.*offpolicy.load\(path, method=MyClass\)"):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
-from offpolicy.compute.processes import ProcessLost
+from offpolicy.compute.processes import ProcessLost, is_first_process
 from offpolicy.errors import DataError, DivergenceError, UsageError
 from offpolicy.files import WriteError
 
@@ -27,10 +27,10 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         sys.path.insert(0, os.getcwd())  # a user's own class lies beside the command
     try:
         code = main(sys.argv[1:])
-    except DivergenceError as error:  # a UsageError too
-        code = _say(error, DIVERGED)
     except UsageError as error:
-        code = _say(error, USAGE)
+        code = _say(error, DIVERGED if isinstance(error, DivergenceError) else USAGE)
+        if error.together and not is_first_process():
+            code = 0  # the first process leaves with the error; another code here would have it killed before it can
     except DataError as error:
         code = _say(error, DATA)
     except (WriteError, ProcessLost) as error:

@@ -31,6 +31,8 @@ from offpolicy.training.common import CommonOptions
 from offpolicy.training.module import Module
 from offpolicy.training.offline import OfflineModule
 from offpolicy.training.options import RunOptions
+from offpolicy.training.origin import Origin
+from offpolicy.training.trainer import TRAINER_DEFAULTS, quiet
 from offpolicy.trust import ALL, NAME, OWN, check_class, speaking, words
 
 EPOCHS, LEAST_STEPS = 100, 10_000  # of data of the user's own, where nobody says how many updates
@@ -47,7 +49,7 @@ class FitCLI(LightningCLI):
             Module,
             method.data_class(),
             save_config_callback=None,
-            trainer_defaults={"max_steps": max_steps, **api.TRAINER_DEFAULTS},
+            trainer_defaults={"max_steps": max_steps, **TRAINER_DEFAULTS},
             seed_everything_default=0,
             subclass_mode_model=True,
             run=False,
@@ -106,7 +108,7 @@ def _run(command: Command) -> int:
     cli = parse(command)
     chosen = updates_for_own_data(command, cli)
     options = dict(cli.config_init.trainer)
-    origin = api.Origin(
+    origin = Origin(
         config=cli.settings_file(),
         command=shlex.join(["python", "-m", "offpolicy.fit", *sys.argv[1:]]),
         lines=lines(command, cli.config) + ([screen.line("note", chosen)] if chosen else []),
@@ -139,7 +141,7 @@ def updates_for_own_data(command: Command, cli: FitCLI) -> str:
     said = "trainer.max_steps" in {*command.settings, *(name for name, _ in command.flags)}
     if said or not command.own_data or not isinstance(cli.model, OfflineModule):
         return ""
-    with api.quiet():
+    with quiet():
         rows = cli.datamodule.load().num_steps
     wanted = math.ceil(EPOCHS * rows / CommonOptions.of(cli.model.hparams).batch_size)
     cli.config.trainer.max_steps = min(max(wanted, LEAST_STEPS), MAX_STEPS)
@@ -182,7 +184,7 @@ def _parse(command: Command) -> FitCLI:
         args = ["--config", json.dumps(nested(command.settings)), *command.parser_args]
     signal_handler = signal.getsignal(signal.SIGTERM)
     try:
-        with api.quiet(), only_allowed_names():
+        with quiet(), only_allowed_names():
             made = FitCLI(args, method)
     except ArgumentError as error:
         raise UsageError(one_sentence(str(error), known)) from None

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
+from offpolicy.moved import names_of
 
-class FullySharded(ModelParallelStrategy):
-    """Lightning's strategy for sharded models, with all processes in one group that shares the data.
-
-    Checkpoints are whole files, as those of every other strategy, so a run can go on with any number of processes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
-
-    def _setup_distributed(self) -> None:
-        super()._setup_distributed()
-        self._data_parallel_size = self.world_size
+__getattr__ = names_of("offpolicy.language.sharding")  # what else stood here in version 0.1
 
 
 def shard(model: nn.Module, mesh: Any) -> None:

@@ -70,7 +70,9 @@ def check_finite(method: Any) -> None:
         return
     losses = losses or [f"{name} is not finite" for name, value in since.items() if not all_finite([value])]
     weights = [name for name, p in trained.items() if not all_finite([p])]
-    raise DivergenceError(message(method, losses, weights))
+    error = DivergenceError(message(method, losses, weights))
+    error.together = True  # as the answer above is the same on every process
+    raise error
 
 
 def message(method: Any, losses: list[str], weights: list[str]) -> str:

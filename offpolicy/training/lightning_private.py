@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 def count_updates(trainer: Any, k: int) -> None:
@@ -43,3 +44,17 @@ def stop_watching() -> None:
     for thread in threading.enumerate():
         if thread.name == "child-process-observer" and hasattr(thread, "_child_processes"):
             thread._child_processes = []
+
+
+class FullySharded(ModelParallelStrategy):
+    """Lightning's strategy for sharded models, with all processes in one group that shares the data.
+
+    Checkpoints are whole files, as those of every other strategy, so a run can go on with any number of processes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def _setup_distributed(self) -> None:  # the only place where Lightning decides how processes are grouped
+        super()._setup_distributed()
+        self._data_parallel_size = self.world_size

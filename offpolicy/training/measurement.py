@@ -115,10 +115,12 @@ class Measurement(Callback):
         if files is None:
             self.outstanding = True
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / checkpoint_name(updates))
-        raise EvaluationFailed(
+        error = EvaluationFailed(
             f"the evaluation at update {updates:,} failed: {reason} The checkpoint of this update is kept; "
             "--run.eval_errors=skip goes on without scores."
-        ) from failure
+        )
+        error.together = True  # every process has been told
+        raise error from failure
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "outstanding": self.outstanding}

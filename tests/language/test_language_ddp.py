@@ -16,8 +16,8 @@ from toy import differences, run_files
 
 import offpolicy as op
 from offpolicy.language.reference import Cache
-from offpolicy.language.sharding import FullySharded
 from offpolicy.training.checkpoints import read_checkpoint
+from offpolicy.training.lightning_private import FullySharded
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("language pair")]  # all need the two processes, which run once
 

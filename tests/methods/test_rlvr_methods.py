@@ -461,7 +461,7 @@ def test_impossible_data(policy: Path) -> None:
 
 def test_sharded_policies_cannot_answer(policy: Path) -> None:
     """Without a Trainer, which would open a process group that stays until the tests end."""
-    from offpolicy.language.sharding import FullySharded
+    from offpolicy.training.lightning_private import FullySharded
 
     one = method("GRPO", policy)
     one._trainer = SimpleNamespace(strategy=FullySharded())

@@ -170,6 +170,29 @@ def test_the_command_ends_with_4(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert caught.value.code == 4 and capsys.readouterr().err == "Error: training diverged: so it did.\n"
 
 
+@pytest.mark.parametrize(("together", "rank", "code"), [(True, "1", 0), (False, "1", 4), (True, "0", 4)])
+def test_only_the_first_process_leaves_with_an_error_of_all(
+    together: bool, rank: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another code than 0 of a child makes Lightning kill the first process, which has the error to tell."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+
+    def main(argv: list[str]) -> int:
+        error = DivergenceError("training diverged.")
+        error.together = together
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        entry.run(main)
+    assert caught.value.code == code
+
+
+def test_divergence_is_an_error_of_all_processes(tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError) as caught:
+        run(spoiled(method("BC"), 23), tmp_path)
+    assert caught.value.together
+
+
 def two(root: Path) -> None:
     """One of two processes whose first one has a weight that is not finite."""
     logging.disable()
@@ -193,8 +216,10 @@ def two(root: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_stop_alike(tmp_path: Path) -> None:
-    run_python(__file__, tmp_path)
-    told = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
+    done = run_python(__file__, tmp_path)
+    files = [tmp_path / f"rank{rank}" for rank in (0, 1)]
+    assert all(file.exists() for file in files), f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    told = [file.read_text() for file in files]
     assert "the weights actor" in told[0] and "at update 30 another process has such numbers" in told[1]
     assert checkpoints(tmp_path) == ["step=00000010.ckpt", "step=00000020.ckpt"]
     assert read_checkpoint(tmp_path / "checkpoints" / "step=00000020.ckpt")["global_step"] == 20

@@ -1,0 +1,205 @@
+"""Which checkpoint a run begins from, in which folder, and what there is to do when it has made all its updates."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from offpolicy.compute.processes import is_first_process
+from offpolicy.data.module import DataModule
+from offpolicy.data.names import resolve
+from offpolicy.errors import UsageError
+from offpolicy.files import Table, atomic_write, method_folder, unique_run_folder
+from offpolicy.training import screen
+from offpolicy.training.checkpoints import (
+    KEY,
+    newest_checkpoint,
+    own_folder,
+    plain_hparams,
+    read_checkpoint,
+    resolve_checkpoint,
+    run_of,
+)
+from offpolicy.training.headlines import scores_line
+from offpolicy.training.measurement import Evaluation
+from offpolicy.training.module import Module
+from offpolicy.training.opening import load, own_state
+from offpolicy.training.run_log import scores_of
+
+
+@dataclass
+class Beginning:
+    """What a run begins from.
+
+    Attributes:
+        folder: of the run; None for a new one under the root.
+        checkpoint: that the run goes on from; None for a new run.
+        updates: made already.
+        changed: the settings of the method that differ from those of the checkpoint, in words.
+    """
+
+    folder: Path | None
+    checkpoint: Path | None = None
+    updates: int = 0
+    changed: str = ""
+
+
+@dataclass
+class FitResult:
+    """What a fit leaves behind.
+
+    Attributes:
+        method: the trained method.
+        folder: of the run.
+        scores: the last evaluation by short name (``score``, ``score_std``, ``score_best``, ``return_mean``, …; "std"
+            over episodes); empty without an environment.
+        updates: trained in all.
+        interrupted: the signal that ended the run early, 0 when none did.
+    """
+
+    method: Module
+    folder: Path
+    scores: dict[str, float]
+    updates: int
+    interrupted: int = 0
+
+
+def find_beginning(
+    method: Module, data: DataModule, *, seed: int, folder: Path | None, root: Path, ckpt_path: str | Path | None
+) -> Beginning:
+    """What a run begins from; the method takes the seeds of the checkpoint.
+
+    Raises:
+        UsageError: no such checkpoint, one of another method, or a folder that holds another run.
+    """
+    if ckpt_path is None:
+        if folder is not None and newest_checkpoint(folder):  # never two runs in one
+            raise UsageError(
+                f"`folder` is {folder}, which holds a run; expected a new one. Pass it as `ckpt_path` to continue it."
+            )
+        return Beginning(folder)
+    checkpoint = resolve_checkpoint(
+        ckpt_path,
+        root=root,
+        data=data_name(data),
+        method=type(method).__name__,
+        seed=seed,
+        fingerprint=lambda: data.load().fingerprint(),
+    )
+    updates, changed = check_same_method(method, checkpoint)
+    if folder is not None and newest_checkpoint(folder) and not folder.samefile(run_of(checkpoint)):
+        raise UsageError(
+            f"`folder` is {folder}, which holds another run than {checkpoint}; expected a new folder. "
+            "Pass one, or leave it out."
+        )
+    return Beginning(folder or own_folder(checkpoint), checkpoint, updates, changed)
+
+
+def new_folder(root: Path, data: DataModule, method: Module, seed: int, made: list[Path]) -> Path:
+    """A new run folder under the root; ``made`` gets every folder that had to be made for it, innermost first."""
+    name, kind = data_name(data), type(method).__name__
+    parent = method_folder(root, name, kind)
+    absent = [place for place in (parent, *parent.parents) if not place.exists()]
+    folder = unique_run_folder(root, name, kind, seed)
+    made += [folder, *absent]
+    return folder
+
+
+def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
+    """Updates in a checkpoint, whose seed the method takes, and which settings of the method have changed since.
+
+    Raises:
+        UsageError: it holds another method.
+    """
+    content = read_checkpoint(checkpoint)
+    before, now = (
+        str(own_state(content, checkpoint).get("class")),
+        f"{type(method).__module__}.{type(method).__qualname__}",
+    )
+    if before.rpartition(".")[2] != now.rpartition(".")[2]:
+        raise UsageError(f"{checkpoint} holds the method {before}; expected {now}. Pass the same method.")
+    former, current = content["hyper_parameters"], plain_hparams(method.hparams)
+    changed = [f"{k} {former[k]} → {current[k]}" for k in current if k in former and former[k] != current[k]]
+    state = content[KEY]
+    if "optimizer_states" not in content:
+        raise UsageError(
+            f"{checkpoint} holds weights alone, as `save` writes them; expected a checkpoint of a run, which training "
+            "can go on from. Pass a run folder or a file of its checkpoints."
+        )
+    method.seed = state["seed"]  # the order of the data goes on
+    seeds = tuple(state.get("seeds") or ())
+    if method.seeds and method.seeds != seeds:
+        held = f"the seeds {seeds}" if seeds else f"the seed {method.seed} alone"
+        raise UsageError(
+            f"{checkpoint} holds {held}, and `seeds` is {method.seeds}; expected the same. Set no `seeds`."
+        )
+    method.seeds = seeds
+    return content["global_step"], ", ".join(changed)
+
+
+def keep_earlier_rows(checkpoint: Path, updates: int, folder: Path) -> None:
+    """Copy the rows up to a checkpoint from the tables of its run into the new folder it continues in."""
+    for name in ("metrics.csv", "evals.csv"):
+        table = run_of(checkpoint) / name
+        if table.exists() and not (folder / name).exists():
+            atomic_write(folder / name, table.read_bytes())
+            Table(folder / name).cut(updates)
+
+
+def already_done(method: Module, checkpoint: Path, updates: int, max_steps: int, verbose: bool) -> FitResult:
+    """The result of a run that has nothing left to do but perhaps its last evaluation."""
+    folder = own_folder(checkpoint) or run_of(checkpoint)
+    trained = load(checkpoint, method=type(method))
+    trained.run = method.run
+    missing = is_first_process() and not last_evaluation(trained, checkpoint, folder, updates)
+    rows = Table(folder / "evals.csv").rows()
+    scores = scores_of(rows[-1] if rows else {})
+    if verbose:
+        print(
+            f"{checkpoint} has {updates:,} updates and `max_steps` is {max_steps:,}: nothing to do. Raise "
+            f"--trainer.max_steps to go on. {scores_line(scores)}"
+        )
+        if missing:
+            print(screen.line("note", f"The evaluation at update {updates:,} failed; going on begins with it."))
+    if is_first_process() and not (folder / "hf").exists():  # stopped between the last update and the end
+        trained.finish_files(folder)
+    return FitResult(trained, folder, scores, updates)
+
+
+def last_evaluation(trained: Module, checkpoint: Path, folder: Path, updates: int) -> bool:
+    """Whether the last evaluation of a finished run has its row; one in an environment is made now if it had failed."""
+    measurement = trained.measurement()
+    state = read_checkpoint(checkpoint).get("callbacks", {}).get(type(measurement).__name__, {})
+    table = Table(folder / "evals.csv")
+    if not state.get("outstanding") or any(row["step"] == updates for row in table.rows()):
+        return True
+    if not isinstance(measurement, Evaluation):
+        return False
+    measurement.load_state_dict(state)
+    row = measurement.late(trained, updates)
+    if row:
+        table.append(row)
+    return True
+
+
+def data_name(data: DataModule) -> str:
+    """The name of the data as a folder: the canonical one for known sets."""
+    try:
+        return resolve(str(data.name), language=hasattr(data, "bind_tokenizer")).name
+    except UsageError:
+        return str(data.name)
+
+
+@contextlib.contextmanager
+def forget_if_empty() -> Iterator[list[Path]]:
+    """Remove the folders put into the list if an error comes before anything was written into them."""
+    made: list[Path] = []
+    try:
+        yield made
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
