@@ -22,7 +22,7 @@ from offpolicy.data.texts.answers import joined_answers
 from offpolicy.data.texts.formats import Faults, Source
 from offpolicy.data.texts.hub import read
 from offpolicy.data.texts.numbers import MARK
-from offpolicy.data.texts.problem_rows import problem_columns, question_hash, read_problems
+from offpolicy.data.texts.problem_rows import Problem, problem_columns, question_hash, read_problems
 from offpolicy.data.texts.stops import TurnEnd, turn_end
 from offpolicy.data.texts.tokenised import TokenisedData
 from offpolicy.data.texts.tokens import Limits, Row, encode, fingerprint, load_tokenizer, tokenise
@@ -198,28 +198,12 @@ def open_problems(
     marked = any(p.solution is not None and MARK in p.solution for p in read_rows)
     boxed = "answer" not in named and "solution" in named
     template = template or (MARKED if marked else BOXED if boxed else "{prompt}")
-    test = known_test() if training else frozenset()
-    kept, rows = [], []
-    for i, problem in enumerate(read_rows):
-        if problem.fault is not None:
-            faults.add(i, *problem.fault.args)
-        elif test.intersection(problem.hashes()):
-            faults.add(i, named["prompt"], "known_test", problem.text)
-        else:
-            asked = problem.asked(template, chat)
-            rows.append(Row(asked, (), {**(chat_template_kwargs or {}), **problem.options}))
-            kept.append(i)
-    prompt_ids, left = [], []
-    for i, one in zip(kept, encode(rows, tokenizer, Limits(1 << 30, truncation="keep_end"))):
-        if one.fault or len(one.prompt) > max_prompt_length:
-            found = one.found if one.fault else f"{len(one.prompt)} tokens, and room for {max_prompt_length}"
-            faults.add(i, named["prompt"], one.fault or "long_prompt", found)
-            continue
-        prompt_ids.append(one.prompt)
-        left.append(i)
+    rows = _put(read_rows, named["prompt"], faults, template, chat, chat_template_kwargs or {}, training)
+    prompt_ids = _prompt_tokens(rows, named["prompt"], faults, tokenizer, max_prompt_length)
     faults.check()
-    solutions = [_continued(ids, read_rows[i].solution, tokenizer) for ids, i in zip(prompt_ids, left)]
-    talks = {i for i, row in zip(kept, rows) if not isinstance(row.prompt, str)}
+    left = list(prompt_ids)
+    solutions = [_continued(prompt_ids[i], read_rows[i].solution, tokenizer) for i in left]
+    talks = {i for i, row in rows.items() if not isinstance(row.prompt, str)}
     turn = turn_end(tokenizer) if talks else TurnEnd(None, "")
     ends = [turn.token if i in talks else None for i in left]
     demonstrations = _demonstrations(solutions, ends, tokenizer)
@@ -228,16 +212,9 @@ def open_problems(
         given_logps = source.column(named["solution_logps"])
         logps = [_logps(given_logps[i], d, i, faults) for i, d in zip(left, demonstrations) if d is not None]
         faults.check()
-    others = [name for name in source.names if name not in named.values()]
-    kinds = {name: v for name in others for v in [source.column(name)] if _is_kind(v)}
-    replay = _build(prompt_ids, demonstrations, logps, len(tokenizer))
+    replay = _build(list(prompt_ids.values()), demonstrations, logps, len(tokenizer))
     replay.reopen = partial(read, target, split, download=download)
-    replay.tables |= {
-        "problems/answer": np.asarray([joined_answers(read_rows[i].answers) for i in left]),
-        "problems/row": np.asarray(left, dtype=np.int64),
-        "problems/prompt_hash": np.asarray([int(question_hash(read_rows[i].text), 16) for i in left]),
-        **{f"problems/{kind}": np.asarray(values, dtype=bool)[left] for kind, values in kinds.items()},
-    }
+    replay.tables |= _columns(read_rows, left, source, named)
     given = sum(d is not None for d in demonstrations)
     notes = [] if given in (0, len(left)) else [f"problems without a demonstration: {len(left) - given:,}"]
     several = sum(len(read_rows[i].answers) > 1 for i in left)
@@ -293,6 +270,57 @@ def _test_split(name: str) -> str | None:
 
 def _is_kind(values: list[Any]) -> bool:
     return all(isinstance(v, (bool, np.bool_)) for v in values)
+
+
+def _put(
+    problems: list[Problem],
+    column: str,
+    faults: Faults,
+    template: str,
+    chat: bool,
+    chat_template_kwargs: Mapping[str, Any],
+    training: bool,
+) -> dict[int, Row]:
+    """What is put to the policy, by the number of the problem in the source; faulty problems go to ``faults``."""
+    test = known_test() if training else frozenset()
+    rows = {}
+    for i, problem in enumerate(problems):
+        if problem.fault is not None:
+            faults.add(i, *problem.fault.args)
+        elif test.intersection(problem.hashes()):
+            faults.add(i, column, "known_test", problem.text)
+        else:
+            asked = problem.asked(template, chat)
+            rows[i] = Row(asked, (), {**chat_template_kwargs, **problem.options})
+    return rows
+
+
+def _prompt_tokens(
+    rows: dict[int, Row], column: str, faults: Faults, tokenizer: Any, longest: int
+) -> dict[int, np.ndarray]:
+    """Tokens of the prompts by the number of the problem; those that are too long go to ``faults``."""
+    found = {}
+    for i, one in zip(rows, encode(rows.values(), tokenizer, Limits(1 << 30, truncation="keep_end"))):
+        if one.fault or len(one.prompt) > longest:
+            what = one.found if one.fault else f"{len(one.prompt)} tokens, and room for {longest}"
+            faults.add(i, column, one.fault or "long_prompt", what)
+        else:
+            found[i] = one.prompt
+    return found
+
+
+def _columns(
+    problems: list[Problem], left: list[int], source: Source, named: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """Columns of the table of problems, of those that are left."""
+    others = [name for name in source.names if name not in named.values()]
+    kinds = {name: v for name in others for v in [source.column(name)] if _is_kind(v)}
+    return {
+        "problems/answer": np.asarray([joined_answers(problems[i].answers) for i in left]),
+        "problems/row": np.asarray(left, dtype=np.int64),
+        "problems/prompt_hash": np.asarray([int(question_hash(problems[i].text), 16) for i in left]),
+        **{f"problems/{kind}": np.asarray(values, dtype=bool)[left] for kind, values in kinds.items()},
+    }
 
 
 def _continued(prompt: np.ndarray, solution: str | None, tokenizer: Any) -> str | None:
