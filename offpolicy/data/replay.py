@@ -322,9 +322,13 @@ class Replay:
 
     def parts(self) -> dict[str, dict[str, Any]]:
         """What a folder holds of it beside facts, by kind: ``index steps tail episodes tables``."""
-        index = {"start": self.start, "length": self.length}
-        kinds = {"steps": self.steps, "tail": self.tail, "episodes": self.episodes, "tables": self.tables}
-        return {"index": index, **kinds}
+        return {
+            "index": {"start": self.start, "length": self.length},
+            "steps": self.steps,
+            "tail": self.tail,
+            "episodes": self.episodes,
+            "tables": self.tables,
+        }
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the replay as a folder: ``steps/<name>.npy``, ``index.npz``, ``meta.json``.
