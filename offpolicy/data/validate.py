@@ -52,8 +52,7 @@ def finish(raw: Raw, *, on_bad: str = "error", clip_actions: bool = False) -> Re
     if not count_usable(raw):
         raise DataError(
             f"{raw.where} has no transition to train on: {replay.num_steps} steps in {replay.num_episodes} "
-            "episodes, none "
-            "with a known next observation. Add `next_observations` or longer episodes."
+            "episodes, none with a known next observation. Add `next_observations` or longer episodes."
         )
     return replay
 
@@ -112,8 +111,7 @@ def _jumps(raw: Raw, scan: Scan) -> None:
         count = int((known > (JUMP * median) ** 2).sum())
         raw.warnings.append(
             f"{count} steps inside episodes jump more than {JUMP:.0f} times the median step (largest "
-            f"{largest / median:.0f} "
-            f"times, row {row}): the ends of episodes may not all be marked"
+            f"{largest / median:.0f} times, row {row}): the ends of episodes may not all be marked"
         )
 
 

@@ -106,8 +106,7 @@ def _open(
     if timeout_step in ("drop", "self") and target.kind not in ("hdf5", "npz", "d4rl"):
         raise UsageError(
             f"`timeout_step` is '{timeout_step}', but {target.name} knows the observation after every step, so "
-            "none need "
-            "be dropped or replaced. Leave it out."
+            "none need be dropped or replaced. Leave it out."
         )
     if target.kind == "made":
         from offpolicy.data.sources.make import open_made
@@ -180,7 +179,6 @@ def _fingerprinted(replay: Replay, expected: str | None) -> Replay:
     if expected is not None and replay.fingerprint() != expected.lower():
         raise DataError(
             f"{replay.meta.get('name')} has the fingerprint {replay.fingerprint()}; expected {expected}. Open the "
-            "right data "
-            "or correct `sha256`."
+            "right data or correct `sha256`."
         )
     return replay

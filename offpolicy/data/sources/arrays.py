@@ -289,8 +289,7 @@ def _shape_actions(raw: Raw, columns: Mapping[str, np.ndarray], shape: tuple[int
         if action.size != len(action):
             raise DataError(
                 f"{raw.where}: `{raw.keys['action']}` has shape {shape}; the environment has "
-                f"{raw.facts['action_n']} discrete "
-                "actions. Expected one number per step."
+                f"{raw.facts['action_n']} discrete actions. Expected one number per step."
             )
         whole = action == np.floor(action)
         raw.steps["action"] = action.reshape(-1, 1)

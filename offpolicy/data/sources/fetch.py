@@ -176,8 +176,7 @@ class Lock:
                     f"{self.paths[0]} has changed since its first load: SHA-256 {found}, {stamp['size']:,} bytes; "
                     "expected "
                     f"{self.record['sha256']}, {self.record.get('size', 0):,} bytes. If the new content is wanted, "
-                    "delete "
-                    f"{self.path}; otherwise restore the file."
+                    f"delete {self.path}; otherwise restore the file."
                 )
             self._write({**self.record, **stamp})
 

@@ -74,8 +74,7 @@ def read(
         if record.get("total_episodes", found) != found:
             raise DataError(
                 f"{folder} has {found} episodes, its metadata say {record['total_episodes']}; the download is "
-                "incomplete. "
-                "Delete the folder and fetch it again."
+                "incomplete. Delete the folder and fetch it again."
             )
         raw = _read_episodes(folder, record, storage, observation, action, obs_keys)
     known = _environment(folder, record)
@@ -106,8 +105,7 @@ def open_id(name: str, *, download: bool = True, **options: Any) -> Replay:
         if not download:
             raise DataError(
                 f"{folder} does not exist and downloading is off. Put the Minari data set there, pass `--data "
-                "FOLDER`, or "
-                "leave out `--data.download=false`."
+                "FOLDER`, or leave out `--data.download=false`."
             )
         _download(name, folder)
     return read(folder, name=name, **options)

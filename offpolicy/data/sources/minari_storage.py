@@ -70,8 +70,7 @@ class Hdf5Storage:
         if values.size != out.size:
             raise DataError(
                 f"{self.files[0]}: `{self.names[episode]}/{key}` has shape {shape}; expected {out.shape} by the "
-                "space in the "
-                "metadata. Record or fetch the data set again."
+                "space in the metadata. Record or fetch the data set again."
             )
         out[...] = values.reshape(out.shape)
 
@@ -107,8 +106,7 @@ class ArrowStorage:
             if steps is not None and steps != self.lengths[k]:
                 raise DataError(
                     f"{episode} has {self.lengths[k] + 1} rows for {steps} steps; expected {steps + 1} (the "
-                    "observation "
-                    "after the last step included). Record or fetch the data set again."
+                    "observation after the last step included). Record or fetch the data set again."
                 )
 
     def __enter__(self) -> ArrowStorage:
@@ -136,8 +134,7 @@ class ArrowStorage:
         except ValueError as error:
             raise DataError(
                 f"{self.parts[episode][0]}: `{key}` does not have the shape {out.shape[1:]} of the space in the "
-                "metadata "
-                f"({error}). Record or fetch the data set again."
+                f"metadata ({error}). Record or fetch the data set again."
             ) from None
 
     def _count(self, episode: int) -> int:
@@ -163,6 +160,5 @@ class ArrowStorage:
         except (pa.ArrowException, OSError, KeyError) as error:
             raise DataError(
                 f"{self.parts[episode][0]} cannot be read ({error}); it is truncated or damaged. Delete it and "
-                "fetch the data "
-                "set again."
+                "fetch the data set again."
             ) from None
