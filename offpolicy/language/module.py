@@ -152,8 +152,12 @@ class LanguageModule(Module):
         self._micro_batches = 1  # of one step on one process
         self._start_digest = ""  # of the weights that training started from
         self.pace = Pace()
+        self.prepare_state()
 
     # -- what a child tells --------------------------------------------------------------------------------------------
+
+    def prepare_state(self) -> None:
+        """Make what the child keeps, which therefore needs no ``__init__`` and has the options of this class."""
 
     def take_data(self, data: Any) -> None:
         """Lay out what training reads, and choose what is held out."""

@@ -70,8 +70,7 @@ class PreferenceModule(LanguageModule):
     scores_prompt: bool = False
     uses_mismatched: bool = False
 
-    def __init__(self, **language: Any) -> None:
-        super().__init__(**language)
+    def prepare_state(self) -> None:
         self.meter = RowMeter()
         self.eval_table: ReferenceTable | None = None
         self._table: ReferenceTable | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,12 @@ def test_a_method_of_ones_own_may_extend_what_all_language_methods_do(policy: Pa
         pass
 
     assert Softer.__bases__ == (Hinge,)
+
+    class Plain(op.LanguageModule):
+        uses_reference, loss = False, Hinge.loss
+
+    assert "lora_rank" in inspect.signature(Plain).parameters  # its options are those of the base
+    assert Plain(policy="x", lr=np.float64(0.5)).hparams.lr == 0.5
     trained = []
     for kind in (Hinge, Softer, Hinge):
         module = kind(policy=str(policy), lr=1e-2, batch_size=4, margin=2.0)
