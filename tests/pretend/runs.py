@@ -158,7 +158,7 @@ def low(place: Place) -> None:
 def adapters(place: Place) -> None:
     """LoRA under bf16-mixed, merged at the end."""
     options = {"lora_rank": 2, "export": "merged", "gradient_checkpointing": True}
-    if place.kind.uses_reference:
+    if getattr(place.kind, "uses_reference", False):
         options["reference"] = "adapter_off"
     found = place.fit("adapters", place.method(**options), 2, 2, precision="bf16-mixed")
     assert (found.folder / "hf" / "config.json").exists()
@@ -233,7 +233,7 @@ def options(place: Place) -> None:
 
 def checks(place: Place) -> list[Callable[[Place], None]]:
     if place.kind.trains_on_texts:
-        more = [live] if place.kind.uses_reference else []
+        more = [live] if getattr(place.kind, "uses_reference", False) else []
         return [on_device, mixed, low, adapters, answers, options, *more]
     return [on_device, mixed, low, acts, seeds, draws, options]
 
