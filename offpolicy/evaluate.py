@@ -5,42 +5,22 @@ For a language model it prints the held-out numbers of the run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
 
 from offpolicy.cli import entry
+from offpolicy.cli.reader import Parser, add_trust
 from offpolicy.errors import UsageError
-from offpolicy.given import refuse_empty, tidy
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, that refuses empty values and expands tildes."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # parse_args comes here too
-        refuse_empty(sys.argv[1:] if args is None else args)
-        found, rest = super().parse_known_args(args, namespace)
-        tidy(found.__dict__, {})
-        return found, rest
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}. See --help.")
-
-
-def add_trust(parser: argparse.ArgumentParser) -> None:
-    """The option of all commands that open a run."""
-    parser.add_argument("--trust", metavar="PACKAGES", help="run code of these packages where the run names it (none)")
 
 
 def main(argv: list[str]) -> int:
     """Play episodes, print the scores and keep them in a file beside the run; returns the exit code."""
     parser = Parser("python -m offpolicy.evaluate", description="Play episodes with a trained method.")
     parser.add_argument("run", help="run folder (its newest checkpoint) or checkpoint file")
-    parser.add_argument("--episodes", type=int, default=10, help="how many, at least 1; of each task (10)")
+    parser.add_argument("--episodes", type=int, default=10, help="how many, at least 1; of each task")
     parser.add_argument("--seed", type=int, help="episode k starts from seed + k (that of training's evaluations)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="noise of goal-conditioned policies, ≥ 0 (0)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="noise of goal-conditioned policies, ≥ 0")
     add_trust(parser)
     args = parser.parse_args(argv)
 

@@ -16,7 +16,7 @@ from offpolicy.trust import Trust
 
 def main(argv: list[str]) -> int:
     """Write the folder; returns the exit code."""
-    from offpolicy.evaluate import Parser, add_trust
+    from offpolicy.cli.reader import Parser, add_trust
 
     parser = Parser("python -m offpolicy.export", description="Write a tuned language model for transformers.")
     parser.add_argument("run", help="run folder (its newest checkpoint) or checkpoint file")

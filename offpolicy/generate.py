@@ -26,7 +26,7 @@ OF_A_FILE = ("columns", "split", "eval_data", "eval_fraction")  # options that a
 
 def main(argv: list[str]) -> int:
     """Draw, score, write and print a summary; returns the exit code."""
-    from offpolicy.evaluate import Parser, add_trust
+    from offpolicy.cli.reader import Parser, add_trust
     from offpolicy.language.rl.verifiers import VERIFIERS
 
     parser = Parser(
@@ -37,17 +37,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="run folder, checkpoint file, or folder of a causal language model")
     parser.add_argument("--data", help="texts, problems or prompts that are answered (those held out in training)")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
-    parser.add_argument("--prompts", type=int, default=64, help="how many prompts, 0 for all (64)")
-    parser.add_argument("--num_samples", type=int, default=4, help="answers per prompt (4)")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (256)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 for the most likely tokens (1)")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the k most likely tokens, 0 for all (0)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likely tokens of this share (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    parser.add_argument("--batch_size", type=int, default=32, help="answers drawn at once (32)")
+    parser.add_argument("--prompts", type=int, default=64, help="how many prompts, 0 for all")
+    parser.add_argument("--num_samples", type=int, default=4, help="answers per prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 for the most likely tokens")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k most likely tokens, 0 for all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likely tokens of this share")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--batch_size", type=int, default=32, help="answers drawn at once")
     known = ", ".join(VERIFIERS)
     parser.add_argument(
-        "--verifier", default="auto", help=f"auto, none, {known}, or an import path of your own function (auto)"
+        "--verifier", default="auto", help=f"auto, none, {known}, or an import path of your own function"
     )
     parser.add_argument("--out", help="file to write (in the run folder, else answers.jsonl)")
     add_trust(parser)

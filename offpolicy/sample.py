@@ -16,7 +16,7 @@ from offpolicy.cli import entry
 
 def main(argv: list[str]) -> int:
     """Draw, write and say how long it took; returns the exit code."""
-    from offpolicy.evaluate import Parser, add_trust
+    from offpolicy.cli.reader import Parser, add_trust
 
     parser = Parser(
         "python -m offpolicy.sample", description="Draw trajectories from a diffusion model into a data folder."
@@ -25,13 +25,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("out", help="new folder; the same call goes on with one that was interrupted")
     parser.add_argument("--policy", metavar="RUN", help="trained method whose actions are preferred (none)")
     parser.add_argument("--guidance", type=float, metavar="K", help="how far they are, ≥ 0 (1 with a policy)")
-    parser.add_argument("--cosine", type=float, default=0.3, metavar="C", help="more of it half-way, ≥ 0 (0.3)")
-    parser.add_argument("--trajectories", type=int, default=1024, metavar="N", help="how many, ≥ 1 (1024)")
+    parser.add_argument("--cosine", type=float, default=0.3, metavar="C", help="more of it half-way, ≥ 0")
+    parser.add_argument("--trajectories", type=int, default=1024, metavar="N", help="how many, ≥ 1")
     parser.add_argument("--horizon", type=int, metavar="T", help="steps of each, ≥ 2 (as in the model's training)")
-    parser.add_argument("--sampling_steps", type=int, default=32, metavar="N", help="noise levels, ≥ 2 (32)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="trajectory k is one of this stream (0)")
-    parser.add_argument("--first", type=int, default=0, metavar="K", help="number of the first in the stream (0)")
-    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="drawn and written at once (256)")
+    parser.add_argument("--sampling_steps", type=int, default=32, metavar="N", help="noise levels, ≥ 2")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="trajectory k is one of this stream")
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="number of the first in the stream")
+    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="drawn and written at once")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16, faster on GPUs")
     parser.add_argument("--compile", action="store_true", help="compile the network, faster on GPUs")
     add_trust(parser)

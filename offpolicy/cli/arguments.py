@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from offpolicy.cli.help import option_lines, options_of
+from offpolicy.cli.reader import spelled
 from offpolicy.data.names import HUB_ID, Target, resolve
 from offpolicy.errors import UsageError, nearest, nearest_options
 from offpolicy.given import TEXTS, as_whole, expanded, refuse_empty
@@ -22,8 +24,11 @@ from offpolicy.registry import class_path
 from offpolicy.training.options import RunOptions
 from offpolicy.trust import NAME, Words, check_settings, names_in, trusting, words
 
+EPOCHS, LEAST_STEPS = 100, 10_000  # of data of the user's own, where nobody says how many updates
+MAX_STEPS = 1_000_000  # where neither a recipe nor the user says; what published numbers mostly use
 DEFAULT_METHOD, DEFAULT_DATA = "TD3BC", "pendulum-stitch-v0"
 PLACES = {"model", "data.name", "recipe", "root", "folder", "ckpt_path"}  # whatever they look like, these are text
+MOSTLY = ("eval_every", "eval_episodes", "log_every", "threads")  # options of a run on the short screen of help
 GROUPS = ("model", "data", "run", "trainer")
 TOP = (
     "config", "model", "data", "recipe", "root", "folder", "ckpt_path", "seed_everything", "trust", "print_config",
@@ -40,7 +45,7 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
   --data NAME|FILE      known data set, or .hdf5, .npz or folder    (pendulum-stitch-v0)
                         for language models: .jsonl, .json, .parquet, .arrow, folder or hub id
   --model.policy DIR    the language model to tune: folder or hub id, for DPO and its kin
-  --trainer.max_steps N updates to train in all                     (recipe, else 1000000; own data: 100 epochs)
+  --trainer.max_steps N updates to train in all                     ({steps})
   --seed_everything N   seed                                        (0)
   --ckpt_path WHAT      continue: last, a run folder or a checkpoint
   --config FILE|NAME    settings from a YAML file, or a recipe by method/name; may be repeated
@@ -48,10 +53,7 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
   --trust PACKAGES      run code of these packages where a file (config, run, data) names it
   --root DIR            where run folders are made (runs); --folder DIR names one
 
-  --run.eval_every N    updates between evaluations and checkpoints (5000)
-  --run.eval_episodes N episodes per evaluation, 0 for none         (10)
-  --run.log_every N     updates between rows of metrics.csv         (500)
-  --run.threads N       torch threads
+{run}
   --model.OPTION X      settings of the method; --model.help NAME lists them
   --data.OPTION X       reading the data: download, on_bad, clip_actions, timeout_step, sha256;
                         for your own files: env_id, env_kwargs, obs_keys, max_episode_steps
@@ -112,9 +114,7 @@ def read_command(argv: Iterable[str]) -> Command:
     pairs = split(argv)
     last = dict(pairs)
     if "help" in last and last["help"] != "all":
-        from offpolicy.registry import method_names
-
-        print(HELP.format(methods=", ".join(method_names())), end="")
+        print(help_text(last.get("model")), end="")
         raise SystemExit(0)
     if "help" in last or "model.help" in last:
         path = class_path(last.get("model.help") or last.get("model") or DEFAULT_METHOD)
@@ -127,6 +127,25 @@ def read_command(argv: Iterable[str]) -> Command:
     packages += {name.partition(".")[0] for name in classes if NAME.fullmatch(name)}  # whose code runs in any case
     with trusting(packages, names=typed, in_file=True):
         return _read(pairs, last)
+
+
+def help_text(method: str | None) -> str:
+    """The help of ``python -m offpolicy.fit``; with a method named, its defaults and its own options too."""
+    from offpolicy.registry import import_class, method_names
+
+    cls = None if method is None else import_class(class_path(method))  # importing a method takes seconds
+    defaults = {} if cls is None else cls.run_defaults
+    if cls is not None and cls.trains_on_texts:
+        steps = "as --model.epochs or --model.iterations says"
+    else:
+        steps = f"recipe, else {MAX_STEPS}; own data: {EPOCHS} epochs"
+    shown = [one for one in options_of(RunOptions, defaults) if cls is not None or one.name in MOSTLY]
+    text = HELP.format(
+        methods=", ".join(method_names()), steps=steps, run="\n".join(option_lines("run", shown, short=cls is None))
+    )
+    if cls is not None:
+        text += "\n".join(["", f"Settings of {cls.__name__}:", *option_lines("model", options_of(cls)), ""])
+    return text
 
 
 def _read(pairs: list[tuple[str, str | None]], last: dict[str, str | None]) -> Command:
@@ -186,7 +205,7 @@ def split(argv: Iterable[str]) -> list[tuple[str, str | None]]:
     words, pairs = list(argv), []
     refuse_empty(words)
     while words:
-        word = words.pop(0)
+        word = spelled(words.pop(0))
         head, equals, text = word.partition("=")
         head = ALIASES.get(head, head)
         if not head.startswith("--") or head == "--":

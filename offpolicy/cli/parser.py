@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from offpolicy import api
-from offpolicy.cli.arguments import Command, check_options, nested, whole_text
+from offpolicy.cli.arguments import EPOCHS, LEAST_STEPS, MAX_STEPS, Command, check_options, nested, whole_text
 from offpolicy.data.module import DataModule
 from offpolicy.errors import DataError, UsageError
 from offpolicy.given import is_whole_type, seed_number
@@ -34,9 +34,6 @@ from offpolicy.training.options import RunOptions
 from offpolicy.training.origin import Origin
 from offpolicy.training.trainer import TRAINER_DEFAULTS, quiet
 from offpolicy.trust import ALL, NAME, OWN, check_class, speaking, words
-
-EPOCHS, LEAST_STEPS = 100, 10_000  # of data of the user's own, where nobody says how many updates
-MAX_STEPS = 1_000_000  # where neither a recipe nor the user says; what published numbers mostly use
 
 
 class FitCLI(LightningCLI):

@@ -11,28 +11,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from offpolicy.cli.reader import Parser
 from offpolicy.data.guard import read_json
 from offpolicy.data.names import Target, describe, known_names, resolve
 from offpolicy.errors import DataError, UsageError, nearest
-from offpolicy.given import refuse_empty, tidy
 from offpolicy.trust import trusting
 
 COMMANDS = ("make", "show", "convert", "compare")
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, that refuses empty values and expands tildes."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # parse_args comes here too
-        refuse_empty(sys.argv[1:] if args is None else args)
-        found, rest = super().parse_known_args(args, namespace)
-        tidy(found.__dict__, {})
-        return found, rest
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}. `{self.prog} --help` shows how.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m offpolicy.data", description="Make, look at and convert data sets.")
+    parser = Parser(prog="python -m offpolicy.data", description="Make, look at and convert data sets.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     make = commands.add_parser("make", help="make a set from its real environment and keep it")
     make.add_argument("name", help="a made set, such as pendulum-stitch-v0, or one of OGBench's mazes and arms")
@@ -72,17 +59,17 @@ def _parser() -> argparse.ArgumentParser:
     make.set_defaults(run=_make)
     show = commands.add_parser("show", help="print the data report of a set; without a name, list the known names")
     show.add_argument("data", nargs="?", help="a known name, a file or a folder")
-    show.add_argument("--no-download", action="store_true", help="do not fetch a set that is not on disk")
+    show.add_argument("--no_download", action="store_true", help="do not fetch a set that is not on disk")
     _add_text_options(show)
     show.set_defaults(run=_show)
     convert = commands.add_parser("convert", help="write a set in another format")
     convert.add_argument("data", help="a known name, a file or a folder")
     convert.add_argument("out", help="a new folder (our format), or a new .hdf5 file (D4RL's layout)")
     convert.add_argument(
-        "--on-bad", default="error", metavar="error|drop_episode|drop", help="what to do with faulty content"
+        "--on_bad", default="error", metavar="error|drop_episode|drop", help="what to do with faulty content"
     )
-    convert.add_argument("--clip-actions", action="store_true", help="clip actions outside the bounds")
-    convert.add_argument("--timeout-step", metavar="drop|keep|self", help="the last step before a time limit")
+    convert.add_argument("--clip_actions", action="store_true", help="clip actions outside the bounds")
+    convert.add_argument("--timeout_step", metavar="drop|keep|self", help="the last step before a time limit")
     _add_text_options(convert)
     convert.set_defaults(run=_convert)
     compare = commands.add_parser("compare", help="measure synthetic sets against the data that they imitate")
@@ -91,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--policy", metavar="RUN", help="run folder or checkpoint: how likely are the actions under it?"
     )
-    compare.add_argument("--rows", type=int, default=4000, metavar="N", help="transitions measured of each set (4000)")
+    compare.add_argument("--rows", type=int, default=4000, metavar="N", help="transitions measured of each set")
     compare.add_argument("--plot", metavar="FILE", help="draw quantiles, likelihood and dynamics error as a PNG")
     compare.add_argument("--json", metavar="FILE", help="write all numbers there; - prints them instead of the table")
     compare.add_argument("--trust", metavar="PACKAGES", help="run code of these packages where a file names it (none)")
@@ -105,7 +92,7 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--columns", metavar="JSON", help='our names → the source\'s, as \'{"prompt": "question"}\'')
     texts.add_argument("--split", metavar="NAME", help="part of a set that has several")
     texts.add_argument("--separator", default="", metavar="TEXT", help="text between plain prompts and answers")
-    texts.add_argument("--max-length", type=int, default=1024, metavar="N", help="tokens of prompt and answer together")
+    texts.add_argument("--max_length", type=int, default=1024, metavar="N", help="tokens of prompt and answer together")
 
 
 def _make(options: argparse.Namespace) -> None:

@@ -1,0 +1,100 @@
+"""Help is made from what options are, and every command reads its words in one way."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields
+
+import pytest
+
+import offpolicy as op
+from offpolicy import evaluate, fit, generate, sample
+from offpolicy.cli.help import documented, options_of
+from offpolicy.cli.reader import Parser, spelled
+from offpolicy.data import __main__ as data_command
+from offpolicy.errors import UsageError
+from offpolicy.training.options import RunOptions
+
+
+def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, str]:
+    """Option → default, as the help tells them."""
+    with pytest.raises(SystemExit) as caught:
+        fit.main([*argv, "--help"])
+    assert not caught.value.code
+    text = re.sub(r"\n {31}", " ", capsys.readouterr().out)
+    return dict(re.findall(r"^  --((?:run|model)\.\w+) .*? \(((?:\([^()]*\)|[^()])*)\)$", text, re.M))
+
+
+def real(method: type) -> dict[str, object]:
+    """Option → default, as a method that is made without arguments has them."""
+    made = method() if not method.trains_on_texts else None  # type: ignore[attr-defined]
+    options = {} if made is None else {f"model.{name}": value for name, value in made.hparams.items()}
+    for cls in method.__mro__:  # one of texts needs a policy, so its signatures are read
+        for name, p in inspect.signature(cls).parameters.items() if "__init__" in vars(cls) and not made else ():
+            if p.kind is not p.VAR_KEYWORD:
+                options.setdefault(f"model.{name}", p.default)
+        if cls.__name__ in ("LanguageModule", "OfflineModule"):
+            break
+    run = RunOptions(**method.run_defaults)  # type: ignore[attr-defined]
+    return options | {f"run.{f.name}": getattr(run, f.name) for f in fields(RunOptions)}
+
+
+@pytest.mark.parametrize("name", ["TD3BC", "DPO", "GRPO"])
+def test_every_default_in_the_help_is_the_real_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found, wanted = shown(capsys, "--model", name), real(getattr(op, name))
+    assert {key for key in found if key.startswith("run.")} == {f"run.{f.name}" for f in fields(RunOptions)}
+    assert len(found) > 20
+    for option, default in found.items():
+        assert default == str(wanted[option]) or wanted[option] is inspect.Parameter.empty, option
+    if name != "TD3BC":
+        assert found["run.eval_every"] == "100" and found["run.log_every"] == "10"
+
+
+def test_the_short_help_has_the_defaults_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    found = shown(capsys)
+    assert found == {
+        "run.eval_every": str(RunOptions().eval_every), "run.eval_episodes": str(RunOptions().eval_episodes),
+        "run.log_every": str(RunOptions().log_every), "run.threads": "None",
+    }  # fmt: skip
+
+
+def test_what_docstrings_say() -> None:
+    def example(a: int, b: float = 2.0) -> None:
+        """An example.
+
+        Args:
+            a: the first,
+                over two lines.
+            b: the second: with a colon.
+
+        Returns:
+            nothing: at all.
+        """
+
+    assert documented(example) == {"a": "the first, over two lines.", "b": "the second: with a colon."}
+    assert [one.default for one in options_of(example, {"a": 3})] == [3, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "guess"),
+    [
+        (evaluate, ["run", "--episode", "x"], "invalid int value"),  # an abbreviation, as before
+        (evaluate, ["run", "--tempratur=1"], "Did you mean '--temperature'"),
+        (sample, ["run", "out", "--trajectorys", "3"], "Did you mean '--trajectories'"),
+        (generate, ["run", "--num_sample_s"], "num_sample_s"),
+    ],
+)
+def test_one_reader_names_the_nearest_option(command: object, argv: list[str], guess: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(guess)):
+        command.main(argv)  # type: ignore[attr-defined]
+
+
+def test_one_spelling_of_options() -> None:
+    assert spelled("--max-length=a-b") == "--max_length=a-b" and spelled("--run.eval-every") == "--run.eval_every"
+    assert spelled("--data.columns.my-key=x") == "--data.columns.my-key=x" and spelled("-7") == "-7"
+    assert spelled("--help=all") == "--help=all" and spelled("a-file") == "a-file" and spelled("--") == "--"
+    parser = data_command._parser()
+    for written in ("--max-length", "--max_length"):
+        assert parser.parse_args(["show", "x", written, "7"]).max_length == 7
+    assert isinstance(parser, Parser)
