@@ -202,7 +202,7 @@ class OfflineModule(SteppingModule):
             raise UsageError("the Trainer has no `max_steps`; expected the number of updates, e.g. max_steps=10000.")
         if self.common.batch_size % self.world_size:
             raise UsageError(
-                f"`batch_size` is {self.option('batch_size', 256)}; expected a multiple of the {self.world_size} "
+                f"`batch_size` is {self.common.batch_size}; expected a multiple of the {self.world_size} "
                 "processes, as it is the size of the global batch."
             )
         self.apply_settings()
