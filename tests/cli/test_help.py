@@ -9,11 +9,13 @@ from dataclasses import fields
 import pytest
 
 import offpolicy as op
+import offpolicy.api
 from offpolicy import evaluate, fit, generate, sample
 from offpolicy.cli.help import documented, options_of
 from offpolicy.cli.reader import Parser, spelled
 from offpolicy.data import __main__ as data_command
 from offpolicy.errors import UsageError
+from offpolicy.language import generation as answers
 from offpolicy.training.options import RunOptions
 
 
@@ -98,3 +100,31 @@ def test_one_spelling_of_options() -> None:
     for written in ("--max-length", "--max_length"):
         assert parser.parse_args(["show", "x", written, "7"]).max_length == 7
     assert isinstance(parser, Parser)
+
+
+class Built(Exception):
+    """Carries the parser of a command, before it reads a word."""
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "other"),
+    [
+        (evaluate, op.api.evaluate, set()),
+        (sample, op.api.sample, {"guidance"}),  # 1 with a policy, else 0
+        (generate, answers.sample, {"num_samples"}),  # several to look at, where the function draws one
+    ],
+)
+def test_defaults_of_a_command_are_those_of_its_function(
+    command: object, function: object, other: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(parser: Parser, *_: object) -> None:
+        raise Built(parser)
+
+    monkeypatch.setattr(Parser, "parse_known_args", build)
+    with pytest.raises(Built) as caught:
+        command.main([])  # type: ignore[attr-defined]
+    told = {action.dest: action.default for action in caught.value.args[0]._actions}
+    wanted = {one.name: one.default for one in options_of(function) if one.name in told.keys() - other}
+    assert len(wanted) >= 3
+    for name, default in wanted.items():
+        assert told[name] == default or told[name] is None or default is inspect.Parameter.empty, name
