@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """As argparse's; the help of an option ends with its default, which therefore is the real one."""
-        if options.get("default") not in (None, ""):
+        if options.get("default") not in (None, "", argparse.SUPPRESS):  # --help itself has none
             options["help"] = f"{options.get('help', '')} (%(default)s)"
         return super().add_argument(*names, **options)
 

@@ -10,7 +10,7 @@ import pytest
 
 import offpolicy as op
 import offpolicy.api
-from offpolicy import evaluate, fit, generate, sample
+from offpolicy import evaluate, export, fit, generate, sample
 from offpolicy.cli.help import documented, options_of
 from offpolicy.cli.reader import Parser, spelled
 from offpolicy.data import __main__ as data_command
@@ -90,6 +90,18 @@ def test_what_docstrings_say() -> None:
 def test_one_reader_names_the_nearest_option(command: object, argv: list[str], guess: str) -> None:
     with pytest.raises(UsageError, match=re.escape(guess)):
         command.main(argv)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("command", "argv"),
+    [(evaluate, []), (sample, []), (generate, []), (export, []), (data_command, [])]
+    + [(data_command, [name]) for name in ("show", "make", "convert", "compare")],
+)
+def test_help_is_shown(command: object, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main([*argv, "--help"])  # type: ignore[attr-defined]
+    assert not caught.value.code
+    assert capsys.readouterr().out.startswith("usage: python -m offpolicy.")
 
 
 def test_one_spelling_of_options() -> None:

@@ -13,7 +13,7 @@ import offpolicy as op
 from offpolicy import api
 from offpolicy.training import opening
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_opening_imports_no_method() -> None:
