@@ -7,7 +7,7 @@ import inspect
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def fit(
         method.run_log = RunLog(bar=UpdateBar() if shows else None)
         trainer = make_trainer(files.folder, max_steps, options, [start, files], bar=False)
         began = time.perf_counter()
-        train(trainer, method, module, begin, lambda: files.folder, origin)
+        train(trainer, method, module, begin, files, origin)
     return finished(trainer, method, files.folder, start, time.perf_counter() - began)
 
 
@@ -169,7 +169,7 @@ def planned(method: Module, data: DataModule) -> int:
 
 
 def train(
-    trainer: Trainer, method: Module, data: DataModule, begin: Beginning, folder: Callable[[], Path], origin: Origin
+    trainer: Trainer, method: Module, data: DataModule, begin: Beginning, files: RunFolder, origin: Origin
 ) -> None:
     """Let the Trainer train; its errors say what to do.
 
@@ -178,14 +178,14 @@ def train(
         method: what is trained.
         data: what it is trained on.
         begin: what the run begins from.
-        folder: gives that of the run, which the first process chooses.
+        files: of the run; the first process chooses their folder when training begins.
         origin: of the run.
     """
     try:
         with clear_errors(), clear_restoring(begin.checkpoint):
             trainer.fit(method, datamodule=data, ckpt_path=begin.checkpoint, weights_only=True)  # type: ignore[arg-type]
     except EvaluationFailed as error:
-        said = EvaluationFailed(f"{error} Go on with: {resume_words(folder(), origin)}")
+        said = EvaluationFailed(f"{error} Go on with: {resume_words(files.folder, origin)}")
         said.together = leave_together(error)
         raise said from error.__cause__
     except DivergenceError as error:
@@ -195,8 +195,8 @@ def train(
         if is_loss(error):
             stop_watching()
             then = (
-                f"Go on with: {resume_words(folder(), origin)}"
-                if newest_checkpoint(folder())
+                f"Go on with: {resume_words(files.folder, origin)}"
+                if newest_checkpoint(files.folder)
                 else "No checkpoint was written yet, so start it again."
             )
             raise ProcessLost(f"Another process of the run has ended, so it cannot go on. {then}") from error

@@ -14,7 +14,6 @@ from offpolicy.errors import UsageError
 from offpolicy.files import Table, atomic_write, method_folder, unique_run_folder
 from offpolicy.training import screen
 from offpolicy.training.checkpoints import (
-    KEY,
     newest_checkpoint,
     own_folder,
     plain_hparams,
@@ -114,15 +113,12 @@ def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
         UsageError: it holds another method.
     """
     content = read_checkpoint(checkpoint)
-    before, now = (
-        str(own_state(content, checkpoint).get("class")),
-        f"{type(method).__module__}.{type(method).__qualname__}",
-    )
+    state = own_state(content, checkpoint)
+    before, now = str(state.get("class")), f"{type(method).__module__}.{type(method).__qualname__}"
     if before.rpartition(".")[2] != now.rpartition(".")[2]:
         raise UsageError(f"{checkpoint} holds the method {before}; expected {now}. Pass the same method.")
     former, current = content["hyper_parameters"], plain_hparams(method.hparams)
     changed = [f"{k} {former[k]} → {current[k]}" for k in current if k in former and former[k] != current[k]]
-    state = content[KEY]
     if "optimizer_states" not in content:
         raise UsageError(
             f"{checkpoint} holds weights alone, as `save` writes them; expected a checkpoint of a run, which training "

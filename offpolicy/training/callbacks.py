@@ -39,30 +39,21 @@ class Interruption(Callback):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.run_log = pl_module.run_log
 
-    @property
-    def received(self) -> int:
-        """The signal that this process was sent; 0 when none was."""
-        return self.run_log.received
-
-    @received.setter
-    def received(self, number: int) -> None:
-        self.run_log.received = number
-
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.run_log.interrupted_by = self.received = 0
+        self.run_log.interrupted_by = self.run_log.received = 0
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._former[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.run_log.received:
             self._restore()
             raise KeyboardInterrupt
-        self.received = number
+        self.run_log.received = number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if pl_module.step_ended and trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
-            numbers = gathered(self.received)  # whoever got it, all end with its exit code
+        if pl_module.step_ended and trainer.strategy.reduce_boolean_decision(bool(self.run_log.received), all=False):
+            numbers = gathered(self.run_log.received)  # whoever got it, all end with its exit code
             self.run_log.interrupted_by = max(numbers) or signal.SIGINT
             trainer.should_stop = True
             if self.run_log.files is None:

@@ -74,6 +74,10 @@ class Course:
         """Take the steps of the iteration, and the answers that their rows stand for."""
         self.steps, self.rollouts = steps, rollouts
 
+    def begins(self, step: int) -> bool:
+        """Whether this is the first step of the iteration, so that the policy is still π_k."""
+        return step == self.first_step
+
     def is_over(self, step: int) -> bool:
         """Whether the iteration has made its steps once that many were made in all."""
         return step >= self.first_step + len(self.steps)

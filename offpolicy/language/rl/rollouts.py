@@ -457,7 +457,7 @@ class RolloutModule(LanguageModule):
         tokens = self.tokens(batch, real)
         loss, sums = self.objective.loss(tokens, totals, iteration=self.iteration)
         share = loss.new_tensor(len(mine) / len(rows))
-        if real and t == self.course.first_step:
+        if real and self.course.begins(t):
             self.scoring.hear(batch, tokens.logp, tokens.mask)
         self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})
         self.pace.tokens += int(bound.lengths[mine].sum()) if real else 0
@@ -467,7 +467,7 @@ class RolloutModule(LanguageModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         self.objective.own.check_memory()
-        if self.global_step == self.course.first_step:
+        if self.course.begins(self.global_step):
             rollouts = self.course.rollouts
             assert rollouts is not None
             self.scoring.keep(rollouts.store, self.iteration)
@@ -493,9 +493,7 @@ class RolloutModule(LanguageModule):
         external = (facts["source"] == DEMONSTRATION)[:, None].expand(size, width)
         advantage = steps["advantage"] if "advantage" in steps else facts["advantage"].to(scores.logps)
         behavior, previous, logp = steps["logp"], steps["previous_logp"], padded(scores.logps)
-        if (
-            self.global_step == self.course.first_step
-        ):  # still π_k: its own log-probabilities, where nobody asked before
+        if self.course.begins(self.global_step):  # its own log-probabilities, where nobody asked before
             behavior = torch.where(behavior.isnan() & ~external, logp.detach(), behavior)
             previous = torch.where(previous.isnan(), logp.detach(), previous)
         return Tokens(
