@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from toy import toy_replay
@@ -23,3 +25,11 @@ def replay() -> Replay:
 @pytest.fixture
 def data(replay: Replay) -> DataModule:
     return DataModule.of(replay)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny language model; see `tiny.make_policy`."""
+    from tiny import make_policy
+
+    return make_policy(tmp_path_factory.mktemp("tiny") / "policy")

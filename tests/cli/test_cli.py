@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +26,9 @@ from offpolicy.cli.arguments import read_command
 from offpolicy.cli.parser import FitCLI, parse
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
-from offpolicy.training import run_folder
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
+
+pytestmark = pytest.mark.usefixtures("in_home")
 
 SMALL = ["--model.hidden_dims", "[8,8]", "--model.batch_size", "16"]
 SHORT = ["--trainer.max_steps", "60", "--run.eval_every", "30", "--run.log_every", "20", "--run.eval_episodes", "2"]
@@ -41,15 +41,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy_replay().save(folder / "toy")
     (folder / "own_algo.py").write_text(OWN)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(home)
-    monkeypatch.syspath_prepend(str(home))
-    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)  # drawing takes longer than these runs
-    yield
-    sys.modules.pop("own_algo", None)
 
 
 OWN = '''

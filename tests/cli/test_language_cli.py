@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from offpolicy.cli.parser import parse
 from offpolicy.data.texts.module import TextData
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
-from offpolicy.training import run_folder
+
+pytestmark = pytest.mark.usefixtures("in_home")
 
 SMALL = ["--data", "pairs.jsonl", "--model.policy", "policy", "--model.batch_size", "16", "--model.lr", "1e-3"]
 
@@ -32,16 +31,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folder / "pairs.jsonl", 60)
     (folder / "own_loss.py").write_text(OWN)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(home)
-    monkeypatch.syspath_prepend(str(home))
-    monkeypatch.setenv("OFFPOLICY_REF_CACHE", str(home / "references"))
-    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)  # drawing takes longer than these runs
-    yield
-    sys.modules.pop("own_loss", None)
 
 
 OWN = '''

@@ -53,11 +53,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_policy(tmp_path_factory.mktemp("adapters") / "policy")
-
-
 def trained(policy: Path, folder: Path, config: Any) -> Path:
     """An adapter of this configuration with weights that matter."""
     model = peft.get_peft_model(open_model(str(policy)), config)

@@ -143,11 +143,6 @@ class MetaFirst(SingleDeviceStrategy):
         return torch.device("meta")
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_policy(tmp_path_factory.mktemp("made") / "policy")
-
-
 @pytest.mark.parametrize("name", TUNED)
 def test_models_are_configured_under_any_default_device(name: str, policy: Path) -> None:
     kit: Any = tiny_rl if issubclass(find_method(name).data_class(), ProblemData) else tiny

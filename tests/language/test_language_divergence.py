@@ -27,11 +27,6 @@ class Spoil(Callback):
                 next(p for p in pl_module.parameters() if p.requires_grad).view(-1)[0] = float("nan")
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_policy(tmp_path_factory.mktemp("divergence") / "policy")
-
-
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*.ckpt"))
 

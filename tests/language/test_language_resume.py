@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny import fit, make_policy, method
+from tiny import fit, method
 from toy import differences, run_files
 
 import offpolicy as op
@@ -20,11 +20,6 @@ from offpolicy.training import measurement, run_folder
 from offpolicy.training.checkpoints import newest_checkpoint
 
 HALF, LAST = 3, 7
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_policy(tmp_path_factory.mktemp("resume") / "policy")
 
 
 class Once(Callback):

@@ -21,11 +21,6 @@ from offpolicy.language.module import LanguageModule
 from offpolicy.language.plan import RowPlan
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_policy(tmp_path_factory.mktemp("module") / "policy")
-
-
 class Rows(Callback):
     """The rows of metrics, without speeds."""
 

@@ -21,11 +21,6 @@ from offpolicy.language.policy import open_model, without_dropout
 from offpolicy.language.rl.critic import Critic
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_policy(tmp_path_factory.mktemp("opening") / "policy")
-
-
 @pytest.mark.parametrize("kind", ["t5", "bart", "encoder-decoder"])
 def test_an_encoder_with_a_decoder_is_refused(kind: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "is_encoder_decoder": True}))

@@ -19,11 +19,6 @@ from offpolicy.losses.scores import TokenMean
 WEIGHTS = np.array([1, 2, 0, 1, 3])
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_policy(tmp_path_factory.mktemp("weights") / "policy")
-
-
 def repeated(replay: Replay, times: np.ndarray) -> Replay:
     """The same texts with every pair as often as its weight says."""
     tables = {name: np.repeat(table, times, axis=0) for name, table in replay.tables.items() if name != "pairs/weight"}

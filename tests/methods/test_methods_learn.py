@@ -5,18 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import make_policy, method, write_pairs
+from tiny import method, write_pairs
 from toy import quiet
 
 from offpolicy.data.texts.module import TextData
 
 PAIRED = ("DPO", "CDPO", "RDPO", "RPO", "IPO", "SimPO", "CPO", "ORPO")
 REFERENCE = ("DPO", "CDPO", "RDPO", "RPO", "IPO")
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_policy(tmp_path_factory.mktemp("learn") / "policy")
 
 
 @pytest.fixture(scope="module")

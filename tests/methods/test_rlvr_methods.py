@@ -12,17 +12,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_rl import SMALL, fit, make_policy, method, toy_problems
+from tiny_rl import SMALL, fit, method, toy_problems
 
 from offpolicy.data.texts.rollouts import DEMONSTRATION, OWN
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_policy(tmp_path_factory.mktemp("rlvr") / "policy")
 
 
 class Stores(Callback):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_rl import fit, make_policy, method, toy_problems
+from tiny_rl import fit, method, toy_problems
 
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.files import Table
@@ -17,11 +17,6 @@ from offpolicy.language.rl.records import Recorder
 
 CASES: dict[str, dict[str, Any]] = {"GRPO": {}, "ReMix": {"reincarnation": 3}, "RLPlus": {"micro_batch_size": 3}}
 SAME = ("loss", "reward/own", "ratio/ess", "ratio/clipped", "kl/behavior", "kl/base", "entropy", "answers/length")
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_policy(tmp_path_factory.mktemp("records") / "policy")
 
 
 @pytest.mark.slow

@@ -222,15 +222,6 @@ def test_when_a_reward_is_given_up() -> None:
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny import make_policy
-
-    folder = tmp_path_factory.mktemp("policy")
-    make_policy(folder)
-    return folder
-
-
 def run(policy: Path, tmp_path: Path, rows: list[dict[str, Any]], name: str, **options: Any) -> Any:
     from tiny_rl import ProblemData, method, quiet
 

@@ -39,11 +39,6 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_policy(tmp_path_factory.mktemp("resume") / "policy")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_crash_and_resume_equals_an_uninterrupted_run(name: str, policy: Path, tmp_path: Path) -> None:
