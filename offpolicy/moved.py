@@ -75,7 +75,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.language.scoring": ("offpolicy.language.rl.scoring",),
     "offpolicy.language.sharding": ("offpolicy.training.lightning_private",),
     "offpolicy.language.solving": ("offpolicy.language.rl.solving",),
-    "offpolicy.language.tokens": ("offpolicy.data.texts.tokens",),
+    "offpolicy.language.tokens": ("offpolicy.data.texts.tokens", "offpolicy.data.texts.rendering"),
     "offpolicy.losses.policy_terms": (
         "offpolicy.losses.policy.ratios",
         "offpolicy.losses.policy.trust",

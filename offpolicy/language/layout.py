@@ -148,21 +148,21 @@ class _Rows:
         self.pieces.append((*piece, segment))
 
     def answer(self, text: Ragged, row: Tensor, column: Tensor, prompt: Tensor, segment: int) -> None:
-        """Lay an answer and score it; its first token is predicted by the last of the prompt's ``prompt`` tokens."""
+        """Lay an answer and score what the model writes of it; the last of the ``prompt`` tokens predicts the first."""
         self.put(text, row, column, prompt, segment)
         owner, place = spread(text.length)
         before = torch.where(place == 0, prompt[owner], column[owner] + place) - 1
-        self._score(row[owner], before, text.token, owner, len(text.length))
+        self._score(row[owner], before, text, owner)
 
     def score_prompt(self, prompt: Ragged, row: Tensor) -> None:
         """Score a prompt that was laid at the start of its row."""
         owner, place = spread(prompt.length)
-        self._score(row[owner], place - 1, prompt.token, owner, len(prompt.length))
+        self._score(row[owner], place - 1, prompt._replace(scored=None), owner)
 
-    def _score(self, row: Tensor, before: Tensor, token: Tensor, owner: Tensor, answers: int) -> None:
-        known = before >= 0
-        self.scored.append((row[known], before[known], token[known], self.answers + owner[known]))
-        self.answers += answers
+    def _score(self, row: Tensor, before: Tensor, text: Ragged, owner: Tensor) -> None:
+        counts = before >= 0 if text.scored is None else (before >= 0) & text.scored
+        self.scored.append((row[counts], before[counts], text.token[counts], self.answers + owner[counts]))
+        self.answers += len(text.length)
 
     def layout(self, *, shared: bool) -> Layout:
         row, column, position, token = (torch.cat([p[i] for p in self.pieces]) for i in range(4))  # type: ignore[misc]

@@ -261,11 +261,11 @@ class PreferenceModule(LanguageModule):
 
     def step_means(self, table: ReferenceTable, rows: np.ndarray) -> StepMeans:
         """What losses need to know of all rows of a step."""
-        lengths, weight = table.texts.lengths[rows], row_weights(table.texts, rows)
+        weight, answer = row_weights(table.texts, rows), table.texts.scored[rows, 1]
         total = weight.sum() or 1.0  # of a step whose rows all have the weight 0, which learns nothing
-        sequence = lengths[:, 1] + np.maximum(lengths[:, 0] - 1, 0)
+        sequence = answer + np.maximum(table.texts.lengths[rows, 0] - 1, 0)  # nothing predicts the first token
         ratio = self._mismatched_ratio(table, rows, weight / total) if self.uses_mismatched else None
-        return StepMeans(total, weight @ lengths[:, 1] / total or 1.0, weight @ sequence / total or 1.0, ratio)
+        return StepMeans(total, weight @ answer / total or 1.0, weight @ sequence / total or 1.0, ratio)
 
     def _mismatched_ratio(self, table: ReferenceTable, rows: np.ndarray, share: np.ndarray) -> Tensor:
         """Mean log-ratio of answers under other prompts over the rows (B,) of a step, which have these shares, 0-d."""

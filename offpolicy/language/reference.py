@@ -28,7 +28,7 @@ from torch import Tensor
 
 from offpolicy.compute import processes
 from offpolicy.data.columns import to_numpy
-from offpolicy.data.texts.sequences import BoundTexts
+from offpolicy.data.texts.sequences import SCORED, BoundTexts
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import atomic_write
 from offpolicy.language import policy as policies
@@ -333,7 +333,8 @@ def texts_digest(bound: BoundTexts) -> str:
     replay = bound.replay
     token = np.ascontiguousarray(to_numpy(replay.steps["token"]))
     digest.update(str(token.dtype).encode())
-    for array in (token, replay.start, replay.length, bound.index):
+    scored = [to_numpy(replay.steps[SCORED])] if SCORED in replay.steps else []
+    for array in (token, replay.start, replay.length, bound.index, *scored):
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
 

@@ -15,6 +15,7 @@ from tiny import fit, make_policy, method, toy_pairs, write_pairs
 
 import offpolicy as op
 from offpolicy.data.texts.module import TextData
+from offpolicy.data.texts.sequences import token_ids as texts_of
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.meters import RowMeter
 from offpolicy.language.module import LanguageModule
@@ -112,6 +113,24 @@ def test_a_step_is_the_mean_over_its_rows(policy: Path) -> None:
 
 
 # -- rates, clipping, precision ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_tokens_that_are_not_scored_are_not_learned(size: int | None, policy: Path) -> None:
+    """L = −Σ log π / n over the scored tokens of the step, however it is cut."""
+    replay = toy_pairs(4)
+    replay.steps["scored"] = np.arange(replay.num_steps) % 3 > 0
+    options = {"lr": 0.0, "batch_size": 4, "micro_batch_size": size, "max_steps": 2, "held_out": False}
+    module, rows = train("SFT", policy, replay, precision="64-true", **options)
+    total, count = 0.0, 0
+    for prompt, answer in module._table.texts.index:
+        ids, n = np.append(texts_of(replay, prompt), texts_of(replay, answer)), int(replay.length[prompt])
+        logp = module.model(torch.from_numpy(ids)[None]).logits[0, n - 1 : -1].log_softmax(-1)
+        scored = np.flatnonzero(replay.steps["scored"][replay.start[answer] :][: replay.length[answer]])
+        total -= float(sum(logp[i, ids[n + i]] for i in scored))
+        count += len(scored)
+    assert rows[0]["train/loss"] == pytest.approx(total / count, rel=1e-9)
+    assert rows[0]["train/lengths/answer"] == pytest.approx(count / 4)
 
 
 def test_rates_are_a_function_of_the_step() -> None:

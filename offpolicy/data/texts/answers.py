@@ -12,7 +12,7 @@ from typing import Any
 
 from offpolicy.data.texts.messages import Fault, WrongType, kind_of, read_text, said
 from offpolicy.data.texts.numbers import last_mark
-from offpolicy.data.texts.tokens import Message, Text
+from offpolicy.data.texts.rendering import Message, Text
 
 OR = "\x1e"  # between right answers of which each is right, in the one text that a table holds
 PRINTED = re.compile(r"\s*(?:[\[{]\s*'|array\(\[)")  # str() of a list, an object or an array

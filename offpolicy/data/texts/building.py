@@ -14,8 +14,10 @@ from offpolicy.data.columns import smallest_type
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.formats import Faults, Record
 from offpolicy.data.texts.parts import lengths
+from offpolicy.data.texts.rendering import CALLS, Row, Text, written
+from offpolicy.data.texts.sequences import SCORED
 from offpolicy.data.texts.stops import turn_end
-from offpolicy.data.texts.tokens import CALLS, Encoded, Limits, Row, Text, encode, fingerprint, written
+from offpolicy.data.texts.tokens import Encoded, Limits, encode, fingerprint
 
 
 class Builder:
@@ -24,8 +26,10 @@ class Builder:
     def __init__(self, tokenizer: Any, limits: Limits, template: dict, faults: Faults, counts: Counter[str]) -> None:
         self.tokenizer, self.limits, self.template = tokenizer, limits, template
         self.faults, self.counts = faults, counts
-        self.texts: dict[bytes, int] = {}
+        self.texts: dict[tuple[bytes, bytes], int] = {}
         self.parts: list[np.ndarray] = []
+        self.scored: list[np.ndarray] = []  # of each part: which tokens the model writes
+        self.has_tools = False
         self.moved_tail = ""
         self.dtype = smallest_type(len(tokenizer))
 
@@ -37,11 +41,8 @@ class Builder:
             if fault is not None:
                 self.faults.add(record.row, fault.where, fault.fault, fault.found)
                 continue
-            if len(encoded) == 2:  # a prompt for each side
-                sides = [(encoded[0].prompt, encoded[0].answers[0]), (encoded[1].prompt, encoded[1].answers[0])]
-            else:
-                sides = [(encoded[0].prompt, answer) for answer in encoded[0].answers]
-            index.append([self._store(ids) for side in sides for ids in side])
+            # one row with all answers to its prompt, or a row for each side
+            index.append([number for one in encoded for side in self._sides(one) for number in side])
             kept.append(record)
             self._count(encoded, isinstance(record.prompt, list))
         if not kept:
@@ -54,8 +55,11 @@ class Builder:
             "limits": vars(self.limits) | {},
             "doubts": self._doubts(kept, pairs),
         }
+        steps = {"token": np.concatenate(self.parts)}
+        if self.has_tools:
+            steps[SCORED] = np.concatenate(self.scored)
         return Replay(
-            {"token": np.concatenate(self.parts)},
+            steps,
             start=np.cumsum(length) - length,
             length=length,
             tables={table: pairs, **_columns(kept, table)},
@@ -78,16 +82,28 @@ class Builder:
         for record in made:
             yield [next(encoded) for _ in range(1 if record.rejected_prompt is None else 2)]
 
-    def _store(self, ids: np.ndarray) -> int:
+    def _sides(self, row: Encoded) -> Iterator[tuple[int, int]]:
+        """The numbers of prompt and answer in the store, for each answer of a row."""
+        for i, answer in enumerate(row.answers):
+            yield self._store(row.prompt), self._store(answer, None if row.scored is None else row.scored[i])
+
+    def _store(self, ids: np.ndarray, scored: np.ndarray | None = None) -> int:
         small: np.ndarray = ids.astype(self.dtype)
-        number = self.texts.setdefault(small.tobytes(), len(self.texts))
+        tools = scored is not None and not scored.all()
+        scored = scored if scored is not None and tools else np.ones(len(small), bool)
+        number = self.texts.setdefault((small.tobytes(), scored.tobytes() if tools else b""), len(self.texts))
         if number == len(self.parts):
             self.parts.append(small)
+            self.scored.append(scored)
+        self.has_tools |= tools
         return number
 
     def _count(self, encoded: list[Encoded], chat: bool) -> None:
         self.counts["prompts were cut"] += any(one.cut_prompt for one in encoded)
         self.counts["answers were cut, so they have no end"] += any(one.cut_answer for one in encoded)
+        self.counts["rows have turns of tools in their answers; what the tools say is read, and not learned"] += any(
+            one.scored is not None for one in encoded
+        )
         moved = [one for one in encoded if one.moved]
         if moved and chat:
             self.counts["rows were rendered differently as prompt alone and with the answer"] += 1

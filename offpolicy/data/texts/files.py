@@ -19,7 +19,7 @@ from offpolicy.data.guard import check_parquet, checked_table, unpacked
 from offpolicy.data.names import TABLES, file_type, shards
 from offpolicy.data.texts.formats import Source
 from offpolicy.data.texts.messages import WrongType, unpack
-from offpolicy.data.texts.tokens import lone_surrogate
+from offpolicy.data.texts.rendering import lone_surrogate
 from offpolicy.errors import DataError, UsageError, nearest
 
 SPLIT = re.compile(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-from offpolicy.data.texts.tokens import Message, Text, lone_surrogate
+from offpolicy.data.texts.rendering import Message, Text, lone_surrogate
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 ROLES |= {"observation": "tool", "function_response": "tool"}

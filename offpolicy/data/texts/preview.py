@@ -8,9 +8,10 @@ import numpy as np
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.parts import table_of
-from offpolicy.data.texts.sequences import token_ids
+from offpolicy.data.texts.sequences import is_scored, token_ids
 
 BOUNDARY = " ▶ "  # what stands before it is read, what stands after it is scored
+TOOL = "⟦{}⟧"  # what a tool says in an answer, which is read too
 WIDTH = 10  # of the labels
 
 
@@ -38,7 +39,7 @@ def report(replay: Replay) -> str:
 
 
 def samples(replay: Replay, tokenizer: Any, n: int = 2) -> str:
-    """The first ``n`` rows decoded: what stands before ▶ is read, what stands after it is scored.
+    """The first ``n`` rows decoded: what stands before ▶ or in ⟦⟧ is read, the rest after ▶ is scored.
 
     Each answer comes with the ids of the last five tokens of the prompt and its own first five.
     """
@@ -49,11 +50,20 @@ def samples(replay: Replay, tokenizer: Any, n: int = 2) -> str:
         source = replay.tables.get(f"{table}/row")
         lines.append(f"{table.removesuffix('s')} {number}" + (f" (row {source[number]})" if source is not None else ""))
         for side, name in enumerate(names):
-            prompt, answer = (token_ids(replay, row[2 * side + i]).tolist() for i in (0, 1))
-            text = tokenizer.decode(prompt) + BOUNDARY + tokenizer.decode(answer)
+            prompt, answer = (token_ids(replay, row[2 * side + i]) for i in (0, 1))
+            scored = is_scored(replay, row[2 * side + 1])
+            text = tokenizer.decode(prompt) + BOUNDARY + _marked(answer, scored, tokenizer)
             lines.append(_line(name, text.replace("\n", "\n" + " " * (WIDTH + 2))))
-            lines.append(_line("", f"ids … {prompt[-5:]} ▶ {answer[:5]} …, {len(answer)} tokens scored"))
+            first, last = answer[:5].tolist(), prompt[-5:].tolist()
+            lines.append(_line("", f"ids … {last} ▶ {first} …, {int(scored.sum())} tokens scored"))
     return "\n".join(lines)
+
+
+def _marked(answer: np.ndarray, scored: np.ndarray, tokenizer: Any) -> str:
+    """An answer with what tools say in it marked."""
+    cuts = np.flatnonzero(np.diff(scored)) + 1
+    parts = [tokenizer.decode(part) for part in np.split(answer, cuts)]
+    return "".join(part if scored[at] else TOOL.format(part) for part, at in zip(parts, [0, *cuts]))
 
 
 def _line(label: str, text: str) -> str:

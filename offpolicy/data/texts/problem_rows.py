@@ -12,7 +12,7 @@ from offpolicy.data.texts.answers import after_mark, demonstration, right_answer
 from offpolicy.data.texts.formats import Source, scan, template_options
 from offpolicy.data.texts.messages import Fault, WrongType, check_characters, read_prompt
 from offpolicy.data.texts.numbers import MARK
-from offpolicy.data.texts.tokens import Text
+from offpolicy.data.texts.rendering import Text
 from offpolicy.errors import DataError, UsageError, nearest
 
 PROMPTS = ("prompt", "question", "problem")

@@ -23,9 +23,10 @@ from offpolicy.data.texts.formats import Faults, Source
 from offpolicy.data.texts.hub import read
 from offpolicy.data.texts.numbers import MARK
 from offpolicy.data.texts.problem_rows import Problem, problem_columns, question_hash, read_problems
+from offpolicy.data.texts.rendering import Row
 from offpolicy.data.texts.stops import TurnEnd, turn_end
 from offpolicy.data.texts.tokenised import TokenisedData
-from offpolicy.data.texts.tokens import Limits, Row, encode, fingerprint, load_tokenizer, tokenise
+from offpolicy.data.texts.tokens import Limits, encode, fingerprint, load_tokenizer, tokenise
 from offpolicy.errors import DataError, UsageError, check_range
 
 THINK = "<think>"

@@ -12,7 +12,8 @@ from offpolicy.data.names import resolve
 from offpolicy.data.texts.formats import Faults, Source, template_options
 from offpolicy.data.texts.hub import read
 from offpolicy.data.texts.messages import Fault, WrongType, read_prompt
-from offpolicy.data.texts.tokens import Limits, Row, Text, encode, lone_surrogate, shortened
+from offpolicy.data.texts.rendering import Row, Text, lone_surrogate
+from offpolicy.data.texts.tokens import Limits, encode, shortened
 from offpolicy.errors import DataError, UsageError, nearest
 
 COLUMNS = ("prompt", "question", "problem", "instruction", "query", "messages")

@@ -12,6 +12,9 @@ distinct text; prompts are episodes too, so a prompt that many answers share is 
                                       numbers answer one prompt together), ``row``, ``ref_logps``, …
 ======================  ============  ==================================================================================
 
+A second step column, ``scored`` bool, is there where answers hold turns of tools: it is false at the tokens that the
+model reads and does not write.
+
 A replay has pairs, singles or both. Singles are derived from pairs where a method wants them and there are none.
 """
 
@@ -28,12 +31,16 @@ from offpolicy.data.columns import to_numpy
 from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError
 
+SCORED = "scored"  # the step column that says which tokens of an answer the model writes
+
 
 class Ragged(NamedTuple):
-    """B token sequences of different lengths, laid end to end: ``token (Σ length,)`` int64, ``length (B,)`` int64."""
+    """B token sequences of different lengths, laid end to end: ``token (Σ length,)`` int64, ``length (B,)`` int64,
+    ``scored (Σ length,)`` bool, which tokens count where these are answers; None for all."""
 
     token: Tensor
     length: Tensor
+    scored: Tensor | None = None
 
 
 class Pairs(NamedTuple):
@@ -77,8 +84,18 @@ def spans(replay: Replay, episodes: np.ndarray) -> np.ndarray:
 
 def texts(replay: Replay, episodes: np.ndarray) -> Ragged:
     """The tokens of these episodes (B,)."""
-    token = to_numpy(replay.steps["token"])[spans(replay, episodes)]
-    return Ragged(torch.from_numpy(token.astype(np.int64)), torch.from_numpy(replay.length[episodes]))
+    rows = spans(replay, episodes)
+    token = to_numpy(replay.steps["token"])[rows].astype(np.int64)
+    scored = torch.from_numpy(to_numpy(replay.steps[SCORED])[rows]) if SCORED in replay.steps else None
+    return Ragged(torch.from_numpy(token), torch.from_numpy(replay.length[episodes]), scored)
+
+
+def scored_lengths(replay: Replay) -> np.ndarray:
+    """How many tokens of each text count where it is an answer, (E,) int64."""
+    if SCORED not in replay.steps:
+        return replay.length
+    before = np.append(0, np.cumsum(to_numpy(replay.steps[SCORED]), dtype=np.int64))
+    return before[replay.start + replay.length] - before[replay.start]
 
 
 def token_ids(replay: Replay, episode: int) -> np.ndarray:
@@ -87,12 +104,19 @@ def token_ids(replay: Replay, episode: int) -> np.ndarray:
     return to_numpy(replay.steps["token"])[start : start + replay.length[episode]].astype(np.int64)
 
 
+def is_scored(replay: Replay, episode: int) -> np.ndarray:
+    """Which tokens of one answer the model writes, bool."""
+    start, length = replay.start[episode], replay.length[episode]
+    return to_numpy(replay.steps[SCORED])[start : start + length] if SCORED in replay.steps else np.ones(length, bool)
+
+
 class BoundTexts:
     """A view of texts bound to a replay: gathers any rows of its index table at once.
 
     Attributes:
         index: (n, k) int64, episode numbers; k is 4 for pairs and 2 for singles.
         lengths: (n, k) int64, tokens of each.
+        scored: (n, k) int64, those of them that the model writes.
         facts: columns by name, (n, …).
     """
 
@@ -102,6 +126,7 @@ class BoundTexts:
         self.replay, self.kind = replay, kind
         self.index, self.facts = np.asarray(index, dtype=np.int64), facts
         self.lengths = replay.length[self.index]
+        self.scored = scored_lengths(replay)[self.index]
         if "weight" in facts:
             check_weights(facts["weight"], replay.meta.get("name", "the data"))
 

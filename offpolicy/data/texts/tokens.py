@@ -10,18 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from offpolicy.data.texts.rendering import Row, Text, render
+from offpolicy.data.texts.tool_turns import Place
 from offpolicy.errors import DataError, UsageError, check_range
 
-Message = dict[str, Any]
-Text = str | list[Message]  # plain text, or a conversation
 CHUNK = 1024  # rows tokenised per call: enough for the tokenizer's threads, little to hold
 TRUNCATIONS = ("prompt_first", "keep_start", "keep_end")
 
@@ -57,15 +56,6 @@ class Limits:
 
 
 @dataclass
-class Row:
-    """A prompt with the answers to it, all plain text or all messages; ``template`` goes to the chat template."""
-
-    prompt: Text
-    answers: Sequence[Text]
-    template: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass
 class Encoded:
     """Tokens of a row.
 
@@ -78,6 +68,7 @@ class Encoded:
         moved: prompt tokens that went to the answers because the tokenizer merges across the boundary.
         tail: the text of those tokens.
         cut_prompt, cut_answer: whether the prompt or an answer was shortened.
+        scored: for each answer which of its tokens are the model's, bool; None where all of the row's are.
     """
 
     prompt: np.ndarray
@@ -89,6 +80,7 @@ class Encoded:
     tail: str = ""
     cut_prompt: bool = False
     cut_answer: bool = False
+    scored: list[np.ndarray] | None = None
 
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------
@@ -146,131 +138,43 @@ def encode(rows: Iterable[Row], tokenizer: Any, limits: Limits | None = None) ->
     """
     limits, rows = limits or Limits(), iter(rows)
     while chunk := list(islice(rows, CHUNK)):
-        texts = [_render(row, tokenizer) for row in chunk]
-        broken = [isinstance(row, list) and any(map(lone_surrogate, row)) for row in texts]
-        good = [row for row, bad in zip(texts, broken) if isinstance(row, list) and not bad]
+        texts = [render(row, tokenizer) for row in chunk]
+        good = [row.all() for row in texts if not row.fault]
         ids = tokenise([text for row in good for text in row], tokenizer)
-        for row, rendered, bad in zip(chunk, texts, broken):
-            if isinstance(rendered, str):
-                yield Encoded(np.zeros(0, dtype=np.int64), [], "template", found=rendered)
+        for row, rendered in zip(chunk, texts):
+            if rendered.fault:
+                yield Encoded(np.zeros(0, dtype=np.int64), [], rendered.fault, rendered.where, rendered.found)
                 continue
-            if bad:
-                number = next(i for i, text in enumerate(rendered) if lone_surrogate(text))
-                where, found = ("answers" if number else "prompt"), lone_surrogate(rendered[number])
-                yield Encoded(np.zeros(0, dtype=np.int64), [], "surrogate", where, found)
-                continue
-            prompt, *full = [ids[text] for text in rendered]
-            yield _cut(_split(prompt, full, tokenizer, plain=isinstance(row.prompt, str)), limits, tokenizer)
+            full = [ids[text] for text in rendered.answers]
+            split = _split(ids[rendered.prompt], full, tokenizer, plain=isinstance(row.prompt, str))
+            if any(rendered.tools):
+                split.scored = [
+                    _without_tools(ids, text, places)[len(split.prompt) :]
+                    for text, places in zip(rendered.answers, rendered.tools)
+                ]
+            yield _cut(split, limits, tokenizer)
+
+
+def _without_tools(ids: Mapping[str, np.ndarray], text: str, places: Iterable[Place]) -> np.ndarray:
+    """Which tokens of a text stand outside of these places, bool; one that spans the beginning of a place does not."""
+    outside = np.ones(len(ids[text]), dtype=bool)
+    for begin, end in places:
+        first, last = (_common(ids[text], ids[text[:at]]) for at in (begin, end))
+        outside[first:last] = False
+    return outside
 
 
 def prompt_ids(prompt: Text, tokenizer: Any, template: Mapping[str, Any] | None = None) -> np.ndarray:
     """The tokens after which the model writes its answer to a prompt, int64 (T,); not cut."""
-    rendered = _render(Row(prompt, (), template or {}), tokenizer)
-    if isinstance(rendered, str):
-        raise DataError(f"the chat template refuses the prompt: {rendered}. Correct the roles of its messages.")
-    if broken := lone_surrogate(rendered[0]):
-        raise DataError(f"the prompt holds half of a surrogate pair ({broken!r}); expected characters. Write it again.")
-    ids = tokenise(rendered, tokenizer)[rendered[0]]
-    return _with_bos(ids, tokenizer) if isinstance(prompt, str) else ids
-
-
-def _render(row: Row, tokenizer: Any) -> list[str] | str:
-    """The prompt and the prompt with each answer as text, or what the template says against them."""
-    if isinstance(row.prompt, str):
-        return [row.prompt, *(row.prompt + answer for answer in row.answers)]  # type: ignore[operator]
-    if not tokenizer.chat_template:
+    rendered = render(Row(prompt, (), template or {}), tokenizer)
+    if rendered.fault == "template":
+        raise DataError(f"the chat template refuses the prompt: {rendered.found}. Correct the roles of its messages.")
+    if rendered.fault:
         raise DataError(
-            f"the data are messages and the tokenizer {tokenizer.name_or_path} has no chat template; expected one that "
-            "says how turns are written. Use the tokenizer of a chat model, or pass plain text."
+            f"the prompt holds half of a surrogate pair ({rendered.found!r}); expected characters. Write it again."
         )
-    eos = tokenizer.eos_token or ""
-    as_text = any(
-        isinstance(t, dict) and t.get("tool_calls") for text in (row.prompt, *row.answers) for t in text
-    ) and (_writes_calls(tokenizer, bool(row.template.get("tools"))) == "text")
-
-    def whole(answer: list[Message]) -> list[Message]:
-        last = answer[-1]
-        if eos and last["content"].endswith(eos):  # the template writes the end of the turn
-            last = {**last, "content": last["content"].removesuffix(eos)}
-        return [*row.prompt, *answer[:-1], last]
-
-    def text(messages: list[Message], **options: Any) -> str:
-        messages = [_with_text_arguments(m) for m in messages] if as_text else messages
-        return tokenizer.apply_chat_template(messages, tokenize=False, **row.template, **options)
-
-    try:
-        return [
-            text(row.prompt, add_generation_prompt=True),
-            *(text(whole(answer)) for answer in row.answers),  # type: ignore[arg-type]
-        ]
-    except Exception as error:  # templates raise their own errors, and any of Python
-        return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-# What a chat template does with tool calls, by template and whether there are tools: it writes their arguments given as
-# an "object" or as "text" (JSON), or "nothing" of them.
-_CALLS: dict[tuple[str, bool], str] = {}
-CALLS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content")  # keys of turns that templates may write
-
-
-def written(tokenizer: Any, names: Iterable[str]) -> set[str]:
-    """Those of the names of turns and of template options that the chat template uses."""
-    source = str(tokenizer.chat_template)
-    found = {name for name in names if re.search(rf"\b{name}\b", source)}
-    return found - {"tool_calls"} if "tool_calls" in found and _writes_calls(tokenizer, False) == "nothing" else found
-
-
-def _writes_calls(tokenizer: Any, tools: bool) -> str:
-    """Which arguments of tool calls the chat template wants, found by having it write a call."""
-    key = str(tokenizer.chat_template), tools
-    if key not in _CALLS:
-        as_object, as_text = (_probe(tokenizer, given, tools) for given in ({"key_": "value_"}, '{"key_": "value_"}'))
-        if "value_" in as_object and "{'key_'" not in as_object:
-            _CALLS[key] = "object"
-        elif "value_" in as_text and '\\"key_' not in as_text:
-            _CALLS[key] = "text"
-        else:
-            _CALLS[key] = "nothing" if as_object and "name_" not in as_object else "object"
-    return _CALLS[key]
-
-
-def _probe(tokenizer: Any, arguments: Any, tools: bool) -> str:
-    """A conversation with a call as the chat template writes it; "" where it refuses."""
-    function = {"name": "name_", "arguments": arguments}
-    call = {"id": "a1b2c3d4e", "type": "function", "function": function}  # nine letters, as some templates ask for
-    known = {"type": "function", "function": {"name": "other", "description": "", "parameters": {}}}
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, **({"tools": [known]} if tools else {}))
-    except Exception:  # templates raise their own errors, and any of Python
-        return ""
-
-
-def _with_text_arguments(turn: Message) -> Message:
-    """A turn with the arguments of its tool calls as JSON text."""
-    if not turn.get("tool_calls"):
-        return turn
-
-    def changed(call: Mapping[str, Any]) -> dict[str, Any]:
-        call = dict(call)
-        if isinstance(call.get("function"), Mapping):
-            call["function"] = changed(call["function"])
-        if isinstance(call.get("arguments"), Mapping):
-            call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
-        return call
-
-    return {**turn, "tool_calls": [changed(call) for call in turn["tool_calls"]]}
-
-
-def lone_surrogate(text: str) -> str:
-    """The place in a text at which half of a surrogate pair stands, "" where there is none."""
-    if text.isascii():
-        return ""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return text[max(0, error.start - 20) : error.end + 10]
-    return ""
+    ids = tokenise([rendered.prompt], tokenizer)[rendered.prompt]
+    return _with_bos(ids, tokenizer) if isinstance(prompt, str) else ids
 
 
 def tokenise(texts: Sequence[str], tokenizer: Any) -> dict[str, np.ndarray]:
@@ -347,8 +251,11 @@ def _cut(row: Encoded, limits: Limits, tokenizer: Any) -> Encoded:
         row.fault, row.found = "truncated", f"{before} tokens of prompt and {longest} of answer"
         return row
     row.answers = [answer[:room] for answer in row.answers]
+    row.scored = None if row.scored is None else [scored[:room] for scored in row.scored]
     if _identical(row.answers):
         row.fault, row.found = "identical_cut", f"the same first {room} tokens"
+    if row.scored is not None and not all(map(np.any, row.scored)):
+        row.fault, row.found = "truncated", f"{room} tokens of answer, all of them of tools"
     return row
 
 

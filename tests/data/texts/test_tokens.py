@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 from made_tokenizers import KINDS, made_tokenizer
 
-from offpolicy.data.texts.tokens import (
-    CHUNK,
-    Encoded,
-    Limits,
-    Row,
-    encode,
-    fingerprint,
-    load_tokenizer,
-    prompt_ids,
-)
+from offpolicy.data.texts.rendering import Row
+from offpolicy.data.texts.tokens import CHUNK, Encoded, Limits, encode, fingerprint, load_tokenizer, prompt_ids
 from offpolicy.errors import DataError, UsageError
 
 

@@ -52,6 +52,10 @@ FAULTS = {  # kind → what is wrong, what was expected
     "label": ("no label", "true or false"),
     "surrogate": ("half of a surrogate pair, which is no character", "whole characters; write the text again"),
     "template": ("turns that the chat template refuses", "roles in the order it wants"),
+    "tool_turns": (
+        "a turn of a tool whose place in the text cannot be told, so that it would be learned,",
+        "a chat template that writes a conversation up to that turn as it writes the whole one",
+    ),
     "long_prompt": ("a prompt longer than there is room", "a shorter one; raise --data.max_prompt_length"),
     "logps": ("log-probabilities that do not fit the demonstration", "one ≤ 0 for each of its tokens and for EOS"),
     "known_test": ("a question of the test set", "questions of the training set alone"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from offpolicy.data.texts.formats.source import Record, Source
-from offpolicy.data.texts.tokens import Text
+from offpolicy.data.texts.rendering import Text
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any, cast
 from offpolicy.data.texts.formats.form import PromptStyle, Seen
 from offpolicy.data.texts.formats.values import prompt_in
 from offpolicy.data.texts.messages import Fault, differing_keys, read_text, said, turn_key
-from offpolicy.data.texts.tokens import Message, Text
+from offpolicy.data.texts.rendering import Message, Text
+from offpolicy.data.texts.tool_turns import common_length
 
 TURN = "\n\nAssistant:"  # where answers begin in written-out dialogues
 Parted = tuple[Text, Text | None, tuple[Text, ...]]  # prompt, that of the rejected side if another, answers
@@ -180,15 +181,3 @@ def shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
     if at < shared and chosen[at]["role"] in ("user", "system") and said(chosen[at]) == said(rejected[at]):
         raise Fault("rejected", "other_keys", differing_keys(chosen[at], rejected[at]))
     return at
-
-
-def common_length(a: str, b: str) -> int:
-    """Length of the common beginning, by bisection."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from offpolicy.data.texts.tokens import Text
+from offpolicy.data.texts.rendering import Text
 
 
 @dataclass

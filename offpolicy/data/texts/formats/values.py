@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from offpolicy.data.texts.formats.source import Source
 from offpolicy.data.texts.messages import Fault, WrongType, blank, read_prompt, shorten, turn_key, unpack_lists
-from offpolicy.data.texts.tokens import Message, Text
+from offpolicy.data.texts.rendering import Message, Text
 from offpolicy.errors import DataError
 
 NUMBERS = ("score_chosen", "score_rejected", "weight")
