@@ -9,8 +9,7 @@ import importlib
 from typing import Any
 
 from offpolicy import moved
-
-__version__ = "0.2.0"
+from offpolicy.version import __version__ as __version__
 
 _NAMES = {
     "DataError": "offpolicy.errors",

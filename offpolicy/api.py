@@ -322,7 +322,7 @@ def evaluate(
         given = {"temperature": temperature}
     with trusting(trust):
         evaluator = Evaluator(meta, method.sizes, episodes=episodes, seed=seed, num_envs=num_envs)
-        order = make_order(meta, method.option("subgoal_steps", 25)) if isinstance(method, GoalModule) else None
+        order = make_order(meta, method.order_steps) if isinstance(method, GoalModule) else None
     results: list[EvalResult] = []
 
     def play(single: OfflineModule) -> dict[str, float]:

@@ -23,6 +23,7 @@ FLOORS: list[set[str]] = [
         "offpolicy.recipes",
         "offpolicy.registry",
         "offpolicy.trust",
+        "offpolicy.version",
     },
     {"offpolicy.compute"},
     {"offpolicy.environments"},

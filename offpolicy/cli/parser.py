@@ -148,6 +148,19 @@ def updates_for_own_data(command: Command, cli: FitCLI) -> str:
     )
 
 
+def with_own_updates(command: Command, args: list[str], method: type[Module]) -> list[str]:
+    """The arguments of ``--print_config`` with the number of updates that the run would make of data of the user's own,
+    after a comment on it; other arguments as they are."""
+    rest = [arg for arg in args if not arg.startswith("--print_config")]
+    if rest == args or not command.own_data:
+        return args
+    cli = FitCLI(rest, method)
+    if chosen := updates_for_own_data(command, cli):
+        print(f"# trainer.max_steps: {chosen}")
+        return [*args, f"--trainer.max_steps={cli.config.trainer.max_steps}"]
+    return args
+
+
 def parse(command: Command) -> FitCLI:
     """Check the options against the method's signature, then types, then build method and data.
 
@@ -182,6 +195,7 @@ def _parse(command: Command) -> FitCLI:
     signal_handler = signal.getsignal(signal.SIGTERM)
     try:
         with quiet(), only_allowed_names():
+            args = with_own_updates(command, args, method)
             made = FitCLI(args, method)
     except ArgumentError as error:
         raise UsageError(one_sentence(str(error), known)) from None

@@ -61,7 +61,8 @@ class Pool:
     def facts(self, updates: int) -> list[tuple[str, str]]:
         """Lines of the first screen of a run with this many updates in all."""
         o = self.options
-        steps, where = o.horizon or self.model.option("horizon", None), f"{100 * o.share:.4g} % of the rows of a batch"
+        steps = o.horizon or getattr(self.model.view, "horizon", None)  # a generator may have no length of its own
+        where = f"{100 * o.share:.4g} % of the rows of a batch"
         when = "drawn once, without guidance"
         if self.source == "policy-guided":
             never = ", which this run does not reach" if o.every >= updates else ""

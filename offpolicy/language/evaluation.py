@@ -42,7 +42,7 @@ def evaluate(method: Any) -> dict[str, float]:
 
 def idealised(method: Any, scores: Any) -> dict[str, Tensor]:
     """What a perfectly optimised policy would rank right (arXiv:2405.19534), where there are pairs and a reference."""
-    beta = method.option("beta", None)
+    beta = method.hparams.get("beta")
     if not (method.uses_reference and beta and hasattr(scores, "chosen")):
         return {}
     chosen, rejected = scores.chosen.ref_logps, scores.rejected.ref_logps

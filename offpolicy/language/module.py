@@ -145,7 +145,8 @@ class LanguageModule(Module):
             )
         self.model: Any = None  # the causal language model, wrapped by peft where there are adapters
         self.tokenizer: Any = None
-        self.strict_loading = not (lora_rank or adapter)  # checkpoints of adapters hold nothing else
+        self.has_adapters = bool(lora_rank or adapter)
+        self.strict_loading = not self.has_adapters  # checkpoints of adapters hold nothing else
         self.save_hyperparameters()
         self._horizon = 0  # steps over which the rate falls
         self._micro = 0  # micro-batches of the current step that are done
@@ -231,7 +232,7 @@ class LanguageModule(Module):
         if self.hparams.gradient_checkpointing:
             with policies.silent():  # newer versions have another name for it too
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-                if not self.strict_loading:
+                if self.has_adapters:
                     model.enable_input_require_grads()
 
     @property
@@ -294,7 +295,7 @@ class LanguageModule(Module):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if not self.strict_loading:
+        if self.has_adapters:
             kept = self._trained_names() | {f"model.{name}" for name in adapter_names(self.model)}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
 
@@ -345,7 +346,7 @@ class LanguageModule(Module):
     def precision_notes(self) -> list[str]:
         """A sentence where the weights can hardly move."""
         dtype = next(policies.base_of(self.model).parameters()).dtype
-        if dtype != torch.bfloat16 or not self.strict_loading:
+        if dtype != torch.bfloat16 or self.has_adapters:
             return []
         return [
             f"All weights are bfloat16, whose steps are 1/256 of a value: a rate of {self.hparams.lr:g} may move few "

@@ -80,6 +80,11 @@ class GoalModule(OfflineModule):
         """φ([obs; goal]) (…, B, Z), to compare with :meth:`subgoals`; None without a high level."""
         return None
 
+    @property
+    def order_steps(self) -> int:
+        """Steps between the states of an episode whose values are compared: those of a subgoal, where there are any."""
+        return self.hparams.get("subgoal_steps", 25)
+
     # -- acting --------------------------------------------------------------------------------------------------------
 
     def act_goal(

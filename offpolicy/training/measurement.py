@@ -163,7 +163,7 @@ class Evaluation(Measurement):
         self.evaluator, reason = make_evaluator(meta, pl_module.sizes, episodes=pl_module.run.eval_episodes)
         if self.evaluator is not None:
             if hasattr(pl_module, "value_of"):
-                self.order = make_order(meta, pl_module.option("subgoal_steps", 25))
+                self.order = make_order(meta, pl_module.order_steps)
             self.facts = {"env": simulator_version(meta["env_id"]), "score_kind": score_kind(meta)}
         return reason
 

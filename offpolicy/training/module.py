@@ -45,6 +45,7 @@ class Module(LightningModule):
     trains_on_texts: ClassVar[bool] = False
     saved_again: ClassVar[bool] = True  # after an evaluation, which may change the method, as well as before it
     divergence_advice: ClassVar[str] = "Lower the learning rate"  # begins a sentence
+    has_adapters: bool = False  # of peft
     step_ended: bool = True  # false between the micro-batches of one optimiser step
     if TYPE_CHECKING:
         hparams: Any  # the arguments of the method's __init__, by name
@@ -127,10 +128,6 @@ class Module(LightningModule):
                 "be set before they are made. Set it on a new method."
             )
         self._seeds = found
-
-    def option(self, name: str, default: Any) -> Any:
-        """A hyperparameter that a method may leave out."""
-        return getattr(self.hparams, name, default)
 
     def describe(self) -> Description:
         """Itself in lines for the first screen; asked once training begins, on the first process."""

@@ -205,6 +205,7 @@ class OfflineModule(SteppingModule):
                 f"`batch_size` is {self.common.batch_size}; expected a multiple of the {self.world_size} "
                 "processes, as it is the size of the global batch."
             )
+        self.warn_of_rates_at_0(trainer.max_steps)
         self.apply_settings()
         if self.run.compile:
             self._compile_losses()

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import offpolicy
 from offpolicy.evaluation.scores import score_kind, simulator_version
 from offpolicy.training.description import Description
 from offpolicy.training.headlines import scores_line
+from offpolicy.version import __version__
 
 LABEL = 10  # width of the labels
 
@@ -114,12 +114,12 @@ def versions(method: Any) -> dict[str, Any]:
     """What decides the numbers of a run: versions, commit, data and the settings that change last bits."""
     meta = method.data_meta
     names = ["torch", "lightning", "gymnasium", "numpy", "jsonargparse", "transformers"]
-    names += ["peft"] if method.option("lora_rank", 0) or method.option("adapter", None) else []
+    names += ["peft"] if method.has_adapters else []
     threads, matmul = settings_in_use(method)
     env = meta.get("env_id")
     return {
-        "offpolicy": offpolicy.__version__,
-        "git": git_commit(Path(offpolicy.__path__[0])),
+        "offpolicy": __version__,
+        "git": git_commit(Path(__file__).parents[1]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: importlib.metadata.version(name) for name in names},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from offpolicy.compute import processes
 from offpolicy.compute.optim import FusedAdam, clip_per_seed, gradients, polyak_
 from offpolicy.data.sizes import Sizes
 from offpolicy.errors import UsageError, check_range
@@ -81,7 +82,8 @@ class SteppingModule(ActingModule):
 
         Rates stay constant where it is 0 or None.
         """
-        return getattr(self.hparams, "lr_decay_steps", None) if self._decay_steps is None else self._decay_steps
+        given = getattr(self.hparams, "lr_decay_steps", None)
+        return self._decay_steps if given is None else given
 
     def plan_rates(self, max_steps: int | None) -> None:
         """Called before training with the updates of the run, for learning rates that fall over them.
@@ -100,6 +102,21 @@ class SteppingModule(ActingModule):
                 type(self).__name__,
             )
         return max_steps
+
+    def warn_of_rates_at_0(self, max_steps: int) -> None:
+        """Say which networks a run leaves as they are from some update on, as their rate has fallen to 0."""
+        fallen = self.decay_steps
+        if not fallen or fallen >= max_steps or not processes.is_first_process():
+            return
+        names = [name for name, rate in self.learning_rates().items() if callable(rate) and not rate(max_steps)]
+        if names:
+            log.warning(
+                "The learning rate of %s falls to 0 over %s updates, and the run has %s: after update %s it trains "
+                "nothing there. Pass --model.lr_decay_steps %d to go on learning, or 0 for a constant rate.",
+                " and ".join(names),
+                *(f"{n:,}" for n in (fallen, max_steps, fallen)),
+                max_steps,
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

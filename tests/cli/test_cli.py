@@ -258,6 +258,18 @@ def test_print_config_repeats_itself(capsys: pytest.CaptureFixture[str], home: P
     assert again.model.hparams == cli("--model", "IQL", "--model.beta", "4").model.hparams
 
 
+def test_print_config_says_how_many_updates_own_data_get(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    """300 steps of a file: 10,000 updates, not the million of known tasks; what the user says stays."""
+    for more, expected, words in (([], 10_000, "100 epochs of 300 steps"), (["--trainer.max_steps", "7"], 7, "")):
+        with pytest.raises(SystemExit):
+            fit.main(["--data", "toy", "--model", "BC", *more, "--print_config"])
+        printed = capsys.readouterr().out
+        assert yaml.safe_load(printed)["trainer"]["max_steps"] == expected
+        assert printed.startswith(f"# trainer.max_steps: {words}") == bool(words)
+        (home / "printed.yaml").write_text(printed)
+        assert cli("--config", "printed.yaml").config.trainer.max_steps == expected
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 

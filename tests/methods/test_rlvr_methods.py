@@ -67,7 +67,7 @@ def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores,
         token = store.steps["token"][span].astype(np.int64)
         prompt = token_ids(problems, problems.tables["problems"][store.episodes["prompt"][row], 0])
         whole = whole_of(model, prompt, token, module.hparams.temperature)
-        logp, entropy, kl = chosen(whole, token), -(whole.exp() * whole).sum(-1), module.option("kl", "k3")
+        logp, entropy, kl = chosen(whole, token), -(whole.exp() * whole).sum(-1), module.hparams.get("kl", "k3")
         with torch.no_grad():
             old = whole_of(start[k], prompt, token, module.hparams.temperature)
             base = whole_of(start[1], prompt, token, module.hparams.temperature)

@@ -122,6 +122,30 @@ def test_a_rate_over_the_run_is_kept_by_the_base(tmp_path: Path) -> None:
     assert method("BC").prepare(toy_replay(), max_steps=20).decay_steps is None
 
 
+def test_a_run_that_goes_on_after_its_rate_fell_to_0_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, with the network, the updates and what to do; and what it says to do helps."""
+
+    def longer(**options: Any) -> tuple[Any, list[str]]:
+        module: Any = method("IQL", **options)
+        module.run.eval_episodes = 0
+        caplog.clear()
+        fit(module, toy_replay(), 30, ckpt_path=tmp_path / "checkpoints" / "step=00000020.ckpt")
+        return module, [r.getMessage() for r in caplog.records if "learning rate" in r.getMessage()]
+
+    first = method("IQL")
+    first.run.eval_episodes = 0
+    fit(first, toy_replay(), 20, tmp_path)
+    assert not [r for r in caplog.records if "learning rate" in r.getMessage()]
+    module, (told,) = longer()
+    assert module.decayed_actor_lr(30) == 0.0
+    assert told.startswith("The learning rate of actor falls to 0 over 20 updates, and the run has 30: after update 20")
+    assert "Pass --model.lr_decay_steps 30" in told
+    for steps, rate in ((30, None), (0, module.hparams.actor_lr)):
+        again, none = longer(lr_decay_steps=steps)
+        assert again.decayed_actor_lr(30) == rate if rate else again.decayed_actor_lr(30) > 0.0
+        assert not none
+
+
 def test_a_second_fit_counts_from_the_start() -> None:
     module: Any = Cloning()
     module.run.eval_episodes = 0

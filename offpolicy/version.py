@@ -1,0 +1,3 @@
+"""The version of the library, below everything that says it."""
+
+__version__ = "0.2.0"
