@@ -110,9 +110,7 @@ class PRDC(OfflineModule):
         self.target_actor, self.target_critic = self.target_of(self.actor), self.target_of(self.critic)
 
     def on_bind(self, bound: BoundView) -> None:
-        items = torch.arange(len(bound), device=bound.device)
-        parts = [bound.gather(part) for part in items.split(1 << 16)]
-        self.index_rows(torch.cat([p.obs for p in parts]), torch.cat([p.action for p in parts]), rows=bound.rows)
+        self.index_rows(*bound.pairs(), rows=bound.rows)
 
     def index_rows(self, obs: Tensor, action: Tensor, rows: Tensor | None = None) -> None:
         """Lay out the pairs in which neighbours are sought.

@@ -1,18 +1,22 @@
 """What PRDC's nearest-neighbour search costs, beside a KD-tree asked anew every time.
 
 usage: python examples/benchmarks/neighbors.py [--rows 1000000] [--obs-dim 17] [--action-dim 6] [--candidates 64]
-                                               [--batches 20] [--no-methods]
+                                               [--batches 20] [--no-methods] [--no-memory]
 
 Data like those of a simulated robot: long smooth episodes near a six-dimensional surface. A batch is 256 stored states
-with an action each, 0.2 around the stored one (near), as noisy as a normal of deviation 0.5 (off), or uniform, as
-that of an untrained policy. Milliseconds of processor time per batch on one thread, one way after the other over the
+with an action each, 0.2 around the stored one (near), as noisy as a normal of deviation 0.3 (cloned) or 0.5 (off), or
+uniform. Milliseconds of processor time per batch on one thread, one way after the other over the
 same batches:
 
   kd_tree   scipy's cKDTree over all pairs, one query, as the authors do it; ties are not looked for
   tree      our search="tree": the same and every tie
+  first     our search="exact" on rows never seen before
   exact     our search="exact" on rows seen before
   cached    our search="cached" on rows seen before
-  first     our search="cached" on rows never seen before: what it takes to remember
+
+Memory in MiB, each in a process of its own after the same batches, and at its peak: what the authors' way needs beyond
+the data (pairs in float32, a KD-tree over them in float64), and what our search="exact" does on columns of the table
+that batches are gathered from.
 
 Then, with a policy cloned from the data, updates per second of processor time of TD3BC and PRDC on rows seen before.
 Prints one JSON object.
@@ -29,10 +33,12 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from figures import figure
 from scipy.signal import lfilter
 from scipy.spatial import cKDTree
 from torch import Tensor
@@ -61,6 +67,16 @@ def spent(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     return time.process_time() - began, result
 
 
+def moves(g: torch.Generator) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Policies by name: from stored actions to theirs."""
+    return {
+        "near": lambda a: a + 0.4 * torch.rand(a.shape, generator=g) - 0.2,
+        "cloned": lambda a: a + 0.3 * torch.randn(a.shape, generator=g),
+        "off": lambda a: (a + 0.5 * torch.randn(a.shape, generator=g)).clamp(-1, 1),
+        "uniform": lambda a: 2 * torch.rand(a.shape, generator=g) - 1,
+    }
+
+
 def queries(args: argparse.Namespace, obs: Tensor, action: Tensor) -> dict[str, Any]:
     """Milliseconds per batch, by how far the policy is from the data."""
     g = torch.Generator().manual_seed(1)
@@ -69,17 +85,11 @@ def queries(args: argparse.Namespace, obs: Tensor, action: Tensor) -> dict[str, 
     index_build, tree = spent(partial(NeighborIndex, search="tree"), obs, action, BETA)
     tree.query(action[:1], torch.zeros(1, dtype=torch.int64))
     results: dict[str, Any] = {"build_s": {"kd_tree": round(build, 2), "index": round(index_build, 2)}}
-    shift: dict[str, Callable[[Tensor], Tensor]] = {
-        "near": lambda a: a + 0.4 * torch.rand(a.shape, generator=g) - 0.2,
-        "off": lambda a: (a + 0.5 * torch.randn(a.shape, generator=g)).clamp(-1, 1),
-        "uniform": lambda a: 2 * torch.rand(a.shape, generator=g) - 1,
-    }
-    for policy, move in shift.items():
+    for policy, move in moves(g).items():
         make = partial(NeighborIndex, obs, action, BETA, candidates=args.candidates)
         cached, exact = make(search="cached"), make(search="exact")
-        exact._lists, exact._length, exact._radius = cached._lists, cached._length, cached._radius  # one memory
-        exact._whole = tree._whole
-        cached.query(action[:1], torch.zeros(1, dtype=torch.int64))  # builds the tree of the states
+        for index in (cached, exact):
+            index.query(action[:1], torch.zeros(1, dtype=torch.int64))  # builds the tree of the states
         batches = []
         for _ in range(args.batches if policy != "uniform" else min(args.batches, 3)):
             row = torch.randint(0, len(obs), (BATCH,), generator=g)
@@ -87,7 +97,9 @@ def queries(args: argparse.Namespace, obs: Tensor, action: Tensor) -> dict[str, 
             batches.append((query, row, torch.cat([BETA * obs[row], query], 1).double().numpy()))
         times: dict[str, list[float]] = {}
         answers: dict[str, list[Any]] = {}
-        ways = {"first": cached, "kd_tree": plain, "tree": tree, "exact": exact, "cached": cached}
+        ways = {"first": exact, "kd_tree": plain, "tree": tree, "exact": exact, "cached": cached}
+        for query, row, _ in batches:
+            cached.query(query, row)
         for name, way in ways.items():
             runs = [spent(way.query, key) if way is plain else spent(way.query, q, row) for q, row, key in batches]
             times[name], answers[name] = [1000 * took for took, _ in runs], [answer for _, answer in runs]
@@ -103,11 +115,44 @@ def queries(args: argparse.Namespace, obs: Tensor, action: Tensor) -> dict[str, 
         ms = {name: round(statistics.median(values), 3) for name, values in times.items()}
         results[policy] = {
             "ms": ms,
-            "kd_tree_over": {name: round(ms["kd_tree"] / ms[name], 1) for name in ("exact", "cached")},
+            "kd_tree_over": {name: round(ms["kd_tree"] / ms[name], 1) for name in ("first", "exact", "cached")},
             **{name: round(statistics.mean(values), 4) for name, values in seen.items()},
         }
         print(policy, results[policy], file=sys.stderr)
     return results
+
+
+def memory(args: argparse.Namespace, way: str) -> dict[str, int]:
+    """MiB that a way to search needs beyond the data, after its batches and at its peak (Linux only)."""
+    obs, action = (torch.from_numpy(x) for x in trajectories(args.rows, args.obs_dim, args.action_dim))
+    table, (first, last) = torch.cat([obs, action], 1), (args.obs_dim, args.obs_dim + args.action_dim)
+    del obs, action
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now
+    before = resident()["VmRSS"]
+    obs, action = table[:, :first], table[:, first:last]
+    search: Any
+    if way == "kd_tree":
+        pairs = np.concatenate([BETA * obs.numpy(), action.numpy()], 1)
+        search = cKDTree(pairs)
+    else:
+        search = NeighborIndex(obs, action, BETA, candidates=args.candidates)
+    g = torch.Generator().manual_seed(1)
+    for move in moves(g).values():
+        for _ in range(min(args.batches, 5)):
+            row = torch.randint(0, len(obs), (BATCH,), generator=g)
+            query = move(action[row])
+            if way == "kd_tree":
+                search.query(torch.cat([BETA * obs[row], query], 1).numpy())
+            else:
+                search.query(query, row)
+    after = resident()
+    return {"held": (after["VmRSS"] - before) >> 10, "peak": (after["VmHWM"] - before) >> 10}
+
+
+def resident() -> dict[str, int]:
+    """The memory of this process in KiB: now and at its peak."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Vm"))
+    return {name.strip(":"): int(size) for name, size, *_ in lines}
 
 
 def methods(
@@ -160,8 +205,13 @@ def main() -> None:
     parser.add_argument("--clone", type=int, default=1000, help="updates of cloning before methods are timed")
     parser.add_argument("--turns", type=int, default=5, help="blocks of 64 updates per method")
     parser.add_argument("--no-methods", action="store_true")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--worker", choices=("kd_tree", "exact"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.worker:
+        print(json.dumps(memory(args, args.worker)))
+        return
     obs, action = trajectories(args.rows, args.obs_dim, args.action_dim)
     report: dict[str, Any] = {
         "about": {
@@ -173,6 +223,9 @@ def main() -> None:
         },
         "queries": queries(args, torch.from_numpy(obs), torch.from_numpy(action)),
     }
+    if not args.no_memory:
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+        report["memory_mib"] = {way: figure([*command, way], 1) for way in ("kd_tree", "exact")}
     if not args.no_methods:
         report["methods"] = methods(args, obs, action)
     print(json.dumps(report, indent=1))

@@ -32,6 +32,9 @@ from offpolicy.moved import names_of
 
 SEARCHES = ("exact", "cached", "tree", "brute")
 SHRINK = 1.0 - 1e-6  # radii are stored as float32 and compared with float64: rounded so that they never overstate
+AGAIN = 1.25  # of the distance that a second look at a row needs
+LONGEST = 4096  # pairs with near states that are compared before a tree over all pairs is made
+CHUNK = 1 << 17  # rows worked on at once where all are
 NONE = torch.iinfo(torch.int64).max
 
 
@@ -47,6 +50,24 @@ class Neighbors(NamedTuple):
     row: Tensor
     action: Tensor
     certified: Tensor | None
+
+
+def side_by_side(obs: Tensor, action: Tensor) -> Tensor:
+    """States and actions as one table (N, S + A): no copy where they are columns of one that follow each other."""
+    stored, width = obs.untyped_storage(), obs.shape[1] + action.shape[1]
+    follow = action.storage_offset() == obs.storage_offset() + obs.shape[1] and obs.stride(1) == 1
+    if stored.data_ptr() == action.untyped_storage().data_ptr() and follow and obs.stride() == action.stride():
+        return obs.as_strided((len(obs), width), obs.stride())
+    return torch.cat([obs, action], -1)
+
+
+def hashed(points: Tensor) -> Tensor:
+    """64 bits for each row of numbers, the same where they are equal."""
+    points = points + 0.0  # -0.0 equals 0.0 but has other bits
+    code = torch.zeros(len(points), dtype=torch.int64, device=points.device)
+    for column in points.view(torch.int32 if points.dtype == torch.float32 else torch.int64).unbind(1):
+        code = mix(code + column)
+    return code
 
 
 class NeighborIndex:
@@ -66,11 +87,14 @@ class NeighborIndex:
     On the CPU the whole store is searched by a KD-tree unless it is "brute". Lists are made when a row is first asked
     for, no longer than that query needs, and lengthened when a later one needs more; :meth:`build` makes them ahead. A
     list costs about one KD-tree query at the same distance, which is little near the data, and in many
-    dimensions and far from the data tens of milliseconds (``examples/benchmarks/neighbors.py``).
+    dimensions and far from the data tens of milliseconds (``examples/benchmarks/neighbors.py``). Where "exact" cannot
+    prove a list right, it compares all pairs with a state near enough; a KD-tree of all pairs is made when these are
+    too many.
 
-    Memory in bytes, at most: 4·N·(S + A) for the pairs (8 in float64), N·(4·K + 6) for the lists (touched as they are
-    made), on the CPU 8·N·(2·S + A) plus about 44·N for two KD-trees, each made when first needed, and 40·N where pairs
-    repeat or rows have numbers of their own. Every process keeps its own.
+    Memory in bytes, at most: 4·N·(S + A) for the pairs (8 in float64; none where ``obs`` and ``action`` are columns of
+    one table that follow each other), N·(4·K + 6) for the lists (touched as they are made, and only where they are not
+    empty), on the CPU 8·N·(2·S + A) plus about 44·N for two KD-trees, of states and of pairs, each made when first
+    needed, and 40·N where pairs repeat or rows have numbers of their own. Every process keeps its own.
 
     On other devices "cached" makes all its lists before the first query, and the others keep none. No query reads a
     value back to the host. Products in float32 choose some thousand pairs per query, which are compared in float64; an
@@ -96,8 +120,8 @@ class NeighborIndex:
         self.check(state_weight, search, candidates)
         if obs.dim() != 2 or action.dim() != 2 or len(obs) != len(action) or not len(obs):
             raise DataError(f"got obs {tuple(obs.shape)} and action {tuple(action.shape)}; expected (N, S) and (N, A).")
-        self.points = torch.cat([obs, action.to(obs.dtype)], -1)
-        if not self.points.isfinite().all():
+        self.points = side_by_side(obs, action.to(obs.dtype))
+        if not all(part.isfinite().all() for part in self.points.split(CHUNK)):
             raise DataError("states or actions hold NaN or infinity; expected finite numbers. Clean the data.")
         self.state_weight, self.search, self.candidates = state_weight, search, candidates
         self.state_dim, self.device = obs.shape[1], obs.device
@@ -145,18 +169,14 @@ class NeighborIndex:
         """Find pairs that are stored more than once: how often, the lowest of each, and the distinct ones."""
         n = len(points)
         self._lowest = self._count = self._distinct = None
-        points = points + 0.0  # -0.0 equals 0.0 but has other bits
-        words = points.view(torch.int32 if points.dtype == torch.float32 else torch.int64)
-        code = torch.zeros(n, dtype=torch.int64, device=self.device)
-        for column in words.unbind(1):
-            code = mix(code + column)
+        code = torch.cat([hashed(part) for part in points.split(CHUNK)])
         code, order = code.sort(stable=True)
         new = torch.ones(n, dtype=torch.bool, device=self.device)
         new[1:] = code[1:] != code[:-1]
         if new.all():
             return
         first = order[new][new.cumsum(0) - 1]  # lowest item with this code, in sorted order
-        same = torch.cat([(points[o] == points[f]).all(-1) for o, f in zip(order.split(1 << 17), first.split(1 << 17))])
+        same = torch.cat([(points[o] == points[f]).all(-1) for o, f in zip(order.split(CHUNK), first.split(CHUNK))])
         self._lowest = torch.arange(n, device=self.device)
         self._lowest[order] = torch.where(same, first, order)
         self._count = torch.bincount(self._lowest, minlength=n)
@@ -215,7 +235,7 @@ class NeighborIndex:
             if self._remembers:
                 square, found, certified = self._recall(key, item, own, k)
             else:
-                square, found, certified = self._search(key, k)
+                square, found, certified = self._search(key, k, own.sqrt() if k == 1 else None)
         return Neighbors(
             square.sqrt().reshape(*shape, k),
             (found if self._rows is None else self._rows[found]).reshape(*shape, k),
@@ -272,17 +292,34 @@ class NeighborIndex:
             short = rest[self._length[item[rest]] < self._width]
             if not len(short):
                 break
-            # Look as far as the k-th best pair known; further and further while fewer than k are known.
-            reach = square[short, -1].sqrt()
+            # Look as far as the k-th best pair known, a little further again so that a third look is rare; and further
+            # and further while fewer than k are known.
+            reach = square[short, -1].sqrt() * torch.where(radius[short] > 0.0, AGAIN, 1.0)
             further = torch.maximum(2.0 * radius[short], square[short, 0].sqrt())
-            self._fill(item[short], torch.where(reach.isfinite(), reach, further))
+            rows, place = item[short].unique(return_inverse=True)  # one list for a row that is asked for twice
+            reach = torch.where(reach.isfinite(), reach, further)
+            self._fill(rows, reach.new_zeros(len(rows)).scatter_reduce_(0, place, reach, "amax"))
             square[short], found[short] = self._from_lists(key[short], item[short], own[short], k)
             radius[short] = self._radius[item[short]]
             certified = square[:, -1].sqrt() < radius
             rest = where_false(certified)
+        if self.search == "exact" and len(rest) and self._whole is None:
+            rest = self._look_longer(rest, key, square, found, k)
         if self.search == "exact" and len(rest):
-            square[rest], found[rest], _ = self._search(key[rest], k, crowded=True)
+            square[rest], found[rest], _ = self._search(key[rest], k, square[rest, -1].sqrt())
         return square, found, certified
+
+    def _look_longer(self, rest: Tensor, key: Tensor, square: Tensor, found: Tensor, k: int) -> Tensor:
+        """Answer queries from all pairs with a state as near as the best known; those with too many are returned.
+
+        It takes about as long as a search of all pairs and no second tree.
+        """
+        longest = min(LONGEST, self.num_distinct)
+        near, *_ = self._states.nearest(key[rest, : self.state_dim], longest, square[rest, -1].sqrt())
+        full = (near[:, -1] >= 0) & (longest < self.num_distinct)
+        near = near[:, : int((near >= 0).sum(1).max())]
+        square[rest], found[rest] = self.rank(self.squares(key[rest], near), near, k)
+        return rest[full]
 
     def _from_lists(self, key: Tensor, item: Tensor, own: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest among the items themselves and their lists: d² and items, (n, k) each."""
@@ -305,29 +342,30 @@ class NeighborIndex:
         """List the rows nearest to these by state: all as near as ``reach`` (n,), or as many as a list holds."""
         if self._states is None:
             self._states = self._backend(self, self.state_dim)
-        key, width = self.points[item, : self.state_dim].double(), self._width + 1
-        for part, within in self._states.levels(reach):
-            near, distance = self._states.nearest(key[part], min(width, self.num_distinct), within)
-            last = distance[:, -1]
-            everything = self.num_distinct <= width
-            self._radius[item[part]] = torch.where(
-                last.isfinite(), math.inf if everything else last * SHRINK, within * SHRINK
-            ).float()
-            missing = (near < 0) | (near == item[part, None])
-            order = missing.sort(dim=1, stable=True).indices[:, : self._width]
-            self._lists[item[part]] = (near.masked_fill(missing, -1).gather(1, order) + 1).int()
-            self._length[item[part]] = (~missing).sum(1).clamp(max=self._width).short()
+        key, width = self.points[item, : self.state_dim].double(), min(self._width + 1, self.num_distinct)
+        near, distance, within = self._states.nearest(key, width, reach)
+        last, everything = distance[:, -1], width == self.num_distinct
+        radius = torch.where(last.isfinite(), math.inf if everything else last, within) - self._states.slack
+        self._radius[item] = (radius * SHRINK).clamp(min=0.0).float()
+        missing = (near < 0) | (near == item[:, None])
+        length = (~missing).sum(1).clamp(max=self._width).short()
+        if self._at_host:  # rows of zeros are zeros already: memory that is not touched costs nothing
+            some = length.nonzero()[:, 0]
+            item, near, missing, length = item[some], near[some], missing[some], length[some]
+        order = missing.sort(dim=1, stable=True).indices[:, : self._width]
+        self._lists[item] = (near.masked_fill(missing, -1).gather(1, order) + 1).int()
+        self._length[item] = length
 
     # -- comparing -----------------------------------------------------------------------------------------------------
 
-    def _search(self, key: Tensor, k: int, crowded: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The k nearest of all, and which answers are proven where not all are."""
+    def _search(self, key: Tensor, k: int, bound: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The k nearest of all, which lie within ``bound (n,)``, and which answers are proven where not all are."""
         if self._whole is None:
             self._whole = self._backend(self, self.points.shape[1])
         if not self._at_host:
             square, listed, proven = self._whole.shortlist(key, k)
             return *self.rank(square, listed, k), proven
-        square, listed = self._whole.finalists(key, k, crowded)
+        square, listed = self._whole.finalists(key, k, bound)
         return *self.rank(square, listed, k), None
 
     def square(self, key: Tensor, item: Tensor) -> Tensor:

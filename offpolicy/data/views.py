@@ -106,6 +106,11 @@ class BoundView:
         """The replay rows of items."""
         return items if self.rows is None else self.rows.take(items)
 
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Observations (N, O) and actions (N, A) of all items, as they are gathered."""
+        parts = [self.gather(part) for part in torch.arange(len(self), device=self.device).split(1 << 16)]
+        return torch.cat([part.obs for part in parts]), torch.cat([part.action for part in parts])
+
     def pick(self, word: Tensor) -> Tensor:
         """Item numbers from 64 random bits each: uniform, or by weight."""
         return self.items(unit(word))
@@ -248,6 +253,11 @@ class PackedTransitions(BoundView):
         }
         fields["terminated"] = fields["terminated"] != 0
         return Transitions(**fields, row=self.row(items))
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Observations (N, O) and actions (N, A) of all items: columns of the table, not copies."""
+        obs, action = self.widths["obs"], self.widths["action"]
+        return self.table[:, :obs], self.table[:, obs : obs + action]
 
 
 class ColumnTransitions(BoundView):

@@ -199,8 +199,48 @@ def test_memory_bound() -> None:
     search.query(action, torch.arange(200), k=20)
     held = [search.points, search._lists, search._length, search._radius]
     assert sum(x.numel() * x.element_size() for x in held) == 4 * 200 * 5 + 200 * (4 * 16 + 6)
-    trees = [search._whole.tree, search._states.tree]
-    assert sum(tree.data.nbytes for tree in trees) == 8 * 200 * (2 * 3 + 2)
+    assert search._states.tree.data.nbytes == 8 * 200 * 3
+    search.query(action, obs=obs)
+    assert search._whole.tree.data.nbytes == 8 * 200 * (3 + 2)
+
+
+def test_columns_of_one_table_are_not_copied() -> None:
+    table = torch.cat(made("plain", 100), 1)
+    assert NeighborIndex(table[:, :3], table[:, 3:], 2.0).points.data_ptr() == table.data_ptr()
+    row, query = asked(table[:, :3], table[:, 3:], "plain")
+    wide = torch.cat([table, table.flip(0)], 1)  # with more columns behind them
+    found = NeighborIndex(wide[:, :3], wide[:, 3:5], 2.0).query(query, row)
+    for obs, action in ((table[:, :3], table[:, 3:].clone()), (wide[:, :3], wide.flip(1)[:, 5:7].flip(1))):
+        again = NeighborIndex(obs, action, 2.0)
+        assert again.points.data_ptr() != obs.data_ptr()
+        assert torch.equal(again.query(query, row).row, found.row)
+
+
+@pytest.mark.parametrize("longest", [4096, 5])
+def test_far_policies_are_answered_from_longer_lists_or_from_a_tree_of_all_pairs(
+    longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbors, "LONGEST", longest)
+    obs, action = made("plain", 600)
+    row, query = asked(obs, action, "plain", n=100)
+    search = index(obs, action, 0.25, candidates=3)
+    found = search.query(query, row)
+    assert not found.certified.all() and (search._whole is None) == (longest > 600)
+    assert torch.equal(found.row, enumerate_all(obs, action, 0.25, obs[row], query, 1)[1])
+
+
+@pytest.mark.parametrize("way", ["tree", "exact"])
+def test_turning_the_axes_loses_no_neighbour(way: str) -> None:
+    """States near a line, far from zero, with distances of a hundred-thousandth of their size."""
+    g = torch.Generator().manual_seed(0)
+    line = torch.randn(2000, 1, generator=g, dtype=torch.float64) * torch.randn(1, 12, generator=g, dtype=torch.float64)
+    obs = 1000.0 + line + 1e-3 * torch.randn(2000, 12, generator=g, dtype=torch.float64)
+    action = 1e-2 * torch.rand(2000, 3, generator=g, dtype=torch.float64)
+    row, query = torch.arange(0, 2000, 20), action.flip(0)[::20]
+    distance, rows = enumerate_all(obs, action, 1.0, obs[row], query, 3)
+    found = index(obs, action, 1.0, way).query(query, row, k=3)
+    assert torch.equal(found.row, rows)
+    torch.testing.assert_close(found.distance, distance, rtol=1e-9, atol=0.0)
 
 
 # -- on other devices ------------------------------------------------------------------------------------------------
