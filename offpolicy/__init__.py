@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from offpolicy import moved
+from offpolicy import moved, startup
 from offpolicy.version import __version__ as __version__
 
 _NAMES = {
@@ -45,6 +45,7 @@ _NAMES = {
     "recipe": "offpolicy.recipes",
 }
 moved.install()
+startup.install()
 _COMMANDS = ("fit", "evaluate", "sample")  # modules behind `python -m`, callable as functions
 
 

@@ -19,6 +19,7 @@ FLOORS: list[set[str]] = [
         "offpolicy.errors",
         "offpolicy.files",
         "offpolicy.given",
+        "offpolicy.startup",
         "offpolicy.moved",
         "offpolicy.recipes",
         "offpolicy.registry",

@@ -113,3 +113,29 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def test_metrics_of_others_are_loaded_when_used() -> None:
+    """Lightning takes two classes of torchmetrics; the whole package and what it imports wait for who uses it."""
+    run("""
+import sys
+import offpolicy
+import lightning.pytorch
+late = [name for name in ("transformers", "scipy.signal", "torchmetrics.functional") if name in sys.modules]
+assert not late, late
+from torchmetrics import Accuracy, Metric  # as a user's method may
+import torch, torchmetrics
+assert issubclass(Accuracy, Metric)
+accuracy = torchmetrics.Accuracy(task="binary")
+assert isinstance(accuracy, Metric) and accuracy(torch.tensor([1, 0]), torch.tensor([1, 1])) == 0.5
+assert torchmetrics.functional.accuracy and torchmetrics.__version__ and hasattr(torchmetrics, "nothing") is False
+""")
+
+
+def test_metrics_loaded_before_the_library_are_left_alone() -> None:
+    run("""
+import torchmetrics
+before = torchmetrics.Accuracy
+import offpolicy, sys
+assert sys.modules["torchmetrics"].Accuracy is before
+""")
