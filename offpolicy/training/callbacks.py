@@ -1,17 +1,20 @@
-"""How a run ends: after a signal with a whole checkpoint, and with the settings of the process as they were."""
+"""Beside training: the end after a signal, the settings of the process, threads that stand in the way."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from offpolicy.compute.processes import gathered, is_loss
+from offpolicy.compute.threads import threads_in_the_way, times_displaced
 from offpolicy.training.checkpoints import checkpoint_name
 from offpolicy.training.run_log import RunLog
 
@@ -26,6 +29,38 @@ class RestoreSettings(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         pl_module.restore_settings()  # type: ignore[operator]
+
+
+class ThreadWatch(Callback):
+    """Says once that several threads are slower than one, as they are where other work has one of their cores.
+
+    The number of threads stays: another one would change the last bits of the weights.
+    """
+
+    displaced = 10  # times since the last look, from which on a look costs its 0.1 s
+    pause = 10.0  # seconds between two looks
+    looks = 6  # in one run
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        several = pl_module.device.type == "cpu" and torch.get_num_threads() > 1
+        self._left = self.looks if several and trainer.is_global_zero else 0
+        self._before, self._looked = times_displaced(), -self.pause
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        now = time.monotonic()
+        if not self._left or now - self._looked < self.pause or times_displaced() - self._before < self.displaced:
+            return
+        pl_module.stop_clock()
+        found = threads_in_the_way()
+        self._left, self._looked, self._before = self._left - 1, now, times_displaced()
+        if found:
+            self._left = 0
+            log.warning(
+                "Several threads slow training down here, as other work has their cores: %s. Wait until the cores are "
+                "free, or start a run on one thread: --run.threads 1. A run that goes on keeps its number of threads, "
+                "on which the last digits of its weights depend.",
+                found,
+            )
 
 
 class Interruption(Callback):

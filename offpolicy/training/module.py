@@ -25,7 +25,7 @@ from offpolicy.data.module import DataModule
 from offpolicy.errors import DataError, UsageError
 from offpolicy.given import tidy
 from offpolicy.training import divergence
-from offpolicy.training.callbacks import Interruption, RestoreSettings
+from offpolicy.training.callbacks import Interruption, RestoreSettings, ThreadWatch
 from offpolicy.training.checkpoints import KEY, plain_hparams, to_plain
 from offpolicy.training.description import Description
 from offpolicy.training.measurement import HeldOut
@@ -152,7 +152,7 @@ class Module(LightningModule):
         """What accompanies training between blocks of updates, in the order in which it is called."""
         self.run_log.files = None  # an earlier fit that ended by an error may have left its own
         bars = [] if self.run_log.bar is None else [self.run_log.bar]
-        return [RestoreSettings(), divergence.Divergence(), self.measurement(), Interruption(), *bars]
+        return [RestoreSettings(), ThreadWatch(), divergence.Divergence(), self.measurement(), Interruption(), *bars]
 
     def measurement(self) -> Callback:
         """What judges the method in training."""

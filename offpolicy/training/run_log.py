@@ -3,7 +3,7 @@
 ``fit`` makes a new one and gives it to the method; under a plain Trainer a method uses its own. The callbacks of a run
 take it from the method when they are set up. Between two blocks of updates they are called in this order:
 
-1. the user's own callbacks,
+1. the user's own callbacks, and ``ThreadWatch``,
 2. ``Divergence``: looks at the losses of a new row and at the weights,
 3. the measurement: has the files keep the checkpoint of this update, then writes ``evaluation``,
 4. ``Interruption``: writes ``interrupted_by``,
