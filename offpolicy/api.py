@@ -7,7 +7,7 @@ import inspect
 import os
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from offpolicy.errors import DivergenceError, UsageError, nearest
 from offpolicy.evaluation.order import make_order
 from offpolicy.evaluation.rollout import EvalResult, Evaluator
 from offpolicy.evaluation.scores import has_score, interval, normalized_score, score_kind, summarize
-from offpolicy.given import place, plain, seed_number, whole
+from offpolicy.given import place, plain, seeds_text, whole
 from offpolicy.moved import names_of as names_moved_from
 from offpolicy.training import screen
 from offpolicy.training.bar import UpdateBar
@@ -33,6 +33,7 @@ from offpolicy.training.beginning import (
     Beginning,
     FitResult,
     already_done,
+    choose_folders,
     find_beginning,
     forget_if_empty,
     keep_earlier_rows,
@@ -40,6 +41,7 @@ from offpolicy.training.beginning import (
 )
 from offpolicy.training.checkpoints import newest_checkpoint
 from offpolicy.training.goals import GoalModule
+from offpolicy.training.joint_folder import JointFolder
 from offpolicy.training.lightning_private import stop_watching
 from offpolicy.training.measurement import EvaluationFailed
 from offpolicy.training.module import Module
@@ -49,7 +51,7 @@ from offpolicy.training.options import RunOptions
 from offpolicy.training.origin import Origin, Start, resume_words
 from offpolicy.training.run_folder import RunFolder
 from offpolicy.training.run_log import RunLog
-from offpolicy.training.seeds import over_seeds
+from offpolicy.training.seeds import chosen_seeds, over_seeds
 from offpolicy.training.trainer import clear_errors, clear_restoring, make_trainer, quiet
 from offpolicy.trust import Trust, names_in, names_of, trusting
 
@@ -62,7 +64,8 @@ def fit(
     data: Loadable,
     *,
     max_steps: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
+    seeds: Iterable[int] | str | None = None,
     folder: str | Path | None = None,
     root: str | Path = "runs",
     ckpt_path: str | Path | None = None,
@@ -77,8 +80,11 @@ def fit(
         method: e.g. ``offpolicy.TD3BC(alpha=2.5)``.
         data: a known name, a file, a :class:`Replay`, a dict of arrays, or a :class:`DataModule`.
         max_steps: updates in all, ≥ 1; counts those of the checkpoint. None only for language models: ``epochs`` says.
-        seed: of weights, batches and noise.
-        folder: of the run; ``<root>/<data>/<method>/seed<seed>-<n>`` when None.
+        seed: of weights, batches and noise; None is 0.
+        seeds: several, trained at once, each as it would be alone: ``range(8)`` or "0..7". A joint folder
+            ``seeds0-7-<n>`` holds the joint run, and each seed has a run folder of its own, as if trained alone. One
+            alone is as ``seed``; None is ``method.seeds``.
+        folder: of the run; ``<root>/<data>/<method>/seed<seed>-<n>`` when None. Those of several seeds lie in it.
         root: folder of run folders.
         ckpt_path: continue from "last" (the newest run of this method, data and seed under ``root``), a run folder or a
             checkpoint file. The newest checkpoint of a run continues in its own folder, an older one in a new folder.
@@ -95,29 +101,38 @@ def fit(
     """
     run, options = split_options(options)
     max_steps = None if max_steps is None else whole("trainer.max_steps", max_steps, 1)
-    seed, root = seed_number(seed), place("root", root)
-    folder = None if folder is None else place("folder", folder)
+    first, method.seeds = chosen_seeds(seed, seeds, method.seeds)
+    root, folder = place("root", root), None if folder is None else place("folder", folder)
     check_epochs(method, options)
     origin, module = origin or Origin(), data_of(method, data)
-    method.run, method.seed = RunOptions(**method.run_defaults | run), seed
+    method.run, method.seed = RunOptions(**method.run_defaults | run), first
+    check_data_of_seeds(method, module)
     method.bind_data(module)
 
     with trusting(trust), quiet(), forget_if_empty() as made, contextlib.ExitStack() as running:
-        seed_everything(seed % 2**32, workers=True, verbose=False)
+        seed_everything(first % 2**32, workers=True, verbose=False)
         if is_first_process():
             module.load()  # before anything is written, as data may be faulty
         max_steps = planned(method, module) if max_steps is None else max_steps
-        begin = find_beginning(method, module, seed=seed, folder=folder, root=root, ckpt_path=ckpt_path)
+        begin = find_beginning(
+            method, module, seed=first, folder=folder, root=root, ckpt_path=ckpt_path, seed_given=seed is not None
+        )
         origin.lines += [screen.line("changed", begin.changed)] if begin.changed else []
         if begin.checkpoint is not None and begin.updates >= max_steps:
             with trusting(names=names_of(method) | names_in(module.settings())):
                 return already_done(method, begin.checkpoint, begin.updates, max_steps, verbose and is_first_process())
         if is_first_process():
-            begin.folder = begin.folder or new_folder(root, module, method, seed, made)
+            begin.folder = begin.folder or new_folder(root, module, method, first, made)
             running.enter_context(claimed(begin.folder))
+            if method.seeds:
+                choose_folders(begin, method, made, inside=folder is not None)
+                for own in begin.folders.values():
+                    running.enter_context(claimed(own))
+                origin.lines += screen.lines_of_seeds(begin.folders, begin.notes)
             if begin.checkpoint is not None:
                 keep_earlier_rows(begin.checkpoint, begin.updates, begin.folder)
-        files = RunFolder(begin.folder or root)  # other processes are told the folder by the first
+        where = begin.folder or root  # other processes are told the folder by the first
+        files = JointFolder(where, begin.folders) if method.seeds else RunFolder(where)
         start = Start(files, origin, module, options, verbose)
         shows = verbose and options.get("enable_progress_bar") in (None, True)
         method.run_log = RunLog(bar=UpdateBar() if shows else None)
@@ -141,6 +156,15 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
         if name not in known:
             raise UsageError(f"fit has no option `{name}`; expected a RunOptions or Trainer one.{nearest(name, known)}")
     return run, rest
+
+
+def check_data_of_seeds(method: Module, data: DataModule) -> None:
+    """Refuse data that change with the policy they are drawn for, where there are several policies."""
+    if method.seeds and getattr(data, "change_every", 0):
+        raise UsageError(
+            f"`seeds` is {seeds_text(method.seeds)}, and the data change in training (`data.source` is "
+            f"{data.source!r}); expected data that stay, which all seeds share. Train one seed per process."
+        )
 
 
 def check_epochs(method: Module, options: Mapping[str, Any]) -> None:
@@ -218,7 +242,8 @@ def leave_together(error: UsageError) -> bool:
 def finished(trainer: Trainer, method: Module, folder: Path, start: Start, seconds: float) -> FitResult:
     """The result of a run that has ended, by itself or by a signal; tells it to the user."""
     found = method.run_log
-    result = FitResult(method, folder, found.scores(), trainer.global_step, found.interrupted_by)
+    folders = {seed: part.folder for seed, part in getattr(found.files, "parts", {}).items()}
+    result = FitResult(method, folder, found.scores(), trainer.global_step, found.interrupted_by, folders)
     if trainer.is_global_zero and not result.interrupted:
         method.finish_files(folder)
     if start.verbose and trainer.is_global_zero:

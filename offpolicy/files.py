@@ -139,6 +139,16 @@ class Table:
             atomic_write(self.path, _encode([header, *kept]))
         return len(lines) - len(kept)
 
+    def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Put these rows in place of all there are, atomically; no file is made for no rows."""
+        rows = list(rows)
+        if not rows and not self.path.exists():
+            return
+        self.columns = list(dict.fromkeys(["step", *(name for row in rows for name in row)]))
+        lines = [_line(self.columns), *(_line([_cell(row.get(name)) for name in self.columns]) for row in rows)]
+        if _whole_lines(self.path) != lines:
+            atomic_write(self.path, _encode(lines))
+
     def _open(self) -> None:
         """Take over what is on disk, without a torn last line."""
         self.columns = []
@@ -183,14 +193,22 @@ def unique_run_folder(root: str | os.PathLike[str], data: str, method: str, seed
     Raises:
         WriteError: the folder cannot be made.
     """
-    parent = method_folder(root, data, method)
+    return numbered_folder(method_folder(root, data, method), f"seed{seed}")
+
+
+def numbered_folder(parent: Path, label: str) -> Path:
+    """Make and return a new folder `<parent>/<label>-<n>`, n one above the largest there is.
+
+    Raises:
+        WriteError: the folder cannot be made.
+    """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        numbers = [int(m[1]) for p in parent.iterdir() if (m := re.fullmatch(rf"seed{seed}-(\d+)", p.name))]
-        n = max(numbers, default=0) + 1
+        found = (re.fullmatch(rf"{re.escape(label)}-(\d+)", p.name) for p in parent.iterdir())
+        n = max((int(match[1]) for match in found if match), default=0) + 1
         while True:  # two processes may ask at the same moment: mkdir decides
             with contextlib.suppress(FileExistsError):
-                folder = parent / f"seed{seed}-{n}"
+                folder = parent / f"{label}-{n}"
                 folder.mkdir()
                 return folder
             n += 1

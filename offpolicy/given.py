@@ -6,14 +6,17 @@ Nothing heavy is imported here, not even NumPy.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, MutableMapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from offpolicy.errors import UsageError
 
 MAX_SEED = 2**63 - 1  # what torch and our own generator take
+MOST_SEEDS = 10_000  # of one run, so that a misspelt range is answered
 HALF = ("16", "16-mixed", "16-true", "float16", "fp16", "half", "transformer-engine-float16")
 TEXTS = ("separator", "template")  # options whose value is text of a user's data: it may be empty or begin with a tilde
 
@@ -47,6 +50,54 @@ def whole(name: str, value: Any, low: int | None = None, high: int | None = None
 def seed_number(value: Any, name: str = "seed") -> int:
     """A seed, in [0, 2⁶³). Raises :class:`UsageError`."""
     return whole(name, value, 0, MAX_SEED)
+
+
+def seed_numbers(value: Any, name: str = "seeds") -> tuple[int, ...]:
+    """Several seeds, in the order in which they were given.
+
+    Args:
+        value: text such as "0..7" (both ends), "0,3,5" or "0..3,7"; one number, or numbers to go through.
+
+    Raises:
+        UsageError: one is no whole number in [0, 2⁶³), stands there twice, or a range has its larger end first.
+    """
+    shown = value if isinstance(value, (str, range)) or not isinstance(value, Iterable) else tuple(value)
+    items = _in_text(shown, name) if isinstance(shown, str) else shown if isinstance(shown, Iterable) else (shown,)
+    items = tuple(islice(map(as_whole, items), MOST_SEEDS + 1))
+    if len(items) > MOST_SEEDS:
+        raise UsageError(f"`{name}` is {shown!r}; expected at most {MOST_SEEDS:,} seeds. Start several runs.")
+    wrong = not items or any(not isinstance(one, int) or isinstance(one, bool) or one < 0 for one in items)
+    if wrong or len(set(items)) < len(items):
+        twice = next((one for i, one in enumerate(items) if one in items[:i]), None)
+        found = f"{shown!r}" + ("" if wrong else f", which has {twice} twice")
+        raise UsageError(f"`{name}` is {found}; expected whole numbers ≥ 0, each once, such as 0..7 or 0,3,5.")
+    return tuple(seed_number(one, name) for one in items)
+
+
+def _in_text(text: str, name: str) -> Iterator[Any]:
+    """The numbers of "0..3,7"; whatever is none is given back as it is."""
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(\d+)\s*\.\.\s*(\d+)\s*", part)
+        if ends is None:
+            yield int(part) if part.strip().isdecimal() else part
+        elif int(ends[1]) > int(ends[2]):
+            raise UsageError(
+                f"`{name}` is {text!r}, and the range {part.strip()} is empty; expected the smaller number first, as "
+                f"in {ends[2]}..{ends[1]}."
+            )
+        else:
+            yield from range(int(ends[1]), int(ends[2]) + 1)
+
+
+def seeds_text(seeds: Iterable[int]) -> str:
+    """Seeds as :func:`seed_numbers` reads them: (0, 1, 2, 7) is "0..2,7"."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
 def is_whole_type(annotation: Any) -> bool:

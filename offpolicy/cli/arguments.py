@@ -18,7 +18,7 @@ from offpolicy.cli.help import option_lines, options_of
 from offpolicy.cli.reader import spelled
 from offpolicy.data.names import HUB_ID, Target, resolve
 from offpolicy.errors import UsageError, nearest, nearest_options
-from offpolicy.given import TEXTS, as_whole, expanded, refuse_empty
+from offpolicy.given import TEXTS, as_whole, expanded, refuse_empty, seed_numbers, seeds_text
 from offpolicy.recipes import Recipe, named_recipe, recipe, recipes
 from offpolicy.registry import class_path
 from offpolicy.training.options import RunOptions
@@ -29,10 +29,11 @@ MAX_STEPS = 1_000_000  # where neither a recipe nor the user says; what publishe
 DEFAULT_METHOD, DEFAULT_DATA = "TD3BC", "pendulum-stitch-v0"
 PLACES = {"model", "data.name", "recipe", "root", "folder", "ckpt_path"}  # whatever they look like, these are text
 MOSTLY = ("eval_every", "eval_episodes", "log_every", "threads")  # options of a run on the short screen of help
+SEEDS = ("seed_everything", "seeds")  # one, or several
 GROUPS = ("model", "data", "run", "trainer")
 TOP = (
-    "config", "model", "data", "recipe", "root", "folder", "ckpt_path", "seed_everything", "trust", "print_config",
-    "help",
+    "config", "model", "data", "recipe", "root", "folder", "ckpt_path", "seed_everything", "seeds", "trust",
+    "print_config", "help",
 )  # fmt: skip
 OF_THE_COMMAND = ("config", "trust", "print_config", "help")  # never in files
 NO_NAMES = ("config", "data.name", "folder", "root", "ckpt_path", "trust")  # whose values are places
@@ -47,6 +48,7 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
   --model.policy DIR    the language model to tune: folder or hub id, for DPO and its kin
   --trainer.max_steps N updates to train in all                     ({steps})
   --seed_everything N   seed                                        (0)
+  --seeds 0..7          several, trained at once; also 0,3,5; each gets a run folder of its own
   --ckpt_path WHAT      continue: last, a run folder or a checkpoint
   --config FILE|NAME    settings from a YAML file, or a recipe by method/name; may be repeated
   --recipe NAME         auto (the one for this task), none, or by name
@@ -177,14 +179,41 @@ def _read(pairs: list[tuple[str, str | None]], last: dict[str, str | None]) -> C
     if chosen not in ("auto", "none"):
         found = named_recipe(short, chosen)
     settings = dict(found.settings) if found else {}
-    for layer in layers:
-        settings |= layer
+    for source, layer in zip(sources, layers):
+        merge(settings, layer, str(source))
     name = str(target.path) if target.path is not None else target.name
     settings |= {"model": method, "data.name": name, "recipe": chosen}
-    flags = [pair for pair in pairs if pair[0] not in ("config", "model", "data.name", "recipe", "trust")]
+    flags = [pair for pair in pairs if pair[0] not in ("config", "model", "data.name", "recipe", "trust", *SEEDS)]
+    typed = {name: value for name, value in pairs if name in SEEDS}
+    merge(settings, typed, "the command")
+    flags += [(name, str(settings[name])) for name in SEEDS if typed and name in settings]
     texts = None if target.kind == "replay" else target.kind == "language"  # a converted folder may hold either
     own = target.kind in ("hdf5", "npz", "replay") or (target.kind == "minari" and not target.info)
     return Command(method, settings, flags, found, notes, texts, given is not None, words(), own)
+
+
+def merge(settings: dict[str, Any], layer: Mapping[str, Any], source: str) -> None:
+    """Put one layer of settings over those below it, in place; one seed replaces several, and several one.
+
+    Raises:
+        UsageError: it has both, or seeds that are none.
+    """
+    layer = dict(layer)
+    one = layer.get("seed_everything")
+    if isinstance(one, (list, tuple)) or (isinstance(one, str) and re.search(r"\d\s*(,|\.\.)", one)):
+        raise UsageError(f"`seed` is {one!r}; expected one whole number. Did you mean --seeds {one}?")
+    if "seeds" in layer and one is not None:
+        raise UsageError(
+            f"{source} sets both `seed_everything` ({one}) and `seeds` ({layer['seeds']}); expected one of the two. "
+            "Leave one out."
+        )
+    if "seeds" in layer:
+        seeds = seed_numbers(layer.pop("seeds"))
+        layer |= {"seeds": seeds_text(seeds)} if len(seeds) > 1 else {"seed_everything": seeds[0]}
+    if any(name in layer for name in SEEDS):
+        for name in SEEDS:
+            settings.pop(name, None)
+    settings |= layer
 
 
 def find_data(text: str, method: str) -> Target:

@@ -39,15 +39,15 @@ from offpolicy.trust import ALL, NAME, OWN, check_class, speaking, words
 class FitCLI(LightningCLI):
     """LightningCLI that makes the method and the data, and leaves the Trainer to :func:`offpolicy.api.fit`."""
 
-    def __init__(self, args: list[str], method: type[Module] = OfflineModule) -> None:
-        self.method = method
+    def __init__(self, args: list[str], method: type[Module] = OfflineModule, seed: int | None = 0) -> None:
+        self.method, self.seed = method, seed
         max_steps = MAX_STEPS if issubclass(method, OfflineModule) else -1  # -1: as the method plans
         super().__init__(
             Module,
             method.data_class(),
             save_config_callback=None,
             trainer_defaults={"max_steps": max_steps, **TRAINER_DEFAULTS},
-            seed_everything_default=0,
+            seed_everything_default=seed,  # type: ignore[arg-type]  # None where there are several
             subclass_mode_model=True,
             run=False,
             auto_configure_optimizers=False,
@@ -59,6 +59,7 @@ class FitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_class_arguments(RunOptions, "run")
         parser.set_defaults({f"run.{name}": value for name, value in self.method.run_defaults.items()})
+        parser.add_argument("--seeds", type=str | None, default=None, help="several, trained at once: 0..7 or 0,3,5")
         parser.add_argument("--recipe", type=str, default="auto", help="auto, none, or a recipe of the method by name")
         parser.add_argument("--root", type=str, default="runs", help="where run folders are made")
         parser.add_argument("--folder", type=str | None, default=None, help="the run folder, instead of one under root")
@@ -69,7 +70,8 @@ class FitCLI(LightningCLI):
         seed = self.config.seed_everything
         if isinstance(seed, bool):
             raise UsageError(f"--seed_everything is {str(seed).lower()}; expected a whole number.")
-        self.config.seed_everything = seed_number(seed, "seed_everything")
+        if self.config.seeds is None:
+            self.config.seed_everything = seed_number(seed, "seed_everything")
         check_classes(self.config.as_dict())
 
     def instantiate_classes(self) -> None:
@@ -112,11 +114,13 @@ def _run(command: Command) -> int:
     )
     options.pop("max_steps")
     max_steps = cli.config.trainer.max_steps
+    seed_given = "seed_everything" in {*command.settings, *(name for name, _ in command.flags)}
     result = api.fit(
         cli.model,
         cli.datamodule,
         max_steps=None if max_steps == -1 else max_steps,
-        seed=int(cli.config.seed_everything),
+        seed=cli.config.seed_everything if seed_given else None,
+        seeds=cli.config.seeds,
         folder=cli.config.folder,
         root=cli.config.root,
         ckpt_path=cli.config.ckpt_path,
@@ -196,7 +200,7 @@ def _parse(command: Command) -> FitCLI:
     try:
         with quiet(), only_allowed_names():
             args = with_own_updates(command, args, method)
-            made = FitCLI(args, method)
+            made = FitCLI(args, method, seed=None if "seeds" in command.settings else 0)
     except ArgumentError as error:
         raise UsageError(one_sentence(str(error), known)) from None
     finally:

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from offpolicy.compute.room import available_memory
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import WriteError
 
@@ -50,15 +51,6 @@ def faults(path: Path | str) -> Iterator[None]:
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping, as far as the system tells."""
-    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 1 << 62
 
 
 def check_size(where: Path | str, key: str, size: int, stored: int | None = None, ratio: int = RATIO) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from scipy.special import ndtri, stdtrit
 
 from offpolicy.errors import UsageError
 from offpolicy.evaluation.rollout import EvalResult
+
+FEWEST = 3  # seeds for an interval of their mean
 
 
 def normalized_score(returns: np.ndarray | float, ref_min: float, ref_max: float) -> np.ndarray:
@@ -67,7 +69,7 @@ def wilson(successes: int, episodes: int, level: float = 0.95) -> float:
     return z / (1 + z * z / episodes) * float(np.sqrt(rate * (1 - rate) / episodes + (z / (2 * episodes)) ** 2))
 
 
-def interval(values: np.ndarray, level: float = 0.95) -> float:
+def interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> float:
     """Half the width of Student's t interval of the mean (95 % unless told), for independent episodes or seeds.
 
     NaN for fewer than two values. Returns far from normal (mostly 0, sometimes 1) need more episodes than ten.

@@ -86,8 +86,8 @@ class UpdateBar(ProgressBar):
         found = trainer.callback_metrics
         if self.run_log.failed:  # the numbers of an earlier one would mislead
             found = {name: value for name, value in found.items() if not name.startswith("eval/")}
-        shown = [(short(n), float(found[n])) for n in self.names if n in found][:5]
-        return "  ".join(f"{name} {value:.4g}" for name, value in shown)
+        shown = [n for n in self.names if n in found][:5]
+        return "  ".join(f"{short(n)} {float(found[n]):.4g}{spread(found.get(f'{n}_seed_std'))}" for n in shown)
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -99,6 +99,11 @@ class UpdateBar(ProgressBar):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
+
+
+def spread(std: Any) -> str:
+    """The standard deviation of a number over seeds, to stand behind it; nothing for one seed."""
+    return "" if std is None else f" ± {float(std):.3g}"
 
 
 def short(name: str) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from offpolicy.compute.processes import is_first_process
 from offpolicy.data.module import DataModule
 from offpolicy.data.names import resolve
 from offpolicy.errors import UsageError
-from offpolicy.files import Table, atomic_write, method_folder, unique_run_folder
+from offpolicy.files import Table, atomic_write, method_folder, numbered_folder
+from offpolicy.given import seeds_text
 from offpolicy.training import screen
 from offpolicy.training.checkpoints import (
     newest_checkpoint,
@@ -22,6 +23,14 @@ from offpolicy.training.checkpoints import (
     run_of,
 )
 from offpolicy.training.headlines import scores_line
+from offpolicy.training.joint_folder import (
+    JointFolder,
+    find_folders,
+    folder_of_seed,
+    joint_label,
+    known_folders,
+    went_on_alone,
+)
 from offpolicy.training.measurement import Evaluation
 from offpolicy.training.module import Module
 from offpolicy.training.opening import load, own_state
@@ -37,12 +46,16 @@ class Beginning:
         checkpoint: that the run goes on from; None for a new run.
         updates: made already.
         changed: the settings of the method that differ from those of the checkpoint, in words.
+        folders: of each seed of several, once they are chosen.
+        notes: sentences about them.
     """
 
     folder: Path | None
     checkpoint: Path | None = None
     updates: int = 0
     changed: str = ""
+    folders: dict[int, Path] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -56,6 +69,7 @@ class FitResult:
             over episodes); empty without an environment.
         updates: trained in all.
         interrupted: the signal that ended the run early, 0 when none did.
+        folders: of several seeds the run folder of each, on the first process; ``folder`` is that of the joint run.
     """
 
     method: Module
@@ -63,20 +77,39 @@ class FitResult:
     scores: dict[str, float]
     updates: int
     interrupted: int = 0
+    folders: dict[int, Path] = field(default_factory=dict)
 
 
 def find_beginning(
-    method: Module, data: DataModule, *, seed: int, folder: Path | None, root: Path, ckpt_path: str | Path | None
+    method: Module,
+    data: DataModule,
+    *,
+    seed: int,
+    folder: Path | None,
+    root: Path,
+    ckpt_path: str | Path | None,
+    seed_given: bool = False,
 ) -> Beginning:
     """What a run begins from; the method takes the seeds of the checkpoint.
+
+    Args:
+        method: what is trained.
+        data: what it is trained on.
+        seed: of a run of one seed, which "last" looks for.
+        folder: of the run, where the user named it.
+        root: folder of run folders.
+        ckpt_path: as of :func:`offpolicy.fit`.
+        seed_given: whether the user asked for this one seed.
 
     Raises:
         UsageError: no such checkpoint, one of another method, or a folder that holds another run.
     """
     if ckpt_path is None:
-        if folder is not None and newest_checkpoint(folder):  # never two runs in one
+        places = [] if folder is None else [folder, *(folder / f"seed{k}" for k in method.seeds)]
+        for place in filter(newest_checkpoint, places):  # never two runs in one
             raise UsageError(
-                f"`folder` is {folder}, which holds a run; expected a new one. Pass it as `ckpt_path` to continue it."
+                f"`folder` is {folder}, {'which' if place == folder else f'where {place.name}'} holds a run; expected "
+                "a new one. Pass it as `ckpt_path` to continue it."
             )
         return Beginning(folder)
     checkpoint = resolve_checkpoint(
@@ -86,8 +119,16 @@ def find_beginning(
         method=type(method).__name__,
         seed=seed,
         fingerprint=lambda: data.load().fingerprint(),
+        label=joint_label(method.seeds) if method.seeds else None,
     )
     updates, changed = check_same_method(method, checkpoint)
+    if method.seeds and seed_given:
+        alone = known_folders(run_of(checkpoint)).get(seed)
+        instead = f"Pass the folder of that seed as `ckpt_path`: {alone}." if alone else "Leave `seed` out."
+        raise UsageError(
+            f"{checkpoint} holds the seeds {seeds_text(method.seeds)}, and `seed` is {seed}; expected no `seed`. "
+            f"{instead}"
+        )
     if folder is not None and newest_checkpoint(folder) and not folder.samefile(run_of(checkpoint)):
         raise UsageError(
             f"`folder` is {folder}, which holds another run than {checkpoint}; expected a new folder. "
@@ -98,12 +139,34 @@ def find_beginning(
 
 def new_folder(root: Path, data: DataModule, method: Module, seed: int, made: list[Path]) -> Path:
     """A new run folder under the root; ``made`` gets every folder that had to be made for it, innermost first."""
-    name, kind = data_name(data), type(method).__name__
-    parent = method_folder(root, name, kind)
+    parent = method_folder(root, data_name(data), type(method).__name__)
     absent = [place for place in (parent, *parent.parents) if not place.exists()]
-    folder = unique_run_folder(root, name, kind, seed)
+    folder = numbered_folder(parent, joint_label(method.seeds) if method.seeds else f"seed{seed}")
     made += [folder, *absent]
     return folder
+
+
+def choose_folders(begin: Beginning, method: Module, made: list[Path], *, inside: bool) -> None:
+    """The folder of each seed of a joint run, new ones in the joint folder or beside it.
+
+    Args:
+        begin: what the run begins from, with its joint folder.
+        method: with its seeds.
+        made: gets every folder that was made for it.
+        inside: whether the user named the joint folder.
+    """
+    assert begin.folder is not None
+    joint = begin.folder
+    inside |= any(place.parent == joint for place in known_folders(joint).values())
+
+    def make(seed: int) -> Path:
+        there = set(joint.parent.iterdir()) if joint.parent.exists() else set()
+        place = folder_of_seed(joint, seed, inside=inside)
+        if place not in there and place.exists():
+            made.insert(0, place)
+        return place
+
+    begin.folders, begin.notes = find_folders(joint, method.seeds, make)
 
 
 def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
@@ -159,9 +222,13 @@ def already_done(method: Module, checkpoint: Path, updates: int, max_steps: int,
         )
         if missing:
             print(screen.line("note", f"The evaluation at update {updates:,} failed; going on begins with it."))
+    folders = known_folders(folder) if trained.seeds and own_folder(checkpoint) else {}
+    if is_first_process() and folders:  # stopped between the files of the joint run and those of its seeds
+        alone = {seed: place for seed, place in folders.items() if not went_on_alone(folder, place)}
+        JointFolder(folder, alone).complete(trained, updates)
     if is_first_process() and not (folder / "hf").exists():  # stopped between the last update and the end
         trained.finish_files(folder)
-    return FitResult(trained, folder, scores, updates)
+    return FitResult(trained, folder, scores, updates, folders=folders)
 
 
 def last_evaluation(trained: Module, checkpoint: Path, folder: Path, updates: int) -> bool:

@@ -243,6 +243,7 @@ def newest_run(
     method: str,
     seed: int | None = None,
     fingerprint: Callable[[], str] | None = None,
+    label: str | None = None,
 ) -> Path | None:
     """The run folder under `<root>/<data>/<method>/` that wrote a checkpoint last, or None.
 
@@ -250,13 +251,14 @@ def newest_run(
         seed: only runs of this seed (`seed<seed>-<n>`); any seed when None.
         fingerprint: gives that of the data at hand. Files of one name share a folder of runs (a/x.npz and b/x.npz), so
             a run on the same data is preferred; asked only where there are runs on several.
+        label: of a run of several seeds: the name of its folder without the number.
     """
-    runs = []
+    runs, form = [], r"seed-?\d+" if seed is None else f"seed{seed}"
     for folder in method_folder(root, data, method).glob("seed*-*"):
-        match = re.fullmatch(r"seed(-?\d+)-(\d+)", folder.name)
+        match = re.fullmatch(rf"{re.escape(label) if label else form}-(\d+)", folder.name)
         files = _by_update(folder)
-        if match and files and seed in (None, int(match[1])):
-            runs.append((max(file.stat().st_mtime_ns for file in files), int(match[2]), folder))
+        if match and files:
+            runs.append((max(file.stat().st_mtime_ns for file in files), int(match[1]), folder))
     folders = [folder for *_, folder in sorted(runs, reverse=True)]
     if fingerprint is not None and len({trained_on(folder) for folder in folders}) > 1:
         wanted = fingerprint()
@@ -281,12 +283,13 @@ def resolve_checkpoint(
     method: str | None = None,
     seed: int | None = None,
     fingerprint: Callable[[], str] | None = None,
+    label: str | None = None,
 ) -> Path:
     """The checkpoint file that the user means.
 
     Args:
         ckpt: `"last"` (the newest run of `method` on `data` under `root`), a checkpoint file, or a run folder.
-        fingerprint: as of :func:`newest_run`.
+        fingerprint, label: as of :func:`newest_run`.
 
     Raises:
         UsageError: nothing there that opens; the message names the places searched.
@@ -295,12 +298,12 @@ def resolve_checkpoint(
         if data is None or method is None:
             raise UsageError("`ckpt_path` is 'last'; expected the data and the method too. Pass both or a path.")
         root = expanded(os.fspath(root))
-        run = newest_run(root, data, method, seed, fingerprint)
+        run = newest_run(root, data, method, seed, fingerprint, label)
         found = run and newest_checkpoint(run)
         if found:
             return found
         searched = method_folder(root, data, method).resolve()
-        pattern = f"seed{'*' if seed is None else seed}-*"
+        pattern = f"{label or ('seed*' if seed is None else f'seed{seed}')}-*"
         raise UsageError(
             f"`ckpt_path` is 'last', but no whole checkpoint was found; searched {searched / pattern / 'checkpoints'}. "
             "Leave `ckpt_path` out to start a new run, or pass a checkpoint file or run folder."

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from offpolicy.compute.torch_private import foreach_norm
-from offpolicy.errors import DivergenceError
+from offpolicy.errors import DivergenceError, listed
 from offpolicy.training.checkpoints import newest_checkpoint
 from offpolicy.training.lightning_private import trainer_of
 from offpolicy.training.run_log import due
@@ -88,8 +88,32 @@ def message(method: Any, losses: list[str], weights: list[str]) -> str:
     go_on = "start anew" if checkpoint is None else "start anew, or go on from it"
     return (
         f"training diverged: at update {method.updates} {', '.join(found) or 'another process has such numbers'}; "
-        f"expected finite numbers. {where}. {method.divergence_advice}, then {go_on}."
+        f"expected finite numbers. {where}. {method.divergence_advice}, then {go_on}.{words_on_seeds(method)}"
     )
+
+
+def words_on_seeds(method: Any) -> str:
+    """Which of several seeds have diverged, and how the others go on; nothing for one seed."""
+    bad = diverged_seeds(method)
+    if not bad:
+        return ""
+    parts = getattr(method.run_log.files, "parts", {})
+    left = [part.folder for seed, part in parts.items() if seed not in bad]
+    who = f" It is seed {bad[0]}." if len(bad) == 1 else f" They are the seeds {', '.join(map(str, bad))}."
+    return who + (f" The others go on without, each by itself: `ckpt_path` {listed(left, 8)}." if left else "")
+
+
+@torch.no_grad()
+def diverged_seeds(method: Any) -> list[int]:
+    """Of several seeds those whose newest losses or weights are not finite."""
+    row = method.run_log.metrics_at(method.updates).items()
+    losses = [torch.tensor(value) for name, value in row if is_loss(name) and isinstance(value, list)]
+    losses += [value for name, value in method.meter.by_name().items() if is_loss(name)]
+    bad = set()
+    for tensor in [*losses, *method.parameters()] if method.seeds else []:
+        finite = torch.isfinite(tensor.reshape(len(method.seeds), -1)).all(1).tolist()
+        bad |= {seed for seed, sound in zip(method.seeds, finite, strict=True) if not sound}
+    return [seed for seed in method.seeds if seed in bad]
 
 
 def named(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ Nothing heavy is imported here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -56,14 +57,20 @@ def is_better(value: float, best: float | None) -> bool:
     return value == value and (best is None or value > best)
 
 
-def keep_best(numbers: dict[str, float], best: float | None) -> float | None:
-    """Add the best headline so far to the numbers of an evaluation; returns it."""
+def keep_best(numbers: dict[str, float], best: float | None, of: str = "") -> float | None:
+    """Add the best headline so far to the numbers of an evaluation; returns it.
+
+    Args:
+        numbers: of the evaluation.
+        best: of the evaluations before; None when there is none.
+        of: the end of the columns of one seed of several, "_seed3".
+    """
     key = headline(numbers)
-    if key is not None:
-        if is_better(numbers[key], best):
-            best = numbers[key]
+    if key is not None and f"{key}{of}" in numbers:
+        if is_better(numbers[f"{key}{of}"], best):
+            best = numbers[f"{key}{of}"]
         if best is not None:
-            numbers[f"{key}_best"] = best
+            numbers[f"{key}_best{of}"] = best
     return best
 
 
@@ -73,6 +80,9 @@ def scores_line(scores: Mapping[str, Any]) -> str:
     Args:
         scores: numbers of an evaluation by their short names, without "eval/".
     """
+    judge = next((one for one in HEADLINES if f"{one.name.removeprefix('eval/')}_seed_std" in scores), None)
+    if judge is not None:
+        return seeds_line(scores, judge)
     if "success_mean" in scores:
         half, best = 100 * scores["success_interval"], scores.get("score_best")
         return f"success: last {scores['score']:.1f} % ± {half:.1f} (half of the 95 % interval)" + (
@@ -88,3 +98,20 @@ def scores_line(scores: Mapping[str, Any]) -> str:
     if "loss" in scores:
         return f"held-out loss: {scores['loss']:.4g}"
     return "no evaluation"
+
+
+def seeds_line(scores: Mapping[str, Any], judge: Shown) -> str:
+    """The last evaluation of several seeds, with the interval of their mean, and what each had at its best."""
+    from offpolicy.evaluation.scores import FEWEST, interval  # as it is heavy
+
+    key = judge.name.removeprefix("eval/")
+    found = {name: value for name, value in scores.items() if re.fullmatch(rf"{key}(_best)?_seed\d+", name)}
+    best = [found.pop(name) for name in list(found) if "_best_" in name]
+    each = list(found.values())
+    if len(each) < FEWEST:
+        shown = ", ".join(f"{value:.4g}" for value in each)
+        spread = f" (mean of {len(each)} seeds, too few for an interval: {shown})"
+    else:
+        spread = f" ± {interval(each):.3g} (95 % interval of the mean of {len(each)} seeds)"
+    at_best = f", each at its best {sum(best) / len(best):.4g}" if best else ""
+    return f"{judge.words}: last {scores[key]:.4g}{spread}{at_best}"

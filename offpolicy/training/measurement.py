@@ -46,6 +46,7 @@ class Measurement(Callback):
 
     def __init__(self) -> None:
         self.best: float | None = None
+        self.bests: dict[int, float | None] = {}  # of each seed of several
         self.facts: dict[str, str] = {}  # stand in every row
         self.outstanding = False  # the evaluation of the update at hand
 
@@ -68,7 +69,7 @@ class Measurement(Callback):
         self.outstanding = False
         row = trainer.strategy.broadcast({} if self.run_log.files is None else self.run_log.files.earlier)
         if row:  # it was made, after the checkpoint that training goes on from
-            self.best = keep_best(dict(row), self.best)
+            self.keep_best(dict(row), pl_module.seeds)
             self.run_log.evaluation = row
         else:
             self.evaluate(trainer, pl_module)
@@ -95,7 +96,7 @@ class Measurement(Callback):
                 raise EvaluationFailed(f"the evaluation at update {updates:,} failed: {told(error)}") from error
             failure = error
             self.reset()
-        self.best = keep_best(numbers, self.best)
+        self.keep_best(numbers, pl_module.seeds)
         numbers, reason = trainer.strategy.broadcast((numbers, "" if failure is None else told(failure)))
         if reason:
             self._fail(trainer, pl_module, reason, failure)
@@ -103,6 +104,11 @@ class Measurement(Callback):
             pl_module.log_dict(numbers, logger=False)
             pl_module.log_to_loggers(numbers, updates)
             self.run_log.evaluation = {"step": updates, **numbers, **self.facts}
+
+    def keep_best(self, numbers: dict[str, float], seeds: tuple[int, ...]) -> None:
+        """Add the best so far to the numbers of an evaluation: of the mean over seeds, and of each seed by itself."""
+        self.best = keep_best(numbers, self.best)
+        self.bests = {seed: keep_best(numbers, self.bests.get(seed), f"_seed{seed}") for seed in seeds}
 
     def _fail(self, trainer: Trainer, pl_module: Any, reason: str, failure: BaseException | None) -> None:
         updates, files = trainer.global_step, self.run_log.files
@@ -123,10 +129,12 @@ class Measurement(Callback):
         raise error from failure
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "outstanding": self.outstanding}
+        state: dict[str, Any] = {"best": self.best, "outstanding": self.outstanding}
+        return state | ({"of_seeds": {k: {"best": best} for k, best in self.bests.items()}} if self.bests else {})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.best, self.outstanding = state_dict["best"], state_dict.get("outstanding", False)
+        self.bests = {seed: state["best"] for seed, state in state_dict.get("of_seeds", {}).items()}
 
 
 class Evaluation(Measurement):
@@ -194,7 +202,7 @@ class Evaluation(Measurement):
             return {"step": updates, "error": told(error), **self.facts}
         finally:
             self.close()
-        self.best = keep_best(numbers, self.best)
+        self.keep_best(numbers, method.seeds)
         return {"step": updates, **numbers, **self.facts} if numbers else {}
 
     def reset(self) -> None:

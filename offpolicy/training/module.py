@@ -23,7 +23,7 @@ from offpolicy.compute.memory import keep_freed_memory
 from offpolicy.compute.optim import num_trained
 from offpolicy.data.module import DataModule
 from offpolicy.errors import DataError, UsageError
-from offpolicy.given import tidy
+from offpolicy.given import seed_numbers, tidy
 from offpolicy.training import divergence
 from offpolicy.training.callbacks import Interruption, RestoreSettings, ThreadWatch
 from offpolicy.training.checkpoints import KEY, plain_hparams, to_plain
@@ -32,7 +32,7 @@ from offpolicy.training.measurement import HeldOut
 from offpolicy.training.meter import Meter
 from offpolicy.training.options import RunOptions
 from offpolicy.training.run_log import RunLog
-from offpolicy.training.seeds import checked_seeds
+from offpolicy.training.slices import wide_row
 from offpolicy.trust import words
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Module(LightningModule):
 
     run_defaults: ClassVar[dict[str, Any]] = {}  # of `--run.*`, where they differ from those of RunOptions
     trains_on_texts: ClassVar[bool] = False
+    seed_axis: ClassVar[bool] = False  # whether several seeds can be trained at once
     saved_again: ClassVar[bool] = True  # after an evaluation, which may change the method, as well as before it
     divergence_advice: ClassVar[str] = "Lower the learning rate"  # begins a sentence
     has_adapters: bool = False  # of peft
@@ -118,9 +119,11 @@ class Module(LightningModule):
 
     @seeds.setter
     def seeds(self, seeds: Sequence[int]) -> None:
-        found = checked_seeds(seeds)
         name = type(self).__name__
-        if found and self.trains_on_texts:
+        if isinstance(seeds, (str, bytes)):
+            raise UsageError(f"`seeds` is {seeds!r}; expected whole numbers ≥ 0, each once, such as (0, 1, 2).")
+        found = seed_numbers(seeds) if len(seeds) else ()
+        if found and not self.seed_axis:
             raise UsageError(f"{name} trains one seed per process; expected `seeds` empty. Start one each.")
         if found != self._seeds and getattr(self, "sizes", None) is not None:
             raise UsageError(
@@ -302,7 +305,7 @@ class Module(LightningModule):
     def log_row(self, row: dict[str, Any], updates: int) -> None:
         """Make a row of metrics known: to the files of the run, the bar and the loggers."""
         self.run_log.metrics = row
-        scalars = {k: float(v) for k, v in row.items() if not isinstance(v, list)}
+        scalars = {k: float(v) for k, v in wide_row(row, self.seeds).items()}
         self.log_dict({k: v for k, v in scalars.items() if k != "step"}, logger=False)
         self.log_to_loggers(scalars, updates)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 
 from offpolicy.data.module import DataModule
 from offpolicy.errors import UsageError
-from offpolicy.files import atomic_write
+from offpolicy.given import seeds_text
 from offpolicy.training import screen
 from offpolicy.training.checkpoints import plain_hparams, to_plain
 from offpolicy.training.module import Module
@@ -42,12 +41,9 @@ class Start(Callback):
             return
         folder = self.files.folder
         config = self.origin.config or python_config(pl_module, self.data, trainer.max_steps, self.options)
-        atomic_write(folder / "config.yaml", config)
-        atomic_write(folder / "versions.json", json.dumps(to_plain(screen.versions(pl_module)), indent=2) + "\n")
-        command = folder / "command.txt"
-        earlier = command.read_text() if command.exists() else ""
         called = self.origin.command or "offpolicy.fit(...) from Python"
-        atomic_write(command, f"{earlier}{called}  # from update {trainer.global_step}\n")
+        versions = to_plain(screen.versions(pl_module))
+        self.files.keep_settings(config, versions, f"{called}  # from update {trainer.global_step}")
         pl_module.keep_files(folder)
         if self.verbose:
             described = pl_module.describe()
@@ -68,7 +64,8 @@ def python_config(method: Module, data: DataModule, max_steps: int, options: Map
     path = f"{type(method).__module__}.{type(method).__qualname__}"
     hparams = as_settings(plain_hparams(method.hparams))
     settings = {
-        "seed_everything": method.seed,
+        "seed_everything": None if method.seeds else method.seed,
+        "seeds": seeds_text(method.seeds) if method.seeds else None,
         "model": {"class_path": path, "init_args": hparams},
         "data": data.settings(),
         "run": asdict(method.run),

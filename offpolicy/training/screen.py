@@ -6,13 +6,15 @@ import importlib.metadata
 import platform
 import subprocess
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from offpolicy.evaluation.scores import score_kind, simulator_version
+from offpolicy.given import seeds_text
 from offpolicy.training.description import Description
 from offpolicy.training.headlines import scores_line
+from offpolicy.training.seed_room import memory_words
 from offpolicy.version import __version__
 
 LABEL = 10  # width of the labels
@@ -44,7 +46,7 @@ def first_screen(
         device = f"{trainer.world_size} processes on {device}"
     threads, matmul = settings_in_use(method)
     described = described or method.describe()
-    which = f"seeds {', '.join(map(str, method.seeds))}" if method.seeds else f"seed {method.seed}"
+    which = f"seeds {seeds_shown(method.seeds)}" if method.seeds else f"seed {method.seed}"
     when = f"every {method.run.eval_every:,} updates" if method.run.eval_every else "after the last update"
     start = f"continuing at update {now:,} of {total:,}" if now else "new"
     lines = [
@@ -54,11 +56,24 @@ def first_screen(
         line("updates", f"{total:,} of {described.batch}"),
         line("evaluate", f"{when}, {described.evaluates}" if described.evaluates else "none"),
         line("device", f"{device}, precision {trainer.precision}, threads {threads}, matmul {matmul}"),
+        *([line("memory", memory_words(method, trainer.strategy.root_device))] if method.seeds else []),
         line("folder", f"{folder} ({start})"),
     ]
     notes = [str(text) for key in ("notes", "warnings") for text in meta.get(key) or []] + [*described.notes]
     samples = ["", described.samples] if described.samples else []
     return "\n".join([*lines, *(line("note", text) for text in notes), *samples])
+
+
+def seeds_shown(seeds: tuple[int, ...]) -> str:
+    """Seeds for a person: 0–7, 9."""
+    return seeds_text(seeds).replace("..", "–").replace(",", ", ")
+
+
+def lines_of_seeds(folders: Mapping[int, Path], notes: Iterable[str]) -> list[str]:
+    """Where each seed of several has its run folder."""
+    places = list(folders.values())
+    shown = [*places[:2], *(["…"] if len(places) > 3 else []), *places[2:][-1:]]
+    return [line("each seed", ", ".join(map(str, shown))), *(line("note", text) for text in notes)]
 
 
 def settings_in_use(method: Any) -> tuple[int, str]:

@@ -7,30 +7,42 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from offpolicy.compute.casts import fresh_casts
 from offpolicy.errors import UsageError
+from offpolicy.given import seed_number, seed_numbers, seeds_text
 from offpolicy.training.checkpoints import plain_hparams
+from offpolicy.training.seed_room import check_room
+from offpolicy.training.slices import over
 from offpolicy.trust import speaking
 
 # Modules of torch that only hold parameters for others to use; every other layer of torch has a fixed number of axes.
 HOLDERS = (nn.ParameterList, nn.ParameterDict)
 
 
-def checked_seeds(seeds: Any) -> tuple[int, ...]:
-    """Seeds as whole numbers.
+def chosen_seeds(seed: Any, seeds: Any, before: tuple[int, ...] = ()) -> tuple[int, tuple[int, ...]]:
+    """The seed of a run and, where it has several, all of them; of several the first stands for the run.
+
+    Args:
+        seed: as the user gave it; None for 0.
+        seeds: as the user gave them, see :func:`offpolicy.given.seed_numbers`; None for those of ``before``.
+        before: seeds that the method has.
 
     Raises:
-        UsageError: one is no whole number ≥ 0, or stands there twice.
+        UsageError: both were given, or one is no seed.
     """
-    given = tuple(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, (str, bytes)) else (seeds,)
-    found = tuple(int(s) for s in given if isinstance(s, (int, np.integer)) and not isinstance(s, bool))
-    if len(found) != len(given) or any(seed < 0 for seed in found) or len(set(found)) != len(found):
-        raise UsageError(f"`seeds` is {seeds!r}; expected whole numbers ≥ 0, each once, such as (0, 1, 2).")
-    return found
+    found = before if seeds is None else seed_numbers(seeds)
+    if found and seed is not None:
+        raise UsageError(
+            f"`seed` is {seed!r} and `seeds` is {seeds_text(found)}; expected one of the two. Leave `seed` out."
+        )
+    if len(found) == 1 and seeds is not None:
+        return found[0], ()
+    if isinstance(seed, Iterable) and not (isinstance(seed, str) and seed.isdecimal()):
+        raise UsageError(f"`seed` is {seed!r}; expected one whole number. Did you mean `seeds`?")
+    return (found[0] if found else seed_number(0 if seed is None else seed)), found
 
 
 def build_stacked(method: Any, build: Callable[[], None]) -> None:
@@ -42,11 +54,20 @@ def build_stacked(method: Any, build: Callable[[], None]) -> None:
     name = type(method).__name__
     if not method.seed_axis:
         raise UsageError(f"{name} trains one seed per process; expected `seeds` empty. Start one each.")
-    states = []
+    states, buffers = [], {}
     for seed in method.seeds:
         torch.manual_seed(seed)
         build()
         states.append({key: p.detach().clone() for key, p in method.named_parameters()})
+        if not buffers:
+            buffers = {key: buffer.clone() for key, buffer in method.named_buffers()}
+            check_room(method)
+    for key, buffer in method.named_buffers():
+        if not torch.equal(buffer, buffers[key]):
+            raise UsageError(
+                f"{name} has a buffer that depends on the seed (`{key}`), and buffers have no axis for seeds; expected "
+                "a parameter. Register it as one that takes no gradient, or start one seed per process."
+            )
     for key, layer in method.named_modules():
         kind = type(layer)
         own = any(True for _ in layer.parameters(recurse=False))
@@ -111,8 +132,8 @@ def over_seeds(method: Any, measure: Callable[[Any], Mapping[str, float]]) -> di
         measure: method of one seed → numbers by name.
 
     Returns:
-        The numbers of ``measure``. With seeds the mean over them under the same names, and each seed's own as
-        ``<name>_seed<seed>``.
+        The numbers of ``measure``. With seeds the mean over them under the same names, their standard deviation as
+        ``<name>_seed_std``, and each seed's own as ``<name>_seed<seed>``.
     """
     if not method.seeds:
         return dict(measure(method))
@@ -123,8 +144,8 @@ def over_seeds(method: Any, measure: Callable[[Any], Mapping[str, float]]) -> di
             single.agent = partial(_one_agent, method, index)  # type: ignore[method-assign]
         found[seed] = measure(single)
     names = dict.fromkeys(name for numbers in found.values() for name in numbers)
-    means = {k: float(np.mean([numbers[k] for numbers in found.values() if k in numbers])) for k in names}
-    return means | {f"{k}_seed{seed}": value for seed, numbers in found.items() for k, value in numbers.items()}
+    each = {name: {seed: numbers[name] for seed, numbers in found.items() if name in numbers} for name in names}
+    return {column: value for name, values in each.items() for column, value in over(name, values).items()}
 
 
 def _one_agent(method: Any, index: int, **options: Any) -> OneSeed:

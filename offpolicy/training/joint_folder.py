@@ -1,0 +1,184 @@
+"""The files of a run of several seeds: its own, and beside them the run folder of each seed, as if trained alone.
+
+The joint folder is the truth. Whatever lies in the folder of a seed follows from it: rows are columns of the joint
+tables, checkpoints parts of the joint ones. So a run that was killed between two writes makes them again when it goes
+on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from offpolicy.files import Table, atomic_write, numbered_folder
+from offpolicy.given import seeds_text
+from offpolicy.training.checkpoints import newest_checkpoint, opens, read_checkpoint, write_checkpoint
+from offpolicy.training.run_folder import RunFolder
+from offpolicy.training.slices import checkpoint_of_seed, row_of_seed
+
+LONGEST = 40  # letters of the seeds in the name of a folder
+PLACES = "seeds.json"  # in a joint folder: seed → its folder, as seen from there
+
+
+class JointFolder(RunFolder):
+    """A run folder of several seeds, and those of each seed by itself.
+
+    Args:
+        folder: of the joint run.
+        folders: of each seed; none on other processes than the first.
+        keep: how many of the newest checkpoints stay in each, ≥ 1.
+    """
+
+    def __init__(self, folder: str | Path, folders: Mapping[int, Path], keep: int = 2) -> None:
+        super().__init__(folder, keep)
+        self.parts = {seed: RunFolder(place, keep) for seed, place in folders.items()}
+
+    @property
+    def state_key(self) -> str:
+        return RunFolder.__qualname__
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            self.complete(pl_module, trainer.global_step)
+
+    def keep_settings(self, config: str, versions: Mapping[str, Any], command: str) -> None:
+        super().keep_settings(config, versions, command)  # first: see `went_on_alone`
+        places = {str(seed): _as_seen(part.folder, self.folder) for seed, part in self.parts.items()}
+        atomic_write(self.folder / PLACES, json.dumps(places, indent=2) + "\n")
+        together = {**versions, "trained_with_seeds": list(self.parts)}
+        for seed, part in self.parts.items():
+            part.keep_settings(config_of_seed(config, seed), together, command)
+
+    def complete(self, method: Any, updates: int) -> None:
+        """Make the folder of each seed what it would be, had that seed been trained alone up to this update.
+
+        Args:
+            method: of all seeds.
+            updates: of the joint checkpoint that training goes on from.
+        """
+        for seed, part in self.parts.items():
+            part.go_back(updates)
+            for joint, own in ((self.metrics, part.metrics), (self.evals, part.evals)):
+                own.replace([row_of_seed(row, seed) for row in joint.rows()])
+        for path in sorted(self.folder.glob("checkpoints/step=*.ckpt"))[-self.keep :]:
+            absent = [seed for seed, part in self.parts.items() if not opens(part.folder / "checkpoints" / path.name)]
+            if absent and opens(path):
+                self._save_parts(method, path, absent)
+
+    def write(self, table: Table, row: Mapping[str, Any]) -> None:
+        super().write(table, row)
+        for seed, part in self.parts.items():
+            part.write(part.metrics if table is self.metrics else part.evals, row_of_seed(row, seed))
+
+    def judge(self, row: Mapping[str, Any], updates: int) -> None:
+        super().judge(row, updates)
+        for seed, part in self.parts.items():
+            part.judge(row_of_seed(row, seed), updates)
+
+    def save(self, trainer: Trainer, pl_module: Any) -> None:
+        super().save(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._save_parts(pl_module, self.path_of(trainer.global_step), self.parts)
+            for part in self.parts.values():
+                part.prune()
+
+    def _save_parts(self, method: Any, path: Path, seeds: Iterable[int]) -> None:
+        """Write the parts of a joint checkpoint, as it lies on the disk, into the folders of these seeds."""
+        joint = read_checkpoint(path)
+        stacked = [name for name, _ in method.named_parameters(remove_duplicate=False)]
+        for seed in seeds:
+            write_checkpoint(
+                checkpoint_of_seed(joint, seed, stacked), self.parts[seed].folder / "checkpoints" / path.name
+            )
+
+    def draw(self) -> None:
+        super().draw()
+        for part in self.parts.values():
+            part.draw()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "of_seeds": {seed: part.state_dict() for seed, part in self.parts.items()}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for seed, state in state_dict.get("of_seeds", {}).items():
+            if seed in self.parts:
+                self.parts[seed].load_state_dict(state)
+
+
+def config_of_seed(config: str, seed: int) -> str:
+    """The settings of the single run of a seed, out of those of a joint one."""
+    alone = re.sub(r"(?m)^seed_everything: .*$", f"seed_everything: {seed}", config, count=1)
+    return re.sub(r"(?m)^seeds: .*$", "seeds: null", alone, count=1)
+
+
+# -- which folders -----------------------------------------------------------------------------------------------------
+
+
+def find_folders(joint: Path, seeds: tuple[int, ...], make: Callable[[int], Path]) -> tuple[dict[int, Path], list[str]]:
+    """The folder of each seed of a joint run, and sentences about those that are not what they were.
+
+    Args:
+        joint: folder of the run.
+        seeds: of the run.
+        make: gives a new folder for a seed that has none yet, or whose own went on alone.
+    """
+    known, found, notes = known_folders(joint), {}, []
+    for seed in seeds:
+        place = known.get(seed)
+        if place is not None and went_on_alone(joint, place):
+            found[seed] = make(seed)
+            notes.append(f"Seed {seed} went on alone in {place}, which is left as it is; here it is in {found[seed]}.")
+        else:
+            found[seed] = place or make(seed)
+    return found, notes
+
+
+def known_folders(joint: Path) -> dict[int, Path]:
+    """The folders of the seeds of a joint run, as it keeps them; those that lie neither in it nor beside it are not
+    taken, as the file may be anybody's."""
+    found = {}
+    with suppress(OSError, ValueError, AttributeError):
+        for seed, place in json.loads((joint / PLACES).read_text()).items():
+            if re.fullmatch(rf"(\.\./)?seed{int(seed)}(-\d+)?", str(place)):
+                found[int(seed)] = joint / place if not place.startswith("../") else joint.parent / place[3:]
+    return found
+
+
+def went_on_alone(joint: Path, place: Path) -> bool:
+    """Whether the folder of a seed was started more often than its joint run, which is always noted there first."""
+    starts, own = (Counter(_lines(folder / "command.txt")) for folder in (joint, place))
+    return bool(own - starts)
+
+
+def folder_of_seed(joint: Path, seed: int, *, inside: bool) -> Path:
+    """A new folder for a seed: in that of the joint run, or made beside it."""
+    if not inside:
+        return numbered_folder(joint.parent, f"seed{seed}")
+    place = joint / f"seed{seed}"
+    return numbered_folder(joint, f"seed{seed}") if newest_checkpoint(place) else place
+
+
+def joint_label(seeds: tuple[int, ...]) -> str:
+    """The name of the folder of a joint run, without its number: seeds0-7, seeds0+3+5."""
+    text = seeds_text(seeds).replace("..", "-").replace(",", "+")
+    if len(text) > LONGEST:
+        text = f"{len(seeds)}-of-{min(seeds)}-{max(seeds)}-{zlib.crc32(text.encode()):08x}"
+    return f"seeds{text}"
+
+
+def _as_seen(place: Path, joint: Path) -> str:
+    return place.name if place.parent == joint else f"../{place.name}"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
