@@ -23,7 +23,7 @@ from offpolicy.compute.memory import keep_freed_memory
 from offpolicy.compute.optim import num_trained
 from offpolicy.data.module import DataModule
 from offpolicy.errors import DataError, UsageError
-from offpolicy.given import seed_numbers, tidy
+from offpolicy.given import tidy
 from offpolicy.training import divergence
 from offpolicy.training.callbacks import Interruption, RestoreSettings, ThreadWatch
 from offpolicy.training.checkpoints import KEY, plain_hparams, to_plain
@@ -32,6 +32,7 @@ from offpolicy.training.measurement import HeldOut
 from offpolicy.training.meter import Meter
 from offpolicy.training.options import RunOptions
 from offpolicy.training.run_log import RunLog
+from offpolicy.training.seeds import checked_seeds
 from offpolicy.training.slices import wide_row
 from offpolicy.trust import words
 
@@ -119,10 +120,7 @@ class Module(LightningModule):
 
     @seeds.setter
     def seeds(self, seeds: Sequence[int]) -> None:
-        name = type(self).__name__
-        if isinstance(seeds, (str, bytes)):
-            raise UsageError(f"`seeds` is {seeds!r}; expected whole numbers ≥ 0, each once, such as (0, 1, 2).")
-        found = seed_numbers(seeds) if len(seeds) else ()
+        found, name = checked_seeds(seeds), type(self).__name__
         if found and not self.seed_axis:
             raise UsageError(f"{name} trains one seed per process; expected `seeds` empty. Start one each.")
         if found != self._seeds and getattr(self, "sizes", None) is not None:

@@ -22,6 +22,17 @@ from offpolicy.trust import speaking
 HOLDERS = (nn.ParameterList, nn.ParameterDict)
 
 
+def checked_seeds(seeds: Any) -> tuple[int, ...]:
+    """Seeds as whole numbers, none for none.
+
+    Raises:
+        UsageError: one is no whole number ≥ 0, or stands there twice.
+    """
+    if isinstance(seeds, (str, bytes)):
+        raise UsageError(f"`seeds` is {seeds!r}; expected whole numbers ≥ 0, each once, such as (0, 1, 2).")
+    return () if isinstance(seeds, (tuple, list)) and not seeds else seed_numbers(seeds)
+
+
 def chosen_seeds(seed: Any, seeds: Any, before: tuple[int, ...] = ()) -> tuple[int, tuple[int, ...]]:
     """The seed of a run and, where it has several, all of them; of several the first stands for the run.
 

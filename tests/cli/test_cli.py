@@ -145,6 +145,12 @@ def command(*argv: str, **options: Any) -> subprocess.Popen[str]:
         (["--config", "absent.yaml"], ["'absent.yaml'", "YAML file"]),
         (["--ckpt_path"], ["--ckpt_path has no value"]),
         (["--seed_everything", "x"], ["--seed_everything is 'x'"]),
+        (["--seed", "0..7"], ["`seed` is '0..7'", "Did you mean --seeds 0..7?"]),
+        (["--seedz", "0..7"], ["--seedz is not an option", "'--seeds'"]),
+        (["--seeds", "5..2"], ["the range 5..2 is empty", "2..5"]),
+        (["--seeds", "0,0"], ["'0,0', which has 0 twice"]),
+        (["--seeds", "a"], ["`seeds` is 'a'; expected whole numbers ≥ 0, each once, such as 0..7 or 0,3,5"]),
+        (["--seeds", "0..1", "--seed", "2"], ["the command sets both `seed_everything` (2) and `seeds` (0..1)"]),
     ],
 )
 def test_a_mistake_is_one_sentence(argv: list[str], parts: list[str]) -> None:
@@ -238,6 +244,50 @@ def test_a_misspelt_key_in_a_file_is_named(home: Path) -> None:
     assert "broken.yaml cannot be read as YAML" in message("--config", "broken.yaml")
     (home / "list.yaml").write_text("- 1")
     assert "holds list" in message("--config", "list.yaml")
+
+
+def test_one_seed_replaces_several_and_several_one(home: Path) -> None:
+    (home / "one.yaml").write_text("seed_everything: 5\n")
+    (home / "several.yaml").write_text("seeds: [3, 4]\n")
+    one, several = ["--config", "one.yaml"], ["--config", "several.yaml"]
+    for argv, seed, seeds in (
+        (["--seeds", "0..2"], None, "0..2"),
+        (["--seeds", "7"], 7, None),
+        (several, None, "3,4"),
+        ([*one, "--seeds", "0,9"], None, "0,9"),
+        ([*several, "--seed", "2"], 2, None),
+        ([*several, *one], 5, None),
+    ):
+        config = cli(*argv).config
+        assert (config.seed_everything, config.seeds) == (seed, seeds), argv
+    (home / "both.yaml").write_text("seed_everything: 5\nseeds: 0..2\n")
+    assert "both.yaml sets both `seed_everything` (5) and `seeds` (0..2)" in message("--config", "both.yaml")
+
+
+def test_several_seeds_train_at_once_and_go_on(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    argv = ["--data", "toy", "--model", "BC", *SMALL, *SHORT]
+    assert fit.main([*argv, "--seeds", "10..12", "--trainer.max_steps", "30"]) == 0
+    joint = Path("runs", "toy", "BC", "seeds10-12-1")
+    out = capsys.readouterr().out
+    for part in (
+        "BC on toy, seeds 10–12",
+        f"each seed {joint.with_name('seed10-1')}, ",
+        "  memory    about ",
+        f"folder    {joint} (new)",
+        "(95 % interval of the mean of 3 seeds)",
+    ):
+        assert part in out, out
+    assert fit.main(["--ckpt_path", str(joint), "--trainer.max_steps", "60"]) == 0
+    assert f"{joint} (continuing at update 30 of 60)" in capsys.readouterr().out
+
+    own, alone = joint.with_name("seed11-1"), run(*argv, "--seed", "11")
+    assert (own / "config.yaml").read_text() == (alone / "config.yaml").read_text()
+    last = [Table(folder / "evals.csv").rows()[-1]["eval/return_mean"] for folder in (own, alone)]
+    assert last[0] == pytest.approx(last[1], rel=1e-3)
+    assert fit.main(["--config", str(joint), "--seed", "11", "--folder", "again"]) == 0
+    assert Table("again/evals.csv").rows() == Table(alone / "evals.csv").rows()
+    with pytest.raises(UsageError, match=r"holds the seeds 10..12, and `seed` is 11; expected no `seed`. Pass the fol"):
+        fit.main(["--ckpt_path", str(joint), "--seed", "11"])
 
 
 def test_recipes_by_name_and_where_none_fits() -> None:
