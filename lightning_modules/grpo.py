@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from offpolicy.errors import UsageError, check_choice, check_range, nearest
+from offpolicy.errors import check_choice, check_range
 from offpolicy.language.rl.rollouts import RolloutModule
 from offpolicy.losses.policy.anchors import ESTIMATORS
 
@@ -59,10 +59,7 @@ class GRPO(RolloutModule):
         **rollouts: Any,
     ) -> None:
         super().__init__(**rollouts)
-        if variant not in VARIANTS:
-            raise UsageError(
-                f"`variant` is '{variant}'; expected one of {', '.join(VARIANTS)}.{nearest(variant, VARIANTS)}"
-            )
+        check_choice("variant", variant, VARIANTS)
         check_range("clip", clip or 0.0, 0.0, 1.0)
         for name, value in (("clip_high", clip_high), ("beta", beta), ("entropy", entropy)):
             check_range(name, value or 0.0, 0.0)

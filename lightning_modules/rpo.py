@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from offpolicy.errors import UsageError, check_range
+from offpolicy.errors import UsageError, check_choice, check_range
 from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import NLL_FORMS, dpo_loss, nll, preference_metrics
 from offpolicy.losses.scores import PairScores
@@ -46,8 +46,7 @@ class RPO(PreferenceModule):
     ) -> None:
         super().__init__(lr=lr, **language)
         check_range("beta", beta, 0.0, lower_open=True)
-        if nll_form not in NLL_FORMS:
-            raise UsageError(f"`nll_form` is '{nll_form}'; expected one of {', '.join(NLL_FORMS)}.")
+        check_choice("nll_form", nll_form, NLL_FORMS)
         if nll_form == "sum" and nll_weight is not None:
             raise UsageError(
                 f"`nll_weight` is {nll_weight} but `nll_form` is 'sum', whose weight is eta·beta. Pass "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.sequences import BoundTexts, SingleView
-from offpolicy.errors import UsageError
+from offpolicy.errors import check_choice
 from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import NLL_FORMS, nll
 from offpolicy.losses.scores import SingleScores, TokenMean
@@ -48,8 +48,7 @@ class SFT(PreferenceModule):
 
     def __init__(self, *, reduction: str = "token_mean", lr: float = 2e-5, **language: Any) -> None:
         super().__init__(lr=lr, **language)
-        if reduction not in NLL_FORMS:
-            raise UsageError(f"`reduction` is '{reduction}'; expected one of {', '.join(NLL_FORMS)}.")
+        check_choice("reduction", reduction, NLL_FORMS)
         self.save_hyperparameters()
 
     def loss(self, scores: SingleScores) -> tuple[Tensor, Metrics]:

@@ -102,7 +102,8 @@ def check_range(
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raise :class:`UsageError` unless the value is one of those known."""
     if value not in known:
-        raise UsageError(f"`{name}` is '{value}'; expected one of {', '.join(known)}. Change it or leave it out.")
+        guess = nearest(str(value), known) or " Change it or leave it out."
+        raise UsageError(f"`{name}` is '{value}'; expected one of {', '.join(known)}.{guess}")
 
 
 def check_widths(name: str, widths: Iterable[int]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.compute.processes import sum_over_processes
 from offpolicy.data.sampling import permutation
 from offpolicy.data.texts.sequences import row_weights
 from offpolicy.language.meters import RowMeter
@@ -28,7 +29,7 @@ def evaluate(method: Any) -> dict[str, float]:
     padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % world)])
     counted = (np.arange(len(padded)) < len(rows)).astype(np.float64)
     mine, real = padded[rank::world], torch.from_numpy(counted[rank::world]).to(method.device)
-    size, meter = method.rows_per_forward, RowMeter()
+    size, meter = method.micro.rows, RowMeter()
     with evaluating(method.model), method.precision_context():
         means = method.step_means(table, rows)
         for start in range(0, len(mine), size):
@@ -37,7 +38,7 @@ def evaluate(method: Any) -> dict[str, float]:
             loss, metrics = method.loss(scores)
             weight = torch.from_numpy(row_weights(table.texts, mine[part])).to(method.device)
             meter.add_step(loss, {**metrics, **idealised(method, scores)}, weight=weight, real=real[part])
-    return meter.read(method.sum_over_processes)
+    return meter.read(sum_over_processes)
 
 
 def idealised(method: Any, scores: Any) -> dict[str, Tensor]:

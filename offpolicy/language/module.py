@@ -7,40 +7,46 @@ micro-batches and processes of a step, one optimiser. What a step learns from is
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from offpolicy import moved
 from offpolicy.compute.devices import finish_work
 from offpolicy.compute.optim import num_trained
+from offpolicy.compute.processes import sum_over_processes
 from offpolicy.data import sampling
 from offpolicy.data.module import DataModule
-from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.errors import UsageError, check_choice, check_range
 from offpolicy.given import refuse_half
 from offpolicy.language import policy as policies
-from offpolicy.language.adapters import adapter_names, adapter_settings, drops_out, same_settings
+from offpolicy.language.adapters import adapter_names, adapter_settings, drops_out
+from offpolicy.language.checks import (
+    check_suited,
+    check_texts_given,
+    check_trainer,
+    precision_notes,
+    prompt_is_shared,
+    refuse_half_weights,
+)
 from offpolicy.language.export import export_model
-from offpolicy.language.head import check_head, shared_fault, shares_prompt
+from offpolicy.language.head import check_head
 from offpolicy.language.meters import Pace
 from offpolicy.language.noise import without_noise
+from offpolicy.language.opening import check_same_start, open_policy, policy_state, reopen_policy
+from offpolicy.language.stepping import SCHEDULES, MicroBatches, adamw, rate_at
 from offpolicy.training.lightning_private import trainer_of
 from offpolicy.training.module import Module
 from offpolicy.trust import names_of, trusting
 
-SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16", "auto")
 EXPORTS = ("auto", "merged", "none")
-FORWARD_TOKENS = 8192  # of one forward pass where the user does not say
 
 
 class LanguageModule(Module):
@@ -127,13 +133,9 @@ class LanguageModule(Module):
         check_range("lora_dropout", lora_dropout, 0.0, 1.0, upper_open=True)
         check_range("chunk", chunk, 1)
         check_range("eval_rows", eval_rows, 0)
-        for name, value, known in (
-            ("lr_schedule", lr_schedule, SCHEDULES),
-            ("dtype", dtype, DTYPES),
-            ("export", export, EXPORTS),
-        ):
-            if value not in known:
-                raise UsageError(f"`{name}` is '{value}'; expected one of {', '.join(known)}.")
+        check_choice("lr_schedule", lr_schedule, SCHEDULES)
+        check_choice("dtype", dtype, DTYPES)
+        check_choice("export", export, EXPORTS)
         if adapter and lora_rank:
             raise UsageError(
                 "`adapter` and `lora_rank` were both given; expected one: go on with an adapter, or begin."
@@ -148,9 +150,8 @@ class LanguageModule(Module):
         self.has_adapters = bool(lora_rank or adapter)
         self.strict_loading = not self.has_adapters  # checkpoints of adapters hold nothing else
         self.save_hyperparameters()
+        self.micro = MicroBatches()
         self._horizon = 0  # steps over which the rate falls
-        self._micro = 0  # micro-batches of the current step that are done
-        self._micro_batches = 1  # of one step on one process
         self._start_digest = ""  # of the weights that training started from
         self.pace = Pace()
         self.prepare_state()
@@ -186,45 +187,17 @@ class LanguageModule(Module):
     # -- construction --------------------------------------------------------------------------------------------------
 
     def bind_data(self, data: DataModule) -> None:
-        if not self.hparams.policy:
-            raise UsageError(
-                f"{type(self).__name__} was given no policy; expected a model to tune. Pass --model.policy with a "
-                "folder or a hub id."
-            )
-        if not hasattr(data, "bind_tokenizer"):
-            raise UsageError(
-                f"{type(self).__name__} trains on texts and was given a {type(data).__name__} ({data.name}); expected "
-                "TextData, such as --data pairs.jsonl."
-            )
+        check_suited(data, type(self).__name__, self.hparams.policy)
         data.bind_tokenizer(policies.open_tokenizer(self.hparams.policy))
 
     def initialize(self, seed: int | None = None) -> LanguageModule:
         """Open the policy and add its adapters, reproducibly from the seed, without data or trainer. Returns self."""
         if self.model is not None:
             return self
-        h = self.hparams
         known = self.seed if seed is None else seed
         self.seed = (torch.initial_seed() if known is None else known) % (1 << 63)
-        model = policies.open_model(h.policy, dtype=h.dtype, attn_implementation=h.attn_implementation)
-        if h.adapter:
-            model = policies.open_adapter(model, h.adapter)
-        elif h.lora_rank:
-            model = self._adapted(
-                model,
-                {
-                    "r": h.lora_rank,
-                    "lora_alpha": 2 * h.lora_rank if h.lora_alpha is None else h.lora_alpha,
-                    "lora_dropout": h.lora_dropout,
-                    "target_modules": list(h.lora_targets) if h.lora_targets else "all-linear",
-                },
-            )
-        self._take_model(model)
+        self._take_model(open_policy(self.hparams, self.seed))
         return self
-
-    def _adapted(self, model: Any, settings: Mapping[str, Any], add: Callable[..., Any] = policies.add_adapter) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed or 0)
-            return add(model, settings)
 
     def _take_model(self, model: Any) -> None:
         self.model = model
@@ -242,65 +215,25 @@ class LanguageModule(Module):
     @property
     def shared_prompt(self) -> bool:
         """Whether prompts that two answers share are computed once."""
-        wanted = self.hparams.shared_prompt
-        exact = wanted is not False and shares_prompt(policies.base_of(self.model).config)
-        if exact and not wanted:
-            exact = not shared_fault(self.model)
-        if wanted and not exact:
-            raise UsageError(
-                "`shared_prompt` is true, but with this model or attention it would change the numbers; expected null, "
-                "or attn_implementation 'sdpa' or 'eager' and a model that attends to its whole past."
-            )
-        return exact if wanted is None else wanted
+        return prompt_is_shared(self.model, self.hparams.shared_prompt)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def network_state(self) -> dict[str, Any]:
-        base = policies.base_of(self.model)
-        return {
-            "policy_config": policies.describe_model(self.model),
-            "policy_folder": os.path.abspath(self.hparams.policy) if os.path.isdir(self.hparams.policy) else None,
-            "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
-            "adapter": adapter_settings(self.model),
-            "start_digest": self._start_digest,
-            "eos": getattr(getattr(base, "generation_config", None), "eos_token_id", None),
-        }
+        return policy_state(self.model, self.hparams.policy) | {"start_digest": self._start_digest}
 
     def restore_networks(self, state: Mapping[str, Any]) -> None:
-        if self.model is not None:
-            self._check_same_start(state)
-            return
-        h = self.hparams
-        if state["adapter"] is None:
-            dtype = policies.dtype_of(state["dtype"])
-            model = policies.build_model(state["policy_config"], dtype=dtype, attn_implementation=h.attn_implementation)
+        if self.model is None:
+            self._take_model(reopen_policy(state, self.hparams, self.seed or 0))
         else:
-            folder = state.get("policy_folder")  # where the run was started from another one than now
-            name = folder if folder and os.path.isdir(folder) else h.policy
-            model = policies.open_model(name, dtype=state["dtype"], attn_implementation=h.attn_implementation)
-            model = self._adapted(model, state["adapter"], policies.same_adapter)
-        settings = getattr(policies.base_of(model), "generation_config", None)
-        if settings is not None and state.get("eos") is not None:  # the policy's folder may name more than its config
-            settings.eos_token_id = state["eos"]
-        self._take_model(model)
-
-    def _check_same_start(self, state: Mapping[str, Any]) -> None:
-        if not same_settings(adapter_settings(self.model), state["adapter"]):
-            raise UsageError("the checkpoint has other adapters than the method now. Pass the settings of its run.")
-        if self._start_digest and state["start_digest"] and self._start_digest != state["start_digest"]:
-            raise UsageError(
-                f"`policy` is {self.hparams.policy}, whose weights are not those that the run started from; expected "
-                "the same, as they are its reference. Pass the model the run was started with."
-            )
+            check_same_start(self.model, self._start_digest, state, self.hparams.policy)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         if self.has_adapters:
-            kept = self._trained_names() | {f"model.{name}" for name in adapter_names(self.model)}
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            kept = trained | {f"model.{name}" for name in adapter_names(self.model)}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-
-    def _trained_names(self) -> set[str]:
-        return {name for name, p in self.named_parameters() if p.requires_grad}
 
     def extra_state(self) -> dict[str, Any]:
         return {"horizon": self._horizon}
@@ -345,58 +278,49 @@ class LanguageModule(Module):
 
     def precision_notes(self) -> list[str]:
         """A sentence where the weights can hardly move."""
-        dtype = next(policies.base_of(self.model).parameters()).dtype
-        if dtype != torch.bfloat16 or self.has_adapters:
-            return []
-        return [
-            f"All weights are bfloat16, whose steps are 1/256 of a value: a rate of {self.hparams.lr:g} may move few "
-            "of them. Small ones are kept by --model.dtype float32 with --trainer.precision bf16-mixed, or by adapters."
-        ]
+        return precision_notes(self.model, self.hparams.lr, has_adapters=self.has_adapters)
 
     # -- Lightning: construction ---------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        trainer = self.trainer
-        if self.run.compile:
-            raise UsageError("`run.compile` is true, which is for control methods; expected false. Leave it out.")
-        if trainer.accumulate_grad_batches not in (None, 1):
-            raise UsageError(
-                f"the Trainer has accumulate_grad_batches={trainer.accumulate_grad_batches}; expected none, as it "
-                "follows from `batch_size` and `micro_batch_size` of the method."
-            )
-        if getattr(trainer, "datamodule", None) is not None:
-            self.bind_data(trainer.datamodule)  # type: ignore[attr-defined]
+        check_trainer(self.trainer, compiles=self.run.compile)
+        if getattr(self.trainer, "datamodule", None) is not None:
+            self.bind_data(self.trainer.datamodule)  # type: ignore[attr-defined]
         return self.watchers()
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
-        trainer, h = self.trainer, self.hparams
-        data: Any = getattr(trainer, "datamodule", None)
-        if getattr(data, "replay", None) is None:
-            raise UsageError("fit was given no texts; expected a data module, such as TextData('pairs.jsonl').")
+        trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
+        check_texts_given(data)
         refuse_half(trainer.precision)
-        if getattr(data, "change_every", 0):
-            raise UsageError("`change_every` is set, but texts cannot change during training yet; expected 0.")
         if self.seed is None:
             self.seed = int(trainer.strategy.broadcast(torch.initial_seed())) % (1 << 63)
         self.take_data(data)
         self.data_meta, self.data_fingerprint = dict(data.replay.meta), data.replay.fingerprint()
         if self.tokenizer is None and "tokenizer" in data.replay.meta:
             self.tokenizer = data.tokenizer
+        self._ready_policy(data.replay)
+        self._lay_out_steps(data)
+
+    def _ready_policy(self, replay: Any) -> None:
+        """Open the policy, and try on a few tokens whether it can be trained so."""
+        h = self.hparams
         self.initialize()
-        self._refuse_half_weights()
-        self.check_texts(data.replay)
+        refuse_half_weights(self.model, h.dtype, h.policy)
+        self.check_texts(replay)
         without_noise(self.model, *self.copies())
         check_head(self.model)  # here, as it runs the model once
         _ = self.shared_prompt  # likewise: a sharded model would not take the trial's plain tensors
-        trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
+        self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         # new adapters begin as nothing, so that the digest is that of the model below them
         self._start_digest = policies.weights_digest(self.model, with_adapters=bool(h.adapter))
-        share, longest = math.ceil(h.batch_size / self.world_size), self.longest_row()
-        self.rows_per_forward = min(share, h.micro_batch_size or max(1, FORWARD_TOKENS // longest))
-        self._micro_batches = math.ceil(h.batch_size / (self.rows_per_forward * self.world_size))
-        trainer.accumulate_grad_batches = self._micro_batches
+
+    def _lay_out_steps(self, data: Any) -> None:
+        """Cut a step into micro-batches, and plan as many steps as the run makes."""
+        h, trainer = self.hparams, self.trainer
+        self.micro.cut(h.batch_size, self.world_size, h.micro_batch_size, self.longest_row())
+        trainer.accumulate_grad_batches = self.micro.number
         self.plan_steps()
         if trainer.max_steps < 1:
             trainer.fit_loop.epoch_loop.max_steps = self.planned_steps(data) or 1
@@ -404,58 +328,21 @@ class LanguageModule(Module):
             trainer.fit_loop.max_epochs = -1  # epochs are counted here; the loader never ends
         self._horizon = trainer.max_steps
 
-    def _refuse_half_weights(self) -> None:
-        """A policy stored in float16 would be trained in it by dtype "auto"."""
-        if any(p.dtype == torch.float16 for p in self.model.parameters() if p.requires_grad):
-            raise UsageError(
-                f"`dtype` is '{self.hparams.dtype}' and {self.hparams.policy} is stored in float16, which needs loss "
-                "scaling; expected 'bfloat16' or 'float32'. Pass --model.dtype bfloat16."
-            )
-
-    def check_tokens(self, replay: Any, what: str) -> None:
-        """Raise :class:`DataError` unless the model knows every token of a replay."""
-        largest = int(np.asarray(replay.steps["token"]).max())
-        size = policies.vocabulary_of(self.model)
-        if largest >= size:
-            raise DataError(
-                f"the {what} have the token id {largest}, but {self.hparams.policy} knows ids below {size}; expected "
-                f"{what} tokenised for this model. Leave `--data.tokenizer` out; if the tokenizer is the policy's own, "
-                "give the model embeddings for all of its tokens."
-            )
-
-    # -- forward passes outside of training, and several processes -----------------------------------------------------
+    # -- Lightning: the loop -------------------------------------------------------------------------------------------
 
     def precision_context(self) -> AbstractContextManager[Any]:
         """The precision that training runs in, for forward passes outside of it."""
         return self.trainer.precision_plugin.forward_context() if trainer_of(self) is not None else nullcontext()
 
-    def sum_over_processes(self, x: Tensor) -> Tensor:
-        if self.world_size > 1:
-            x = x.clone()
-            torch.distributed.all_reduce(x)
-        return x
-
-    # -- Lightning: the loop -------------------------------------------------------------------------------------------
-
     def configure_optimizers(self) -> Optimizer:
         h = self.hparams
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": h.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
         fused = self.device_mesh is None and self.device.type in ("cpu", "cuda")
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=h.lr, betas=tuple(h.adam_betas), fused=fused)
+        return adamw(self.model.parameters(), lr=h.lr, weight_decay=h.weight_decay, betas=h.adam_betas, fused=fused)
 
     def rate(self, step: int) -> float:
-        """The learning rate of step ``step`` (from 0): a linear rise, then the schedule, down to 0 after the last."""
-        h, horizon = self.hparams, max(1, self._horizon)
-        rise = round(h.warmup_ratio * horizon)
-        if step < rise:
-            return h.lr * (step + 1) / rise
-        done = min(1.0, (step - rise) / max(1, horizon - rise))
-        left = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
-        return h.lr * left[h.lr_schedule]
+        """The learning rate of a step, from 0."""
+        h = self.hparams
+        return rate_at(step, self._horizon, lr=h.lr, warmup_ratio=h.warmup_ratio, lr_schedule=h.lr_schedule)
 
     def on_fit_start(self) -> None:
         self.apply_settings()
@@ -464,17 +351,8 @@ class LanguageModule(Module):
     def on_train_start(self) -> None:
         self.meter.to(self.device)
         self._horizon = max(self._horizon, self.trainer.max_steps)
-        self._micro, self.step_ended = 0, True
-        self._align_batches()
-
-    def _align_batches(self) -> None:
-        """Let Lightning's count of micro-batches fit those per step, which a resumed run may have changed."""
-        loop = self.trainer.fit_loop.epoch_loop
-        progress: Any = loop.batch_progress.current
-        count = self.global_step * self._micro_batches
-        if progress.ready != count:
-            progress.ready = progress.started = progress.processed = count
-            progress.completed = count - loop.restarted_on_train_batch_end
+        self.step_ended = True
+        self.micro.begin(self.trainer.fit_loop.epoch_loop, self.global_step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         self.pace.start()
@@ -487,8 +365,7 @@ class LanguageModule(Module):
 
     def end_micro_batch(self) -> None:
         """Count a micro-batch of the step."""
-        self._micro = (self._micro + 1) % self._micro_batches
-        self.step_ended = self._micro == 0
+        self.step_ended = self.micro.end()
 
     def stop_clock(self, wait: bool = False) -> None:
         if wait:
@@ -503,7 +380,7 @@ class LanguageModule(Module):
     def seed_dropout(self, rank: int) -> None:
         """Let dropout be a function of the seed and the micro-batch."""
         if self.has_dropout:
-            place = torch.tensor([self.global_step * self._micro_batches + self._micro], device="cpu")
+            place = torch.tensor([self.micro.place(self.global_step)], device="cpu")
             torch.manual_seed(int(sampling.keys(self.seed or 0, f"dropout of process {rank}", place)[0]))
 
     def writes_row(self, updates: int) -> bool:
@@ -523,11 +400,11 @@ class LanguageModule(Module):
         self.stop_clock(wait=True)
         row = {
             "step": updates,
-            **{f"train/{name}": value for name, value in self.meter.read(self.sum_over_processes).items()},
+            **{f"train/{name}": value for name, value in self.meter.read(sum_over_processes).items()},
             "train/grad_norm": norm.item(),
             "train/learning_rate": optimizer.param_groups[0]["lr"],
             **self.progress(updates),
-            **self.pace.read(self.sum_over_processes, self.device),
+            **self.pace.read(sum_over_processes, self.device),
         }
         self.log_row(row, updates)
 

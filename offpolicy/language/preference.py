@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.compute.processes import sum_over_processes
 from offpolicy.data.module import DataModule
 from offpolicy.data.texts.module import TextData
 from offpolicy.data.texts.preview import report, samples
 from offpolicy.data.texts.sequences import BoundTexts, PairView, row_weights
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
+from offpolicy.language.checks import check_tokens
 from offpolicy.language.evaluation import eval_sample, evaluate
 from offpolicy.language.generation import positions
 from offpolicy.language.head import Answers, score
@@ -129,7 +131,7 @@ class PreferenceModule(LanguageModule):
         self._plan = RowPlan(
             self._table.texts.lengths.sum(1),
             batch_size=self.hparams.batch_size,
-            slots=self._micro_batches * self.world_size,
+            slots=self.micro.number * self.world_size,
             seed=self.seed or 0,
             by_length=self.hparams.group_by_length,
         )
@@ -140,7 +142,7 @@ class PreferenceModule(LanguageModule):
         Raises:
             DataError: one is not.
         """
-        self.check_tokens(replay, "texts")
+        check_tokens(replay, self.model, self.hparams.policy, "texts")
         room = positions(policies.base_of(self.model))
         for table in filter(None, (self._table, self.eval_table)):
             sizes = table.texts.lengths.reshape(len(table.texts), -1, 2)  # rows, sides, prompt and answer
@@ -205,7 +207,7 @@ class PreferenceModule(LanguageModule):
             else [(line[2:12].strip(), line[12:]) for line in report(data.replay).splitlines()[1:]]
         )
         rows = [row for row in rows if row[0] not in ("note", "warning")] or [("rows", f"{len(plan.lengths):,}")]
-        split = f", {self._micro_batches} micro-batches each" if self._micro_batches > 1 else ""
+        split = f", {self.micro.number} micro-batches each" if self.micro.number > 1 else ""
         epochs = self.trainer.max_steps / plan.steps_per_epoch
         return Description(
             facts=[*rows, self.policy_fact(), ("reference", self._reference.words)],
@@ -276,13 +278,13 @@ class PreferenceModule(LanguageModule):
         shares = torch.from_numpy(np.pad(share, (0, len(padded) - len(rows)))[rank::world])
         mine, total = padded[rank::world], torch.zeros((), dtype=torch.float64, device=self.device)
         with evaluating(self.model):
-            for start in range(0, len(mine), self.rows_per_forward):
-                part = slice(start, start + self.rows_per_forward)
+            for start in range(0, len(mine), self.micro.rows):
+                part = slice(start, start + self.micro.rows)
                 layout = self.layout(other.texts.gather(mine[part]))
                 found = self.answers(self.model, layout).sum_logps
                 ratio = found[: len(mine[part])] - self._reference.logps(other, mine[part], layout, found)[0]
                 total += (ratio.double() * shares[part].to(ratio.device)).sum()
-        return self.sum_over_processes(total).float()
+        return sum_over_processes(total).float()
 
     # -- Lightning: the loop -------------------------------------------------------------------------------------------
 
@@ -292,7 +294,7 @@ class PreferenceModule(LanguageModule):
 
     @divergence.named
     def training_step(self, tick: Any, batch_idx: int) -> Tensor:
-        t, j, table, plan = self.global_step, self._micro, self._table, self._plan_of()
+        t, j, table, plan = self.global_step, self.micro.current, self._table, self._plan_of()
         assert table is not None
         if j == 0:
             self.begin_step()
@@ -313,7 +315,7 @@ class PreferenceModule(LanguageModule):
         self.pace.tokens += int(table.texts.lengths[rows].sum()) if real else 0
         self.end_micro_batch()
         # Lightning takes the mean over micro-batches and processes
-        return (loss * weight).sum() * (self._micro_batches * world / means.weight)
+        return (loss * weight).sum() * (self.micro.number * world / means.weight)
 
     def _plan_of(self) -> RowPlan:
         assert self._plan is not None

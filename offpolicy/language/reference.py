@@ -166,8 +166,8 @@ class Reference:
         """Summed log-probabilities of these rows, in forward passes of ``rows_per_forward``."""
         method, names, parts = self.method, column_names(texts), []
         with evaluating(model), method.precision_context():
-            for start in range(0, len(rows), method.rows_per_forward):
-                some = rows[start : start + method.rows_per_forward]
+            for start in range(0, len(rows), method.micro.rows):
+                some = rows[start : start + method.micro.rows]
                 found = method.answers(model, method.layout(texts.gather(some))).sum_logps
                 parts.append(found[: len(names) * len(some)].view(len(names), -1).cpu())
         return {name: torch.cat([part[i] for part in parts]).numpy() for i, name in enumerate(names)}

@@ -29,7 +29,7 @@ class Once(Callback):
         self.step, self.micro, self.act = step, micro, act
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        if (trainer.global_step, pl_module._micro) == (self.step, self.micro):
+        if (trainer.global_step, pl_module.micro.current) == (self.step, self.micro):
             self.act()
 
 

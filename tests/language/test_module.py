@@ -302,10 +302,10 @@ def test_the_order_of_training_is_the_plans(policy: Path) -> None:
 
 
 def test_a_forward_pass_has_a_bound_where_nobody_says(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offpolicy.language.module.FORWARD_TOKENS", 70)  # the longest of these rows has 28
+    monkeypatch.setattr("offpolicy.language.stepping.FORWARD_TOKENS", 70)  # the longest of these rows has 28
     module = train("DPO", policy, max_steps=1, batch_size=8)[0]
-    assert module.rows_per_forward == 70 // int(module._table.texts.lengths.sum(1).max())
-    assert module.trainer.accumulate_grad_batches == math.ceil(8 / module.rows_per_forward)
+    assert module.micro.rows == 70 // int(module._table.texts.lengths.sum(1).max())
+    assert module.trainer.accumulate_grad_batches == math.ceil(8 / module.micro.rows)
 
 
 def test_control_methods_are_not_sharded(replay: Any, monkeypatch: pytest.MonkeyPatch) -> None:

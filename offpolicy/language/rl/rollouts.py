@@ -45,6 +45,7 @@ from offpolicy.data.texts.rollouts import DEMONSTRATION, OWN, BoundRollouts, Rol
 from offpolicy.data.texts.sequences import spread
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.language import policy as policies
+from offpolicy.language.checks import check_tokens
 from offpolicy.language.head import TokenScores, score_tokens
 from offpolicy.language.layout import Layout, group_layout
 from offpolicy.language.meters import SumMeter
@@ -234,8 +235,8 @@ class RolloutModule(LanguageModule):
         super().on_fit_start()
         if self.critic is not None:
             self.critic.train()
-        if self._micro_batches * self.world_size > 1:
-            cut = f"{self._micro_batches} micro-batches on {self.world_size} process(es)"
+        if self.micro.number * self.world_size > 1:
+            cut = f"{self.micro.number} micro-batches on {self.world_size} process(es)"
             self.objective.own.check_split(f"a step of this run is cut into {cut}")
 
     def configure_optimizers(self) -> Optimizer:
@@ -305,7 +306,7 @@ class RolloutModule(LanguageModule):
         return self.answering.open()
 
     def check_texts(self, replay: Any) -> None:
-        self.check_tokens(replay, "problems")
+        check_tokens(replay, self.model, self.hparams.policy, "problems")
 
     def configure_model(self) -> None:
         if trainer_of(self) is None or not self.trainer.training or self.answering is None:
@@ -442,13 +443,13 @@ class RolloutModule(LanguageModule):
 
     @divergence.named
     def training_step(self, tick: Any, batch_idx: int) -> Tensor:
-        t, j = self.global_step, self._micro
+        t, j = self.global_step, self.micro.current
         bound, rows = self.course.rollouts, self.course.rows(t)
         assert bound is not None
         if j == 0:
             self.begin_step()
         world, rank = self.world_size, self.process_rank
-        mine = np.array_split(rows, self._micro_batches * world)[j * world + rank]
+        mine = np.array_split(rows, self.micro.number * world)[j * world + rank]
         real = len(mine) > 0
         self.seed_dropout(rank)
         length = bound.store.length[rows]
@@ -462,7 +463,7 @@ class RolloutModule(LanguageModule):
         self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})
         self.pace.tokens += int(bound.lengths[mine].sum()) if real else 0
         self.end_micro_batch()
-        return loss * (self._micro_batches * world)  # Lightning takes the mean over micro-batches and processes
+        return loss * (self.micro.number * world)  # Lightning takes the mean over micro-batches and processes
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)

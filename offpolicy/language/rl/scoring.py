@@ -158,8 +158,8 @@ class Scoring:
         by_length = rows[np.argsort(-bound.lengths[rows].sum(1), kind="stable")]
         by_length = by_length[np.argsort(store.episodes["group"][by_length], kind="stable")]
         mine, parts = np.array_split(by_length, world)[rank], []
-        for start in range(0, len(mine), method.rows_per_forward):
-            batch = method.gather(bound, mine[start : start + method.rows_per_forward])
+        for start in range(0, len(mine), method.micro.rows):
+            batch = method.gather(bound, mine[start : start + method.micro.rows])
             scores = method.forward_tokens(batch)
             values = {"previous_logp": scores.logps, "base_logp": scores.logps}
             if "old_value" in names:

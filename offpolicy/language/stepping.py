@@ -1,0 +1,91 @@
+"""Optimiser steps of language methods: AdamW, its rate over a run, and how a step is cut into micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+SCHEDULES = ("cosine", "linear", "constant")
+FORWARD_TOKENS = 8192  # of one forward pass where the user does not say
+
+
+def adamw(params: Iterable[Tensor], *, lr: float, weight_decay: float, betas: Any, fused: bool) -> Optimizer:
+    """AdamW whose decay leaves out biases and norms."""
+    trained = [p for p in params if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), fused=fused)
+
+
+def rate_at(step: int, horizon: int, *, lr: float, warmup_ratio: float, lr_schedule: str) -> float:
+    """The learning rate of a step: a linear rise, then the schedule, down to 0 after the last step.
+
+    Args:
+        step: from 0.
+        horizon: steps in all.
+        lr: the peak.
+        warmup_ratio: part of the steps in which the rate rises.
+        lr_schedule: one of ``SCHEDULES``.
+    """
+    horizon = max(1, horizon)
+    rise = round(warmup_ratio * horizon)
+    if step < rise:
+        return lr * (step + 1) / rise
+    done = min(1.0, (step - rise) / max(1, horizon - rise))
+    left = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return lr * left[lr_schedule]
+
+
+class MicroBatches:
+    """How the rows of a step are cut, and which part of a step is being computed.
+
+    Attributes:
+        rows: of one forward pass on one process, at most.
+        number: forward passes of one process in a step.
+        current: of the step, from 0.
+    """
+
+    def __init__(self) -> None:
+        self.rows, self.number, self.current = 1, 1, 0
+
+    def cut(self, batch_size: int, world: int, wanted: int | None, longest: int) -> None:
+        """Cut a step.
+
+        Args:
+            batch_size: rows of a step over all processes.
+            world: processes.
+            wanted: rows of a forward pass; None for as many as fit into ``FORWARD_TOKENS``.
+            longest: tokens of the longest row.
+        """
+        share = math.ceil(batch_size / world)
+        self.rows = min(share, wanted or max(1, FORWARD_TOKENS // longest))
+        self.number = math.ceil(batch_size / (self.rows * world))
+
+    def begin(self, loop: Any, step: int) -> None:
+        """Begin with a whole step, and let Lightning's count fit, as a resumed run may be cut in another way.
+
+        Args:
+            loop: the Trainer's loop over batches.
+            step: optimiser steps made so far.
+        """
+        self.current = 0
+        progress, count = loop.batch_progress.current, step * self.number
+        if progress.ready != count:
+            progress.ready = progress.started = progress.processed = count
+            progress.completed = count - loop.restarted_on_train_batch_end
+
+    def end(self) -> bool:
+        """Count a micro-batch; whether it was the last of its step."""
+        self.current = (self.current + 1) % self.number
+        return self.current == 0
+
+    def place(self, step: int) -> int:
+        """The number of the current micro-batch among all of a run, from 0."""
+        return step * self.number + self.current
