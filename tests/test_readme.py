@@ -3,14 +3,14 @@ fewer updates)."""
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
-from scripts import HELPERS, ROOT, run_python
+from commands import run_commands
+from scripts import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?P<skip><!-- not run:[^\n]*-->\n)?```(?P<kind>bash|python)\n(?P<text>.*?)```", re.DOTALL)
@@ -52,10 +52,7 @@ def test_commands_and_code_run(page: Path, tmp_path: Path) -> None:
             train = command[:2] == ["-m", "offpolicy.fit"] and not is_short(command)
             todo.append([*command, *SHORT] if train else command)
     assert len(todo) >= (8 if page.stem == "README" else 1)
-    (tmp_path / "commands.json").write_text(json.dumps(todo))
-    done = run_python(HELPERS / "commands.py", "commands.json", timeout=600, cwd=tmp_path, MPLBACKEND="Agg")
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-    assert done.stdout.count("$ python") == len(todo)
+    run_commands(todo, tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from scripts import environment
+from commands import start_command
+from forks import finish
 from toy import toy_replay
 
 from offpolicy import evaluate, fit
@@ -91,13 +92,6 @@ def run(*argv: str) -> Path:
     """Train in this process; returns the newest run folder."""
     assert fit.main([*argv]) == 0
     return max(Path("runs").glob("*/*/seed*-*"), key=lambda p: (p / "metrics.csv").stat().st_mtime_ns)
-
-
-def command(*argv: str, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "offpolicy.fit", *argv],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
 
 
 # -- names and messages ------------------------------------------------------------------------------------------------
@@ -470,34 +464,33 @@ def test_exit_codes(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)  # three processes start, which takes long on a busy machine
-def test_ctrl_c_and_sigterm_save_and_name_the_command_that_goes_on(home: Path) -> None:
-    """Two runs at once, the one for Ctrl-C of two processes; each is stopped in a block and goes on as it printed."""
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_save_and_name_the_command_that_goes_on(sent: signal.Signals, code: int, home: Path) -> None:
+    """The run for Ctrl-C has two processes; each is stopped in a block and goes on as it printed."""
     argv = ["--data", "toy", "--model", "BC", *SMALL, "--trainer.max_steps", "100000000", "--run.eval_every", "100"]
-    argv += ["--run.eval_episodes", "1", "--root", "stopped"]
-    signals = {signal.SIGINT: 130, signal.SIGTERM: 143}
-    pair = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
-    running = {
-        number: command(*argv, *(pair if number is signal.SIGINT else []), "--seed", str(number.value))
-        for number in signals
-    }
-    for number, process in running.items():
-        assert process.stderr is not None
-        line = next((line for line in process.stderr if line.startswith("      100/")), "")
-        assert line, "no evaluation was shown"
-        time.sleep(0.05)
-        process.send_signal(number)
-    for number, process in running.items():
-        out, error = process.communicate(timeout=60)
-        assert process.returncode == signals[number], error
-        folder = Path("stopped", "toy", "BC", f"seed{number.value}-1")
-        checkpoint = newest_checkpoint(folder)
-        assert checkpoint is not None and "Traceback" not in error
-        resume = f"python -m offpolicy.fit --ckpt_path {folder}"
-        assert out.count(resume) == out.count(f"seed {number.value}") == 1 and ("2 processes" in out) == (number == 2)
-        assert len(list(folder.parent.glob(f"seed{number.value}-*"))) == 1
-        updates = read_checkpoint(checkpoint)["global_step"]
-        one = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.max_steps", str(updates + 10)]
-        assert fit.main([*shlex.split(resume)[3:], *one]) == 0
-        assert [row["step"] for row in Table(folder / "evals.csv").rows()][:1] == [100]
-        assert read_checkpoint(newest_checkpoint(folder) or "")["global_step"] == updates + 10
+    argv += ["--run.eval_episodes", "1", "--root", "stopped", "--seed", str(sent.value)]
+    if sent is signal.SIGINT:
+        argv += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+    process = start_command("-m", "offpolicy.fit", *argv, folder=home)
+    try:
+        end = time.monotonic() + 150
+        while "\n      100/" not in process.output and time.monotonic() < end and not process.ended():
+            time.sleep(0.05)
+        assert "\n      100/" in process.output, process.output
+        os.kill(process.pid, sent)
+    finally:
+        finish(process, timeout=60)
+    shown = process.output
+    assert process.returncode == code, shown
+    folder = Path("stopped", "toy", "BC", f"seed{sent.value}-1")
+    checkpoint = newest_checkpoint(folder)
+    assert checkpoint is not None and "Traceback" not in shown
+    resume = f"python -m offpolicy.fit --ckpt_path {folder}"
+    assert shown.count(resume) == shown.count(f"seed {sent.value}") == 1
+    assert ("2 processes" in shown) == (sent is signal.SIGINT)
+    assert len(list(folder.parent.glob(f"seed{sent.value}-*"))) == 1
+    updates = read_checkpoint(checkpoint)["global_step"]
+    one = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.max_steps", str(updates + 10)]
+    assert fit.main([*shlex.split(resume)[3:], *one]) == 0
+    assert [row["step"] for row in Table(folder / "evals.csv").rows()][:1] == [100]
+    assert read_checkpoint(newest_checkpoint(folder) or "")["global_step"] == updates + 10

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from scripts import ROOT, environment
+import torch
+from commands import start_command
+from forks import Copy, finish, pair_of
+from scripts import ROOT
 from toy import method, toy_replay
 
 import offpolicy as op
@@ -83,25 +86,18 @@ def test_a_damaged_lock_file_is_no_obstacle(content: str, holder: subprocess.Pop
         pass
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path) -> Copy:
     """Two processes that would train for hours, once they have written a checkpoint."""
     toy_replay().save(folder / "toy")
-    command = [sys.executable, "-m", "offpolicy.fit", "--model", "BC", "--data", "toy", "--folder", "run"]
+    command = ["-m", "offpolicy.fit", "--model", "BC", "--data", "toy", "--folder", "run"]
     options = {
         "model.hidden_dims": "[8,8]", "model.batch_size": 16, "run.eval_every": 50, "run.eval_episodes": 0,
         "run.log_every": 50, "trainer.max_steps": 10**7, "trainer.devices": 2, "trainer.strategy": "ddp",
         "trainer.accelerator": "cpu",
     }  # fmt: skip
-    process = subprocess.Popen(
-        [*command, *(f"--{name}={value}" for name, value in options.items())],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start_command(*command, *(f"--{name}={value}" for name, value in options.items()), folder=folder)
     end = time.monotonic() + 150
-    while not any((folder / "run").glob("checkpoints/*.ckpt")) and time.monotonic() < end and process.poll() is None:
+    while not any((folder / "run").glob("checkpoints/*.ckpt")) and time.monotonic() < end and not process.ended():
         time.sleep(0.2)
     return process
 
@@ -119,7 +115,8 @@ def test_the_second_process_is_told_to_end_or_is_killed(sent: signal.Signals, co
     try:
         child = child_of(process.pid)
         os.kill(child, sent)
-        shown, _ = process.communicate(timeout=120)
+        finish(process, timeout=120)
+        shown = process.output
         assert process.returncode == code, shown
         assert "Traceback" not in shown and "python -m offpolicy.fit --ckpt_path run" in shown, shown
         said = "Interrupted at update" if sent == signal.SIGTERM else "Another process of the run has ended"
@@ -129,13 +126,10 @@ def test_the_second_process_is_told_to_end_or_is_killed(sent: signal.Signals, co
             time.sleep(0.2)
         assert not Path(f"/proc/{child}").exists()
     finally:
-        process.kill()
-        process.wait()
+        finish(process, timeout=0)
 
 
 def test_errors_that_mean_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     error = RuntimeError("[/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1")
     assert not processes.is_loss(error)  # alone
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -144,38 +138,20 @@ def test_errors_that_mean_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_process_alone_asks_nobody() -> None:
-    import torch
-
     x = torch.tensor([1.0, 2.0])
     assert processes.rank() == 0 and processes.world_size() == 1 and processes.gathered("own") == ["own"]
     assert processes.sum_over_processes(x) is x and processes.mean_over_processes(x) is x
     processes.wait_for_all()
 
 
-TOGETHER = """
-import sys, torch
-from offpolicy.compute import processes
-with processes.joined_processes():
-    rank, x = processes.rank(), torch.tensor([1.0 + processes.rank()])
-    print(rank, processes.world_size(), processes.sum_over_processes(x).item(), processes.mean_over_processes(x).item(),
-          x.item(), processes.gathered({"rank": rank}))
-    processes.wait_for_all()
-"""
+def together() -> None:
+    with processes.joined_processes():
+        rank, x = processes.rank(), torch.tensor([1.0 + processes.rank()])
+        sums = processes.sum_over_processes(x).item(), processes.mean_over_processes(x).item()
+        print(rank, processes.world_size(), *sums, x.item(), processes.gathered({"rank": rank}))
+        processes.wait_for_all()
 
 
-def test_two_processes_know_of_each_other(tmp_path: Path) -> None:
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", TOGETHER],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-            | {"MASTER_PORT": str(20000 + os.getpid() % 20000), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    told = [process.communicate(timeout=120) for process in started]
-    for rank, (out, err) in enumerate(told):
-        assert out == f"{rank} 2 3.0 1.5 {1.0 + rank} [{{'rank': 0}}, {{'rank': 1}}]\n", err
+def test_two_processes_know_of_each_other() -> None:
+    for rank, copy in enumerate(pair_of(together)):
+        assert copy.output == f"{rank} 2 3.0 1.5 {1.0 + rank} [{{'rank': 0}}, {{'rank': 1}}]\n"

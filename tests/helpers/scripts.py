@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -28,10 +27,3 @@ def run_python(
     return subprocess.run(
         command, cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=timeout
     )
-
-
-def run_pair(script: str, root: Path) -> list[dict[str, Any]]:
-    """Run a test file as a script that makes two processes of itself; gives what each wrote into ``rank<n>.json``."""
-    done = run_python(script, root)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((root / f"rank{rank}.json").read_text()) for rank in (0, 1)]

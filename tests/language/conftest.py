@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts import run_pair
+from forks import run_pair
 from tiny import make_policy
 
 
@@ -13,4 +13,4 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """The folder in which two processes of the test's file trained a tiny policy, and what each of them found."""
     root = tmp_path_factory.mktemp("pair")
     make_policy(root / "policy")
-    return root, run_pair(str(request.path), root)
+    return root, run_pair(request.module.main, root)

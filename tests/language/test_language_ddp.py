@@ -1,11 +1,10 @@
-"""Two processes against one with the same steps: DDP and FSDP2 on the CPU. Run as a script, it is what the two do."""
+"""Two processes against one with the same steps: DDP and FSDP2 on the CPU."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,3 @@ def test_a_run_of_two_processes_opens_and_goes_on_in_one(
     whole = run_files(root / "DPO" / "whole", LAST)["state_dict"]
     for key, value in module.state_dict().items():
         torch.testing.assert_close(value, whole[key], rtol=1e-9, atol=1e-9)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -60,6 +60,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other c
         {"objective": CRITIC, "critic": "model", "micro_batch_size": 3},
     ],
 }
+WHOLE = ("DPO", "KTO", "ORPO", "SFT", "GRPO", "ReMix", "RLPlus")  # others differ from one of them in their losses alone
 BLOCK: Counter[str] = Counter()  # reads of the host inside blocks of updates
 
 
@@ -82,7 +83,7 @@ class Place:
         self.name, self.root, self.policy = name, root, policy
         self.kind: Any = find_method(toy.METHODS[name][0] if name in toy.METHODS else name)
         self.rolls_out = issubclass(self.kind.data_class(), ProblemData)
-        self.short = (2, 2) if self.kind.trains_on_texts else (8, 8)  # updates, and those between evaluations
+        self.short = (2, 2) if self.kind.trains_on_texts else (4, 4)  # updates, and those between evaluations
 
     def method(self, **options: Any) -> Any:
         if self.kind.trains_on_texts:
@@ -127,7 +128,7 @@ def state(path: Path) -> dict[str, Any]:
 
 def on_device(place: Place) -> None:
     """A fit trains there, with evaluation and checkpoints; an interrupted one goes on bit by bit."""
-    total, every = (4, 2) if place.kind.trains_on_texts else (24, 12)
+    total, every = (4, 2) if place.kind.trains_on_texts else (12, 6)
     method = place.method()
     with pretend.reads() as reads:
         found = place.fit("whole", method, total, every)
@@ -228,13 +229,13 @@ def draws(place: Place) -> None:
 def options(place: Place) -> None:
     """Options that lead to other code."""
     for i, those in enumerate(OPTIONS.get(place.name, [])):
-        place.fit(f"options{i}", place.method(**those), 4, 4)
+        place.fit(f"options{i}", place.method(**those), *place.short)
 
 
 def checks(place: Place) -> list[Callable[[Place], None]]:
     if place.kind.trains_on_texts:
-        more = [live] if getattr(place.kind, "uses_reference", False) else []
-        return [on_device, mixed, low, adapters, answers, options, *more]
+        more = [low, adapters, answers, options] if place.name in WHOLE else []
+        return [on_device, mixed, *more, *([live] if place.name == "DPO" else [])]
     return [on_device, mixed, low, acts, seeds, draws, options]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scripts import run_python
+from forks import pair_of
 from toy import fit, method, quiet, toy_replay, weights
 
 import offpolicy as op
@@ -216,14 +215,10 @@ def two(root: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_stop_alike(tmp_path: Path) -> None:
-    done = run_python(__file__, tmp_path)
+    copies = pair_of(lambda: two(tmp_path))
     files = [tmp_path / f"rank{rank}" for rank in (0, 1)]
-    assert all(file.exists() for file in files), f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert all(file.exists() for file in files), "\n".join(copy.output for copy in copies)
     told = [file.read_text() for file in files]
     assert "the weights actor" in told[0] and "at update 30 another process has such numbers" in told[1]
     assert checkpoints(tmp_path) == ["step=00000010.ckpt", "step=00000020.ckpt"]
     assert read_checkpoint(tmp_path / "checkpoints" / "step=00000020.ckpt")["global_step"] == 20
-
-
-if __name__ == "__main__":
-    two(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Interrupted runs end where uninterrupted ones do, bit by bit. Run as a script, it dies in three ways (`SCENES`)."""
+"""Interrupted runs end where uninterrupted ones do, bit by bit. Copies of this process die in three ways (`SCENES`)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 import logging
 import os
 import signal
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scripts import run_python
+from forks import Copy, run_copy
 from toy import METHODS, Crash, differences, fit, method, run_files, toy_replay
 
 from offpolicy.data.replay import Replay
@@ -22,6 +22,7 @@ from offpolicy.training import checkpoints as checkpoint_module
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
 HALF, LAST = 45, 90  # updates: checkpoints at both; rows of metrics at every 20
+SHORT = {"log_every": 6, "eval_every": 14, "block": 16}  # of runs of 28 updates; longer ones show nothing more
 
 
 @pytest.fixture(scope="module")
@@ -35,23 +36,30 @@ def whole(replay: Replay, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_crash_and_resume_equals_an_uninterrupted_run(name: str, replay: Replay, tmp_path: Path) -> None:
+    half, last = 14, 28
     one, two = tmp_path / "one", tmp_path / "two"
-    fit(method(name), replay, LAST, one)
+    fit(short(name), replay, last, one)
     with pytest.raises(ZeroDivisionError):
-        fit(method(name), replay, LAST, two, callbacks=[Crash(60)])
-    assert [row["step"] for row in Table(two / "metrics.csv").rows()] == [20, 40, 60]  # 60 lies beyond the checkpoint
+        fit(short(name), replay, last, two, callbacks=[Crash(18)])
+    assert [row["step"] for row in Table(two / "metrics.csv").rows()] == [6, 12, 18]  # 18 lies beyond the checkpoint
     path = newest_checkpoint(two)
-    assert path is not None and path.name == f"step={HALF:08d}.ckpt"
+    assert path is not None and path.name == f"step={half:08d}.ckpt"
     loaded = torch.load(path, weights_only=True)  # plain types only, and no data needed
-    assert loaded["global_step"] == loaded["offpolicy"]["updates"] == HALF
+    assert loaded["global_step"] == loaded["offpolicy"]["updates"] == half
 
-    resumed = method(name)
+    resumed = short(name)
     resumed.seed = 1234  # whatever a new process starts with
     torch.manual_seed(99)
-    fit(resumed, replay, LAST, two, ckpt_path=path)
-    assert not differences(run_files(one, LAST), run_files(two, LAST))
-    assert [row["step"] for row in Table(two / "metrics.csv").rows()] == [20, 40, 60, 80, 90]
-    assert [row["step"] for row in Table(two / "evals.csv").rows()] == [HALF, LAST]
+    fit(resumed, replay, last, two, ckpt_path=path)
+    assert not differences(run_files(one, last), run_files(two, last))
+    assert [row["step"] for row in Table(two / "metrics.csv").rows()] == [6, 12, 18, 24, last]
+    assert [row["step"] for row in Table(two / "evals.csv").rows()] == [half, last]
+
+
+def short(name: str) -> Any:
+    module = method(name)
+    module.run.log_every, module.run.eval_every, module.run.block = SHORT.values()
+    return module
 
 
 def test_going_on_after_the_end_equals_a_longer_run(replay: Replay, whole: dict[str, Any], tmp_path: Path) -> None:
@@ -129,37 +137,28 @@ def at_update(module: Any, number: int, act: Any) -> None:
     module.update = updating
 
 
-def main(root: Path) -> None:
-    """Play every scene in a forked process and print how each ended."""
+def play(name: str, root: Path) -> None:
     torch.set_num_threads(1)
     logging.disable()
-    ends = {}
-    for name, scene in SCENES.items():
-        child = os.fork()
-        if child == 0:
-            module = method("TD3BC")
-            scene(module)
-            fit(module, toy_replay(), LAST, root / name)
-            print(json.dumps({"interrupted_by": module.interrupted_by, "at": module.trainer.global_step}), flush=True)
-            os._exit(0)
-        ends[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps(ends))
+    module = method("TD3BC")
+    SCENES[name](module)
+    fit(module, toy_replay(), LAST, root / name)
+    (root / "end.json").write_text(json.dumps([module.interrupted_by, module.trainer.global_step]))
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, int]]]:
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Copy]]:
     root = tmp_path_factory.mktemp("scenes")
-    done = run_python(__file__, root)
-    assert done.returncode == 0, done.stderr
-    return root, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return root, {name: run_copy(partial(play, name, root)) for name in SCENES}
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("scenes")
-def test_how_the_scenes_ended(scenes: tuple[Path, list[dict[str, int]]]) -> None:
-    root, (interrupted, ends) = scenes
+def test_how_the_scenes_ended(scenes: tuple[Path, dict[str, Copy]]) -> None:
+    root, copies = scenes
+    ends = {name: copy.returncode for name, copy in copies.items()}
     assert ends == {"kill_in_training": -9, "kill_in_writing": -9, "interrupt_in_a_block": 0}
-    assert interrupted == {"interrupted_by": signal.SIGINT, "at": 80}
+    assert json.loads((root / "end.json").read_text()) == [signal.SIGINT, 80]
     steps = {name: [row["step"] for row in Table(root / name / "metrics.csv").rows()] for name in SCENES}
     assert steps == {
         "kill_in_training": [20, 40, 60],
@@ -176,7 +175,7 @@ def test_how_the_scenes_ended(scenes: tuple[Path, list[dict[str, int]]]) -> None
 @pytest.mark.slow
 @pytest.mark.xdist_group("scenes")
 def test_every_death_resumes_from_a_whole_checkpoint(
-    scene: str, update: int, replay: Replay, whole: dict[str, Any], scenes: tuple[Path, list[dict[str, int]]]
+    scene: str, update: int, replay: Replay, whole: dict[str, Any], scenes: tuple[Path, dict[str, Copy]]
 ) -> None:
     folder = scenes[0] / scene
     path = newest_checkpoint(folder)
@@ -207,7 +206,3 @@ def test_a_second_interruption_ends_at_once(replay: Replay, tmp_path: Path) -> N
         fit(module, replay, LAST, tmp_path)
     assert not list(tmp_path.glob("checkpoints/*"))
     assert signal.getsignal(signal.SIGINT) == before
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

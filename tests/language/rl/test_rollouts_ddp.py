@@ -1,12 +1,10 @@
-"""Two processes that learn from their own answers against one: the same answers, the same steps. Run as a script, it
-is what the two do."""
+"""Two processes that learn from their own answers against one: the same answers, the same steps."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +66,3 @@ def test_two_processes_equal_one(name: str, pair: tuple[Path, list[dict[str, Any
     stores = [Replay.load(sorted((folder / "replay").iterdir())[-1]) for folder in (tmp_path, root / name / "whole")]
     for column in ("group", "prompt", "policy_version", "source", "digest", "reward"):
         assert (stores[0].episodes[column] == stores[1].episodes[column]).all(), column
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
