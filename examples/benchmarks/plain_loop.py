@@ -96,8 +96,10 @@ class IQL:
         self.actor_optimizer.step()
 
 
-def marks(method: str, columns: dict[str, Tensor], updates: int, batch_size: int = 256) -> list[tuple[int, float]]:
-    """(Updates made, seconds) every 64 updates after a tenth of warm-up.
+def marks(
+    method: str, columns: dict[str, Tensor], updates: int, batch_size: int = 256
+) -> list[tuple[int, float, float]]:
+    """(Updates made, seconds, seconds of the processor) every 64 updates after a tenth of warm-up.
 
     ``columns``: obs, action, reward, next_obs, terminated (float).
     """
@@ -106,8 +108,8 @@ def marks(method: str, columns: dict[str, Tensor], updates: int, batch_size: int
     found = []
     for step in range(1, updates + updates // 10 + 1):
         if step > updates // 10 and (step - updates // 10) % 64 == 1:
-            found.append((step, time.perf_counter()))
+            found.append((step, time.perf_counter(), time.process_time()))
         index = torch.randint(len(obs), (batch_size,))
         batch = tuple(columns[k][index] for k in ("obs", "action", "reward", "next_obs", "terminated"))
         learner.update(batch, step)  # type: ignore[arg-type]
-    return [*found, (step + 1, time.perf_counter())]
+    return [*found, (step + 1, time.perf_counter(), time.process_time())]
