@@ -210,6 +210,10 @@ def rollouts(**options: Any) -> Any:
     return find_method("GRPO")(policy="none", batch_size=8, **options)
 
 
+def answering(method: Any, problems: Replay) -> Answering:
+    return Answering(problems, None, method.hparams, words=method.words)
+
+
 def one_problem() -> Replay:
     tables = {"problems": np.zeros((1, 2), dtype=np.int64), "problems/answer": np.array(["1"])}
     return Replay({"token": np.zeros(1, dtype=np.uint8)}, tables=tables)
@@ -228,10 +232,9 @@ def test_parts_of_objectives_and_rewards(name: str, marker: Path) -> None:
     assert type(known.objective._parts["trust"]).__name__ == "NoTrust"
     problems = one_problem()
     with pytest.raises(UsageError):  # named in a file, used when training begins
-        Answering(late[0], problems, None)
-    late[1].model = torch.nn.Linear(1, 1)
+        answering(late[0], problems)
     with pytest.raises((UsageError, AttributeError)) as caught:
-        Answering(late[1], problems, None).open()
+        answering(late[1], problems).open(torch.nn.Linear(1, 1))
     assert caught.type is UsageError or "get_base_model" in str(caught.value) or "config" in str(caught.value)
     assert not marker.exists()
 
@@ -240,9 +243,9 @@ def test_the_reward_that_data_name(marker: Path) -> None:
     problems = one_problem()
     problems.meta["reward"] = "evil.reward"
     with pytest.raises(UsageError):
-        Answering(rollouts(), problems, None)
+        answering(rollouts(), problems)
     assert not marker.exists()
-    assert Answering(rollouts(rewards=["evil.reward"]), problems, None).rewards.names == ("reward",)  # the user's word
+    assert answering(rollouts(rewards=["evil.reward"]), problems).rewards.names == ("reward",)  # the user's word
 
 
 # -- configurations ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 From the rewards of a group, an answer gets one number when it is drawn. All of its tokens share this number, and it
 stays with the answer as long as the answer is replayed. From a critic, every token gets a number of its own, anew in
 every iteration, as the critic learns. The formulas are in :mod:`offpolicy.losses.advantages`; a step takes what stands
-in the store, see ``RolloutModule.tokens``.
+in the store, see :mod:`offpolicy.language.rl.tokens`.
 """
 
 from __future__ import annotations

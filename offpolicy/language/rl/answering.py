@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.generation import prompt_text, stop_ids, unended
 from offpolicy.language.rl.engine import Completion, Request, Sampling
-from offpolicy.language.rl.engines import make_engine, room
+from offpolicy.language.rl.engines import TransformersEngine, make_engine, room
 from offpolicy.language.rl.rewards import Rewards, Scored
 from offpolicy.losses.health import group_metrics
-from offpolicy.trust import speaking, trusting
+from offpolicy.trust import Words, speaking, trusting
+
+Stop = tuple[Callable[[], bool], Callable[[bool], bool]]
 
 
 class Stopped(Exception):
@@ -31,30 +33,39 @@ class Stopped(Exception):
 
 
 class Answering:
-    """The answers of a method in training.
+    """Answers of the policy to problems, and what they are worth.
+
+    Args:
+        problems: what is asked.
+        tokenizer: of the policy.
+        options: of the method: the engine, the rewards, and how many answers of which length are drawn.
+        words: whose word the names in the options are, see :mod:`offpolicy.trust`.
+        held_out: problems that are asked in an evaluation, if any.
 
     Attributes:
-        problems: what is asked.
         rewards: what judges.
-        engine: what answers.
-        length: longest answer in tokens.
+        engine: what answers, once the policy is known.
+        length: longest answer in tokens, likewise.
     """
 
-    def __init__(self, method: Any, problems: Replay, tokenizer: Any) -> None:
-        h = method.hparams
-        self.method, self.problems, self.tokenizer = method, problems, tokenizer
-        with speaking(method.words), trusting(in_file=method.words.in_file or not h.rewards):
+    def __init__(
+        self, problems: Replay, tokenizer: Any, options: Any, *, words: Words, held_out: Replay | None = None
+    ) -> None:
+        h = self.options = options
+        self.problems, self.tokenizer, self.words = problems, tokenizer, words
+        with speaking(words), trusting(in_file=words.in_file or not h.rewards):
             self.rewards = Rewards(
                 h.rewards or [problems.meta.get("reward", "exact")],  # of the data: from a file
                 columns=problems.meta.get("source_columns", ()),
                 seconds=h.reward_seconds,
             )
-        for asked in (problems, method.eval_problems):
+        for asked in (problems, held_out):
             if asked is not None:
                 self._check_answers(asked)
         self._columns: dict[tuple[int, str], list[Any]] = {}  # of the data, that rewards ask for
         self.engine: Any = None
         self.length = 0
+        self.stops: Sequence[int] = ()  # tokens that end an answer
 
     def _check_answers(self, problems: Replay) -> None:
         """Stop where a reward compares with right answers and there are none."""
@@ -67,24 +78,42 @@ class Answering:
             "'{\"answer\": \"…\"}', or rewards that need none, as in --model.rewards '[package.module.function]'."
         )
 
-    def open(self) -> int:
-        """Get ready for the policy, once it is known; returns the tokens of the longest prompt with its answer."""
-        method, h = self.method, self.method.hparams
+    def open(self, model: Any) -> int:
+        """Get ready for a policy; returns the tokens of the longest prompt with its answer."""
+        h = self.options
         prompts = self.problems.length[self.problems.tables["problems"][:, 0]]
-        self.length = room(policies.base_of(method.model), int(prompts.max()), h.max_new_tokens)
-        with speaking(method.words):
+        self.length = room(policies.base_of(model), int(prompts.max()), h.max_new_tokens)
+        self.stops = tuple(stop_ids(model, self.tokenizer))
+        with speaking(self.words):
             self.engine = make_engine(
                 h.engine, batch_size=h.generation_batch, records=h.records, tokenizer=self.tokenizer
             )
         return int(prompts.max()) + self.length
 
-    def fresh(self, k: int, groups: int, seen: int) -> tuple[Replay, dict[str, float]]:
+    def evaluation_engine(self) -> Any:
+        """What answers held-out problems: the engine, unless it reads answers from a file."""
+        h = self.options
+        return TransformersEngine(h.generation_batch) if h.engine == "replay" else self.engine
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Lines of the first screen: label and text."""
+        meta = self.problems.meta
+        lengths = ", ".join(f"{role} {'/'.join(map(str, q))}" for role, q in meta.get("lengths", {}).items())
+        return [
+            ("problems", f"{meta.get('problems', 0):,}, {meta.get('demonstrations', 0):,} with a demonstration"),
+            ("tokens", f"{lengths} (median/95 %/largest), answers up to {self.length}"),
+            ("reward", ", ".join(self.rewards.names)),
+        ]
+
+    def fresh(self, k: int, groups: int, seen: int, seed: int, stop: Stop) -> tuple[Replay, dict[str, float]]:
         """New answers of the policy, and demonstrations, judged; the same on every process.
 
         Args:
             k: the iteration.
             groups: problems to be answered.
             seen: problems answered before.
+            seed: of the run.
+            stop: whether the user wants this process to stop, and whether a flag is set on any process.
 
         Returns:
             Their store, and facts for the metrics.
@@ -92,18 +121,17 @@ class Answering:
         Raises:
             Stopped: the user wants to stop.
         """
-        method, h, table = self.method, self.method.hparams, self.problems.tables["problems"]
-        problems = self._next_problems(groups, seen)
+        h, table = self.options, self.problems.tables["problems"]
+        wants_to_stop, on_any_process = stop
+        problems = self._next_problems(groups, seen, seed)
         given = table[problems, 1]
         shown = (given >= 0) & (h.demonstrations > 0)
-        world, rank = method.world_size, method.process_rank
-        mine = np.arange(rank, groups, world)
+        mine = np.arange(processes.rank(), groups, processes.world_size())
         requests = [
             Request(token_ids(self.problems, table[problems[i], 0]), int(i), h.group_size - int(shown[i])) for i in mine
         ]
-        stops = method.wants_to_stop
-        answers = self.engine.generate(requests, self.sampling(k), stops)
-        if method.trainer.strategy.reduce_boolean_decision(stops(), all=False):
+        answers = self.engine.generate(requests, self.sampling(k, seed), wants_to_stop)
+        if on_any_process(wants_to_stop()):
             raise Stopped
         made: list[dict[str, Any]] = []
         for i, some in zip(mine, answers):
@@ -152,32 +180,30 @@ class Answering:
             facts[f"reward/{name}"] = float(episodes[f"reward/{name}"][mine].mean())
         return store, facts
 
-    def _next_problems(self, count: int, seen: int) -> np.ndarray:
+    def _next_problems(self, count: int, seen: int, seed: int) -> np.ndarray:
         """The next problems of an endless stream in which every one comes once per pass."""
-        n, seed = len(self.problems.tables["problems"]), self.method.seed or 0
+        n = len(self.problems.tables["problems"])
         passes = range(seen // n, (seen + count - 1) // n + 1)
         stream = np.concatenate([permutation(seed, p, n).numpy() for p in passes])
         return stream[seen - n * passes[0] :][:count]
 
-    def sampling(self, iteration: int) -> Sampling:
-        """How answers are drawn in an iteration."""
-        method = self.method
+    def sampling(self, iteration: int, seed: int = 0) -> Sampling:
+        """How answers are drawn in an iteration of a run with a seed."""
         return Sampling(
-            stop=tuple(stop_ids(method.model, self.tokenizer)),
+            stop=tuple(self.stops),
             max_new_tokens=self.length,
-            temperature=method.hparams.temperature,
-            seed=method.seed or 0,
+            temperature=self.options.temperature,
+            seed=seed,
             iteration=iteration,
         )
 
     def texts(self, answers: Sequence[np.ndarray]) -> list[str]:
         """Answers as texts, without special tokens; equal ones are decoded once."""
         known: dict[bytes, str] = {}
-        stops = stop_ids(self.method.model, self.tokenizer)
         for token in answers:
             if token.tobytes() not in known:
                 known[token.tobytes()] = self.tokenizer.decode(
-                    unended(token, stops), skip_special_tokens=True, clean_up_tokenization_spaces=False
+                    unended(token, self.stops), skip_special_tokens=True, clean_up_tokenization_spaces=False
                 )
         return [known[token.tobytes()] for token in answers]
 

@@ -11,7 +11,6 @@ import numpy as np
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.rollouts import BoundRollouts
-from offpolicy.errors import UsageError
 
 Mixture = Callable[[int], tuple[float, int]]  # iteration from 1 → share of replayed answers, sweeps
 
@@ -125,33 +124,3 @@ def replayed_now(store: Replay, k: int, shape: Shape, seed: int) -> list[np.ndar
 def sweeps_of(old: Sequence[np.ndarray], mixed: bool, fraction: float) -> list[np.ndarray]:
     """The sweeps of an iteration: one where answers should be replayed and there are none yet."""
     return list(old) if mixed or not fraction else list(old[:1])
-
-
-def check_groups(
-    batch_size: int,
-    group_size: int,
-    minibatches: int,
-    replay_fraction: float,
-    replay_window: int,
-    demonstrations: int,
-) -> None:
-    """Raise :class:`UsageError` unless steps hold whole groups, and an iteration has the groups that it should."""
-    if demonstrations >= group_size:
-        raise UsageError(
-            f"`group_size` is {group_size}, which leaves no answer of the policy beside the demonstration; "
-            "expected ≥ 2. Pass --model.group_size 8."
-        )
-    if batch_size % group_size:
-        raise UsageError(
-            f"`batch_size` is {batch_size} and `group_size` {group_size}; expected a multiple, as groups stay whole. "
-            f"Pass --model.batch_size {max(1, batch_size // group_size) * group_size}."
-        )
-    if replay_fraction and not replay_window:
-        raise UsageError("`replay_fraction` is above 0 and `replay_window` is 0; expected ≥ 1 iterations to draw from.")
-    groups = batch_size // group_size * minibatches
-    if replay_fraction and not 0 < round(replay_fraction * groups) < groups:
-        raise UsageError(
-            f"`replay_fraction` is {replay_fraction}, which of the {groups} groups of an iteration makes "
-            f"{round(replay_fraction * groups)}; expected one replayed group and a fresh one at least. Pass a "
-            "larger --model.batch_size, or another share."
-        )

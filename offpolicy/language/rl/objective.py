@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offpolicy.errors import UsageError, nearest
@@ -10,6 +11,7 @@ from offpolicy.losses.policy_gradient import COMPONENTS, Objective
 from offpolicy.losses.tokens import Tokens
 from offpolicy.trust import names_in, speaking, trusting
 
+log = logging.getLogger(__name__)
 OF_A_CRITIC = {"value", "old_value", "returns"}
 
 
@@ -34,6 +36,20 @@ def composed(parts: Mapping[str, Any], own: Mapping[str, Any], *, group_size: in
         found = Objective(**{**parts, **own})
     _check(found, group_size)
     return found
+
+
+def load_parts(objective: Objective, states: Sequence[Any] | None, rank: int) -> None:
+    """Give the user's own parts of an objective their states back, and say which have none.
+
+    Args:
+        objective: of this process.
+        states: of each process, as a checkpoint has them; None in checkpoints of version 0.1.
+        rank: of this process.
+    """
+    states = states or [{}]
+    without = objective.own.load_state_dict(states[rank if rank < len(states) else 0])
+    if without:
+        log.warning("The checkpoint has no state of the objective's %s, which begins anew.", ", ".join(without))
 
 
 def _check(objective: Objective, group_size: int) -> None:

@@ -14,26 +14,27 @@ Where it is told, in the order of an iteration::
     answering.py   the policy answers problems, by an engine (engines.py), and rewards.py judges the answers
     advantages.py  rewards become the advantage of an answer, or by a critic (critic.py) of a token
     scoring.py     log-probabilities of the answers under π_k and the base, and which old answers may stay
+    tokens.py      what the loss sees of a micro-batch: columns of the store, and scores of the policy
     objective.py   the parts of the loss, with those that the user names in their place
-    rollouts.py    ``roll_out`` puts these in their order; ``tokens`` hands a step its micro-batch
+    iterating.py   ``roll_out`` and ``training_step`` put these in their order
+    rollouts.py    the options, what a method defines, and what stands in checkpoints
 
-How a token gets its advantage: the formula is in ``losses/advantages.py``, ``advantages.py`` applies it to the answers
-of an iteration, and ``RolloutModule.tokens`` below gives it to the loss (``losses/policy_gradient.py``).
+forward.py has the forward passes, options.py what options are possible, solving.py held-out problems, records.py the
+answers in a file.
+
+How a token gets its advantage is told in three files: the formula is in ``losses/advantages.py``, ``advantages.py``
+applies it to the answers of an iteration, and ``tokens.py`` hands it to the loss (``losses/policy_gradient.py``).
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from offpolicy.compute import processes
@@ -41,34 +42,25 @@ from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.problems import ProblemData
-from offpolicy.data.texts.rollouts import DEMONSTRATION, OWN, BoundRollouts, Rollouts
-from offpolicy.data.texts.sequences import spread
-from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.language import policy as policies
 from offpolicy.language.checks import check_tokens
-from offpolicy.language.head import TokenScores, score_tokens
-from offpolicy.language.layout import Layout, group_layout
 from offpolicy.language.meters import SumMeter
-from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import evaluating
-from offpolicy.language.rl.advantages import from_groups
 from offpolicy.language.rl.answering import Answering, Stopped, problem_texts
-from offpolicy.language.rl.critic import CRITICS, Critic
-from offpolicy.language.rl.iteration import Course, Shape, check_groups, replayed_now, sweeps_of
-from offpolicy.language.rl.objective import composed
-from offpolicy.language.rl.records import Recorder
+from offpolicy.language.rl.critic import Critic
+from offpolicy.language.rl.forward import Forward
+from offpolicy.language.rl.iterating import IteratingModule
+from offpolicy.language.rl.iteration import Shape
+from offpolicy.language.rl.objective import composed, load_parts
+from offpolicy.language.rl.options import check_options, check_problems, check_strategy
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.solving import solve
-from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
-from offpolicy.training import divergence
+from offpolicy.losses.policy_gradient import Objective
 from offpolicy.training.description import Description
 from offpolicy.training.lightning_private import trainer_of
 
-log = logging.getLogger(__name__)
-LANE = 1024  # tokens of a prompt with several answers behind it: attention to more costs what the prompt saves
 
-
-class RolloutModule(LanguageModule):
+class RolloutModule(IteratingModule):
     """Base of methods that improve a language model on problems with answers that can be checked.
 
     A method is an :class:`Objective` (its ``preset``), and what it makes of old answers: :meth:`mixture`.
@@ -147,42 +139,12 @@ class RolloutModule(LanguageModule):
         **language: Any,
     ) -> None:
         super().__init__(lr=lr, lr_schedule=lr_schedule, warmup_ratio=warmup_ratio, **language)
-        for name, value, low in (
-            ("group_size", group_size, 1),
-            ("minibatches", minibatches, 1),
-            ("sweeps", sweeps, 1),
-            ("iterations", 1 if iterations is None else iterations, 1),
-            ("max_new_tokens", max_new_tokens, 1),
-            ("generation_batch", generation_batch, 1),
-            ("replay_window", replay_window, 0),
-            ("eval_samples", eval_samples, 0),
-            ("save_seconds", save_seconds, 0),
-            ("reward_seconds", reward_seconds, 0),
-        ):
-            check_range(name, value, low)
-        check_range("temperature", temperature, 0.0, lower_open=True)
-        check_range("replay_fraction", replay_fraction, 0.0, 1.0, upper_open=True)
-        check_range("min_ess", min_ess, 0.0, 1.0)
-        check_range("critic_lr", critic_lr, 0.0)
-        if critic not in CRITICS:
-            raise UsageError(f"`critic` is '{critic}'; expected one of {', '.join(CRITICS)}.")
-        check_range("demonstrations", demonstrations, 0, 1)
-        check_groups(self.hparams.batch_size, group_size, minibatches, replay_fraction, replay_window, demonstrations)
-        if self.hparams.reference != "auto":
-            raise UsageError(
-                "`reference` is for preference methods; here the base is the policy as it was at its start. Leave it "
-                "out."
-            )
+        check_options(locals(), self.hparams.batch_size, self.hparams.reference)
         self.save_hyperparameters()
         if type(self).parts is RolloutModule.parts:
             self.objective = self.compose()
         self.meter = SumMeter()
         self.critic: Any = None
-        self.course = Course()
-        self._recorder: Recorder | None = None
-        self._saved = 0.0
-        self.answering: Answering = None  # type: ignore[assignment]
-        self.scoring: Scoring = None  # type: ignore[assignment]
         self.eval_problems: Replay | None = None
 
     # -- to be written by a method -------------------------------------------------------------------------------------
@@ -265,45 +227,25 @@ class RolloutModule(LanguageModule):
         return self.shape.schedule()
 
     def held_out(self) -> dict[str, float]:
-        return {} if self.eval_problems is None else solve(self)
+        if self.eval_problems is None:
+            return {}
+        h = self.hparams
+        with evaluating(self.model), self.precision_context():
+            numbers = {"samples": h.eval_samples, "limit": h.eval_rows}
+            return solve(self.eval_problems, self.answering, self.model, self.iteration, **numbers)
 
     def take_data(self, data: Any) -> None:
-        h = self.hparams
-        if self.trainer.strategy.__class__.__name__ == "FullySharded":
-            raise UsageError("`trainer.strategy` is 'fsdp2', under which no answers can be drawn yet; expected 'ddp'.")
-        if "problems" not in data.replay.tables:
-            raise DataError(
-                f"{data.replay.meta.get('name', 'the data')} holds no problems; expected prompts with answers that can "
-                "be checked. Pass --data gsm8k, --data addition or a file."
-            )
+        check_strategy(self.trainer.strategy)
         problems = data.replay
+        check_problems(problems, type(self).__name__, demonstrations=bool(self.hparams.demonstrations))
         held_out = getattr(data, "eval_replay", None)
         self.eval_problems = held_out if held_out is not None and self.run.eval_episodes > 0 else None
         self.tokenizer = data.tokenizer if self.tokenizer is None else self.tokenizer
-        self.answering = Answering(self, problems, self.tokenizer)
-        if h.demonstrations and not (problems.tables["problems"][:, 1] >= 0).any():
-            raise DataError(
-                f"{type(self).__name__} learns from demonstrations, and {data.replay.meta.get('name', 'the data')} has "
-                "none; expected a column `solution`. Name it with --data.columns, or choose GRPO."
-            )
-
-    @property
-    def iteration(self) -> int:
-        """The iteration whose steps are being made, from 1; 0 before the first."""
-        return self.course.iteration
-
-    @property
-    def generated(self) -> int:
-        """Answers written so far."""
-        return self.course.generated
-
-    @property
-    def problems(self) -> Replay:
-        """What the policy is asked."""
-        return self.answering.problems
+        asked = {"words": self.words, "held_out": self.eval_problems}
+        self.answering = Answering(problems, self.tokenizer, self.hparams, **asked)
 
     def longest_row(self) -> int:
-        return self.answering.open()
+        return self.answering.open(self.model)
 
     def check_texts(self, replay: Any) -> None:
         check_tokens(replay, self.model, self.hparams.policy, "problems")
@@ -311,8 +253,14 @@ class RolloutModule(LanguageModule):
     def configure_model(self) -> None:
         if trainer_of(self) is None or not self.trainer.training or self.answering is None:
             return
-        self.model.to(self.trainer.strategy.root_device)
-        self.scoring = Scoring(self)
+        h, device = self.hparams, self.trainer.strategy.root_device
+        self.model.to(device)
+        sizes = {"rows": self.micro.rows, "chunk": h.chunk, "shares": self.shared_prompt}
+        self.passes = Forward(
+            self.model, device, self.pad_id, temperature=h.temperature, critic=self.critic, pace=self.pace, **sizes
+        )
+        on_policy = getattr(self.answering.engine, "on_policy", True)
+        self.scoring = Scoring(self.passes, self.objective, on_policy=on_policy, dropout=self.has_dropout)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -326,232 +274,26 @@ class RolloutModule(LanguageModule):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         super().load_extra_state(state)
         self.course.load_state_dict(state)
-        parts = state.get("objective") or [{}]  # of each process; checkpoints of earlier versions have none
-        without = self.objective.own.load_state_dict(parts[self.global_rank if self.global_rank < len(parts) else 0])
-        if without:
-            log.warning("The checkpoint has no state of the objective's %s, which begins anew.", ", ".join(without))
+        load_parts(self.objective, state.get("objective"), self.global_rank)
         if self.scoring is not None:
             self.scoring.load_state_dict({name: state.get(name) for name in ("base", "previous")})
 
     # -- what the first screen says ------------------------------------------------------------------------------------
 
     def describe(self) -> Description:
-        h, meta, held_out = self.hparams, self.problems.meta, self.eval_problems
+        h, held_out, updates = self.hparams, self.eval_problems, self.hparams.minibatches * self.hparams.sweeps
         shown = self.trainer.datamodule.options.get("show", 0)  # type: ignore[attr-defined]
-        lengths = ", ".join(f"{role} {'/'.join(map(str, q))}" for role, q in meta.get("lengths", {}).items())
         return Description(
-            facts=[
-                ("problems", f"{meta.get('problems', 0):,}, {meta.get('demonstrations', 0):,} with a demonstration"),
-                ("tokens", f"{lengths} (median/95 %/largest), answers up to {self.answering.length}"),
-                ("reward", ", ".join(self.answering.rewards.names)),
-                self.policy_fact(),
-            ],
+            facts=[*self.answering.facts(), self.policy_fact()],
             batch=(
                 f"{h.batch_size} answers; an iteration has {self.shape.answers}, {h.group_size} to a problem, and "
-                f"{h.minibatches * h.sweeps} update{'s' if h.minibatches * h.sweeps > 1 else ''}"
+                f"{updates} update{'s' if updates > 1 else ''}"
             ),
             evaluates="" if held_out is None else f"{len(held_out.tables['problems']):,} held-out problems",
             notes=self.precision_notes(),
             samples=problem_texts(self.problems, self.tokenizer, shown),
             look="python -m offpolicy.evaluate {folder}, or offpolicy.export {folder} OUT [--merge]",
         )
-
-    # -- an iteration --------------------------------------------------------------------------------------------------
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self._saved = time.monotonic()
-        store = self.trainer.datamodule.rollouts  # type: ignore[attr-defined]
-        self._recorder = None
-        if self.hparams.record and self.trainer.is_global_zero:
-            self._recorder = Recorder(Path(self.trainer.default_root_dir) / "records.jsonl", self.iteration)
-        self.course.lay_out([], None)
-        if store is not None and self.iteration:  # a checkpoint stopped in the middle of an iteration
-            old = replayed_now(store, self.iteration, self.shape, self.seed or 0)
-            self.course.lay_out(self._plan_steps(store, self.iteration, old), BoundRollouts(self.problems, store))
-
-    def on_train_end(self) -> None:
-        super().on_train_end()
-        if not self.interrupted_by:
-            self.answering.check_rewards()
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        super().on_train_batch_start(batch, batch_idx)
-        if not self.course.is_over(self.global_step):
-            return None
-        self.check_finite()  # before answers are drawn
-        try:
-            self.trainer.datamodule.on_block_start(self)  # type: ignore[attr-defined]
-        except Stopped:
-            return self._stop()
-        return None
-
-    def roll_out(self, store: Replay | None) -> Replay:
-        """The store of answers for the next iteration: fresh ones, and those of earlier iterations that may stay.
-
-        Raises:
-            Stopped: the user wants to stop; nothing has changed.
-        """
-        k, began, course, shape = self.iteration + 1, time.perf_counter(), self.course, self.shape
-        fraction, sweeps = self.mixture(k)
-        self.answering.engine.sync(self.model, k)
-        with evaluating(self.model), self.precision_context():
-            store = self.before_iteration(k, store)
-            store, old = self.scoring.admit(self.problems, store, shape.replayed(fraction), sweeps, k)
-            groups = shape.groups - len(old[0])
-            fresh, facts = self.answering.fresh(k, groups, course.problems_seen)
-            if not self.objective.uses_critic:
-                fresh.episodes["advantage"] = from_groups(self.objective, fresh)
-            store = store_of.merged(store, fresh)
-            steps = self._plan_steps(store, k, sweeps_of(old, len(old[0]) > 0, fraction))
-            store = self.scoring.score(BoundRollouts(self.problems, store), steps, k)
-        store.version = k
-        written = int((fresh.episodes["source"] == OWN).sum())
-        course.problems_seen, course.generated = course.problems_seen + groups, course.generated + written
-        course.iteration, course.first_step = k, self.global_step
-        course.lay_out(steps, BoundRollouts(self.problems, store))
-        course.note(facts | {"answers/fresh": float(written), "perf/rollout_seconds": time.perf_counter() - began})
-        return store
-
-    def _plan_steps(self, store: Replay, k: int, old: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The rows of each optimiser step of an iteration."""
-        return store_of.steps_of(
-            store,
-            old,
-            minibatches=self.hparams.minibatches,
-            seed=self.seed or 0,
-            iteration=k,
-            drop_duplicates=self.hparams.drop_duplicates,
-        )
-
-    # -- a step --------------------------------------------------------------------------------------------------------
-
-    def forward_tokens(self, batch: Rollouts, **options: Any) -> TokenScores:
-        """Scores of the tokens of a batch of answers, at the temperature of sampling."""
-        layout = self.layout(batch)
-        if torch.is_grad_enabled():
-            self.pace.add_pass(layout.real_tokens, layout.input_ids.numel())
-        h = self.hparams
-        return score_tokens(self.model, layout, chunk=h.chunk, temperature=h.temperature, **options)
-
-    def gather(self, bound: BoundRollouts, rows: np.ndarray) -> Rollouts:
-        """The batch of these rows of the store; answers of a group stand behind one prompt where that is exact."""
-        return bound.gather(rows, LANE if self.shared_prompt else 0)
-
-    def layout(self, batch: Any) -> Layout:
-        return group_layout(batch, self.pad_id).to(self.trainer.strategy.root_device)
-
-    @divergence.named
-    def training_step(self, tick: Any, batch_idx: int) -> Tensor:
-        t, j = self.global_step, self.micro.current
-        bound, rows = self.course.rollouts, self.course.rows(t)
-        assert bound is not None
-        if j == 0:
-            self.begin_step()
-        world, rank = self.world_size, self.process_rank
-        mine = np.array_split(rows, self.micro.number * world)[j * world + rank]
-        real = len(mine) > 0
-        self.seed_dropout(rank)
-        length = bound.store.length[rows]
-        totals = Totals(len(rows), int(length.sum()), self.answering.length, int(length.max()))
-        batch = self.gather(bound, mine if real else rows[-1:])
-        tokens = self.tokens(batch, real)
-        loss, sums = self.objective.loss(tokens, totals, iteration=self.iteration)
-        share = loss.new_tensor(len(mine) / len(rows))
-        if real and self.course.begins(t):
-            self.scoring.hear(batch, tokens.logp, tokens.mask)
-        self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})
-        self.pace.tokens += int(bound.lengths[mine].sum()) if real else 0
-        self.end_micro_batch()
-        return loss * (self.micro.number * world)  # Lightning takes the mean over micro-batches and processes
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        super().on_before_optimizer_step(optimizer)
-        self.objective.own.check_memory()
-        if self.course.begins(self.global_step):
-            rollouts = self.course.rollouts
-            assert rollouts is not None
-            self.scoring.keep(rollouts.store, self.iteration)
-            if self._recorder is not None:
-                self._recorder.write(self.problems, rollouts.store, self.iteration)
-
-    def tokens(self, batch: Rollouts, real: bool = True) -> Tokens:
-        """What the objective sees of a batch of answers; all of it padding unless ``real``."""
-        wanted, others = self.objective.reads, self.scoring.others(batch)
-        scores = self.forward_tokens(
-            batch, entropy=True, entropy_gradient=self.objective.entropy_gradient, others=others
-        )
-        device, length = scores.logps.device, batch.answer.length
-        size, width = len(length), int(length.max())
-        owner, column = spread(length)
-        place = (owner * width + column).to(device)
-
-        def padded(flat: Tensor) -> Tensor:
-            return flat.new_zeros(size * width).index_put((place,), flat).view(size, width)
-
-        steps = {k: padded(v.to(scores.logps)) for k, v in batch.steps.items()}
-        facts = {k: v.to(device) for k, v in batch.facts.items()}
-        external = (facts["source"] == DEMONSTRATION)[:, None].expand(size, width)
-        advantage = steps["advantage"] if "advantage" in steps else facts["advantage"].to(scores.logps)
-        behavior, previous, logp = steps["logp"], steps["previous_logp"], padded(scores.logps)
-        if self.course.begins(self.global_step):  # its own log-probabilities, where nobody asked before
-            behavior = torch.where(behavior.isnan() & ~external, logp.detach(), behavior)
-            previous = torch.where(previous.isnan(), logp.detach(), previous)
-        return Tokens(
-            logp=logp,
-            mask=padded(torch.full_like(scores.logps, float(real)).detach()),
-            advantage=advantage,
-            behavior_logp=behavior,
-            previous_logp=previous,
-            base_logp=steps.get("base_logp"),
-            sampler_logp=torch.where(steps["sampler_logp"].isnan(), behavior.detach(), steps["sampler_logp"]),
-            external=external if self.hparams.demonstrations else None,
-            entropy=None if scores.entropy is None else padded(scores.entropy),
-            lag=self.iteration - facts["policy_version"],
-            **({"value": padded(self.values(batch, scores))} if "value" in wanted else {}),
-            **{f"{name}_kl": padded(apart) for name, apart in scores.divergence.items()},
-            **{name: steps[name] for name in ("old_value", "returns") if name in steps},
-        )
-
-    def values(self, batch: Rollouts, scores: TokenScores) -> Tensor:
-        """What the critic says before each token, (n,)."""
-        return self.critic(scores.hidden, self.layout(batch))
-
-    # -- metrics, files, stopping --------------------------------------------------------------------------------------
-
-    def progress(self, updates: int) -> dict[str, float]:
-        facts = self.course.read()
-        named = {(name if name.startswith("perf/") else f"train/{name}"): value for name, value in facts.items()}
-        passes = self.course.problems_seen / len(self.problems.tables["problems"])
-        return named | {
-            "train/iteration": float(self.iteration),
-            "train/answers": float(self.generated),
-            "train/epoch": passes,
-        }
-
-    def wants_checkpoint(self) -> bool:
-        """Whether the weights should be on disk before what comes next: answers are drawn after this step."""
-        if not self.course.is_over(self.global_step) or self.global_step >= self.trainer.max_steps:
-            return False
-        wanted = time.monotonic() - self._saved >= self.hparams.save_seconds
-        return bool(self.trainer.strategy.broadcast(wanted))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        self._saved = time.monotonic()
-
-    def wants_to_stop(self) -> bool:
-        """Whether the user wants this process to stop."""
-        return bool(self.run_log.received)
-
-    def _stop(self) -> int:
-        """End the run before the iteration begins, with its weights on disk."""
-        trainer: Any = self.trainer
-        self.run_log.interrupted_by = int(max(trainer.strategy.broadcast(self.run_log.received), 2))
-        trainer.should_stop = True
-        if self.run_log.files is not None:
-            self.run_log.files.save(trainer, self)
-        return -1
 
 
 __all__ = ["RolloutModule", "Stopped"]

@@ -15,25 +15,35 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.rollouts import OWN, BoundRollouts, Rollouts
 from offpolicy.data.texts.sequences import runs, spans
-from offpolicy.language.head import FinalStates, final_states
+from offpolicy.language.head import FinalStates
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.advantages import from_critic
+from offpolicy.language.rl.forward import Forward
 from offpolicy.losses.health import effective_sample_size
+from offpolicy.losses.policy_gradient import Objective
 
 Weights = dict[str, Tensor]
 
 
 class Scoring:
-    """Scores of answers under earlier weights of a method in training.
+    """Scores of answers under earlier weights of the policy.
+
+    Args:
+        passes: through the policy as it is now.
+        objective: whose parts say what they read.
+        on_policy: whether the engine draws from the weights that it is given.
+        dropout: whether the policy drops numbers out in training.
 
     Attributes:
         base: trained weights of the base of the divergence.
         base_moved: whether they are others than those the policy started from.
         previous: those of π_k, where the objective asks for its whole distribution; else None.
+        hears: whether the forward pass of the first step says what π_k thinks of its rows.
     """
 
-    def __init__(self, method: Any) -> None:
-        self.method = method
+    def __init__(self, passes: Forward, objective: Objective, *, on_policy: bool, dropout: bool) -> None:
+        self.passes, self.objective, self.on_policy = passes, objective, on_policy
+        self.hears = not (objective.uses_critic or dropout)
         self.base: Weights = self._snapshot()
         self.base_moved = False
         self.previous: Weights | None = None
@@ -41,9 +51,12 @@ class Scoring:
 
     # -- earlier weights -----------------------------------------------------------------------------------------------
 
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.passes.model.named_parameters() if p.requires_grad}
+
     def _snapshot(self) -> Weights:
         """A copy of the trained weights of the policy."""
-        return {name: p.detach().clone() for name, p in self.method.model.named_parameters() if p.requires_grad}
+        return {name: p.detach().clone() for name, p in self._trained().items()}
 
     def move_base(self) -> None:
         """Take the policy as it is now for the base; no answer may stay in the store then."""
@@ -52,7 +65,7 @@ class Scoring:
     @contextlib.contextmanager
     def under(self, weights: Weights) -> Iterator[None]:
         """Within it, the policy has these weights."""
-        own = {name: p for name, p in self.method.model.named_parameters() if p.requires_grad}
+        own = self._trained()
         for name, p in own.items():
             p.data, weights[name] = weights[name], p.data
         try:
@@ -65,9 +78,9 @@ class Scoring:
         """The states of those policies to which the objective wants the exact divergence, at the tokens of a batch."""
         found = {}
         for name, weights in (("base", self.base), ("previous", self.previous)):
-            if f"{name}_kl" in self.method.objective.reads and weights is not None:
-                with evaluating(self.method.model), self.under(weights):
-                    found[name] = final_states(self.method.model, self.method.layout(batch))
+            if f"{name}_kl" in self.objective.reads and weights is not None:
+                with evaluating(self.passes.model), self.under(weights):
+                    found[name] = self.passes.states(batch)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,7 +88,7 @@ class Scoring:
         return {name: w and {k: v.cpu() for k, v in w.items()} for name, w in kept.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        device = self.method.device
+        device = self.passes.device
         found = {name: w and {k: v.to(device) for k, v in w.items()} for name, w in state.items()}
         if found["base"] is not None:
             self.base, self.base_moved = found["base"], True
@@ -83,13 +96,19 @@ class Scoring:
 
     # -- log-probabilities ---------------------------------------------------------------------------------------------
 
-    def score(self, bound: BoundRollouts, steps: Sequence[np.ndarray], k: int) -> Replay:
+    def score(self, bound: BoundRollouts, steps: Sequence[np.ndarray], k: int, *, base: bool) -> Replay:
         """The store with the columns of this iteration, filled in for the rows of its steps.
 
         The first step is made by π_k itself, so its own forward pass says what π_k thinks of its rows (:meth:`hear`),
         except where a critic needs all of them at once, or dropout makes that pass another.
+
+        Args:
+            bound: the store with its problems.
+            steps: the rows of each step of the iteration.
+            k: the iteration.
+            base: whether somebody asks what the base thinks.
         """
-        store, objective = bound.store, self.method.objective
+        store, objective = bound.store, self.objective
         self.previous = self._snapshot() if "previous_kl" in objective.reads else None
         self._said = []
         rows, critic = np.unique(np.concatenate(steps)), objective.uses_critic
@@ -103,7 +122,7 @@ class Scoring:
 
         found = self.columns(bound, known, ("previous_logp", *(("old_value",) if critic else ())))
         fill(known, found | (from_critic(objective, store, rows, found["old_value"]) if critic else {}))
-        if self._wants_base(len(steps)):
+        if base:
             said = columns.get("base_logp", np.full(store.num_steps, np.nan))
             new = rows[np.isnan(said[store.start[rows]])]  # the base stays the same as long as answers are kept
             with self.under(self.base):
@@ -116,14 +135,9 @@ class Scoring:
     def _drawn_now(self, store: Replay, k: int) -> np.ndarray:
         """Tokens that π_k drew, so that what it thinks of them is the behaviour; (tokens of the store,) bool."""
         fresh = np.repeat((store.episodes["policy_version"] == k) & (store.episodes["source"] == OWN), store.length)
-        if getattr(self.method.answering.engine, "on_policy", True):
+        if self.on_policy:
             return fresh
         return fresh & np.isnan(np.asarray(store.steps["logp"]))
-
-    @property
-    def hears(self) -> bool:
-        """Whether the forward pass of the first step says what π_k thinks of its rows."""
-        return not (self.method.objective.uses_critic or self.method.has_dropout)
 
     def hear(self, batch: Rollouts, logp: Tensor, mask: Tensor) -> None:
         """Note what π_k says of a batch of the first step, (B, T) each."""
@@ -144,26 +158,18 @@ class Scoring:
         self._said = []
         store.__dict__.pop("_fingerprint", None)
 
-    def _wants_base(self, steps: int) -> bool:
-        method = self.method
-        if "base_logp" in method.objective.reads:
-            return True
-        now = method.global_step
-        return method.hparams.base_kl and any(method.writes_row(step) for step in range(now + 1, now + 1 + steps))
-
     def columns(self, bound: BoundRollouts, rows: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Columns of the tokens of these rows, ascending, under the weights of now; processes share the work."""
-        method, store = self.method, bound.store
-        world, rank = method.world_size, method.process_rank
+        passes, store = self.passes, bound.store
         by_length = rows[np.argsort(-bound.lengths[rows].sum(1), kind="stable")]
         by_length = by_length[np.argsort(store.episodes["group"][by_length], kind="stable")]
-        mine, parts = np.array_split(by_length, world)[rank], []
-        for start in range(0, len(mine), method.micro.rows):
-            batch = method.gather(bound, mine[start : start + method.micro.rows])
-            scores = method.forward_tokens(batch)
+        mine, parts = np.array_split(by_length, processes.world_size())[processes.rank()], []
+        for start in range(0, len(mine), passes.rows):
+            batch = passes.gather(bound, mine[start : start + passes.rows])
+            scores = passes.scores(batch)
             values = {"previous_logp": scores.logps, "base_logp": scores.logps}
             if "old_value" in names:
-                values["old_value"] = method.values(batch, scores)
+                values["old_value"] = passes.values(batch, scores)
             parts.append((batch.row.numpy(), {name: values[name].cpu().numpy() for name in names}))
         length = store.length[rows]
         first, size = np.cumsum(length) - length, int(length.sum())
@@ -179,10 +185,30 @@ class Scoring:
     # -- admission -----------------------------------------------------------------------------------------------------
 
     def admit(
-        self, problems: Replay, store: Replay | None, wanted: int, sweeps: int, k: int
+        self,
+        problems: Replay,
+        store: Replay | None,
+        wanted: int,
+        sweeps: int,
+        k: int,
+        *,
+        seed: int,
+        least: float,
     ) -> tuple[Replay | None, list[np.ndarray]]:
-        """Draw replayed groups, forgetting iterations whose answers are too far from the policy."""
-        least, seed = self.method.hparams.min_ess, self.method.seed or 0
+        """Draw replayed groups, forgetting iterations whose answers are too far from the policy.
+
+        Args:
+            problems: what the answers answer.
+            store: of the answers of earlier iterations; None where there are none.
+            wanted: groups for each sweep.
+            sweeps: how often groups are drawn.
+            k: the iteration that begins.
+            seed: of the run.
+            least: effective sample size, as a share of their number, that answers of an iteration must have to stay.
+
+        Returns:
+            What is left of the store, and the groups of each sweep.
+        """
         while True:
             old = store_of.drawn(store, wanted, sweeps, seed, k)
             if not (least and store is not None and wanted):

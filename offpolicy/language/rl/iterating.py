@@ -1,0 +1,255 @@
+"""The iterations of a method that learns from its own answers, and the optimiser steps of each, in their order.
+
+A map of the files is in :mod:`offpolicy.language.rl.rollouts`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from offpolicy.data.replay import Replay
+from offpolicy.data.texts import rollouts as store_of
+from offpolicy.data.texts.rollouts import OWN, BoundRollouts, Rollouts
+from offpolicy.language.module import LanguageModule
+from offpolicy.language.reference import evaluating
+from offpolicy.language.rl.advantages import from_groups
+from offpolicy.language.rl.answering import Answering, Stopped
+from offpolicy.language.rl.forward import Forward
+from offpolicy.language.rl.iteration import Course, Shape, replayed_now, sweeps_of
+from offpolicy.language.rl.records import Recorder
+from offpolicy.language.rl.scoring import Scoring
+from offpolicy.language.rl.tokens import batch_tokens
+from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
+from offpolicy.training import divergence
+
+
+class IteratingModule(LanguageModule):
+    """The loop of iterations; methods extend :class:`offpolicy.RolloutModule`, which has the options too.
+
+    Attributes:
+        objective: what is learned.
+        answering: who answers and who judges, once there are data.
+        passes: through the policy, once it is on its device.
+        scoring: scores under earlier weights, likewise.
+        course: where the run stands.
+    """
+
+    objective: Objective
+
+    def prepare_state(self) -> None:
+        self.course = Course()
+        self.answering: Answering = None  # type: ignore[assignment]
+        self.passes: Forward = None  # type: ignore[assignment]
+        self.scoring: Scoring = None  # type: ignore[assignment]
+        self._recorder: Recorder | None = None
+        self._saved = 0.0  # when a checkpoint was last written
+
+    # -- what the child tells ------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> Shape:
+        """Groups and steps of an iteration."""
+        raise NotImplementedError(f"{type(self).__name__} must define shape.")
+
+    def mixture(self, iteration: int) -> tuple[float, int]:
+        """Share of replayed answers, and sweeps, of an iteration (from 1)."""
+        raise NotImplementedError(f"{type(self).__name__} must define mixture(iteration).")
+
+    def before_iteration(self, iteration: int, store: Replay | None) -> Replay | None:
+        """What is left of the store of answers when an iteration begins; also the place to move the base."""
+        raise NotImplementedError(f"{type(self).__name__} must define before_iteration(iteration, store).")
+
+    # -- where a run stands --------------------------------------------------------------------------------------------
+
+    @property
+    def iteration(self) -> int:
+        """The iteration whose steps are being made, from 1; 0 before the first."""
+        return self.course.iteration
+
+    @property
+    def generated(self) -> int:
+        """Answers written so far."""
+        return self.course.generated
+
+    @property
+    def problems(self) -> Replay:
+        """What the policy is asked."""
+        return self.answering.problems
+
+    # -- an iteration --------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._saved = time.monotonic()
+        store = self.trainer.datamodule.rollouts  # type: ignore[attr-defined]
+        self._recorder = None
+        if self.hparams.record and self.trainer.is_global_zero:
+            self._recorder = Recorder(Path(self.trainer.default_root_dir) / "records.jsonl", self.iteration)
+        self.course.lay_out([], None)
+        if store is not None and self.iteration:  # a checkpoint stopped in the middle of an iteration
+            old = replayed_now(store, self.iteration, self.shape, self.seed or 0)
+            self.course.lay_out(self._plan_steps(store, self.iteration, old), BoundRollouts(self.problems, store))
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if not self.interrupted_by:
+            self.answering.check_rewards()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        super().on_train_batch_start(batch, batch_idx)
+        if not self.course.is_over(self.global_step):
+            return None
+        self.check_finite()  # before answers are drawn
+        try:
+            self.trainer.datamodule.on_block_start(self)  # type: ignore[attr-defined]
+        except Stopped:
+            return self._stop()
+        return None
+
+    def roll_out(self, store: Replay | None) -> Replay:
+        """The store of answers for the next iteration: fresh ones, and those of earlier iterations that may stay.
+
+        Raises:
+            Stopped: the user wants to stop; nothing has changed.
+        """
+        k, began, course, shape = self.iteration + 1, time.perf_counter(), self.course, self.shape
+        seed = self.seed or 0
+        fraction, sweeps = self.mixture(k)
+        self.answering.engine.sync(self.model, k)
+        with evaluating(self.model), self.precision_context():
+            store = self.before_iteration(k, store)
+            store, old = self.scoring.admit(
+                self.problems, store, shape.replayed(fraction), sweeps, k, seed=seed, least=self.hparams.min_ess
+            )
+            groups = shape.groups - len(old[0])
+            stop = self.wants_to_stop, self.on_any_process
+            fresh, facts = self.answering.fresh(k, groups, course.problems_seen, seed, stop)
+            if not self.objective.uses_critic:
+                fresh.episodes["advantage"] = from_groups(self.objective, fresh)
+            store = store_of.merged(store, fresh)
+            steps = self._plan_steps(store, k, sweeps_of(old, len(old[0]) > 0, fraction))
+            bound = BoundRollouts(self.problems, store)
+            store = self.scoring.score(bound, steps, k, base=self._wants_base(len(steps)))
+        store.version = k
+        written = int((fresh.episodes["source"] == OWN).sum())
+        course.problems_seen, course.generated = course.problems_seen + groups, course.generated + written
+        course.iteration, course.first_step = k, self.global_step
+        course.lay_out(steps, BoundRollouts(self.problems, store))
+        course.note(facts | {"answers/fresh": float(written), "perf/rollout_seconds": time.perf_counter() - began})
+        return store
+
+    def _wants_base(self, steps: int) -> bool:
+        """Whether somebody asks in the next steps what the base thinks: the objective, or a row of metrics."""
+        now = self.global_step
+        row = any(map(self.writes_row, range(now + 1, now + 1 + steps)))
+        return "base_logp" in self.objective.reads or (self.hparams.base_kl and row)
+
+    def _plan_steps(self, store: Replay, k: int, old: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The rows of each optimiser step of an iteration."""
+        return store_of.steps_of(
+            store,
+            old,
+            minibatches=self.hparams.minibatches,
+            seed=self.seed or 0,
+            iteration=k,
+            drop_duplicates=self.hparams.drop_duplicates,
+        )
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    @divergence.named
+    def training_step(self, tick: Any, batch_idx: int) -> Tensor:
+        t, j = self.global_step, self.micro.current
+        bound, rows = self.course.rollouts, self.course.rows(t)
+        assert bound is not None
+        if j == 0:
+            self.begin_step()
+        world, rank = self.world_size, self.process_rank
+        mine = np.array_split(rows, self.micro.number * world)[j * world + rank]
+        real = len(mine) > 0
+        self.seed_dropout(rank)
+        length = bound.store.length[rows]
+        totals = Totals(len(rows), int(length.sum()), self.answering.length, int(length.max()))
+        batch = self.passes.gather(bound, mine if real else rows[-1:])
+        tokens = self.tokens(batch, real)
+        loss, sums = self.objective.loss(tokens, totals, iteration=self.iteration)
+        share = loss.new_tensor(len(mine) / len(rows))
+        if real and self.course.begins(t):
+            self.scoring.hear(batch, tokens.logp, tokens.mask)
+        self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})
+        self.pace.tokens += int(bound.lengths[mine].sum()) if real else 0
+        self.end_micro_batch()
+        return loss * (self.micro.number * world)  # Lightning takes the mean over micro-batches and processes
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        self.objective.own.check_memory()
+        if self.course.begins(self.global_step):
+            rollouts = self.course.rollouts
+            assert rollouts is not None
+            self.scoring.keep(rollouts.store, self.iteration)
+            if self._recorder is not None:
+                self._recorder.write(self.problems, rollouts.store, self.iteration)
+
+    def tokens(self, batch: Rollouts, real: bool = True) -> Tokens:
+        """What the objective sees of a batch of answers; all of it padding unless ``real``."""
+        objective, passes = self.objective, self.passes
+        scores = passes.scores(
+            batch,
+            entropy=True,
+            entropy_gradient=objective.entropy_gradient,
+            others=self.scoring.others(batch),
+        )
+        return batch_tokens(
+            batch,
+            scores,
+            passes.values(batch, scores) if "value" in objective.reads else None,
+            iteration=self.iteration,
+            first=self.course.begins(self.global_step),
+            real=real,
+            demonstrations=bool(self.hparams.demonstrations),
+        )
+
+    # -- metrics, files, stopping --------------------------------------------------------------------------------------
+
+    def progress(self, updates: int) -> dict[str, float]:
+        facts = self.course.read()
+        named = {(name if name.startswith("perf/") else f"train/{name}"): value for name, value in facts.items()}
+        passes = self.course.problems_seen / len(self.problems.tables["problems"])
+        return named | {
+            "train/iteration": float(self.iteration),
+            "train/answers": float(self.generated),
+            "train/epoch": passes,
+        }
+
+    def wants_checkpoint(self) -> bool:
+        """Whether the weights should be on disk before what comes next: answers are drawn after this step."""
+        if not self.course.is_over(self.global_step) or self.global_step >= self.trainer.max_steps:
+            return False
+        wanted = time.monotonic() - self._saved >= self.hparams.save_seconds
+        return bool(self.trainer.strategy.broadcast(wanted))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        self._saved = time.monotonic()
+
+    def wants_to_stop(self) -> bool:
+        """Whether the user wants this process to stop."""
+        return bool(self.run_log.received)
+
+    def _stop(self) -> int:
+        """End the run before the iteration begins, with its weights on disk."""
+        trainer: Any = self.trainer
+        self.run_log.interrupted_by = int(max(trainer.strategy.broadcast(self.run_log.received), 2))
+        trainer.should_stop = True
+        if self.run_log.files is not None:
+            self.run_log.files.save(trainer, self)
+        return -1

@@ -1,0 +1,104 @@
+"""Which options and data a method that learns from its own answers can be trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from offpolicy.errors import DataError, UsageError, check_choice, check_range
+from offpolicy.language.rl.critic import CRITICS
+from offpolicy.training.lightning_private import FullySharded
+
+LEAST = {  # option → its least value
+    "group_size": 1,
+    "minibatches": 1,
+    "sweeps": 1,
+    "iterations": 1,
+    "max_new_tokens": 1,
+    "generation_batch": 1,
+    "replay_window": 0,
+    "eval_samples": 0,
+    "save_seconds": 0,
+    "reward_seconds": 0,
+    "critic_lr": 0,
+}
+
+
+def check_options(given: Mapping[str, Any], batch_size: int, reference: str) -> None:
+    """Raise :class:`UsageError` for an option that is out of its range, or does not go with the others.
+
+    Args:
+        given: arguments of :class:`RolloutModule` by name.
+        batch_size, reference: of all language methods.
+    """
+    for name, least in LEAST.items():
+        if given[name] is not None:
+            check_range(name, given[name], least)
+    check_range("temperature", given["temperature"], 0.0, lower_open=True)
+    check_range("replay_fraction", given["replay_fraction"], 0.0, 1.0, upper_open=True)
+    check_range("min_ess", given["min_ess"], 0.0, 1.0)
+    check_choice("critic", given["critic"], CRITICS)
+    check_range("demonstrations", given["demonstrations"], 0, 1)
+    check_groups(
+        batch_size,
+        given["group_size"],
+        given["minibatches"],
+        given["replay_fraction"],
+        given["replay_window"],
+        given["demonstrations"],
+    )
+    if reference != "auto":
+        raise UsageError(
+            "`reference` is for preference methods; here the base is the policy as it was at its start. Leave it out."
+        )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raise :class:`UsageError` where the model is cut into parts, none of which can answer."""
+    if isinstance(strategy, FullySharded):
+        raise UsageError("`trainer.strategy` is 'fsdp2', under which no answers can be drawn yet; expected 'ddp'.")
+
+
+def check_problems(problems: Any, method: str, *, demonstrations: bool) -> None:
+    """Raise :class:`DataError` unless a replay holds problems, with demonstrations where the method needs some."""
+    name = problems.meta.get("name", "the data")
+    if "problems" not in problems.tables:
+        raise DataError(
+            f"{name} holds no problems; expected prompts with answers that can be checked. Pass --data gsm8k, --data "
+            "addition or a file."
+        )
+    if demonstrations and not (problems.tables["problems"][:, 1] >= 0).any():
+        raise DataError(
+            f"{method} learns from demonstrations, and {name} has none; expected a column `solution`. Name it with "
+            "--data.columns, or choose GRPO."
+        )
+
+
+def check_groups(
+    batch_size: int,
+    group_size: int,
+    minibatches: int,
+    replay_fraction: float,
+    replay_window: int,
+    demonstrations: int,
+) -> None:
+    """Raise :class:`UsageError` unless steps hold whole groups, and an iteration has the groups that it should."""
+    if demonstrations >= group_size:
+        raise UsageError(
+            f"`group_size` is {group_size}, which leaves no answer of the policy beside the demonstration; "
+            "expected ≥ 2. Pass --model.group_size 8."
+        )
+    if batch_size % group_size:
+        raise UsageError(
+            f"`batch_size` is {batch_size} and `group_size` {group_size}; expected a multiple, as groups stay whole. "
+            f"Pass --model.batch_size {max(1, batch_size // group_size) * group_size}."
+        )
+    if replay_fraction and not replay_window:
+        raise UsageError("`replay_fraction` is above 0 and `replay_window` is 0; expected ≥ 1 iterations to draw from.")
+    groups = batch_size // group_size * minibatches
+    if replay_fraction and not 0 < round(replay_fraction * groups) < groups:
+        raise UsageError(
+            f"`replay_fraction` is {replay_fraction}, which of the {groups} groups of an iteration makes "
+            f"{round(replay_fraction * groups)}; expected one replayed group and a fresh one at least. Pass a "
+            "larger --model.batch_size, or another share."
+        )

@@ -1,0 +1,68 @@
+"""What the loss sees of a batch of answers: columns of the store and scores of the policy, a row per answer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offpolicy.data.texts.rollouts import DEMONSTRATION, Rollouts
+from offpolicy.data.texts.sequences import spread
+from offpolicy.language.head import TokenScores
+from offpolicy.losses.tokens import Tokens
+
+
+def batch_tokens(
+    batch: Rollouts,
+    scores: TokenScores,
+    value: Tensor | None,
+    *,
+    iteration: int,
+    first: bool,
+    real: bool,
+    demonstrations: bool,
+) -> Tokens:
+    """The tokens of B answers, padded to (B, T).
+
+    Their advantage stands in the store (:mod:`offpolicy.language.rl.advantages`): one number for all tokens of an
+    answer, or from a critic one for each token.
+
+    Args:
+        batch: the answers.
+        scores: of the policy, which has the gradient.
+        value: what the critic says before each token, (n,); None without a critic.
+        iteration: k.
+        first: whether this is the first step of the iteration, so that the policy is still π_k.
+        real: false where the batch only fills up; then all of it is padding.
+        demonstrations: whether some answers may be demonstrations.
+    """
+    device, length = scores.logps.device, batch.answer.length
+    size, width = len(length), int(length.max())
+    owner, column = spread(length)
+    place = (owner * width + column).to(device)
+
+    def padded(flat: Tensor) -> Tensor:
+        return flat.new_zeros(size * width).index_put((place,), flat).view(size, width)
+
+    steps = {name: padded(values.to(scores.logps)) for name, values in batch.steps.items()}
+    facts = {name: values.to(device) for name, values in batch.facts.items()}
+    external = (facts["source"] == DEMONSTRATION)[:, None].expand(size, width)
+    advantage = steps["advantage"] if "advantage" in steps else facts["advantage"].to(scores.logps)
+    behavior, previous, logp = steps["logp"], steps["previous_logp"], padded(scores.logps)
+    if first:  # the policy's own log-probabilities are those of π_k, where nobody asked before
+        behavior = torch.where(behavior.isnan() & ~external, logp.detach(), behavior)
+        previous = torch.where(previous.isnan(), logp.detach(), previous)
+    return Tokens(
+        logp=logp,
+        mask=padded(torch.full_like(scores.logps, float(real)).detach()),
+        advantage=advantage,
+        behavior_logp=behavior,
+        previous_logp=previous,
+        base_logp=steps.get("base_logp"),
+        sampler_logp=torch.where(steps["sampler_logp"].isnan(), behavior.detach(), steps["sampler_logp"]),
+        external=external if demonstrations else None,
+        entropy=None if scores.entropy is None else padded(scores.entropy),
+        lag=iteration - facts["policy_version"],
+        **({} if value is None else {"value": padded(value)}),
+        **{f"{name}_kl": padded(apart) for name, apart in scores.divergence.items()},
+        **{name: steps[name] for name in ("old_value", "returns") if name in steps},
+    )
