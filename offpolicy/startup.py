@@ -40,7 +40,7 @@ class LatePackage(ModuleType):
                 self._loading = True
                 try:
                     self.__spec__.loader.real.exec_module(self)  # type: ignore[union-attr]
-                    self.__class__ = ModuleType
+                    self.__class__ = ModuleType  # type: ignore[assignment]
                 finally:
                     del self._loading
         if name in vars(self):
