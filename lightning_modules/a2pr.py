@@ -191,6 +191,10 @@ class A2PR(OfflineModule):
         metrics = {"actor_loss": loss, "bc_loss": bc_loss, "vae_chosen": chosen.to(v.dtype).mean(-1)}
         return loss, {name: value.detach() for name, value in metrics.items()}
 
+    def phase(self, step: int) -> bool:
+        """Whether actor and targets move."""
+        return step % self.hparams.policy_freq == 0
+
     def update(self, batch: Transitions, step: int) -> Metrics:
         next_action, next_q = self.next_step(batch)
         loss, metrics = self.critic_loss(batch, next_q)

@@ -250,6 +250,10 @@ class CQL(OfflineModule):
         """m of the Lagrange form, (…, 1)."""
         return self.log_multiplier.exp().clamp(max=MULTIPLIER_MAX)
 
+    def phase(self, step: int) -> bool:
+        """Whether the actor clones the data."""
+        return step <= self.hparams.bc_steps
+
     def update(self, batch: Transitions, step: int) -> Metrics:
         h = self.hparams
         heads = self.actor.heads(batch.obs)

@@ -175,6 +175,10 @@ class PRDC(OfflineModule):
             metrics["certified"] = found.certified.float().mean(-1)
         return found.action.movedim(-2, -3).to(batch.action), metrics
 
+    def phase(self, step: int) -> bool:
+        """Whether actor and targets move."""
+        return step % self.hparams.policy_freq == 0
+
     def update(self, batch: Transitions, step: int) -> Metrics:
         loss, metrics = self.critic_loss(batch)
         self.step("critic", loss)

@@ -138,6 +138,10 @@ class ReBRAC(OfflineModule):
         loss = self.hparams.actor_beta * bc_loss - lambda_ * q.mean(-1)
         return loss, {"actor_loss": loss.detach(), "bc_loss": bc_loss.detach()}
 
+    def phase(self, step: int) -> bool:
+        """Whether actor and targets move."""
+        return (step - 1) % self.hparams.policy_freq == 0
+
     def update(self, batch: Transitions, step: int) -> Metrics:
         loss, metrics = self.critic_loss(batch)
         self.step("critic", loss)

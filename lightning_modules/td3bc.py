@@ -100,6 +100,10 @@ class TD3BC(OfflineModule):
         loss = bc_loss - lambda_ * q.mean(-1)
         return loss, {"actor_loss": loss.detach(), "bc_loss": bc_loss.detach()}
 
+    def phase(self, step: int) -> bool:
+        """Whether actor and targets move."""
+        return step % self.hparams.policy_freq == 0
+
     def update(self, batch: Transitions, step: int) -> Metrics:
         loss, metrics = self.critic_loss(batch)
         self.step("critic", loss)

@@ -180,6 +180,10 @@ class TrajectoryDiffusion(OfflineModule):
         noisy = torch.addcmul(batch.x, sigma[:, None, None], batch.noise.data)
         return denoising_loss(denoise(network, noisy, sigma), batch.x, sigma)
 
+    def phase(self, step: int) -> bool:
+        """Whether the average of the weights moves."""
+        return step % self.hparams.ema_every == 0
+
     def update(self, batch: Trajectories, step: int) -> Metrics:
         loss, metrics = self.denoiser_loss(batch)
         self.step("denoiser", loss)

@@ -76,13 +76,15 @@ class FusedAdam(torch.optim.Optimizer):
         self._moments: dict[tuple[int, ...], tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor]]] = {}
 
     @torch.no_grad()
-    def apply(self, params: Sequence[Tensor], grads: Sequence[Tensor], lr: float | None = None) -> None:
+    def apply(self, params: Sequence[Tensor], grads: Sequence[Tensor], lr: float | Tensor | None = None) -> None:
         """One Adam step.
 
         Args:
             params: parameters of one group of this optimiser, all on one device and of one type.
             grads: a gradient for each, of the same shape.
-            lr: step size of this step; None takes the group's.
+            lr: step size of this step; None takes the group's. A tensor () lies on the device of the parameters, and is
+                float64 on the CPU, where the result is that of the number, and float32 on CUDA devices, where the rate
+                has 24 bits.
         """
         group, first, second, steps = self._moments_of(params)
         beta1, beta2 = group["betas"]
@@ -119,7 +121,7 @@ class FusedAdam(torch.optim.Optimizer):
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"] if lr is None else lr,
+            lr=group["lr"] if lr is None else float(lr),
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,

@@ -17,6 +17,7 @@ foreach_add_ = torch._foreach_add_
 foreach_lerp_ = torch._foreach_lerp_
 foreach_mul = torch._foreach_mul
 foreach_norm = torch._foreach_norm
+foreach_zero_ = torch._foreach_zero_
 # The kernels below torch.optim.Adam(fused=True), which takes no gradients as arguments and no rate per call.
 fused_adam_ = torch._fused_adam_
 fused_adamw_ = torch._fused_adamw_

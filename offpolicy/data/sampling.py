@@ -44,11 +44,23 @@ def stream_id(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def keys(seeds: Sequence[int] | int, stream: int | str, steps: Tensor) -> Tensor:
+def seed_values(seeds: Sequence[int] | int, device: torch.device) -> Tensor:
+    """Seeds as a tensor that :func:`keys` takes without a copy from the host: int64, () for one seed, (S,) for several.
+
+    Args:
+        seeds: one seed, or a sequence of S seeds.
+        device: where keys are wanted.
+    """
+    values = [_signed(seed) for seed in ([seeds] if isinstance(seeds, int) else seeds)]
+    found = torch.tensor(values, dtype=torch.int64, device=device)
+    return found[0] if isinstance(seeds, int) else found
+
+
+def keys(seeds: Sequence[int] | int | Tensor, stream: int | str, steps: Tensor) -> Tensor:
     """One 64-bit key per update, and per seed when several are given.
 
     Args:
-        seeds: one seed, or a sequence of S seeds (adds an axis).
+        seeds: one seed, or a sequence of S seeds (adds an axis); or what :func:`seed_values` made of them.
         stream: number or name of what is drawn ("index", "target", …).
         steps: int64 update numbers, shape (K,).
 
@@ -56,10 +68,9 @@ def keys(seeds: Sequence[int] | int, stream: int | str, steps: Tensor) -> Tensor
         int64, shape (K,) for one seed and (K, S) for a sequence.
     """
     stream = stream_id(stream) if isinstance(stream, str) else stream
-    listed = [seeds] if isinstance(seeds, int) else seeds
-    values = torch.tensor([_signed(seed) for seed in listed], dtype=torch.int64, device=steps.device)
-    key = mix(mix(values * _GOLDEN + stream) + steps[:, None] * _GOLDEN)
-    return key[:, 0] if isinstance(seeds, int) else key
+    values = seeds if isinstance(seeds, Tensor) else seed_values(seeds, steps.device)
+    key = mix(mix(values.reshape(-1) * _GOLDEN + stream) + steps[:, None] * _GOLDEN)
+    return key if values.dim() else key[:, 0]
 
 
 def bits(key: Tensor, counter: Tensor) -> Tensor:

@@ -283,7 +283,7 @@ class LanguageModule(Module):
     # -- Lightning: construction ---------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        check_trainer(self.trainer, compiles=self.run.compile)
+        check_trainer(self.trainer, compiles=self.run.compile, graph=self.run.graph)
         if getattr(self.trainer, "datamodule", None) is not None:
             self.bind_data(self.trainer.datamodule)  # type: ignore[attr-defined]
         return self.watchers()

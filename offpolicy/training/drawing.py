@@ -17,7 +17,7 @@ from offpolicy.data import sampling
 from offpolicy.data.views import BoundView, Noise
 
 LAWS = {"normal": sampling.normals, "uniform": sampling.uniforms}
-Seeds = int | list[int]  # several give every tensor one more axis in front
+Seeds = int | list[int] | Tensor  # several give every tensor one more axis in front
 
 
 class Draw(NamedTuple):
@@ -31,7 +31,7 @@ def draw_batches(
     bound: BoundView,
     draws: Mapping[str, Draw],
     seeds: Seeds,
-    updates: range,
+    updates: range | Tensor,
     rows: range,
     device: torch.device,
     dtype: torch.dtype,
@@ -42,17 +42,19 @@ def draw_batches(
         bound: the view of the data, where they lie.
         draws: noise by name.
         seeds: of rows and noise.
-        updates: their numbers, from 1.
+        updates: their numbers, from 1; a tensor of them (K,), and of seeds, lies where the data do.
         rows: those of the global batch that this process draws.
         device: of the noise.
         dtype: of the noise.
     """
     row = torch.arange(rows.start, rows.stop, device=bound.device)
-    update = torch.arange(updates.start, updates.stop, device=bound.device)
+    numbers = isinstance(updates, Tensor)
+    update = updates if numbers else torch.arange(updates.start, updates.stop, device=bound.device)
     words = sampling.bits(sampling.keys(seeds, "index", update), row)
     more = bound.uniforms
     uniforms = [sampling.uniforms(sampling.keys(seeds, "view", update), row, (more,))] if more else []
     batch = bound.gather(bound.pick(words), *uniforms)
+    seeds = seeds.to(device) if isinstance(seeds, Tensor) else seeds
     noise = draw_noise(draws, seeds, update.to(device), row.to(device), dtype)
     fields = {name: value.unbind(0) for name, value in batch._asdict().items() if isinstance(value, Tensor)}
     parts = {name: value.unbind(0) for name, value in noise.items()}
@@ -61,8 +63,28 @@ def draw_batches(
             **{name: each[j] for name, each in fields.items()},
             noise=Noise(**{name: each[j] for name, each in parts.items()}),
         )
-        for j in range(len(updates))
+        for j in range(len(update))
     ]
+
+
+class Counters:
+    """Where a run stands, as tensors on the device that batches are drawn on.
+
+    They stay in their places, so that work which reads them can be recorded once and repeated.
+
+    Attributes:
+        given: the seeds as numbers.
+        seeds: int64, () or (S,).
+        updates: made before the block at hand, int64 ().
+    """
+
+    def __init__(self, seeds: int | list[int], device: torch.device) -> None:
+        self.given, self.seeds = seeds, sampling.seed_values(seeds, device)
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+
+    def numbers(self, k: int) -> Tensor:
+        """The numbers of the next k updates, int64 (k,)."""
+        return self.updates + torch.arange(1, k + 1, device=self.updates.device)
 
 
 def draw_noise(

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offpolicy.compute.torch_private import foreach_add_
+from offpolicy.compute.torch_private import foreach_add_, foreach_zero_
 
 Metrics = dict[str, Any]  # (B,) or one number per seed each; of language methods also means over tokens
 
 
 class Meter:
-    """Running means of metrics on the device: nothing is read back before a row is wanted."""
+    """Running means of metrics on the device: nothing is read back before a row is wanted.
+
+    The sums stay in their places, as a CUDA graph adds to them where they were when it was recorded.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -32,22 +35,29 @@ class Meter:
         for name in metrics:
             self.counts[name] += 1
 
+    def count(self, times: Mapping[str, int]) -> None:
+        """Take note of sums that were made on the device without :meth:`add`."""
+        for name, more in times.items():
+            self.counts[name] += more
+
     def read(self, mean_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float | list[float]]:
         """Means since the last call, in one transfer; starts anew."""
-        if not self.sums:
+        sums = self.by_name()
+        if not sums:
             return {}
-        means = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
-        values = mean_over_processes(means).tolist()
-        row = dict(zip(self.sums, values, strict=True))
-        self.sums, self.counts = {}, {}
+        means = torch.stack([total / self.counts[name] for name, total in sums.items()])
+        row = dict(zip(sums, mean_over_processes(means).tolist(), strict=True))
+        foreach_zero_(list(sums.values()))
+        self.counts = dict.fromkeys(self.counts, 0)
         return row
 
     def by_name(self) -> dict[str, Tensor]:
         """The sums since the last row."""
-        return self.sums
+        return {name: total for name, total in self.sums.items() if self.counts[name]}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "counts": dict(self.counts)}
+        sums = self.by_name()
+        return {"sums": {k: v.cpu() for k, v in sums.items()}, "counts": {k: self.counts[k] for k in sums}}
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
         """Take this process's own state, or the mean of all when their number has changed."""

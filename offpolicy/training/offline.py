@@ -6,8 +6,7 @@ steps.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial, wraps
 from typing import Any, ClassVar, Self
 
@@ -15,9 +14,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.optim import Optimizer
 
 from offpolicy.compute.casts import fresh_casts
-from offpolicy.compute.devices import finish_work
+from offpolicy.compute.devices import Stopwatch
 from offpolicy.compute.optim import num_trained
 from offpolicy.data.batches import check_rows
 from offpolicy.data.mixing import SHARE
@@ -31,7 +31,8 @@ from offpolicy.given import refuse_half
 from offpolicy.training import divergence
 from offpolicy.training.common import CommonOptions
 from offpolicy.training.description import Description, origin
-from offpolicy.training.drawing import Draw, draw_batches, has_dropout, seed_dropout
+from offpolicy.training.drawing import Counters, Draw, draw_batches, has_dropout, seed_dropout
+from offpolicy.training.graph import Blocks
 from offpolicy.training.lightning_private import count_updates, save_interval
 from offpolicy.training.measurement import Evaluation
 from offpolicy.training.meter import Metrics
@@ -48,7 +49,7 @@ def counted(update: Callable[[Any, Any, int], Metrics]) -> Callable[[Any, Any, i
     def counting(self: OfflineModule, batch: Any, step: int) -> Metrics:
         if not self._in_block:
             self._check_update(batch)
-        self.updates = step
+        self._updates = step
         return update(self, batch, step)
 
     return counting
@@ -85,8 +86,9 @@ class OfflineModule(SteppingModule):
         self.has_dropout = False  # it takes no noise of the batch
         self.bound: BoundView | None = None  # the view of the data, where they lie
         self._bound_version: tuple[int, int] = (0, 0)
-        self._update_time = 0.0
-        self._updates_timed = 0
+        self.blocks: Blocks | None = None  # how updates are made, once data are bound
+        self.counters: Counters | None = None
+        self._watch = Stopwatch()
 
     # -- to be written by a method -------------------------------------------------------------------------------------
 
@@ -104,6 +106,15 @@ class OfflineModule(SteppingModule):
                 of the batch has another number of axes than it should.
         """
         raise NotImplementedError(f"{type(self).__name__} must define update(batch, step).")
+
+    def phase(self, step: int) -> Hashable:
+        """What the Python of :meth:`update` decides by ``step``: updates of equal phases do the same operations.
+
+        A method whose ``update`` looks at ``step`` (or at ``updates``) defines it in the same class, as ``step %
+        policy_freq == 0`` for a condition on that; else its updates are never made as CUDA graphs. Rates of
+        :meth:`learning_rates` may depend on the update without it.
+        """
+        return None
 
     def select(self, replay: Replay) -> Replay:
         """The episodes this method trains on; all by default.
@@ -238,6 +249,19 @@ class OfflineModule(SteppingModule):
                 "Pass `mixture_weights(replay, rows)` to its BoundView, or take --data.synthetic.share 1."
             )
         self.on_bind(self.bound)
+        self.counters, self.blocks = None, Blocks(self)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        found = super().configure_optimizers()
+        for optimizer in found:
+            optimizer.register_load_state_dict_post_hook(self._forget_graphs)
+        self._forget_graphs()
+        return found
+
+    def _forget_graphs(self, *_: Any) -> None:
+        """Tensors that graphs know have been replaced."""
+        if self.blocks is not None:
+            self.blocks.forget()
 
     @property
     def bound_rows(self) -> Tensor:
@@ -255,7 +279,7 @@ class OfflineModule(SteppingModule):
 
     def teardown(self, stage: str) -> None:
         self.restore_settings()
-        self.bound = None
+        self.bound = self.blocks = self.counters = None
 
     def configure_callbacks(self) -> list[Callback]:
         for name, usual, instead in (
@@ -293,6 +317,7 @@ class OfflineModule(SteppingModule):
                 ("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({origin(meta)})"),
                 ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
                 *([] if renewal is None else renewal.facts(self.trainer.max_steps)),
+                *([] if self.blocks is None else self.blocks.facts()),
             ],
             batch=batch,
             evaluates=f"{episodes} episodes of {env}{each}" if episodes and env else "",
@@ -306,18 +331,31 @@ class OfflineModule(SteppingModule):
 
     def draw(self, t: int, k: int) -> list[Any]:
         """The batches of updates t + 1 … t + k: this process's rows of each, with their noise."""
+        self._count_from(t)
+        return self._next_batches(k)
+
+    def _count_from(self, t: int) -> None:
+        """Tell the device how many updates there have been, and of which seeds."""
         if self.bound is None:
             raise UsageError(
                 f"{type(self).__name__} has no data to draw batches from; expected them to be laid out. Call "
                 "`prepare(replay)` first."
             )
+        seeds = list(self.seeds) if self.seeds else self.seed or 0
+        if self.counters is None or self.counters.given != seeds:
+            self.counters = Counters(seeds, self.bound.device)
+            self._forget_graphs()
+        self.counters.updates.fill_(t)
+
+    def _next_batches(self, k: int) -> list[Any]:
+        assert self.bound is not None and self.counters is not None
         local = self.common.batch_size // self.world_size
         first = self.process_rank * local
         return draw_batches(
             self.bound,
             self.draws(),
-            list(self.seeds) if self.seeds else self.seed or 0,
-            updates=range(t + 1, t + k + 1),
+            self.counters.seeds,
+            updates=self.counters.numbers(k),
             rows=range(first, first + local),
             device=self.device,
             dtype=self.normalizer.obs_scale.dtype,
@@ -325,10 +363,24 @@ class OfflineModule(SteppingModule):
 
     def run_block(self, t: int, k: int) -> None:
         """Updates t + 1 … t + k, without any reading of values back to the host."""
+        self._count_from(t)
+        self.blocks = self.blocks or Blocks(self)
+        with self.planned_rates(t, k):
+            self.blocks.run(t, k)
+        self._updates = t + k
+
+    def run_updates(self, t: int, k: int) -> None:
+        """The updates of a block, one by one. All that changes from block to block is a tensor in its place.
+
+        Args:
+            t: updates made before, which stand in the counters too.
+            k: updates to make.
+        """
         self._in_block = True
         try:
             with fresh_casts():
-                for step, batch in enumerate(self.draw(t, k), t + 1):
+                for at, batch in enumerate(self._next_batches(k)):
+                    self._at, step = at, t + 1 + at
                     if self.has_dropout:
                         seed_dropout(self.seed or 0, step, self.process_rank)
                     self.meter.add(self.update(batch, step))
@@ -342,31 +394,27 @@ class OfflineModule(SteppingModule):
         change_every = getattr(data, "change_every", 0)
         if change_every and t % change_every == 0:
             self.check_finite()  # before the data are changed by the policy
+            self.stop_clock(wait=True)
             data.on_block_start(self)
             self._bind_newest()
         k = self.block_length(t)
-        began = time.perf_counter()
+        self._watch.start()
         self.run_block(t, k)
         count_updates(self.trainer, k)
-        self._update_time += time.perf_counter() - began
-        self._updates_timed += k
+        self._watch.updates += k
+        self.stop_clock()
         if (t + k) % self.run.log_every == 0 or t + k == self.trainer.max_steps:
             self._write_row(t + k)
 
     def stop_clock(self, wait: bool = False) -> None:
-        if wait:
-            began = time.perf_counter()
-            finish_work(self.device)
-            self._update_time += time.perf_counter() - began
+        self._watch.stop(self.device, wait)
 
     def _write_row(self, updates: int) -> None:
         """One row of metrics: means since the last row, read back once."""
         self.stop_clock(wait=True)
         means = self.meter.read(self.mean_over_processes)
         row: dict[str, Any] = {k if k.startswith("synthetic/") else f"train/{k}": v for k, v in means.items()}
-        speed = self._updates_timed / max(self._update_time, 1e-9)
-        self._update_time, self._updates_timed = 0.0, 0
-        self.log_row({"step": updates, **row, "perf/updates_per_s": speed}, updates)
+        self.log_row({"step": updates, **row, "perf/updates_per_s": self._watch.read()}, updates)
 
 
 __all__ = ["Draw", "Metrics", "OfflineModule", "Rate", "Sizes"]  # what the file of a method needs

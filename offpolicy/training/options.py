@@ -22,6 +22,9 @@ class RunOptions:
         threads: torch threads during training; None leaves the setting alone.
         matmul: float32 products on CPU: "auto", "mkl" or "onednn" (see :mod:`offpolicy.compute.matmul`).
         compile: compile the losses with ``torch.compile``; pays on GPUs, not on CPUs.
+        graph: whether the updates of a block are one CUDA graph: "auto", wherever that is possible; true, which needs a
+            CUDA device; false, one by one; "dry", one by one as a graph would be recorded, on a CPU too. Of control
+            methods.
         allow_other_data: resume although the data are not those of the checkpoint.
     """
 
@@ -33,6 +36,7 @@ class RunOptions:
     threads: int | None = None
     matmul: str = "auto"
     compile: bool = False
+    graph: bool | str = "auto"
     allow_other_data: bool = False
 
     def __post_init__(self) -> None:
@@ -45,3 +49,6 @@ class RunOptions:
             raise UsageError(f"`run.eval_errors` is {self.eval_errors!r}; expected 'stop' or 'skip'.")
         if self.matmul not in ("auto", "mkl", "onednn"):
             raise UsageError(f"`run.matmul` is {self.matmul!r}; expected 'auto', 'mkl' or 'onednn'.")
+        self.graph = {"true": True, "false": False}.get(self.graph, self.graph)  # type: ignore[arg-type]
+        if not (isinstance(self.graph, bool) or self.graph in ("auto", "dry")):
+            raise UsageError(f"`run.graph` is {self.graph!r}; expected 'auto', true, false or 'dry'.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offpolicy.compute import processes
-from offpolicy.compute.optim import FusedAdam, clip_per_seed, gradients, polyak_
+from offpolicy.compute.optim import FUSED_DEVICES, FusedAdam, clip_per_seed, gradients, polyak_
 from offpolicy.data.sizes import Sizes
 from offpolicy.errors import UsageError, check_range
 from offpolicy.training.acting import ActingModule
@@ -27,20 +28,34 @@ class SteppingModule(ActingModule):
     """One optimiser per name of :meth:`learning_rates`, targets that follow, and gradients over processes and seeds.
 
     Attributes:
-        updates: made so far: the number of the newest, which learning rates are functions of.
+        updates_asked: whether somebody has asked for ``updates``.
         common: arguments of the method that the base acts on, as they are when networks are made and when training
             begins.
     """
 
-    updates: int = 0
+    updates_asked: bool = False
     common: CommonOptions
 
     def __init__(self) -> None:
         super().__init__()
+        self._updates = 0
         self._params: dict[str, list[Tensor]] = {}
         self._optimizers: dict[str, FusedAdam] = {}
         self._rates: dict[str, Rate] = {}
+        self._rate_rows: dict[tuple[str, int], Tensor] = {}  # of K updates, in one place for every block of K
+        self._planned: dict[str, tuple[Tensor, ...]] = {}  # rates of the updates of a block that follow a schedule
+        self._at = 0  # the update of the block
         self._decay_steps: int | None = None  # of a run that has begun
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far: the number of the newest, which learning rates are functions of."""
+        self.updates_asked = True
+        return self._updates
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
+        self._updates = updates
 
     # -- to be written by a method -------------------------------------------------------------------------------------
 
@@ -128,6 +143,28 @@ class SteppingModule(ActingModule):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         self._decay_steps = state.get("lr_decay_steps")
 
+    @contextmanager
+    def planned_rates(self, t: int, k: int) -> Iterator[None]:
+        """Within it the updates t + 1 … t + k find their rates on the device, numbered from 0 by ``_at``.
+
+        Those of a schedule are sent there at once; constant ones are numbers.
+        """
+        try:
+            for name, rate in self._rates.items():
+                if callable(rate) and self.device.type in FUSED_DEVICES:
+                    self._planned[name] = self._rate_row(name, [rate(t + 1 + j) for j in range(k)]).unbind()
+            yield
+        finally:
+            self._planned = {}
+
+    def _rate_row(self, name: str, rates: list[float]) -> Tensor:
+        at_host = self.device.type == "cpu"
+        row = torch.tensor(rates, dtype=torch.float64 if at_host else torch.float32, device="cpu")
+        place = self._rate_rows.get((name, len(rates)))
+        if place is None or place.device != self.device:
+            place = self._rate_rows[name, len(rates)] = torch.empty_like(row, device=self.device)
+        return place.copy_(row if at_host else row.pin_memory(), non_blocking=True)
+
     # -- steps of an update --------------------------------------------------------------------------------------------
 
     def params(self, name: str) -> list[Tensor]:
@@ -177,7 +214,10 @@ class SteppingModule(ActingModule):
                 raise self.no_optimizers() from None
             known = ", ".join(self._rates)
             raise UsageError(f"`{name}` has no learning rate; expected one of {known}. See learning_rates.") from None
-        optimizer.apply(params, grads, rate(self.updates or 1) if callable(rate) else rate)
+        if callable(rate):
+            planned = self._planned.get(name)
+            rate = rate(self._updates or 1) if planned is None else planned[self._at]
+        optimizer.apply(params, grads, rate)
 
     def reduce_gradients(self, grads: list[Tensor]) -> list[Tensor]:
         """Mean over processes of a list of tensors, as one flat all-reduce."""
