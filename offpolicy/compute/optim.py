@@ -149,6 +149,9 @@ class FusedAdam(torch.optim.Optimizer):
             group.setdefault("decoupled", group.get("decoupled_weight_decay", old))
             group["betas"] = tuple(group["betas"])
         self._moments.clear()  # the old tensors were replaced
+        for p, state in self.state.items():
+            if "step" in state:  # left at the host, which an update would have to wait for
+                state["step"] = state["step"].to(_place_of_count(p))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -161,7 +164,7 @@ class FusedAdam(torch.optim.Optimizer):
         if found is None:
             group = next(g for g in self.param_groups if any(p is params[0] for p in g["params"]))
             for p in params:
-                state, on = self.state[p], p.device if p.device.type == "cuda" else torch.device("cpu")
+                state, on = self.state[p], _place_of_count(p)
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=on)
                     state["exp_avg"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
@@ -170,6 +173,11 @@ class FusedAdam(torch.optim.Optimizer):
             first, second, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
             found = self._moments[key] = (group, first, second, steps)
         return found
+
+
+def _place_of_count(p: Tensor) -> torch.device:
+    """Where the fused kernel takes the number of steps of a parameter."""
+    return p.device if p.device.type == "cuda" else torch.device("cpu")
 
 
 @torch.no_grad()

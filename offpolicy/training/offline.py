@@ -249,7 +249,10 @@ class OfflineModule(SteppingModule):
                 "Pass `mixture_weights(replay, rows)` to its BoundView, or take --data.synthetic.share 1."
             )
         self.on_bind(self.bound)
-        self.counters, self.blocks = None, Blocks(self)
+        self.counters, self.blocks = Counters(self._drawn_seeds(), self.bound.device), Blocks(self)
+
+    def _drawn_seeds(self) -> int | list[int]:
+        return list(self.seeds) if self.seeds else self.seed or 0
 
     def configure_optimizers(self) -> list[Optimizer]:
         found = super().configure_optimizers()
@@ -336,14 +339,13 @@ class OfflineModule(SteppingModule):
 
     def _count_from(self, t: int) -> None:
         """Tell the device how many updates there have been, and of which seeds."""
-        if self.bound is None:
+        if self.bound is None or self.counters is None:
             raise UsageError(
                 f"{type(self).__name__} has no data to draw batches from; expected them to be laid out. Call "
                 "`prepare(replay)` first."
             )
-        seeds = list(self.seeds) if self.seeds else self.seed or 0
-        if self.counters is None or self.counters.given != seeds:
-            self.counters = Counters(seeds, self.bound.device)
+        if self.counters.given != self._drawn_seeds():
+            self.counters = Counters(self._drawn_seeds(), self.bound.device)
             self._forget_graphs()
         self.counters.updates.fill_(t)
 
@@ -364,7 +366,7 @@ class OfflineModule(SteppingModule):
     def run_block(self, t: int, k: int) -> None:
         """Updates t + 1 … t + k, without any reading of values back to the host."""
         self._count_from(t)
-        self.blocks = self.blocks or Blocks(self)
+        assert self.blocks is not None
         with self.planned_rates(t, k):
             self.blocks.run(t, k)
         self._updates = t + k

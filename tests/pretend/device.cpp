@@ -1,6 +1,7 @@
 // A CUDA device made of the processor: tensors lie in host memory behind `cuda:0`, and every operation runs on the CPU.
 //
-// It refuses what a GPU refuses (operands on two devices) and reports what a GPU waits for (values read by the host).
+// It refuses what a GPU refuses (operands on two devices) and reports what the host waits for (values that it reads, and
+// copies from memory that is not pinned).
 // It says nothing about kernels, speed or memory. To be loaded before torch is imported, in builds of it without CUDA.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
@@ -117,8 +118,10 @@ Tensor host(const Tensor& x) {
   return out;
 }
 
-Tensor& copy_(Tensor& self, const Tensor& src, bool) {
+Tensor& copy_(Tensor& self, const Tensor& src, bool non_blocking) {
   if (src.is_cuda() && !self.is_cuda()) read("copy to the host");
+  if (self.is_cuda() && !src.is_cuda() && !(non_blocking && pinned.count(src.storage().data())))
+    read("copy to the device");  // from pinned memory it runs beside the host
   at::NoGradGuard no_grad;
   host(self).copy_(host(src));
   return self;

@@ -15,6 +15,7 @@ torch = pretend.install()
 
 there, here = torch.ones(3, 3, device="cuda"), torch.ones(3, 3)
 mask, counts = there > 0, torch.tensor([1, 2], device="cuda")
+layer = torch.nn.Linear(3, 2).to("cuda")
 REFUSED: dict[str, Callable[[], Any]] = {
     "a sum": lambda: there + here,
     "a sum in place": lambda: there.add_(here),
@@ -43,10 +44,12 @@ WAITS: dict[str, tuple[bool, Callable[[], Any]]] = {
     ),
     "checked lengths": (True, lambda: torch.segment_reduce(there[0], "sum", lengths=counts)),
     "lengths that are right": (False, lambda: torch.segment_reduce(there[0], "sum", lengths=counts, unsafe=True)),
-    "arithmetic": (False, lambda: torch.nn.Linear(3, 2).to("cuda")(there).square().sum().backward()),
+    "arithmetic": (False, lambda: layer(there).square().sum().backward()),
     "a number at the host": (False, lambda: there * torch.tensor(2.0)),
-    "numbers sent": (False, lambda: torch.tensor([1.0, 2.0], device="cuda")),
-    "rows chosen by number": (False, lambda: there[torch.arange(2)]),
+    "numbers sent": (True, lambda: torch.tensor([1.0, 2.0], device="cuda")),
+    "numbers sent from pinned memory": (False, lambda: there.copy_(here.pin_memory(), non_blocking=True)),
+    "a number of Python": (False, lambda: there.fill_(2.0)),
+    "rows chosen by numbers of the host": (True, lambda: there[torch.arange(2)]),
 }
 
 

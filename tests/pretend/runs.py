@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import inspect  # noqa: E402
 
 import numpy as np  # noqa: E402
+import recorded  # noqa: E402
 import tiny  # noqa: E402
 import tiny_rl  # noqa: E402
 import toy  # noqa: E402
@@ -37,7 +38,7 @@ from offpolicy.export import export  # noqa: E402
 from offpolicy.language import policy as policies  # noqa: E402
 from offpolicy.language.generation import sample  # noqa: E402
 from offpolicy.registry import find_method  # noqa: E402
-from offpolicy.training import run_folder  # noqa: E402
+from offpolicy.training import graph, run_folder  # noqa: E402
 from offpolicy.training.checkpoints import read_checkpoint  # noqa: E402
 from offpolicy.training.goals import GoalModule  # noqa: E402
 from offpolicy.training.offline import OfflineModule, Sizes  # noqa: E402
@@ -66,6 +67,7 @@ BLOCK: Counter[str] = Counter()  # reads of the host inside blocks of updates
 
 def watch_blocks() -> None:
     run_folder.plot_curves = lambda *_: None  # the picture costs more than the runs here
+    graph.Recorder = recorded.Recorder  # type: ignore[misc, assignment]
     run_block = OfflineModule.run_block
 
     def watched(self: OfflineModule, t: int, k: int) -> None:
@@ -129,7 +131,7 @@ def state(path: Path) -> dict[str, Any]:
 def on_device(place: Place) -> None:
     """A fit trains there, with evaluation and checkpoints; an interrupted one goes on bit by bit."""
     total, every = (4, 2) if place.kind.trains_on_texts else (12, 6)
-    method = place.method()
+    method, recorded.Recorder.repeated = place.method(), 0
     with pretend.reads() as reads:
         found = place.fit("whole", method, total, every)
     waits = sum(count for what, count in reads.items() if what.startswith("synchronize"))
@@ -140,6 +142,9 @@ def on_device(place: Place) -> None:
     place.fit("resumed", place.method(), total, every, ckpt_path=half)
     apart = toy.differences(state(place.checkpoint("whole", total)), state(place.checkpoint("resumed", total)))
     assert not apart, apart[:3]
+    if isinstance(method, OfflineModule):
+        assert bool(method.has_dropout) != bool(recorded.Recorder.repeated), "blocks are repeated as graphs"
+        place.fit("dry", place.method(), *place.short, graph="dry")
 
 
 def mixed(place: Place) -> None:
