@@ -48,14 +48,14 @@ def draw_batches(
         dtype: of the noise.
     """
     row = torch.arange(rows.start, rows.stop, device=bound.device)
-    numbers = isinstance(updates, Tensor)
-    update = updates if numbers else torch.arange(updates.start, updates.stop, device=bound.device)
-    words = sampling.bits(sampling.keys(seeds, "index", update), row)
+    if isinstance(updates, range):
+        updates = torch.arange(updates.start, updates.stop, device=bound.device)
+    words = sampling.bits(sampling.keys(seeds, "index", updates), row)
     more = bound.uniforms
-    uniforms = [sampling.uniforms(sampling.keys(seeds, "view", update), row, (more,))] if more else []
+    uniforms = [sampling.uniforms(sampling.keys(seeds, "view", updates), row, (more,))] if more else []
     batch = bound.gather(bound.pick(words), *uniforms)
     seeds = seeds.to(device) if isinstance(seeds, Tensor) else seeds
-    noise = draw_noise(draws, seeds, update.to(device), row.to(device), dtype)
+    noise = draw_noise(draws, seeds, updates.to(device), row.to(device), dtype)
     fields = {name: value.unbind(0) for name, value in batch._asdict().items() if isinstance(value, Tensor)}
     parts = {name: value.unbind(0) for name, value in noise.items()}
     return [
@@ -63,7 +63,7 @@ def draw_batches(
             **{name: each[j] for name, each in fields.items()},
             noise=Noise(**{name: each[j] for name, each in parts.items()}),
         )
-        for j in range(len(update))
+        for j in range(len(updates))
     ]
 
 

@@ -214,10 +214,10 @@ class SteppingModule(ActingModule):
                 raise self.no_optimizers() from None
             known = ", ".join(self._rates)
             raise UsageError(f"`{name}` has no learning rate; expected one of {known}. See learning_rates.") from None
-        if callable(rate):
-            planned = self._planned.get(name)
-            rate = rate(self._updates or 1) if planned is None else planned[self._at]
-        optimizer.apply(params, grads, rate)
+        if name in self._planned:
+            optimizer.apply(params, grads, self._planned[name][self._at])
+        else:
+            optimizer.apply(params, grads, rate(self._updates or 1) if callable(rate) else rate)
 
     def reduce_gradients(self, grads: list[Tensor]) -> list[Tensor]:
         """Mean over processes of a list of tensors, as one flat all-reduce."""
