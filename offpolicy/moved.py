@@ -68,7 +68,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.language.plan": (),
     "offpolicy.language.preview": ("offpolicy.data.texts.preview",),
     "offpolicy.language.records": ("offpolicy.language.rl.records",),
-    "offpolicy.language.reference": (),
+    "offpolicy.language.reference": ("offpolicy.language.reference_cache",),
     "offpolicy.language.rewards": ("offpolicy.language.rl.rewards", "offpolicy.language.rl.verifiers"),
     "offpolicy.language.rollouts": ("offpolicy.language.rl.rollouts",),
     "offpolicy.language.scores": ("offpolicy.losses.scores",),

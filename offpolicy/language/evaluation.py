@@ -1,19 +1,21 @@
-"""Numbers that a language method in training has on held-out data."""
+"""Numbers of language methods on held-out texts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from offpolicy.compute.processes import sum_over_processes
+from offpolicy.compute.processes import rank as process_rank
+from offpolicy.compute.processes import sum_over_processes, world_size
 from offpolicy.data.sampling import permutation
-from offpolicy.data.texts.sequences import row_weights
+from offpolicy.data.texts.sequences import BoundTexts, row_weights
 from offpolicy.language.meters import RowMeter
-from offpolicy.language.reference import evaluating
 from offpolicy.losses.preference import idealised_ranking_accuracy
+from offpolicy.training.meter import Metrics
 
 
 def eval_sample(rows: int, limit: int) -> np.ndarray:
@@ -21,30 +23,33 @@ def eval_sample(rows: int, limit: int) -> np.ndarray:
     return np.arange(rows) if not limit or limit >= rows else np.sort(permutation(0, 0, rows)[:limit].numpy())
 
 
-def evaluate(method: Any) -> dict[str, float]:
-    """Means of loss and metrics over the held-out rows of a method in training."""
-    table, rows = method.eval_table, method.eval_table.needed
-    rows = rows[np.argsort(-table.texts.lengths[rows].sum(1), kind="stable")]
-    world, rank = method.world_size, method.process_rank
+def evaluate(
+    texts: BoundTexts, rows: np.ndarray, judge: Callable[[np.ndarray], tuple[Tensor, Metrics]], size: int, device: Any
+) -> dict[str, float]:
+    """Means of loss and metrics over held-out rows; processes share the rows.
+
+    Args:
+        texts: the table.
+        rows: of the table, (n,); those of a forward pass are neighbours in it.
+        judge: rows of one forward pass, (B,) → loss and metrics, (B,) each.
+        size: rows of a forward pass, at most.
+        device: of the policy.
+    """
+    world, rank = world_size(), process_rank()
     padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % world)])
     counted = (np.arange(len(padded)) < len(rows)).astype(np.float64)
-    mine, real = padded[rank::world], torch.from_numpy(counted[rank::world]).to(method.device)
-    size, meter = method.micro.rows, RowMeter()
-    with evaluating(method.model), method.precision_context():
-        means = method.step_means(table, rows)
-        for start in range(0, len(mine), size):
-            part = slice(start, start + size)
-            scores = method.scores(table, mine[part], means, stats=True)
-            loss, metrics = method.loss(scores)
-            weight = torch.from_numpy(row_weights(table.texts, mine[part])).to(method.device)
-            meter.add_step(loss, {**metrics, **idealised(method, scores)}, weight=weight, real=real[part])
+    mine, real, meter = padded[rank::world], torch.from_numpy(counted[rank::world]).to(device), RowMeter()
+    for start in range(0, len(mine), size):
+        part = slice(start, start + size)
+        loss, metrics = judge(mine[part])
+        weight = torch.from_numpy(row_weights(texts, mine[part])).to(device)
+        meter.add_step(loss, metrics, weight=weight, real=real[part])
     return meter.read(sum_over_processes)
 
 
-def idealised(method: Any, scores: Any) -> dict[str, Tensor]:
-    """What a perfectly optimised policy would rank right (arXiv:2405.19534), where there are pairs and a reference."""
-    beta = method.hparams.get("beta")
-    if not (method.uses_reference and beta and hasattr(scores, "chosen")):
+def idealised(scores: Any, beta: float | None) -> dict[str, Tensor]:
+    """What a perfectly optimised policy would rank right (arXiv:2405.19534): of pairs, and methods with a β."""
+    if not (beta and hasattr(scores, "chosen")):
         return {}
     chosen, rejected = scores.chosen.ref_logps, scores.rejected.ref_logps
     return {"idealised_ranking_accuracy": idealised_ranking_accuracy(chosen, rejected, beta=beta)}

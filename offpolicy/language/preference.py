@@ -21,14 +21,14 @@ from offpolicy.data.texts.sequences import BoundTexts, PairView, row_weights
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.checks import check_tokens
-from offpolicy.language.evaluation import eval_sample, evaluate
+from offpolicy.language.evaluation import eval_sample, evaluate, idealised
 from offpolicy.language.generation import positions
 from offpolicy.language.head import Answers, score
 from offpolicy.language.layout import Layout, pair_layout, single_layout
 from offpolicy.language.meters import RowMeter
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.plan import RowPlan, previous_of_other_prompt
-from offpolicy.language.reference import Reference, ReferenceTable, evaluating
+from offpolicy.language.reference import Passes, Reference, ReferenceTable, evaluating
 from offpolicy.losses.scores import PairScores, Scores, SingleScores
 from offpolicy.training import divergence
 from offpolicy.training.description import Description
@@ -77,7 +77,7 @@ class PreferenceModule(LanguageModule):
         self.eval_table: ReferenceTable | None = None
         self._table: ReferenceTable | None = None
         self._mismatched: dict[int, ReferenceTable] = {}  # epoch → answers under other prompts
-        self._reference = Reference(self)
+        self._reference: Reference | None = None
         self._plan: RowPlan | None = None
         self._means: StepMeans | None = None  # of the current step
 
@@ -163,6 +163,8 @@ class PreferenceModule(LanguageModule):
 
             shard(self.model, self.device_mesh["data_parallel"])
         self.model.to(self.trainer.strategy.root_device)
+        if self.device_mesh is not None and self.uses_reference and self.hparams.reference == "live":
+            raise UsageError("`reference` is 'live', which sharding does not do; expected 'auto' or 'precomputed'.")
         self.apply_settings()
         try:
             self._make_reference()
@@ -186,8 +188,31 @@ class PreferenceModule(LanguageModule):
                 previous = previous_of_other_prompt(in_order, prompts)
                 self._mismatched[HELD_OUT] = ReferenceTable(other_prompts(held_out.texts, previous), held_out.needed)
         if self.uses_reference:
+            self._reference = Reference(self.hparams, self.model, self.tokenizer, self._passes())
             tables = [table, held_out, *self._mismatched.values()]
             self._reference.prepare([one for one in tables if one is not None], self._start_digest)
+
+    def _passes(self) -> Passes:
+        precision = str(self.trainer.precision)
+        return Passes(self.layout, self.answers, self.micro.rows, precision, self.precision_context, self._placed)
+
+    def _placed(self, model: Any) -> Any:
+        """Another model where the policy is, in its precision."""
+        trainer = self.trainer
+        return trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device)
+
+    def ref_logps(self, table: ReferenceTable, rows: np.ndarray, layout: Layout, like: Tensor) -> list[Tensor]:
+        """Summed log-probabilities of rows under the reference, (B,) for each answer of a row; see `Reference.logps`.
+
+        Raises:
+            UsageError: the order of the rows is that of another seed than the one the reference was made for.
+        """
+        assert self._reference is not None
+        try:
+            return self._reference.logps(table, rows, layout, like)
+        except LookupError:
+            message = f"the run has the seed {self.seed}; expected the same. Pass --seed_everything {self.seed}."
+            raise UsageError(message) from None
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         super().load_extra_state(state)
@@ -207,10 +232,11 @@ class PreferenceModule(LanguageModule):
             else [(line[2:12].strip(), line[12:]) for line in report(data.replay).splitlines()[1:]]
         )
         rows = [row for row in rows if row[0] not in ("note", "warning")] or [("rows", f"{len(plan.lengths):,}")]
+        words = "none, the method needs no reference" if self._reference is None else self._reference.words
         split = f", {self.micro.number} micro-batches each" if self.micro.number > 1 else ""
         epochs = self.trainer.max_steps / plan.steps_per_epoch
         return Description(
-            facts=[*rows, self.policy_fact(), ("reference", self._reference.words)],
+            facts=[*rows, self.policy_fact(), ("reference", words)],
             batch=f"{self.hparams.batch_size} rows{split}, {epochs:.3g} epochs",
             evaluates="" if self.eval_table is None else f"{len(self.eval_table.needed):,} held-out rows",
             notes=self.precision_notes(),
@@ -239,7 +265,7 @@ class PreferenceModule(LanguageModule):
         if torch.is_grad_enabled():
             self.pace.add_pass(layout.real_tokens, layout.input_ids.numel())
         answers = self.answers(self.model, layout, stats=stats)
-        reference = self._reference.logps(table, rows, layout, answers.sum_logps) if self.uses_reference else None
+        reference = self.ref_logps(table, rows, layout, answers.sum_logps) if self.uses_reference else None
         facts = {name: value.to(answers.length.device) for name, value in batch.facts.items()}
         size = len(rows)
 
@@ -282,7 +308,7 @@ class PreferenceModule(LanguageModule):
                 part = slice(start, start + self.micro.rows)
                 layout = self.layout(other.texts.gather(mine[part]))
                 found = self.answers(self.model, layout).sum_logps
-                ratio = found[: len(mine[part])] - self._reference.logps(other, mine[part], layout, found)[0]
+                ratio = found[: len(mine[part])] - self.ref_logps(other, mine[part], layout, found)[0]
                 total += (ratio.double() * shares[part].to(ratio.device)).sum()
         return sum_over_processes(total).float()
 
@@ -308,7 +334,7 @@ class PreferenceModule(LanguageModule):
         self.seed_dropout(rank)
         scores = self.scores(table, rows, means, stats=self.writes_row(t + 1))
         loss, metrics = self.loss(scores)
-        if t == 0 and j == 0 and self.uses_reference:
+        if t == 0 and j == 0 and self._reference is not None and not self.has_dropout:
             self._reference.check_start(scores)
         weight = torch.from_numpy(row_weights(table.texts, rows) * real).to(loss)
         self.meter.add_step(loss, metrics, weight=weight, real=torch.full_like(weight, float(real)))
@@ -326,11 +352,25 @@ class PreferenceModule(LanguageModule):
         return {"train/epoch": updates / self._plan_of().steps_per_epoch}
 
     def held_out(self) -> dict[str, float]:
-        return {} if self.eval_table is None else evaluate(self)
+        table = self.eval_table
+        if table is None:
+            return {}
+        rows = table.needed[np.argsort(-table.texts.lengths[table.needed].sum(1), kind="stable")]
+        beta = self.hparams.get("beta") if self.uses_reference else None
+
+        def judge(some: np.ndarray) -> tuple[Tensor, Metrics]:
+            scores = self.scores(table, some, means, stats=True)
+            loss, metrics = self.loss(scores)
+            return loss, metrics | idealised(scores, beta)
+
+        with evaluating(self.model), self.precision_context():
+            means = self.step_means(table, rows)
+            return evaluate(table.texts, rows, judge, self.micro.rows, self.device)
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
-        self._reference.close()
+        if self._reference is not None:
+            self._reference.close()
 
 
 def other_prompts(bound: BoundTexts, previous: np.ndarray) -> BoundTexts:

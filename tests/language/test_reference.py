@@ -201,8 +201,8 @@ def test_targets_that_do_not_exist(policy: Path) -> None:
 
 
 def test_what_was_computed_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offpolicy.language.reference.TOGETHER", 2)
-    monkeypatch.setattr("offpolicy.language.reference.PATIENCE", 0.0)
+    monkeypatch.setattr("offpolicy.language.reference_cache.TOGETHER", 2)
+    monkeypatch.setattr("offpolicy.language.reference_cache.PATIENCE", 0.0)
     bound, cache = PairView().bind(toy_pairs(6)), Cache(tmp_path, {})
 
     def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
