@@ -160,7 +160,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 def check_data_of_seeds(method: Module, data: DataModule) -> None:
     """Refuse data that change with the policy they are drawn for, where there are several policies."""
-    if method.seeds and getattr(data, "change_every", 0):
+    if method.seeds and data.change_every:
         raise UsageError(
             f"`seeds` is {seeds_text(method.seeds)}, and the data change in training (`data.source` is "
             f"{data.source!r}); expected data that stay, which all seeds share. Train one seed per process."
@@ -326,6 +326,7 @@ def evaluate(
         With tasks also ``success_mean success_interval success_task1 …`` and, where the method learns values and there
         are trajectories to measure on, ``order_consistency``. Of a method with several seeds each plays the same
         episodes by itself: the numbers are means over seeds, ``<name>_seed<seed>`` are those of each,
+        ``<name>_seed_std`` their standard deviation,
         ``score_interval`` is that of the mean over seeds, and ``returns lengths`` are one list per seed.
 
     Raises:

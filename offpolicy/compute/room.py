@@ -20,12 +20,18 @@ def available_memory() -> int:
 
 
 def free_memory(device: Any) -> int:
-    """Bytes that a device (a ``torch.device``) has free: its own of a GPU, else those of the machine."""
-    if device.type == "cuda":
+    """Bytes that a device (a ``torch.device``) has free: its own of a GPU, else those of the machine.
+
+    :data:`NO_LIMIT` where a device does not tell.
+    """
+    if device.type == "cpu":
+        return available_memory()
+    with contextlib.suppress(ImportError, RuntimeError, AssertionError, AttributeError):
         import torch
 
-        return int(torch.cuda.mem_get_info(device)[0])
-    return available_memory()
+        if device.type == "cuda":
+            return int(torch.cuda.mem_get_info(device)[0])
+    return NO_LIMIT
 
 
 def _of_machine() -> int:

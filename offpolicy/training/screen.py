@@ -17,6 +17,9 @@ from offpolicy.training.headlines import scores_line
 from offpolicy.training.seed_room import memory_words
 from offpolicy.version import __version__
 
+DROPOUT = (
+    "Several seeds draw other dropout masks than each would alone, so they are not bit by bit as if trained alone."
+)
 LABEL = 10  # width of the labels
 
 
@@ -59,7 +62,8 @@ def first_screen(
         *([line("memory", memory_words(method, trainer.strategy.root_device))] if method.seeds else []),
         line("folder", f"{folder} ({start})"),
     ]
-    notes = [str(text) for key in ("notes", "warnings") for text in meta.get(key) or []] + [*described.notes]
+    notes = [DROPOUT] if method.seeds and method.has_dropout else []
+    notes += [str(text) for key in ("notes", "warnings") for text in meta.get(key) or []] + [*described.notes]
     samples = ["", described.samples] if described.samples else []
     return "\n".join([*lines, *(line("note", text) for text in notes), *samples])
 

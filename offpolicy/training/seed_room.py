@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from offpolicy.compute.room import free_memory
+from offpolicy.compute.room import NO_LIMIT, free_memory
 from offpolicy.errors import UsageError
 from offpolicy.given import seeds_text
 from offpolicy.training.lightning_private import trainer_of
@@ -63,8 +63,9 @@ def check_room(method: Any) -> None:
 
 def memory_words(method: Any, device: torch.device) -> str:
     """What the seeds of a method take, and what its device has free, in a few words."""
-    total, count = needed(method), len(method.seeds)
-    return f"about {size(total)} for {count} seeds ({size(total // count)} each); {size(free_memory(device))} free"
+    total, count, free = needed(method), len(method.seeds), free_memory(device)
+    left = f"{size(free)} free" if free < NO_LIMIT else f"{device} does not tell how much is free"
+    return f"about {size(total)} for {count} seeds ({size(total // count)} each); {left}"
 
 
 def size(count: float) -> str:

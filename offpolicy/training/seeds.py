@@ -65,7 +65,7 @@ def build_stacked(method: Any, build: Callable[[], None]) -> None:
     name = type(method).__name__
     if not method.seed_axis:
         raise UsageError(f"{name} trains one seed per process; expected `seeds` empty. Start one each.")
-    states, buffers = [], {}
+    states, buffers = [], dict[str, torch.Tensor]()
     for seed in method.seeds:
         torch.manual_seed(seed)
         build()

@@ -217,6 +217,9 @@ def seeds(place: Place) -> None:
     BLOCK.clear()
     method.run_block(0, 4)
     assert not BLOCK, dict(BLOCK)
+    if place.name == "TD3BC":  # files are the same for all
+        joint = place.fit("seeds", place.method(), 8, 4, seeds=(0, 1))
+        assert place.fit("alone", place.method(), 12, 4, ckpt_path=joint.folders[1]).updates == 12
 
 
 def draws(place: Place) -> None:
