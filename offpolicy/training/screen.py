@@ -17,9 +17,7 @@ from offpolicy.training.headlines import scores_line
 from offpolicy.training.seed_room import memory_words
 from offpolicy.version import __version__
 
-DROPOUT = (
-    "Several seeds draw other dropout masks than each would alone, so they are not bit by bit as if trained alone."
-)
+DROPOUT = "Dropout masks are drawn for all seeds together, so each seed has others than its single run."
 LABEL = 10  # width of the labels
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from scripts import run_python
-from toy import METHODS, Crash, differences, method, run_files, toy_replay
+from toy import METHODS, Crash, differences, method, run_files, toy_replay, weights
 
 import offpolicy as op
 from offpolicy.data.module import DataModule
@@ -88,8 +88,8 @@ def test_in_float32_seeds_stay_close_for_200_updates(name: str) -> None:
     for seed in SEEDS:
         alone = method(name).prepare(data, seed=seed, max_steps=200)
         alone.run_block(0, 200)
-        for key, value in alone.named_parameters():
-            apart = (together.take_seed(seed).get_parameter(key) - value).abs().max()
+        for key, value in weights(alone).items():
+            apart = (weights(together.take_seed(seed))[key] - value).abs().max()
             assert apart <= (5e-4 if name == "EDAC" else 1e-5) * max(float(value.abs().max()), 1e-3), key
 
 
@@ -159,7 +159,7 @@ class Changing(DataModule):
         ({"seeds": (0, 1), "method": op.DPO()}, "DPO trains one seed per process; expected `seeds` empty"),
         (
             {"seeds": (0, 1), "data": Changing.of(toy_replay())},
-            "the data change in training .* expected data that stay",
+            "the data change in training",
         ),
         ({"seeds": (0, 1), "ckpt_path": "last"}, r"searched .*seeds0\+1-\*"),
     ],
