@@ -115,10 +115,11 @@ def test_mistakes_are_one_message(
 
 
 def test_content_faults_at_convert(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
     columns: dict[str, Any] = {
-        "observations": np.random.rand(20, 2),
-        "actions": np.random.rand(20, 1),
-        "rewards": np.random.rand(20),
+        "observations": rng.random((20, 2)),
+        "actions": rng.random((20, 1)),
+        "rewards": rng.random(20),
     }
     columns["rewards"][7] = np.nan
     np.savez(folder / "a.npz", terminals=np.arange(20) % 5 == 4, **columns)

@@ -199,8 +199,9 @@ def test_sizes_are_checked_against_the_environment(folder: Path) -> None:
 def test_lost_terminals_are_doubted(folder: Path) -> None:
     hopper(folder / "hopper_medium-v2.hdf5", terminals=np.zeros(40, bool))
     assert any("no step is terminal although" in w for w in open_source("hopper-medium-v2").meta["warnings"])
-    hopper(folder / "halfcheetah_medium-v2.hdf5", terminals=np.zeros(40, bool), observations=np.random.rand(40, 17),
-           actions=np.random.rand(40, 6))  # fmt: skip
+    rng = np.random.default_rng(0)
+    hopper(folder / "halfcheetah_medium-v2.hdf5", terminals=np.zeros(40, bool), observations=rng.random((40, 17)),
+           actions=rng.random((40, 6)))  # fmt: skip
     assert not any("terminal" in w for w in open_source("halfcheetah-medium-v2").meta["warnings"])
 
 
