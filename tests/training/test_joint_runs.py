@@ -1,4 +1,4 @@
-"""Runs of several seeds: their folders, and that each seed is as if trained alone. As a script it dies in two ways."""
+"""Runs of several seeds: their folders, and that each seed is as if trained alone, also after it was killed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import logging
 import os
 import signal
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scripts import run_python
+from forks import run_copy
 from toy import METHODS, Crash, differences, method, run_files, toy_replay, weights
 
 import offpolicy as op
@@ -248,26 +248,16 @@ def no_death() -> Any:
 SCENES = {scene.__name__: scene for scene in (no_death, kill_in_training, kill_between_writes)}
 
 
-def main(root: Path) -> None:
-    """Play every scene in a forked process and print how each ended."""
-    torch.set_num_threads(1)
+def play(name: str, root: Path) -> None:
     logging.disable()
     run_folder.plot_curves = lambda folder: None  # type: ignore[assignment]
-    ends = {}
-    for name, scene in SCENES.items():
-        child = os.fork()
-        if child == 0:
-            train(root / name, seeds=SEEDS, method=scene())
-            os._exit(0)
-        ends[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps(ends))
+    train(root / name, seeds=SEEDS, method=SCENES[name]())
 
 
 @pytest.mark.slow
 def test_a_joint_run_that_was_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    done = run_python(__file__, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"no_death": 0, "kill_in_training": -9, "kill_between_writes": -9}
+    ends = {name: run_copy(partial(play, name, tmp_path)).returncode for name in SCENES}
+    assert ends == {"no_death": 0, "kill_in_training": -9, "kill_between_writes": -9}
     for scene in SCENES:
         again = train(tmp_path / scene, seeds=SEEDS, ckpt_path="last")
         for name in ("seeds4+1-1", "seed4-1", "seed1-1"):
@@ -296,7 +286,3 @@ def test_a_crash_leaves_rows_that_are_cut_and_written_again(tmp_path: Path) -> N
     Table(place / "evals.csv").cut(HALF)
     assert train(tmp_path, seeds=SEEDS, ckpt_path="last").folders[1] == place
     assert not differences(contents(place), whole)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
