@@ -40,6 +40,7 @@ from offpolicy.training.beginning import (
     new_folder,
 )
 from offpolicy.training.checkpoints import newest_checkpoint
+from offpolicy.training.choosing import Which
 from offpolicy.training.goals import GoalModule
 from offpolicy.training.joint_folder import JointFolder
 from offpolicy.training.lightning_private import stop_watching
@@ -309,6 +310,7 @@ def evaluate(
     num_envs: int | None = None,
     temperature: float = 0.0,
     trust: Trust = None,
+    which: Which = "last",
 ) -> dict[str, Any]:
     """Play episodes in the environment of the data a method was trained on.
 
@@ -318,7 +320,7 @@ def evaluate(
         seed: episode k starts from ``seed + k``; the default repeats the start states of training's evaluations.
         num_envs: environments kept open; changes the speed only.
         temperature: of goal-conditioned policies: factor of the standard normal noise on their means, ≥ 0.
-        trust: as of :func:`load`.
+        trust, which: as of :func:`load`.
 
     Returns:
         ``return_mean return_std length_mean score score_std success_rate`` as far as they exist ("std" over episodes),
@@ -332,7 +334,7 @@ def evaluate(
     Raises:
         UsageError: no environment is known or installed, or it does not match the data.
     """
-    method = method if isinstance(method, Module) else load(method, trust=trust)
+    method = method if isinstance(method, Module) else load(method, trust=trust, which=which)
     if not isinstance(method, OfflineModule):
         raise UsageError(
             f"{type(method).__name__} tunes a language model, which plays no episodes; expected a control method. Its "

@@ -10,17 +10,18 @@ import sys
 from pathlib import Path
 
 from offpolicy.cli import entry
-from offpolicy.cli.reader import Parser, add_trust
+from offpolicy.cli.reader import Parser, add_trust, add_which
 from offpolicy.errors import UsageError
 
 
 def main(argv: list[str]) -> int:
     """Play episodes, print the scores and keep them in a file beside the run; returns the exit code."""
     parser = Parser("python -m offpolicy.evaluate", description="Play episodes with a trained method.")
-    parser.add_argument("run", help="run folder (its newest checkpoint) or checkpoint file")
+    parser.add_argument("run", help="run folder or checkpoint file")
     parser.add_argument("--episodes", type=int, default=10, help="how many, at least 1; of each task")
     parser.add_argument("--seed", type=int, help="episode k starts from seed + k (that of training's evaluations)")
     parser.add_argument("--temperature", type=float, default=0.0, help="noise of goal-conditioned policies, ≥ 0")
+    add_which(parser)
     add_trust(parser)
     args = parser.parse_args(argv)
 
@@ -28,11 +29,12 @@ def main(argv: list[str]) -> int:
     from offpolicy.environments.make import EVAL_SEED
     from offpolicy.files import Table, WriteError, atomic_write
     from offpolicy.training import screen
-    from offpolicy.training.checkpoints import read_checkpoint, resolve_checkpoint, run_of
+    from offpolicy.training.checkpoints import read_checkpoint, run_of
+    from offpolicy.training.choosing import chosen_checkpoint
     from offpolicy.training.headlines import headline
     from offpolicy.training.opening import own_state
 
-    path = resolve_checkpoint(args.run)
+    path = chosen_checkpoint(args.run, args.which)
     seed = EVAL_SEED if args.seed is None else args.seed
     content = read_checkpoint(path)
     state, updates = own_state(content, path), content["global_step"]

@@ -16,18 +16,19 @@ from offpolicy.trust import Trust
 
 def main(argv: list[str]) -> int:
     """Write the folder; returns the exit code."""
-    from offpolicy.cli.reader import Parser, add_trust
+    from offpolicy.cli.reader import Parser, add_trust, add_which
 
     parser = Parser("python -m offpolicy.export", description="Write a tuned language model for transformers.")
-    parser.add_argument("run", help="run folder (its newest checkpoint) or checkpoint file")
+    parser.add_argument("run", help="run folder or checkpoint file")
     parser.add_argument("out", help="folder to write; must not hold anything yet")
     parser.add_argument("--merge", action="store_true", help="add LoRA adapters to the weights instead of beside them")
+    add_which(parser)
     add_trust(parser)
     args = parser.parse_args(argv)
 
     from offpolicy.training import screen
 
-    out = export(args.run, args.out, merge=args.merge, trust=args.trust)
+    out = export(args.run, args.out, merge=args.merge, trust=args.trust, which=args.which)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     kind = "adapter, which needs its base model" if (out / "adapter_config.json").is_file() else "whole model"
     print(screen.line("written", f"{out}, {size / 1e6:,.1f} MB, {kind}"))
@@ -36,7 +37,13 @@ def main(argv: list[str]) -> int:
 
 
 def export(
-    method: Any, out: str | os.PathLike[str], *, merge: bool = False, replace: bool = False, trust: Trust = None
+    method: Any,
+    out: str | os.PathLike[str],
+    *,
+    merge: bool = False,
+    replace: bool = False,
+    trust: Trust = None,
+    which: str | int = "last",
 ) -> Path:
     """Write a tuned language model with its tokenizer. The folder is whole or absent.
 
@@ -46,7 +53,7 @@ def export(
         merge: add adapters to the weights of the base model. Otherwise a model with adapters is written as adapters
             alone, which name their base model; they take a few megabytes. Without adapters there is no difference.
         replace: remove what the folder holds, once its successor is complete.
-        trust: packages that the run may name, as of :func:`offpolicy.load`.
+        trust, which: packages that the run may name, and its checkpoint, as of :func:`offpolicy.load`.
 
     Returns:
         The folder.
@@ -60,7 +67,7 @@ def export(
 
     check_free(Path(out), replace)
     opened = isinstance(method, (str, os.PathLike))  # by us, so that it may be changed
-    method = load(method, trust=trust) if opened else method
+    method = load(method, trust=trust, which=which) if opened else method
     if not isinstance(method, LanguageModule):
         raise UsageError(
             f"{type(method).__name__} has no language model; expected a run of one, such as DPO. A control method is "

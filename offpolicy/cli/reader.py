@@ -55,3 +55,8 @@ class Parser(argparse.ArgumentParser):
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """The option of all commands that open a run."""
     parser.add_argument("--trust", metavar="PACKAGES", help="run code of these packages where the run names it (none)")
+
+
+def add_which(parser: argparse.ArgumentParser) -> None:
+    """The option of the commands that open one checkpoint of a run."""
+    parser.add_argument("--which", default="last", help="checkpoint of a run folder: last, best or an update")

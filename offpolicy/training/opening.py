@@ -14,12 +14,15 @@ from lightning.pytorch import LightningModule
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import WriteError
 from offpolicy.registry import import_class
-from offpolicy.training.checkpoints import KEY, check_proportions, read_checkpoint, resolve_checkpoint, run_of
+from offpolicy.training.checkpoints import KEY, check_proportions, read_checkpoint, run_of
+from offpolicy.training.choosing import Which, chosen_checkpoint
 from offpolicy.trust import NAME, Trust, check_environment, trusting
 
 
-def load(run_or_checkpoint: str | Path, *, method: type[Any] | None = None, trust: Trust = None) -> Any:
-    """A trained method from a run folder (its newest checkpoint) or a checkpoint; needs neither data nor simulator.
+def load(
+    run_or_checkpoint: str | Path, *, method: type[Any] | None = None, trust: Trust = None, which: Which = "last"
+) -> Any:
+    """A trained method from a run folder or a checkpoint; needs neither data nor simulator.
 
     A checkpoint may come from anybody: it holds plain values and tensors alone, and of the code it names only what
     belongs to this library is run.
@@ -28,6 +31,7 @@ def load(run_or_checkpoint: str | Path, *, method: type[Any] | None = None, trus
         method: the class, when it is one of your own.
         trust: packages or modules of yours or others that the checkpoint may name (its class, rewards, components, its
             environment), as a list or a text with commas; True for all.
+        which: checkpoint of a run folder: "last", "best" (by the run's own evaluations) or the number of an update.
 
     Returns:
         The method on the CPU, ready for ``act``; a language model with its ``tokenizer``.
@@ -35,7 +39,7 @@ def load(run_or_checkpoint: str | Path, *, method: type[Any] | None = None, trus
     Raises:
         UsageError: no checkpoint there, its class cannot be imported or is not trusted, or it is damaged.
     """
-    path = resolve_checkpoint(run_or_checkpoint)
+    path = chosen_checkpoint(run_or_checkpoint, which)
     checkpoint = read_checkpoint(path)
     state = own_state(checkpoint, path)
     with trusting(trust, in_file=True):
