@@ -3,6 +3,7 @@
 usage: python examples/benchmarks/control.py [--methods TD3BC IQL | all] [--threads 1 2] [--rounds 3] [--updates 2000]
                                              [--seeds 8] [--hidden 256] [--d3rlpy PATH/TO/python]
                                              [--jax-python PATH/TO/python] [--chart FILE.png]
+       python examples/benchmarks/control.py --graph eager graph --seeds 8      # updates as CUDA graphs: graphs.py
 
 Random data: observation 17, action 6, one million rows; batch 256, networks 2x256. Each figure is a process of its own,
 and the figures of a round are taken in turn, so that a drift of the machine hits all alike. Per method and threads:
@@ -51,6 +52,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # also where it is imported from a test
+import graphs  # noqa: E402
 from figures import about, figure  # noqa: E402
 
 WITH_PEERS = ("TD3BC", "IQL")
@@ -310,7 +312,7 @@ def draw(results: list[dict[str, Any]], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(WITH_PEERS))
+    parser.add_argument("--methods", nargs="+", help="default: TD3BC and IQL, with --graph those of graphs.py")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=2000)
@@ -320,6 +322,7 @@ def main() -> None:
     parser.add_argument("--d3rlpy", help="Python interpreter of an environment with d3rlpy 2.8")
     parser.add_argument("--jax-python", help="Python interpreter of an environment with jax")
     parser.add_argument("--chart", help="draw the rates as bars into this file")
+    parser.add_argument("--graph", nargs="+", choices=graphs.FORMS, help="only these forms of updates, on a GPU if any")
     parser.add_argument("--worker", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -327,7 +330,14 @@ def main() -> None:
         print(json.dumps(worker(kind, method, *map(int, numbers))))
         return
 
-    args.methods = ALL if args.methods == ["all"] else args.methods
+    if args.graph:
+        replay, names = random_replay(args.rows), args.methods or graphs.METHODS
+        results = graphs.measured(names, replay, args.graph, args.seeds, args.updates)
+        print(graphs.table(results), file=sys.stderr)
+        settings = about(rows=args.rows, updates=args.updates, seeds=args.seeds, device=str(graphs.device()))
+        print(json.dumps({"about": settings, "results": results}, indent=1))
+        return
+    args.methods = ALL if args.methods == ["all"] else args.methods or list(WITH_PEERS)
     samples: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
         for threads in args.threads:
