@@ -52,7 +52,7 @@ def speed(learner: Any, updates: int) -> dict[str, Any]:
         learner.run_block(t, BLOCK)
     finish_work(learner.device)
     rate = (last - COMPARED) / (time.perf_counter() - began) * max(len(learner.seeds), 1)
-    return {"updates_per_s": round(rate, 1), "reason": learner.blocks.reason, "weights": weights}
+    return {"updates_per_s": round(rate, 1), "reason": learner.one_by_one, "weights": weights}
 
 
 def measured(

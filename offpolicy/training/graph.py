@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from offpolicy.compute.devices import finish_work
 from offpolicy.errors import UsageError
 
 log = logging.getLogger(__name__)
 GRAPHS = 8  # kept at most; blocks of other rows of phases run eagerly
 LATELY = 32  # rows of phases that are remembered
 DEVICES = ("cuda",)  # that have graphs
-OWN = ("_updates", "updates_asked", "_in_block", "_at")  # what the base class itself changes during an update
+OWN = ("_updates", "_updates_asked", "_in_block", "_at")  # what the base class itself changes during an update
+PLAIN = (bool, int, float, str, type(None))
 NUMBER = (  # in words
     "uses the number of the update, which a graph would freeze. Define `phase(step)` beside it: what Python decides by "
     "the number, such as `step % 2 == 0`"
@@ -87,20 +89,21 @@ class Blocks:
 
     def __init__(self, method: Any) -> None:
         self.method, self.dry = method, method.run.graph == "dry"
-        self.reason = ""
+        self._full = False  # more kinds of blocks than are kept
         self.forget()
-        reason, asked = why_eager(method), method.run.graph is not False
-        if reason and asked and (self.dry or method.device.type in DEVICES):
-            self._fall_back(reason)
-        self.reason = reason
         check_phase(method)
+        self.reason = why_eager(method)
+        if self.reason and method.run.graph is not False and (self.dry or method.device.type in DEVICES):
+            self._say(self.reason)
 
     def forget(self, *_: Any) -> None:
-        """Record anew: tensors that graphs know have been replaced."""
+        """Record anew: what graphs know has been replaced."""
+        if getattr(self, "_repeated", None):
+            finish_work(self.method.device)  # before graphs and their memory go
         self._repeated: dict[Hashable, Repeated] = {}
         self._seen: deque[Hashable] = deque(maxlen=LATELY)
         self._recorder: Recorder | None = None
-        self._hparams = dict(self.method.hparams)
+        self._settings = settings(self.method)
 
     def facts(self) -> list[tuple[str, str]]:
         """For the first screen: how updates are made, where there is a choice."""
@@ -116,7 +119,7 @@ class Blocks:
         if self.reason:
             self.method.run_updates(t, k)
             return
-        if self._hparams != self.method.hparams:  # they are Python's, so a graph keeps those of its recording
+        if self._settings != settings(self.method):  # they are Python's, so a graph keeps those of its recording
             self.forget()
         pattern = (k, *map(self.method.phase, range(t + 1, t + k + 1)))
         if pattern in self._repeated:
@@ -124,19 +127,27 @@ class Blocks:
         elif pattern not in self._seen:
             self._seen.append(pattern)
             self._first(t, k)
-        elif self.dry or len(self._repeated) >= GRAPHS:
+        elif self.dry:
+            self.method.run_updates(t, k)
+        elif len(self._repeated) >= GRAPHS:
+            if not self._full:
+                self._full = True
+                self._say(
+                    f"there are more than {GRAPHS} kinds of blocks, and only so many are kept. Take a `run.block` that "
+                    "divides the intervals of rows and evaluations"
+                )
             self.method.run_updates(t, k)
         else:
             self._record(pattern, t, k)
 
     def _first(self, t: int, k: int) -> None:
         """The first block of its pattern, which must not use what a graph would freeze."""
-        before, self.method.updates_asked = plain_state(self.method), False
+        before, self.method._updates_asked = plain_state(self.method), False
         self._recording_stream(lambda: self.method.run_updates(t, k))
         after = plain_state(self.method)
         changed = [name for name in after if name not in before or before[name] != after[name]]
         name = type(self.method).__name__
-        if self.method.updates_asked and not declares_phase(type(self.method)):
+        if self.method._updates_asked and not declares_phase(type(self.method)):
             self._fall_back(f"`update` of {name} {NUMBER}")
         elif changed:
             self._fall_back(
@@ -159,8 +170,7 @@ class Blocks:
         try:
             replay = self._recorder.record(lambda: method.run_updates(t, k))
         except Exception as error:
-            first = (str(error) or "no message").splitlines()[0].rstrip(".")
-            self._fall_back(f"recording them failed with {type(error).__name__} ({first})")
+            self._fall_back(f"recording them failed with {in_words(error)}")
             meter.counts = before
             method.run_updates(t, k)
             return
@@ -176,6 +186,9 @@ class Blocks:
     def _fall_back(self, reason: str) -> None:
         self.forget()
         self.reason = reason
+        self._say(reason)
+
+    def _say(self, reason: str) -> None:
         log.warning("Updates are not made as CUDA graphs: %s.", reason)
 
 
@@ -243,7 +256,19 @@ def check_phase(method: Any) -> None:
         )
 
 
+def in_words(error: BaseException) -> str:
+    """The first line of an error; of that which ended a recording, not of the end that it led to."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__} ({(str(error) or 'no message').splitlines()[0].rstrip('.')})"
+
+
 # -- what a graph would freeze ---------------------------------------------------------------------------------------
+
+
+def settings(method: Any) -> dict[str, Any]:
+    """The hyperparameters of a method; those that are no plain values as which object they are."""
+    return {name: value if isinstance(value, (*PLAIN, tuple)) else id(value) for name, value in method.hparams.items()}
 
 
 def plain_state(method: nn.Module) -> dict[str, Any]:
@@ -252,7 +277,7 @@ def plain_state(method: nn.Module) -> dict[str, Any]:
     for place, module in method.named_modules():
         for name, value in vars(module).items():
             key = f"{place}.{name}" if place else name
-            if isinstance(value, (bool, int, float, str, type(None))) and key not in OWN:
+            if isinstance(value, PLAIN) and key not in OWN:
                 found[key] = value
             elif isinstance(value, (list, deque)):
                 found[key] = len(value)

@@ -86,8 +86,8 @@ class OfflineModule(SteppingModule):
         self.has_dropout = False  # it takes no noise of the batch
         self.bound: BoundView | None = None  # the view of the data, where they lie
         self._bound_version: tuple[int, int] = (0, 0)
-        self.blocks: Blocks | None = None  # how updates are made, once data are bound
-        self.counters: Counters | None = None
+        self._blocks: Blocks | None = None  # how updates are made, once data are bound
+        self._counters: Counters | None = None
         self._watch = Stopwatch()
 
     # -- to be written by a method -------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ class OfflineModule(SteppingModule):
                 "Pass `mixture_weights(replay, rows)` to its BoundView, or take --data.synthetic.share 1."
             )
         self.on_bind(self.bound)
-        self.counters, self.blocks = Counters(self._drawn_seeds(), self.bound.device), Blocks(self)
+        self._counters, self._blocks = Counters(self._drawn_seeds(), self.bound.device), Blocks(self)
 
     def _drawn_seeds(self) -> int | list[int]:
         return list(self.seeds) if self.seeds else self.seed or 0
@@ -261,10 +261,15 @@ class OfflineModule(SteppingModule):
         self._forget_graphs()
         return found
 
+    @property
+    def one_by_one(self) -> str:
+        """Why updates are made one by one, not as CUDA graphs; empty where they are graphs, or run as one would."""
+        return "no data are bound" if self._blocks is None else self._blocks.reason
+
     def _forget_graphs(self, *_: Any) -> None:
         """Tensors that graphs know have been replaced."""
-        if self.blocks is not None:
-            self.blocks.forget()
+        if self._blocks is not None:
+            self._blocks.forget()
 
     @property
     def bound_rows(self) -> Tensor:
@@ -282,7 +287,7 @@ class OfflineModule(SteppingModule):
 
     def teardown(self, stage: str) -> None:
         self.restore_settings()
-        self.bound = self.blocks = self.counters = None
+        self.bound = self._blocks = self._counters = None
 
     def configure_callbacks(self) -> list[Callback]:
         for name, usual, instead in (
@@ -320,7 +325,7 @@ class OfflineModule(SteppingModule):
                 ("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({origin(meta)})"),
                 ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
                 *([] if renewal is None else renewal.facts(self.trainer.max_steps)),
-                *([] if self.blocks is None else self.blocks.facts()),
+                *([] if self._blocks is None else self._blocks.facts()),
             ],
             batch=batch,
             evaluates=f"{episodes} episodes of {env}{each}" if episodes and env else "",
@@ -339,25 +344,25 @@ class OfflineModule(SteppingModule):
 
     def _count_from(self, t: int) -> None:
         """Tell the device how many updates there have been, and of which seeds."""
-        if self.bound is None or self.counters is None:
+        if self.bound is None or self._counters is None:
             raise UsageError(
                 f"{type(self).__name__} has no data to draw batches from; expected them to be laid out. Call "
                 "`prepare(replay)` first."
             )
-        if self.counters.given != self._drawn_seeds():
-            self.counters = Counters(self._drawn_seeds(), self.bound.device)
+        if self._counters.given != self._drawn_seeds():
+            self._counters = Counters(self._drawn_seeds(), self.bound.device)
             self._forget_graphs()
-        self.counters.updates.fill_(t)
+        self._counters.updates.fill_(t)
 
     def _next_batches(self, k: int) -> list[Any]:
-        assert self.bound is not None and self.counters is not None
+        assert self.bound is not None and self._counters is not None
         local = self.common.batch_size // self.world_size
         first = self.process_rank * local
         return draw_batches(
             self.bound,
             self.draws(),
-            self.counters.seeds,
-            updates=self.counters.numbers(k),
+            self._counters.seeds,
+            updates=self._counters.numbers(k),
             rows=range(first, first + local),
             device=self.device,
             dtype=self.normalizer.obs_scale.dtype,
@@ -366,9 +371,9 @@ class OfflineModule(SteppingModule):
     def run_block(self, t: int, k: int) -> None:
         """Updates t + 1 … t + k, without any reading of values back to the host."""
         self._count_from(t)
-        assert self.blocks is not None
+        assert self._blocks is not None
         with self.planned_rates(t, k):
-            self.blocks.run(t, k)
+            self._blocks.run(t, k)
         self._updates = t + k
 
     def run_updates(self, t: int, k: int) -> None:

@@ -28,12 +28,11 @@ class SteppingModule(ActingModule):
     """One optimiser per name of :meth:`learning_rates`, targets that follow, and gradients over processes and seeds.
 
     Attributes:
-        updates_asked: whether somebody has asked for ``updates``.
         common: arguments of the method that the base acts on, as they are when networks are made and when training
             begins.
     """
 
-    updates_asked: bool = False
+    _updates_asked: bool = False  # whether somebody has asked for `updates`
     common: CommonOptions
 
     def __init__(self) -> None:
@@ -50,7 +49,7 @@ class SteppingModule(ActingModule):
     @property
     def updates(self) -> int:
         """Updates made so far: the number of the newest, which learning rates are functions of."""
-        self.updates_asked = True
+        self._updates_asked = True
         return self._updates
 
     @updates.setter

@@ -303,7 +303,10 @@ def test_graphs_are_recorded_anew(how: str, replay: Replay, graphs: type[recorde
 
 
 def test_the_number_of_graphs_is_bounded(
-    replay: Replay, graphs: type[recorded.Recorder], monkeypatch: pytest.MonkeyPatch
+    replay: Replay,
+    graphs: type[recorded.Recorder],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(graph, "GRAPHS", 2)
     results = []
@@ -317,6 +320,7 @@ def test_the_number_of_graphs_is_bounded(
                 t += k
         results.append(state(module))
     assert graphs.made == 2 and not differences(*results)
+    assert caplog.text.count("there are more than 2 kinds of blocks") == 1
 
 
 def test_several_processes_and_data_at_the_host_run_eagerly(
@@ -347,10 +351,10 @@ def test_options_are_checked_before_training(replay: Replay) -> None:
 
 def test_the_first_screen_says_how_updates_are_made(replay: Replay, graphs: type[recorded.Recorder]) -> None:
     module: Any = method("TD3BC").prepare(replay)
-    assert module.blocks.facts() == [("updates", "blocks of up to 64, each one CUDA graph")]
+    assert module._blocks.facts() == [("updates", "blocks of up to 64, each one CUDA graph")]
     module.run.graph = False
     module.bind(replay)
-    assert module.blocks.facts() == [("updates", "one by one, not as CUDA graphs: `run.graph` is false")]
+    assert module._blocks.facts() == [("updates", "one by one, not as CUDA graphs: `run.graph` is false")]
 
 
 def test_the_clock_counts_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
