@@ -110,9 +110,9 @@ class Blocks:
         if not self.dry and self.method.device.type not in DEVICES:
             return []
         if self.reason:
-            return [("updates", f"one by one, not as CUDA graphs: {self.reason}")]
-        how = "one by one as a CUDA graph would be recorded" if self.dry else "each one CUDA graph"
-        return [("updates", f"blocks of up to {self.method.run.block}, {how}")]
+            return [("blocks", f"updates one by one, not as CUDA graphs: {self.reason}")]
+        how = "one by one as a CUDA graph would be recorded" if self.dry else "as one CUDA graph"
+        return [("blocks", f"up to {self.method.run.block} updates, {how}")]
 
     def run(self, t: int, k: int) -> None:
         """Updates t + 1 … t + k."""

@@ -24,7 +24,9 @@ def random_gradients(steps: int, dtype: torch.dtype) -> list[list[torch.Tensor]]
     return [[torch.randn(s, dtype=dtype, generator=generator) for s in SHAPES] for _ in range(steps)]
 
 
-def run(optimiser: FusedAdam, params: list[torch.Tensor], grads: list[list[torch.Tensor]], lr: float = 1e-2) -> None:
+def run(
+    optimiser: FusedAdam, params: list[torch.Tensor], grads: list[list[torch.Tensor]], lr: float | torch.Tensor = 1e-2
+) -> None:
     for g in grads:
         optimiser.apply(params, g, lr)
 
@@ -166,3 +168,17 @@ def test_a_parameter_that_the_loss_does_not_depend_on_is_told() -> None:
     used, unused = start(torch.float64)[:2]
     with pytest.raises(RuntimeError, match="not have been used"):
         gradients(used.sum(), [used, unused])
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rate_in_a_tensor_is_the_rate(dtype: torch.dtype, decoupled: bool) -> None:
+    """Float64 gives the bits of the number; float32, as CUDA's kernel takes it, another step by a part of 2⁻²⁴."""
+    rate, grads, found = 1.2345e-3, random_gradients(3, dtype), {}
+    for kind in (None, torch.float64, torch.float32):
+        found[kind] = start(dtype)
+        lr = rate if kind is None else torch.tensor(rate, dtype=kind)
+        run(FusedAdam(found[kind], weight_decay=0.1, decoupled=decoupled), found[kind], grads, lr)
+    for number, double, single in zip(found[None], found[torch.float64], found[torch.float32], strict=True):
+        assert torch.equal(number, double)
+        torch.testing.assert_close(number, single, rtol=2e-7, atol=3 * rate * 2**-23)

@@ -351,10 +351,10 @@ def test_options_are_checked_before_training(replay: Replay) -> None:
 
 def test_the_first_screen_says_how_updates_are_made(replay: Replay, graphs: type[recorded.Recorder]) -> None:
     module: Any = method("TD3BC").prepare(replay)
-    assert module._blocks.facts() == [("updates", "blocks of up to 64, each one CUDA graph")]
+    assert module._blocks.facts() == [("blocks", "up to 64 updates, as one CUDA graph")]
     module.run.graph = False
     module.bind(replay)
-    assert module._blocks.facts() == [("updates", "one by one, not as CUDA graphs: `run.graph` is false")]
+    assert module._blocks.facts() == [("blocks", "updates one by one, not as CUDA graphs: `run.graph` is false")]
 
 
 def test_the_clock_counts_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
