@@ -61,13 +61,13 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
                         for your own files: env_id, env_kwargs, obs_keys, max_episode_steps
                         texts: columns, split, tokenizer, max_length, eval_data, eval_fraction, show
   --data.source WHAT    real, or mostly trajectories of a diffusion model: policy-guided, unguided
-  --data.synthetic.X Y  of those: model (its run), guidance, trajectories, every, share, ...
+  --data.synthetic.X Y  of these trajectories: model (its run), guidance, trajectories, every, share, ...
   --trainer.OPTION X    Lightning's Trainer: accelerator, devices, strategy, precision, logger, ...
 
   --print_config        print the settings that result, and stop
   --help=all            every option
 
-A class default gives way to the recipe, the recipe to --config, and that to the flags.
+A class default gives way to the recipe, the recipe to --config, and --config to the flags.
 Look at a run: python -m offpolicy.evaluate RUN        Data: python -m offpolicy.data show NAME
 Compare runs: python -m offpolicy.compare runs/
 Draw data from a diffusion model: python -m offpolicy.sample RUN OUT

@@ -40,7 +40,7 @@ def documented(*objects: Any) -> dict[str, str]:
 
 
 def options_of(thing: Any, instead: Mapping[str, Any] | None = None) -> list[Option]:
-    """The options of a class or function, those behind ``**kwargs`` of a class included.
+    """The options of a class or function, with the options that ``**kwargs`` of a class stand for.
 
     Args:
         thing: a class, a dataclass or a function.

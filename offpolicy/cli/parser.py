@@ -280,7 +280,7 @@ def check_kind(command: Command, method: type[Module]) -> None:
 
 
 def method_options(method: type) -> dict[str, str | None]:
-    """The options of a method by name, with those of the base class that ``**kwargs`` stand for."""
+    """The options of a method by name, with the options of its base class that ``**kwargs`` stand for."""
     found: dict[str, str | None] = {}
     for cls in method.__mro__:
         if "__init__" in vars(cls):

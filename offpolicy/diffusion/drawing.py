@@ -40,7 +40,7 @@ class TrajectoryPlan:
         trajectories: how many, ≥ 1.
         first: number of the first in the stream, ≥ 0.
         seed: of the stream.
-        horizon: steps of each, ≥ 2; None for that of the model's training.
+        horizon: steps of each, ≥ 2; None for the horizon of the model's training.
         batch_size: drawn at once, ≥ 1.
         guidance: by the policy; none with coefficient 0.
         sampler: of the noise.
@@ -164,7 +164,7 @@ def _join(folders: list[Path], record: dict[str, Any]) -> Replay:
 
 
 def _claim(parts: Path, key: str, plan: TrajectoryPlan, fresh: bool) -> None:
-    """Make the folder of pieces, or make sure that those in it belong to this plan."""
+    """Make the folder of pieces, or make sure that the pieces in it belong to this plan."""
     record = parts / "plan.json"
     found = read_json(record) if record.is_file() else None
     if found is not None and found.get("key") != key:
@@ -228,7 +228,7 @@ def sample(
         cosine: weight ≥ 0 of a bump of guidance in the middle of sampling.
         trajectories: how many, ≥ 1.
         first: number of the first in the stream of the seed, ≥ 0.
-        horizon: steps of each, ≥ 2, one more than its transitions; None for that of the model's training.
+        horizon: steps of each, ≥ 2, one more than its transitions; None for the horizon of the model's training.
         sampling_steps: noise levels, ≥ 2.
         seed: of the stream.
         batch_size: trajectories drawn at once, ≥ 1; other values change last bits.

@@ -26,7 +26,7 @@ from offpolicy.files import atomic_write
 
 ROWS = 4000  # of each set, unless told
 LEVELS = (1, 5, 25, 50, 75, 95, 99)  # per cent
-SHOWN = 12  # columns in the printed table of quantiles, those that differ most
+SHOWN = 12  # columns in the printed table of quantiles: the columns that differ most
 REGENERATION_ROWS, NOVELTY_ROWS = 2000, 500  # of a pool in training
 
 
@@ -95,10 +95,10 @@ class Judge:
             self.simulator.close()
 
     def measure(self, replay: Replay, name: str | None = None, *, whole: bool = True) -> Measured:
-        """All measures of one set, the real one included; without ``whole``, only those of single transitions.
+        """All measures of one set, the real one included; without ``whole``, only the measures of single transitions.
 
         Raises:
-            DataError: its sizes are not those of the real data.
+            DataError: its sizes differ from those of the real data.
         """
         name = name or str(replay.meta.get("name", "data"))
         self._check(Sizes.of(replay), name, DataError)

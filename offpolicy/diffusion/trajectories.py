@@ -52,8 +52,8 @@ class Channels(nn.Module):
         self.obs_dim, self.count = obs_dim, obs_dim + action_dim + 2
         self.actions = slice(obs_dim, obs_dim + action_dim)
         self.register_buffer("mean", torch.zeros(self.count))
-        self.register_buffer("std", torch.ones(self.count))  # that of the data; 1 where it is 0
-        self.register_buffer("spread", torch.ones(self.count))  # that of the data
+        self.register_buffer("std", torch.ones(self.count))  # of the data; 1 where it is 0
+        self.register_buffer("spread", torch.ones(self.count))  # of the data
 
     @staticmethod
     def raw(obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor) -> Tensor:

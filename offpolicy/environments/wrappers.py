@@ -1,6 +1,6 @@
 """Wrappers that data were recorded through, as a Minari set lists them: an evaluation plays through them again.
 
-They are named in a file, so only gymnasium's own are imported, and those of packages that the user trusts.
+A file names them, so a wrapper is imported only from gymnasium and from packages that the user trusts.
 """
 
 from __future__ import annotations

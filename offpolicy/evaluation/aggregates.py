@@ -175,7 +175,7 @@ class Difference(NamedTuple):
     """Welch's comparison of two means.
 
     Attributes:
-        mean: of the first less that of the second.
+        mean: of the first less the mean of the second.
         low, high: ends of its interval.
         t: Welch's statistic.
         df: degrees of freedom.

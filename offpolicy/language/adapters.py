@@ -1,4 +1,4 @@
-"""Adapters of ``peft`` on a model: new ones, trained ones from a folder, and the same again from a checkpoint.
+"""Adapters of ``peft`` on a model: new adapters, trained adapters from a folder, and the adapters of a checkpoint.
 
 Every field of an adapter's configuration that can be kept is kept; the others are refused by name.
 """
@@ -170,7 +170,7 @@ def adapter_settings(model: Any) -> dict[str, Any] | None:
 
 
 def same_settings(now: Mapping[str, Any] | None, then: Mapping[str, Any] | None) -> bool:
-    """Whether adapters are those of a checkpoint, which may be of a version that noted fewer fields."""
+    """Whether a checkpoint has these adapters; it may be of a version that noted fewer fields."""
     if now is None or then is None:
         return now is then
     return all(now.get(name) == value for name, value in then.items())

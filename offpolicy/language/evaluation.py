@@ -19,7 +19,7 @@ from offpolicy.training.meter import Metrics
 
 
 def eval_sample(rows: int, limit: int) -> np.ndarray:
-    """Which held-out rows are looked at: all, or a sample that is the same in every run."""
+    """The held-out rows that are looked at: all, or a sample, which is the same in every run."""
     return np.arange(rows) if not limit or limit >= rows else np.sort(permutation(0, 0, rows)[:limit].numpy())
 
 
@@ -30,7 +30,7 @@ def evaluate(
 
     Args:
         texts: the table.
-        rows: of the table, (n,); those of a forward pass are neighbours in it.
+        rows: of the table, (n,), in the order of the forward passes.
         judge: rows of one forward pass, (B,) → loss and metrics, (B,) each.
         size: rows of a forward pass, at most.
         device: of the policy.

@@ -199,7 +199,7 @@ _routes: WeakKeyDictionary[nn.Module, Route] = WeakKeyDictionary()
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
-    """What gives the states before the output layer of a model, without adapters; None where that is no part of it."""
+    """The part of a model, without adapters, that gives the states before the output layer; None where no part does."""
     check_head(model)
     return Head(model).decoder if _routes.get(model, ROUTES[0]).decoder else None
 
@@ -318,8 +318,8 @@ _shared: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # what is wron
 def check_head(model: nn.Module) -> None:
     """Compare scores of a small padded batch with the model's own logits of each text alone, once per model.
 
-    The states before the output layer are taken from the decoder, or where that is not what feeds the output layer,
-    from the layer's input in a pass of the whole model.
+    The states before the output layer are taken from the decoder. Where something else feeds the output layer, they are
+    the layer's input in a pass of the whole model.
 
     Raises:
         UsageError: they differ both ways, or the model looks at tokens that follow.
@@ -413,12 +413,12 @@ def shared_fault(model: nn.Module) -> str:
 
 
 def _tolerance(x: Tensor) -> float:
-    """Allowed difference of log-probabilities; those of low precision are rounded at different places."""
+    """Allowed difference of log-probabilities, which low precision rounds at different places."""
     return 1e-3 if x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type) else 0.25
 
 
 def _per_answer(values: Tensor, layout: Layout) -> Tensor:
     """Sum over the tokens of each answer, (A,) float32; float64 stays. In a fixed order, on any device."""
-    # lengths are those of the layout: a check of them would make the host wait for a GPU
+    # unsafe: the layout's lengths need no check, for which the host would wait for a GPU
     sums = torch.segment_reduce(values.double(), "sum", lengths=layout.length, unsafe=True, initial=0.0)
     return sums.to(values.dtype)

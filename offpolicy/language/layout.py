@@ -107,7 +107,7 @@ def single_layout(singles: Singles, pad_id: int, *, prompt_too: bool = False, pa
 
 
 def group_layout(rollouts: Rollouts, pad_id: int) -> Layout:
-    """Rows for answers of which those of a lane stand behind one prompt; B answers are 0…B−1, in their order.
+    """Rows for B answers, 0…B−1 in their order; the answers of a lane stand behind one prompt.
 
     Args:
         rollouts: the batch; lanes with more than one answer are for models where `shares_prompt` holds.
@@ -190,7 +190,7 @@ class _Rows:
 
 
 def _equal(a: Ragged, b: Ragged) -> Tensor:
-    """(B,) bool: which texts are the same in both."""
+    """Which texts are equal in both, (B,) bool."""
     same = a.length == b.length
     owner_a, place = spread(a.length)
     start_b = torch.cumsum(b.length, 0) - b.length

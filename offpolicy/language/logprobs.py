@@ -94,7 +94,7 @@ def token_divergence(
         hidden: states of p, (n, D); n may be 0.
         weight: the head of p, (V, D).
         other_hidden: states of q at the same places, (n, D), without gradient.
-        other_weight: the head of q, (V, D), likewise.
+        other_weight: the head of q, (V, D).
         bias: of p, (V,).
         other_bias: of q, (V,), without gradient.
         softcap: as in `token_logps`, of both; so are the next two.

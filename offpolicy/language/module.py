@@ -52,13 +52,13 @@ EXPORTS = ("auto", "merged", "none")
 class LanguageModule(Module):
     """Base of methods for causal language models.
 
-    A class of one's own that extends this one directly is a preference method: it extends
-    :class:`offpolicy.PreferenceModule`, which is put in between.
+    A user's class that extends this one directly is a preference method: :class:`offpolicy.PreferenceModule` is put in
+    between.
 
     Args:
         policy: Hugging Face id or folder of the causal language model that is tuned.
         lr: peak learning rate of AdamW.
-        batch_size: rows per optimiser step over all processes, ≥ 1; the last step of an epoch has those that remain.
+        batch_size: rows per optimiser step over all processes, ≥ 1; the last step of an epoch has the rows that remain.
         micro_batch_size: rows per forward pass on one process; None for as many as fit into 8,192 tokens. Does not
             change the result.
         epochs: passes over the data, > 0; used when no ``max_steps`` are given.
@@ -311,9 +311,9 @@ class LanguageModule(Module):
         self.check_texts(replay)
         without_noise(self.model, *self.copies())
         check_head(self.model)  # here, as it runs the model once
-        _ = self.shared_prompt  # likewise: a sharded model would not take the trial's plain tensors
+        _ = self.shared_prompt  # here too: a sharded model would not take the plain tensors of the trial
         self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
-        # new adapters begin as nothing, so that the digest is that of the model below them
+        # new adapters begin as no change, so the digest leaves them out
         self._start_digest = policies.weights_digest(self.model, with_adapters=bool(h.adapter))
 
     def _lay_out_steps(self, data: Any) -> None:

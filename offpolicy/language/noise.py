@@ -1,5 +1,7 @@
-"""Parts of a model that draw random numbers in training: kept as they are in evaluation, so that the log-probabilities
-that an objective compares are those of the weights alone."""
+"""Parts of a model that draw random numbers in training are kept as they are in evaluation.
+
+The log-probabilities that an objective compares depend on the weights alone then.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ def without_noise(model: Any, *others: nn.Module) -> bool:
 
     Args:
         model: the policy.
-        others: copies of parts of it, which are kept likewise.
+        others: copies of parts of the policy, which are kept in the same way.
 
     Returns:
         Whether there were such parts.

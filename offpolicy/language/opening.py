@@ -51,7 +51,7 @@ def policy_state(model: Any, policy: str) -> dict[str, Any]:
 
 
 def reopen_policy(state: Mapping[str, Any], h: Any, seed: int) -> Any:
-    """The policy of a checkpoint, before its weights are loaded; below adapters those of its folder.
+    """The policy of a checkpoint, before its weights are loaded. Below adapters it has the weights of its folder.
 
     Args:
         state: as of :func:`policy_state`.
@@ -94,6 +94,6 @@ def check_same_start(model: Any, digest: str, state: Mapping[str, Any], policy: 
         raise UsageError("the checkpoint has other adapters than the method now. Pass the settings of its run.")
     if digest and state["start_digest"] and digest != state["start_digest"]:
         raise UsageError(
-            f"`policy` is {policy}, whose weights are not those that the run started from; expected the same, as they "
-            "are its reference. Pass the model the run was started with."
+            f"`policy` is {policy}, whose weights the run did not start from; expected the model that it started "
+            "from, which is its reference. Pass the model the run was started with."
         )

@@ -133,7 +133,7 @@ def base_of(model: Any) -> Any:
 
 
 def without_dropout(config: Any) -> Any:
-    """Set every dropout rate of a configuration, and of those in it, to 0, so that policy and reference agree.
+    """Set every dropout rate of a configuration, and of its parts, to 0: policy and reference agree then.
 
     Losses of routers are not computed, as nothing adds them, and weights are not rescaled between training and
     evaluation.
@@ -154,7 +154,7 @@ def weights_digest(model: nn.Module, *, with_adapters: bool = True) -> str:
     """A hash of names, types and bytes of all weights and buffers; equal for equal models on any machine.
 
     Args:
-        with_adapters: count them; without, the hash is that of the model below them.
+        with_adapters: also hash the adapters; else only the model below them.
     """
     digest = hashlib.blake2b(digest_size=16)
     state = {n.removeprefix("base_model.model.").replace(".base_layer.", "."): v for n, v in model.state_dict().items()}

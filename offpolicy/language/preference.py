@@ -44,7 +44,7 @@ class StepMeans(NamedTuple):
     Attributes:
         weight: sum of the weights of its rows, by which all means are weighted.
         length: mean number of scored tokens of the chosen answers (of the answers, for singles).
-        sequence_length: the same with the prompt's scored tokens.
+        sequence_length: mean number of scored tokens of prompt and answer.
         mismatched_ratio: mean log-ratio of answers under other prompts; None unless ``uses_mismatched``.
     """
 
@@ -205,7 +205,7 @@ class PreferenceModule(LanguageModule):
         """Summed log-probabilities of rows under the reference, (B,) for each answer of a row; see `Reference.logps`.
 
         Raises:
-            UsageError: the order of the rows is that of another seed than the one the reference was made for.
+            UsageError: the reference was made for the rows of another seed.
         """
         assert self._reference is not None
         try:

@@ -3,7 +3,7 @@
 Most models keep keys and values of what they have read, and texts of different lengths may be padded on the left. Some
 recurrent models, and some with positions of their own, keep states that cannot be chosen from, or count padding; a few
 give wrong probabilities once they are told of their states. So a model is tried on a few tokens before it writes: the
-first way whose probabilities are those of reading each text alone and anew is taken.
+first way is taken that gives the same probabilities as to read each text alone and anew.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from offpolicy.language.policy import base_of, vocabulary_of
 
 log = logging.getLogger(__name__)
 STATES = ("past_key_values", "cache", "cache_params", "state")  # names under which models give and take what they keep
-TRIAL, STEPS = (5, 2, 9), 3  # tokens of the texts a model is tried on: read at once, and then one by one
+TRIAL, STEPS = (
+    (5, 2, 9),
+    3,
+)  # tokens of the trial texts: read at once, and then one by one
 EXACT, ROUNDED = 3e-4, 0.1  # total variation between right numbers: in float32, and in low precision
 
 
@@ -85,7 +88,7 @@ def _tried(model: nn.Module, ways: Sequence[Way]) -> Way:
 
 def _alone(model: nn.Module, texts: list[np.ndarray]) -> tuple[Tensor, list[float]]:
     """Probabilities after the first tokens of each text and after each of the others, (steps + 1, texts, V), and how
-    far they are from those without the tokens that follow: for a causal model, rounding."""
+    far the tokens that follow change them: for a causal model, by rounding alone."""
     rows, itself = [], []
     for text, first in zip(texts, TRIAL):
         whole, part = (call(model, torch.from_numpy(ids)[None], use_cache=False)[0][0] for ids in (text, text[:first]))
@@ -204,7 +207,7 @@ def read_anew(model: nn.Module, texts: Sequence[np.ndarray], way: Way) -> Tensor
 
 
 def together(lengths: Sequence[int], way: Way) -> Iterator[list[int]]:
-    """Which texts may go into one forward pass: all, or those of each length."""
+    """The texts that may go into one forward pass: all of them, or all of one length."""
     if way.padded:
         yield list(range(len(lengths)))
         return
@@ -224,10 +227,10 @@ def call(
     use_cache: bool,
     **state: Any,
 ) -> tuple[Tensor, str, Any]:
-    """A forward pass with those arguments that the model has.
+    """A forward pass with the arguments that the model knows.
 
     Returns:
-        Logits (B, T, V), or with ``last`` at least those of the last place; the name of what the model keeps, and that.
+        Logits (B, T, V), with ``last`` at least of the last place; the name of what the model keeps; and what it keeps.
     """
     device = next(model.parameters()).device
     wanted = {"attention_mask": mask, "position_ids": position, "use_cache": use_cache, **state}
@@ -239,7 +242,7 @@ def call(
 
 
 def taken(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments that are given and that a model's forward pass takes."""
+    """The arguments that are not None and that a model's forward pass takes."""
     known = inspect.signature(base_of(model).forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
     return {k: v for k, v in arguments.items() if v is not None and (open_ended or k in known)}

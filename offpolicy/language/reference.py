@@ -38,7 +38,7 @@ class ReferenceTable:
 
     Attributes:
         texts: the rows.
-        needed: those that will be asked for, (m,).
+        needed: the rows that will be asked for, (m,).
         columns: summed log-probabilities under the reference, (n,) each with NaN where nothing is known; empty where
             the reference runs beside the policy.
     """
@@ -192,7 +192,7 @@ class Reference:
             like: a tensor of the type and on the device that is wanted.
 
         Raises:
-            LookupError: these rows were not among those that would be asked for.
+            LookupError: one of these rows is not ``needed``.
         """
         names, size = column_names(table.texts), len(rows)
         if table.columns:

@@ -47,7 +47,7 @@ class MicroBatches:
     """How the rows of a step are cut, and which part of a step is being computed.
 
     Attributes:
-        rows: of one forward pass on one process, at most.
+        rows: largest number of rows of one forward pass on one process.
         number: forward passes of one process in a step.
         current: of the step, from 0.
     """

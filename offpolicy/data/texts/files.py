@@ -345,8 +345,8 @@ def _part(path: Path, files: list[Path], split: str | None) -> tuple[list[Path],
     folders = sorted({file.parent.name for file in chosen if not _split_folder(file.parent.name)})
     if root is not None and len({file.parent for file in chosen}) > 1 and len(folders) > 1:
         raise DataError(
-            f"{path} holds files in several folders ({', '.join(folders[:10])}); expected those of one set. Pass one "
-            f"of the folders, or a pattern for all of them: '{path}/*/*{file_type(chosen[0])}'."
+            f"{path} holds files in several folders ({', '.join(folders[:10])}); expected the files of one set. Pass "
+            f"one of the folders, or a pattern for all of them: '{path}/*/*{file_type(chosen[0])}'."
         )
     return chosen, part, others
 

@@ -240,7 +240,7 @@ def _is_turn(value: Mapping[str, Any]) -> bool:
 
 
 def unpack_lists(values: list[Any]) -> list[Any]:
-    """A column of lists of which some stand as JSON text, as in CSV files, with those read."""
+    """A column of lists; a list that stands as JSON text, as in CSV files, is read."""
 
     def read(value: Any) -> Any:
         found = _of_json(value) if isinstance(value, str) else None

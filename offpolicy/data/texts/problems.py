@@ -299,7 +299,7 @@ def _put(
 def _prompt_tokens(
     rows: dict[int, Row], column: str, faults: Faults, tokenizer: Any, longest: int
 ) -> dict[int, np.ndarray]:
-    """Tokens of the prompts by the number of the problem; those that are too long go to ``faults``."""
+    """Tokens of the prompts by the number of the problem; a prompt that is too long goes to ``faults``."""
     found = {}
     for i, one in zip(rows, encode(rows.values(), tokenizer, Limits(1 << 30, truncation="keep_end"))):
         if one.fault or len(one.prompt) > longest:
@@ -313,7 +313,7 @@ def _prompt_tokens(
 def _columns(
     problems: list[Problem], left: list[int], source: Source, named: Mapping[str, str]
 ) -> dict[str, np.ndarray]:
-    """Columns of the table of problems, of those that are left."""
+    """Columns of the table of problems, for the problems that are left."""
     others = [name for name in source.names if name not in named.values()]
     kinds = {name: v for name in others for v in [source.column(name)] if _is_kind(v)}
     return {

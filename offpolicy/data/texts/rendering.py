@@ -71,7 +71,7 @@ def _written(row: Row, tokenizer: Any) -> Rendered:
     if any(next(tool_runs(answer), None) for answer in answers):
         try:
             found.tools = [tool_places(write, prompt, one, text) for one, text in zip(answers, found.answers)]
-        except Exception:  # likewise, of a conversation that ends with a call or a tool
+        except Exception:  # a template may refuse a conversation that ends with a call or a tool
             return Rendered(fault="tool_turns", found=next(t for a in answers for t in a if t["role"] in TOOL_ROLES))
     return found
 
@@ -103,7 +103,7 @@ CALLS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content")  # 
 
 
 def written(tokenizer: Any, names: Iterable[str]) -> set[str]:
-    """Those of the names of turns and of template options that the chat template uses."""
+    """The names among these, of keys of turns and of template options, that the chat template uses."""
     source = str(tokenizer.chat_template)
     found = {name for name in names if re.search(rf"\b{name}\b", source)}
     return found - {"tool_calls"} if "tool_calls" in found and _writes_calls(tokenizer, False) == "nothing" else found

@@ -194,7 +194,7 @@ def drawn(store: Replay | None, count: int, sweeps: int, seed: int, iteration: i
 
 
 def first_of_equal(store: Replay, rows: np.ndarray) -> np.ndarray:
-    """These rows without those whose answer stands in an earlier one of them."""
+    """These rows without every row whose answer an earlier row has."""
     _, first = np.unique(store.episodes["digest"][rows], return_index=True)
     return rows[np.sort(first)]
 

@@ -116,7 +116,7 @@ class BoundTexts:
     Attributes:
         index: (n, k) int64, episode numbers; k is 4 for pairs and 2 for singles.
         lengths: (n, k) int64, tokens of each.
-        scored: (n, k) int64, those of them that the model writes.
+        scored: (n, k) int64, tokens of each that the model writes.
         facts: columns by name, (n, …).
     """
 
@@ -172,7 +172,7 @@ class SingleView:
         pairs = replay.tables["pairs"]
         sides = 2 if self.rejected else 1
         facts = {"label": np.tile(np.arange(sides) == 0, len(pairs))}
-        if "pairs/weight" in replay.tables:  # a pair's weight is that of both of its answers
+        if "pairs/weight" in replay.tables:  # both answers of a pair have its weight
             facts["weight"] = np.repeat(to_numpy(replay.tables["pairs/weight"]), sides)
         return BoundTexts(replay, pairs[:, : 2 * sides].reshape(-1, 2), facts, Singles)
 

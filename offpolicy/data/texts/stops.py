@@ -25,7 +25,7 @@ _known: dict[tuple[str, int, str], TurnEnd] = {}
 
 
 def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's EOS, those of the model's settings for generation, and the turn's end."""
+    """Ids that end an answer: the tokenizer's EOS, EOS of the model's generation settings, and the end of a turn."""
     settings: Any = getattr(model, "generation_config", None)
     found = [tokenizer.eos_token_id, getattr(settings, "eos_token_id", None), turn_end(tokenizer).token]
     listed = [item for one in found for item in (one if isinstance(one, (list, tuple)) else [one])]

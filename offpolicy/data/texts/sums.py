@@ -10,7 +10,7 @@ from offpolicy.errors import UsageError
 
 
 def addition(split: str | None = None) -> Source:
-    """All two-digit sums ``ab+cd=`` with three-digit answers; those whose units carry are marked.
+    """All two-digit sums ``ab+cd=`` with three-digit answers; sums whose units carry are marked.
 
     Args:
         split: "train" (9,600 sums; None is the same) or "test" (the other 400, the same always).

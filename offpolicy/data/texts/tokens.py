@@ -1,7 +1,7 @@
 """From texts to tokens: the one place where prompts and answers are rendered, tokenised, ended and cut.
 
 A prompt and its answers are tokenised together, as one text each, and an answer begins where the tokens of the text
-with the answer first differ from those of the prompt alone. So the tokens are those the model would see, whatever a
+with the answer first differ from those of the prompt alone. So they are the tokens that the model would see, whatever a
 tokenizer merges across the boundary, and all answers of a row keep the same prompt tokens.
 """
 
@@ -66,7 +66,7 @@ class Encoded:
         where: what is faulty, "prompt" or "answers".
         found: what was found, for the message about a fault.
         moved: prompt tokens that went to the answers because the tokenizer merges across the boundary.
-        tail: the text of those tokens.
+        tail: the text of the moved tokens.
         cut_prompt, cut_answer: whether the prompt or an answer was shortened.
         scored: for each answer which of its tokens are the model's, bool; None where all of the row's are.
     """
@@ -178,7 +178,7 @@ def prompt_ids(prompt: Text, tokenizer: Any, template: Mapping[str, Any] | None 
 
 
 def tokenise(texts: Sequence[str], tokenizer: Any) -> dict[str, np.ndarray]:
-    """Ids of each distinct text, int64, without special tokens beyond those written in it."""
+    """Ids of each distinct text, int64; special tokens are there only where the text writes them."""
     distinct = list(dict.fromkeys(texts))
     if not distinct:
         return {}

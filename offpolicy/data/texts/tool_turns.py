@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Message = dict[str, Any]
-TOOL_ROLES = ("tool", "function", "ipython")  # the usual name, OpenAI's former one, and that of Llama 3
+TOOL_ROLES = ("tool", "function", "ipython")  # the usual name, OpenAI's earlier name, and Llama 3's
 Place = tuple[int, int]  # first character, and the one after the last
 
 
@@ -54,7 +54,7 @@ def tool_places(
 
 
 def _end_in(whole: str, part: str, last: Message) -> int:
-    """Where the text of the first turns ends in that of all turns.
+    """Where the text of the first turns ends in the text of all turns.
 
     A template may write more into a turn while it is the last one, such as ``<think>`` and its end.
     """

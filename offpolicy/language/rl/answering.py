@@ -44,8 +44,8 @@ class Answering:
 
     Attributes:
         rewards: what judges.
-        engine: what answers, once the policy is known.
-        length: longest answer in tokens, likewise.
+        engine: what answers, once the policy is open.
+        length: longest answer in tokens, once the policy is open.
     """
 
     def __init__(

@@ -65,8 +65,8 @@ class Sampling:
 class RolloutEngine(Protocol):
     """What training needs of an engine.
 
-    An attribute ``on_policy = False`` says that its answers are not drawn from the weights it is given, so that its
-    log-probabilities are those of the behaviour; else the trainer's own are, and the engine's show how far it is off.
+    An attribute ``on_policy = False`` says that its answers are not drawn from the weights it is given. Then its
+    log-probabilities are the behaviour's. Else the trainer's are, and the engine's show how far the engine is off.
     """
 
     def sync(self, model: nn.Module, version: int) -> None:

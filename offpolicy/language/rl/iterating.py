@@ -38,7 +38,7 @@ class IteratingModule(LanguageModule):
         objective: what is learned.
         answering: who answers and who judges, once there are data.
         passes: through the policy, once it is on its device.
-        scoring: scores under earlier weights, likewise.
+        scoring: scores under earlier weights, once the policy is on its device.
         course: where the run stands.
     """
 
@@ -115,7 +115,7 @@ class IteratingModule(LanguageModule):
         return None
 
     def roll_out(self, store: Replay | None) -> Replay:
-        """The store of answers for the next iteration: fresh ones, and those of earlier iterations that may stay.
+        """The store of answers for the next iteration: fresh answers, and answers of earlier iterations that may stay.
 
         Raises:
             Stopped: the user wants to stop; nothing has changed.

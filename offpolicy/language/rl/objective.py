@@ -1,4 +1,4 @@
-"""The objective of a method that learns from its own answers: its own parts, with those that the user names instead."""
+"""The objective of a method that learns from its own answers; a part that the user names replaces the method's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OF_A_CRITIC = {"value", "old_value", "returns"}
 
 
 def composed(parts: Mapping[str, Any], own: Mapping[str, Any], *, group_size: int, words: Any) -> Objective:
-    """The objective of these parts, with the user's own in their place.
+    """The objective of these parts; a part that the user names replaces the method's.
 
     Args:
         parts: slot → component of the method.

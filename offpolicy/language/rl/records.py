@@ -42,7 +42,7 @@ class ReplayEngine:
         DataError: a line is no such record.
     """
 
-    on_policy = False  # the log-probabilities are those of others
+    on_policy = False  # others drew the answers
 
     def __init__(self, path: str | Path, tokenizer: Any = None) -> None:
         self.path, self.tokenizer = Path(path), tokenizer

@@ -53,7 +53,7 @@ class Call:
         function: what is called.
         form: "positions" (prompt, answer, reference), "names" (one answer by keywords), or "batch" (all of them).
         names: keywords it gets.
-        columns: those of them that are columns of the data.
+        columns: the names among them that are columns of the data.
     """
 
     function: Callable[..., Any]

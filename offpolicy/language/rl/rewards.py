@@ -44,7 +44,7 @@ class Tally(NamedTuple):
 
     Attributes:
         worked, failed: answers it gave a number for, and others.
-        mistakes: those of the latter in which it raised what looks like a mistake in its code.
+        mistakes: the failures in which the function raised what looks like a mistake in its code.
         problems: hashes of the different problems it was asked about, up to a few.
         first: what was wrong first, or None.
     """
@@ -134,7 +134,7 @@ class Rewards:
 
     @property
     def verifiers(self) -> tuple[str, ...]:
-        """Those of the parts that compare with a right answer."""
+        """The parts that compare with a right answer."""
         return tuple(name for name, part in self._parts.items() if part.path in VERIFIERS)
 
     @property
@@ -165,7 +165,7 @@ class Rewards:
             references: n right answers, None where there is none, a list where each of several is right.
             ended: whether each answer stopped by itself; None for all.
             lengths: tokens of each answer; needed by the reward ``length``.
-            columns: those of the data that functions ask for, n values each.
+            columns: columns of the data that functions ask for, n values each.
         """
         n, before = len(answers), self.problems
         if lengths is None and any("length" in p.call.needs for p in self._parts.values()):

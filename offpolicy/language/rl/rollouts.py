@@ -15,7 +15,7 @@ Where it is told, in the order of an iteration::
     advantages.py  rewards become the advantage of an answer, or by a critic (critic.py) of a token
     scoring.py     log-probabilities of the answers under π_k and the base, and which old answers may stay
     tokens.py      what the loss sees of a micro-batch: columns of the store, and scores of the policy
-    objective.py   the parts of the loss, with those that the user names in their place
+    objective.py   the parts of the loss; a part that the user names replaces the method's
     iterating.py   ``roll_out`` and ``training_step`` put these in their order
     rollouts.py    the options, what a method defines, and what stands in checkpoints
 
@@ -67,7 +67,7 @@ class RolloutModule(IteratingModule):
 
     Args:
         objective: slot → component in place of the method's own: ``{"trust": "none"}``, ``{"ratio": {"name": "mis",
-            "uniform": "one"}}``, or an import path of one's own component; the slots are those of
+            "uniform": "one"}}``, or an import path of a component of your own. The slots are in
             :class:`offpolicy.losses.policy_gradient.Objective`.
         rewards: names (exact, math, final_number, format, length), import paths ``package.module.function`` or
             ``{"name": …, "weight": …}``; their weighted sum is the reward. None is "math" where solutions mark the
@@ -81,24 +81,24 @@ class RolloutModule(IteratingModule):
         sweeps: times that an iteration goes over its answers, ≥ 1.
         iterations: iterations in all, used when no ``max_steps`` are given; None for ``epochs`` over the problems.
         max_new_tokens: longest answer in tokens, ≥ 1.
-        temperature: of sampling, > 0; log-probabilities in training are at the same.
-        engine: who writes the answers: "transformers" (with a cache), "tiny" (without), "replay" (from ``records``), or
-            an import path ``package.module.Class``.
+        temperature: of sampling and of the log-probabilities in training, > 0.
+        engine: what writes the answers: "transformers" (with a cache), "tiny" (without), "replay" (from ``records``), or an
+            import path ``package.module.Class``.
         records: file of the engine "replay".
         record: write the answers of every iteration to ``records.jsonl`` in the folder of the run, for that engine.
         generation_batch: answers drawn at once by one process, ≥ 1. Does not change the result.
         replay_fraction: share of an iteration's answers that are drawn from earlier iterations, in [0, 1).
-        replay_window: iterations back from which they may come, ≥ 0; older answers are forgotten.
+        replay_window: iterations back from which replayed answers may come, ≥ 0; older answers are forgotten.
         min_ess: answers of an iteration are forgotten once their effective sample size under π_k, as a share of their
             number, is below this, in [0, 1].
         drop_duplicates: leave out replayed answers that repeat another one of their group.
         demonstrations: answers of each group that are demonstrations of the data, where there is one: 0 or 1.
         base_kl: measure the divergence from the base at every row of metrics even where the loss does not need it.
         eval_samples: answers per held-out problem for mean@k and pass@k, ≥ 0; 0 for the most likely answer alone.
-        save_seconds: before answers are drawn, a checkpoint is written unless one is younger than this, so that a run
-            that is killed loses less than this beside the answers themselves; ≥ 0.
-        critic: of objectives with one: "model", a decoder of its own that starts as the policy's, or "head", two layers
-            on the policy's last states.
+        save_seconds: ≥ 0. Before answers are drawn, a checkpoint is written unless the newest one is younger than this:
+            a run that is killed then loses the answers and less than this of training.
+        critic: for objectives with a critic: "model", a decoder of its own that starts as the policy's, or "head", two
+            layers on the policy's last states.
         critic_lr: its learning rate.
         lr: peak learning rate of AdamW.
         lr_schedule: "constant", or "cosine" or "linear" decay.
@@ -154,7 +154,7 @@ class RolloutModule(IteratingModule):
         return dict(self.preset)
 
     def compose(self) -> Objective:
-        """The objective of the method's parts, with those of the option ``objective`` in their place.
+        """The objective of the method's parts; a part that the option ``objective`` names replaces the method's.
 
         Raises:
             UsageError: a slot or component is not known, or they do not go together.

@@ -1,4 +1,4 @@
-"""What the policy at the start of an iteration, and the base of the divergence, think of the answers."""
+"""Log-probabilities of the answers under the policy at the start of an iteration and under the base."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Scoring:
 
     Attributes:
         base: trained weights of the base of the divergence.
-        base_moved: whether they are others than those the policy started from.
-        previous: those of π_k, where the objective asks for its whole distribution; else None.
+        base_moved: whether the base is another one than the policy at its start.
+        previous: trained weights of π_k, where the objective asks for its whole distribution; else None.
         hears: whether the forward pass of the first step says what π_k thinks of its rows.
     """
 
@@ -47,7 +47,7 @@ class Scoring:
         self.base: Weights = self._snapshot()
         self.base_moved = False
         self.previous: Weights | None = None
-        self._said: list[Any] = []  # by the first step: rows, and log-probabilities of their tokens
+        self._said: list[Any] = []  # what the first step heard: rows, and log-probabilities of their tokens
 
     # -- earlier weights -----------------------------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ class Scoring:
                 p.data, weights[name] = weights[name], p.data
 
     def others(self, batch: Rollouts) -> dict[str, FinalStates]:
-        """The states of those policies to which the objective wants the exact divergence, at the tokens of a batch."""
+        """The states, at the tokens of a batch, of every policy to which the objective wants the exact divergence."""
         found = {}
         for name, weights in (("base", self.base), ("previous", self.previous)):
             if f"{name}_kl" in self.objective.reads and weights is not None:

@@ -48,7 +48,7 @@ def batch_tokens(
     external = (facts["source"] == DEMONSTRATION)[:, None].expand(size, width)
     advantage = steps["advantage"] if "advantage" in steps else facts["advantage"].to(scores.logps)
     behavior, previous, logp = steps["logp"], steps["previous_logp"], padded(scores.logps)
-    if first:  # the policy's own log-probabilities are those of π_k, where nobody asked before
+    if first:  # the policy still is π_k, whose log-probabilities nobody may have asked for before
         behavior = torch.where(behavior.isnan() & ~external, logp.detach(), behavior)
         previous = torch.where(previous.isnan(), logp.detach(), previous)
     return Tokens(

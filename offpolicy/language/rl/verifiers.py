@@ -86,7 +86,7 @@ def exact(prompt: str, answer: str, reference: str, *, ended: bool = True) -> fl
 
 @_any_of
 def last_number(prompt: str, answer: str, reference: str, *, ended: bool = True) -> float | None:
-    """1 where the last number of the answer is that of the reference, whatever stands beside it."""
+    """1 where the last number of the answer equals the reference's, whatever stands beside it."""
     expected = _expected(reference)
     return None if expected is None else float(last_number_in(final_part(answer, prompt, ended=ended)) == expected)
 

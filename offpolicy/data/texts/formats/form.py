@@ -18,7 +18,7 @@ class Seen:
     Attributes:
         source: the rows.
         columns: our name → the source's, of the columns that are there.
-        types: our name → "text" or "chat", of those that hold texts.
+        types: our name → "text" or "chat", of columns that hold texts.
         kind: of answers.
         style: of answers, "text" or "chat".
     """
@@ -46,7 +46,7 @@ class AnswerKind:
     numbers: ClassVar[tuple[str, ...]] = ()
 
     def fits(self, columns: Mapping[str, str]) -> bool:
-        """Whether the columns are those of this kind."""
+        """Whether the columns belong to this kind."""
         raise NotImplementedError
 
     def read(self, row: int, values: dict[str, Any], form: Format, counts: Counter[str]) -> Iterator[Record]:
@@ -91,7 +91,7 @@ class PromptStyle:
             counts: what a person should know, by sentence.
 
         Returns:
-            The prompt, that of the rejected side where it is another one, and the answers alone.
+            The prompt; the prompt of the rejected side, None where both sides have the same; and the answers alone.
         """
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from offpolicy.data.texts.rendering import Message, Text
 from offpolicy.data.texts.tool_turns import common_length
 
 TURN = "\n\nAssistant:"  # where answers begin in written-out dialogues
-Parted = tuple[Text, Text | None, tuple[Text, ...]]  # prompt, that of the rejected side if another, answers
+Parted = tuple[Text, Text | None, tuple[Text, ...]]  # prompt, another prompt of the rejected side, answers
 
 
 class LeadingTurns(PromptStyle):

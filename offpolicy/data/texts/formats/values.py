@@ -73,7 +73,7 @@ def checked_answer(prompt: Text, answer: Text, name: str, chat: bool, apart: boo
 
 
 def numbers_in(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
-    """The numbers in those of the columns that are there. Raises :class:`Fault` for what is none."""
+    """The numbers in the columns, as far as these are there. Raises :class:`Fault` for a value that is no number."""
     facts = {}
     for name in names:
         if name not in values:
