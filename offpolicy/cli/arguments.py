@@ -1,7 +1,7 @@
 """The command line before parsing: names are resolved, recipe and files are merged, mistakes answered.
 
 Nothing heavy is imported here, so a misspelt name is answered in a fraction of a second. What is left is put into the
-order that the parser of ``cli.py`` needs: one configuration, then the flags.
+order that ``parser.py`` needs: one configuration, then the flags.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Command:
         method: import path of its class.
         settings: dotted key → value from recipe and files, with the names resolved; flags come on top.
         flags: the rest, ready for the parser.
-        recipe: the one applied, if any.
+        recipe: the recipe that is applied, if any.
         notes: sentences to show before training.
         texts: whether the data hold texts; None where nobody has looked.
         data_given: whether the user named data.

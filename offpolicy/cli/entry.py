@@ -19,9 +19,9 @@ USAGE, DATA, DIVERGED, MACHINE, CTRL_C = 2, 3, 4, 1, 130  # exit codes; 128 + si
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command on ``sys.argv`` and leave with its exit code.
 
-    0 done, 2 a misspelt or impossible option, 3 data that cannot be used, 4 training that diverged, 1 a disk or
-    folder that cannot be written or another process of the run that ended, 130 and 143 after Ctrl-C and SIGTERM. A
-    user's mistake is one message without a traceback.
+    0: done. 1: a disk or folder that cannot be written, or another process of the run has ended. 2: a misspelt or
+    impossible option. 3: data that cannot be used. 4: training has diverged. 130 and 143: after Ctrl-C and SIGTERM.
+    A user's mistake is one message without a traceback.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's own class lies beside the command

@@ -248,8 +248,11 @@ def class_paths(value: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def only_allowed_names() -> Iterator[None]:
-    """Let the parser import nothing that a file may not name; versions of it that cannot promise that are checked by
-    :func:`offpolicy.trust.check_settings` and :func:`check_classes` alone."""
+    """Let the parser import nothing that a file may not name.
+
+    With versions of the parser that cannot promise it, :func:`offpolicy.trust.check_settings` and
+    :func:`check_classes` check alone.
+    """
     settings, now = getattr(jsonargparse._common, "parsing_settings", {}), words()
     before, known = dict(settings), inspect.signature(jsonargparse.set_parsing_settings).parameters
     rules: dict[str, Any] = {"instantiate_subclass_spec_in_any": False}
@@ -266,7 +269,7 @@ def only_allowed_names() -> Iterator[None]:
 
 
 def check_kind(command: Command, method: type[Module]) -> None:
-    """Answer data of the other world: texts for a control method, or steps for a language model."""
+    """Refuse data of the other world: texts for a control method, or steps for a language model."""
     if (method.data_class() is DataModule) == (not command.texts):
         return
     name, data = method.__name__, command.settings["data.name"]

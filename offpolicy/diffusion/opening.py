@@ -47,7 +47,7 @@ def open_policy(policy: OfflineModule | str | Path, model: OfflineModule) -> Off
 
 
 def check_guides(policy: OfflineModule) -> None:
-    """Raise what a method whose actions have no probabilities answers, before hours of training."""
+    """Raise the error of a method whose actions have no probabilities, before hours of training."""
     sizes, weight = policy.sizes, next(policy.parameters())
     policy.log_prob(weight.new_zeros(1, sizes.obs_dim), weight.new_zeros(1, sizes.action_dim))
 

@@ -39,7 +39,7 @@ class SamplerOptions:
         rho: larger puts more levels at the low end, > 0.
         churn: new noise over all steps, ≥ 0; 0 makes the sampler deterministic after its start.
         churn_min: lowest level at which new noise is added, ≥ 0.
-        churn_max: highest one.
+        churn_max: highest level at which new noise is added.
         noise_scale: factor on the new noise, > 0, slightly above 1 as networks remove a little too much.
         order: 2 for Heun's method, 1 for Euler's.
         reference_predictor: start each step's predictor from the state before the new noise, as the authors' code does;
@@ -135,7 +135,7 @@ def sample(
         shape: (n, T, C).
         options: of the sampler.
         score: ∇ log π at y (n, T, C), of the same shape, 0 off the action channels; None for no guidance.
-        guidance: its strength; with coefficient 0 the result is that without guidance bit for bit.
+        guidance: its strength; with coefficient 0 the result is bit for bit as without guidance.
         noise: standard normal numbers (n, T, C) of step i; -1 is the start. Called once per step in either case.
 
     Returns:

@@ -62,7 +62,7 @@ class Channels(nn.Module):
         return torch.cat([obs, torch.atanh(bounded), reward[..., None], terminated[..., None].to(obs.dtype)], -1)
 
     def encode(self, obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor) -> Tensor:
-        """As :meth:`raw`, standardised."""
+        """Standardised channels; arguments as of :meth:`raw`."""
         return (self.raw(obs, action, reward, terminated) - self.mean) / self.std
 
     def decode(self, x: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 Scores are a matrix (n, m) of n runs (seeds) by m tasks, normalised so that 1 is the reference. Aggregates and their
 stratified bootstrap are those of Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical
 Precipice" (arXiv:2108.13264). With few seeds take Student's interval for each task and the bootstrap over a suite: a
-percentile bootstrap of three seeds covers 75 % where it says 95.
+percentile bootstrap of three seeds that claims 95 % covers 75 %.
 """
 
 from __future__ import annotations
@@ -125,11 +125,11 @@ def bootstrap_interval(
         matrices: scores (n, m); several methods may have different numbers of runs.
         replicates: how many times runs are drawn, ≥ 1.
         level: of the interval, in (0, 1).
-        random: a generator, or the seed of one. A ``RandomState`` draws ``choice(n, (n, m))`` for each replicate, and
-            of several matrices the first first, as rliable does.
+        random: a generator, or its seed. A ``RandomState`` draws ``choice(n, (n, m))`` for each replicate, and
+            of several matrices in their order, as rliable does.
 
     Raises:
-        UsageError: fewer than two runs, of which every drawing is the same, or scores that are not finite.
+        UsageError: fewer than two runs, which are always drawn alike, or scores that are not finite.
     """
     check_range("replicates", replicates, 1)
     check_range("level", level, 0.0, 1.0, lower_open=True, upper_open=True)
@@ -193,7 +193,7 @@ class Difference(NamedTuple):
 def welch_difference(x: Any, y: Any, level: float = 0.95) -> Difference:
     """The difference of two means by Welch's test: two methods share neither weights nor updates, so no pairs of seeds.
 
-    Where all values of both are equal to their means the difference is exact: p is 1 without one, else 0.
+    Where all values of both equal their means, the difference is exact: p is 1 for a difference of 0, else 0.
 
     Raises:
         UsageError: fewer than two values of one.

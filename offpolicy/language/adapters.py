@@ -110,7 +110,7 @@ def same_adapter(model: Any, settings: Mapping[str, Any]) -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     settings = dict(settings)
-    kind = str(settings.pop("peft_type", "LORA"))  # checkpoints of former versions hold LoRA alone
+    kind = str(settings.pop("peft_type", "LORA"))  # checkpoints of earlier versions hold LoRA alone
     if kind not in KINDS:
         raise UsageError(f"the checkpoint has an adapter of the kind {kind}; expected one of {', '.join(KINDS)}.")
     try:
@@ -196,7 +196,7 @@ def merged(model: Any, vocabulary: int) -> Any:
         vocabulary: tokens the model knows.
 
     Raises:
-        UsageError: adapters of this kind cannot be merged, or the merged model is another one.
+        UsageError: adapters of this kind cannot be merged, or the merged model gives other numbers.
     """
     ids = (torch.arange(3, 11, device="cpu") % vocabulary)[None].to(model.device)
     kind, training = adapter_settings(model)["peft_type"], model.training  # type: ignore[index]
@@ -226,7 +226,7 @@ def merged(model: Any, vocabulary: int) -> Any:
 
 
 def _untie(model: Any) -> None:
-    """Say that embeddings and output layer are two, where an adapter trained one of them alone."""
+    """Let embeddings and output layer be two layers, where an adapter trained one of them alone."""
     first_layer, last = model.get_input_embeddings(), model.get_output_embeddings()
     config = model.config
     if last is not None and first_layer.weight is not last.weight:

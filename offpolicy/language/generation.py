@@ -147,9 +147,9 @@ def draw(logits: Tensor, uniform: Tensor, *, temperature: float = 1.0, top_k: in
     Args:
         logits: (B, V).
         uniform: (B,), in [0, 1).
-        temperature: as in :func:`sample`; so are the next two.
-        top_k: likewise.
-        top_p: likewise.
+        temperature: as in :func:`sample`.
+        top_k: as in :func:`sample`.
+        top_p: as in :func:`sample`.
 
     Returns:
         int64 (B,).

@@ -51,7 +51,7 @@ def score(model: nn.Module, layout: Layout, *, chunk: int = 256, stats: bool = F
         stats: also sum ``logits``, ``entropy`` and ``hits`` (see `token_logps`) over each answer.
 
     Raises:
-        UsageError: the model's head is none that `token_logps` can compute.
+        UsageError: `token_logps` cannot compute the model's head.
     """
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2: parameters are whole only inside its forward hooks
         from torch.distributed.fsdp import register_fsdp_forward_method
@@ -95,9 +95,9 @@ class FinalStates(NamedTuple):
     """What the last layer of a policy makes the probabilities of n places from, without gradient.
 
     Attributes:
-        hidden: (n, D).
-        weight: (V, D).
-        bias: (V,), or None.
+        hidden: states before the output layer, (n, D).
+        weight: of the output layer, (V, D).
+        bias: of the output layer, (V,), or None.
     """
 
     hidden: Tensor
@@ -107,7 +107,7 @@ class FinalStates(NamedTuple):
 
 @torch.no_grad()
 def final_states(model: nn.Module, layout: Layout) -> FinalStates:
-    """The states that predict the scored tokens of a layout under the weights of now, to be compared with later."""
+    """The states that predict the scored tokens of a layout under the present weights, for a later comparison."""
     head = Head(model)
     return FinalStates(_hidden(head, layout), head.weight.detach(), None if head.bias is None else head.bias.detach())
 
@@ -146,8 +146,8 @@ def score_tokens(
         chunk: as in `score`.
         temperature: τ > 0 that divides the logits.
         entropy: also give the entropy.
-        entropy_gradient: with gradient.
-        others: name → what the exact divergence to is wanted, by `final_states` of the same layout.
+        entropy_gradient: give the entropy with its gradient.
+        others: name → the policy to which the exact divergence is wanted, by `final_states` of the same layout.
     """
     check_head(model)
     if layout.shared:
@@ -187,8 +187,8 @@ def shares_prompt(config: Any) -> bool:
 
 
 class Route(NamedTuple):
-    """How the states before the output layer are got: from the ``decoder``, or where they enter that layer in a pass
-    of the whole model; and whether the model is told ``positions``."""
+    """How the states before the output layer are got: from the ``decoder``, or at the entrance of the output layer in a
+    pass of the whole model. And whether the model is told ``positions``."""
 
     decoder: bool
     positions: bool

@@ -50,14 +50,14 @@ def token_logps(
         scale: factor on the logits before the cap.
         temperature: τ > 0 by which the logits are divided after the cap, as where tokens are sampled at τ.
         chunk: at most about ``chunk * V`` logits exist at a time, ≥ 1. As many are kept for the backward pass, which
-            saves making them again; from n on, none is made twice.
+            saves making them again; with a chunk of n or more, none is made twice.
         stats: also return facts per token, without gradient.
         entropy: also return the entropy, with gradient; `stats` alone gives it without.
 
     Returns:
-        log p(target), nats, (n,) float32 (float64 for float64 input). With `stats` or `entropy` a pair of that and a
-        dict of (n,) tensors: ``entropy`` (nats) and, with `stats`, ``logits`` (mean logit over the vocabulary) and
-        ``hits`` (1 where the target is the most probable token).
+        log p(target), nats, (n,) float32 (float64 for float64 input). With `stats` or `entropy` a pair: log p(target)
+        and a dict of (n,) tensors: ``entropy`` (nats) and, with `stats`, ``logits`` (mean logit over the vocabulary)
+        and ``hits`` (1 where the target is the most probable token).
     """
     device = hidden.device.type
     hidden = hidden.to(_product_type(hidden, weight))
@@ -97,9 +97,9 @@ def token_divergence(
         other_weight: the head of q, (V, D).
         bias: of p, (V,).
         other_bias: of q, (V,), without gradient.
-        softcap: as in `token_logps`, of both; so are the next two.
-        scale: likewise.
-        temperature: likewise.
+        softcap: as in `token_logps`, of both heads.
+        scale: as in `token_logps`, of both heads.
+        temperature: as in `token_logps`, of both heads.
         chunk: at most about ``chunk * V`` logits of each exist at a time, ≥ 1.
 
     Returns:

@@ -174,7 +174,7 @@ def dtype_of(name: str) -> Any:
 
 
 def pad_id(model: Any, tokenizer: Any) -> int:
-    """A token id to fill rows with; any will do, as padding is never looked at."""
+    """A token id to fill rows with; any id will do, as padding is never looked at."""
     found = getattr(tokenizer, "pad_token_id", None)
     return int(found) if found is not None and found < vocabulary_of(model) else 0
 
@@ -205,7 +205,7 @@ def open_tokenizer(name: str) -> Any:
 
 @contextlib.contextmanager
 def found(name: str, option: str = "policy") -> Iterator[None]:
-    """Look for a name of the hub in the local cache only when nothing answers, which is known within seconds.
+    """Look for a name of the hub in the local cache alone when the hub does not answer, which is known within seconds.
 
     Args:
         option: what the name was given as, for messages.

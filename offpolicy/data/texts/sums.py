@@ -13,7 +13,7 @@ def addition(split: str | None = None) -> Source:
     """All two-digit sums ``ab+cd=`` with three-digit answers; sums whose units carry are marked.
 
     Args:
-        split: "train" (9,600 sums; None is the same) or "test" (the other 400, the same always).
+        split: "train" (9,600 sums; None is the same) or "test" (the other 400, always the same).
     """
     if split not in (None, "train", "test"):
         raise UsageError(f"`split` is '{split}'; expected 'train' or 'test'. Pass one of them.")

@@ -31,8 +31,8 @@ class Limits:
 
     Args:
         max_length: longest prompt with answer in tokens, ≥ 2.
-        max_prompt_length: what "prompt_first" shortens the prompts of longer texts to, in [1, max_length); None is half
-            of ``max_length``.
+        max_prompt_length: tokens to which "prompt_first" shortens the prompts of longer texts, in [1, max_length); None
+            is half of ``max_length``.
         truncation: "prompt_first" cuts the beginning of the prompt, then the end of the answers; "keep_start" the end
             of the answers; "keep_end" the beginning of the prompt.
     """
@@ -61,11 +61,11 @@ class Encoded:
 
     Attributes:
         prompt, answers: int64 ids; the prompt with BOS if there is one, the answers with EOS unless cut.
-        fault: "" or why the row cannot be trained on: "surrogate", "template", "no_prompt_token", "empty",
-            "identical", "truncated", "identical_cut".
+        fault: "" or why the row cannot be trained on: "surrogate", "template", "tool_turns", "no_prompt_token",
+            "empty", "identical", "truncated", "identical_cut".
         where: what is faulty, "prompt" or "answers".
         found: what was found, for the message about a fault.
-        moved: prompt tokens that went to the answers because the tokenizer merges across the boundary.
+        moved: number of prompt tokens that went to the answers because the tokenizer merges across the boundary.
         tail: the text of the moved tokens.
         cut_prompt, cut_answer: whether the prompt or an answer was shortened.
         scored: for each answer which of its tokens are the model's, bool; None where all of the row's are.
@@ -125,8 +125,8 @@ def encode(rows: Iterable[Row], tokenizer: Any, limits: Limits | None = None) ->
     """Tokenise rows in order.
 
     Plain text: BOS is put in front if the tokenizer has one and the text does not begin with it, EOS at the end of
-    answers that do not end with it. Messages: the chat template says it all, and nothing is added; the prompt is
-    rendered up to the answer, the answer with the turns before it.
+    answers that do not end with it. Messages: the chat template writes everything, and nothing is added. The
+    prompt is rendered up to the answer, the answer with the turns before it.
 
     Args:
         rows: prompts with answers; answers of one row are cut to keep the same prompt.

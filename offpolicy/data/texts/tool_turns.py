@@ -1,8 +1,7 @@
 """Turns of tools inside an answer, which the model reads and never writes: where they stand in the written text.
 
-A chat template writes a conversation as one text, so a turn is found by writing the conversation up to it. What the
-template puts in front of the assistant's next turn belongs to the place of the tools too, as the model does not write
-it either.
+A chat template writes a conversation as one text, so a turn is found by writing the conversation up to it. The
+place of the tools ends where the assistant's own next words begin: the model does not write the head of its turn.
 """
 
 from __future__ import annotations
@@ -65,12 +64,12 @@ def _end_in(whole: str, part: str, last: Message) -> int:
     for text in _said(last):
         at = part.rfind(text)
         if more and at >= 0 and at < same + more and same < at + len(text):
-            raise LookupError  # what the turn says is not what the template writes less of
+            raise LookupError  # the template leaves out what the turn says
     return len(part) - more
 
 
 def _said(turn: Message) -> list[str]:
-    """What a template writes of a turn, at least."""
+    """Texts of a turn that every template writes: its content, and the names of its calls."""
     calls = [call.get("function", call) for call in turn.get("tool_calls") or []]
     names = [call["name"] for call in calls if isinstance(call, Mapping) and call.get("name")]
     return [text for text in (turn["content"].strip(), *names) if text]

@@ -63,7 +63,7 @@ class Call:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What it cannot be called without."""
+        """The values without which the function cannot be called."""
         parameters = inspect.signature(self.function).parameters if self.names else {}
         return tuple(n for n in self.names if n in parameters and parameters[n].default is inspect.Parameter.empty)
 
@@ -100,10 +100,10 @@ def _names_answer(names: Collection[str]) -> bool:
 def bind(function: Callable[..., Any], name: str, columns: Collection[str] = ()) -> Call:
     """Decide how a reward is called.
 
-    One that names ``prompts`` and ``completions``, or ``completions`` and right answers or a column of the data, gets
-    lists and returns one. One whose parameters are all known names gets the values of one answer by keyword; ``answer``
-    is what the policy wrote, or the right answer beside ``completion``. Any other one gets prompt, answer and reference
-    by position, ``ended`` and ``length`` by keyword.
+    A function that names ``prompts`` and ``completions``, or ``completions`` and right answers or a column of the data,
+    gets lists and returns a list. A function whose parameters are all known names gets the values of one answer by
+    keyword; ``answer`` is what the policy wrote, or the right answer beside ``completion``. Any other function gets
+    prompt, answer and reference by position, ``ended`` and ``length`` by keyword.
 
     Args:
         function: the reward, with its own parameters filled in.

@@ -1,7 +1,7 @@
 """Rewards of answers: a weighted sum of verifiers, other rewards and functions of the user.
 
-The rewards of this library are in :mod:`offpolicy.language.rl.verifiers`; how a function of the user is called
-:mod:`offpolicy.language.rl.reward_calls` says.
+The rewards of this library are in :mod:`offpolicy.language.rl.verifiers`; how a function of the user is called is
+in :mod:`offpolicy.language.rl.reward_calls`.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ class Scored(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """How one reward fared so far.
+    """How one reward has worked so far.
 
     Attributes:
-        worked, failed: answers it gave a number for, and others.
+        worked: answers that it gave a number for.
+        failed: answers that it gave no number for.
         mistakes: the failures in which the function raised what looks like a mistake in its code.
         problems: hashes of the different problems it was asked about, up to a few.
         first: what was wrong first, or None.
@@ -86,16 +87,16 @@ class Rewards:
 
     Args:
         parts: one reward or several, each a name (final_number, exact, last_number, math, format, length), an import
-            path ``package.module.function`` of one's own, or ``{"name": …, "weight": 1.0, **parameters}``. How a
-            function is called :func:`offpolicy.language.rl.reward_calls.bind` says.
+            path ``package.module.function`` of your own, or ``{"name": …, "weight": 1.0, **parameters}``. See
+            :func:`offpolicy.language.rl.reward_calls.bind` for how a function is called.
         columns: of the data, that functions may ask for by name.
         seconds: longest time for one answer, ≥ 0; then it is interrupted and has failed
             (:class:`offpolicy.language.rl.reward_calls.Watchdog`). 0 is no limit.
 
     Attributes:
-        problems: scores that could not be had so far: an exception, an exit, a time-out, None, or a number that is not
-            finite.
-        first_problem: what was wrong with the first, or None.
+        problems: how many scores could not be had so far: an exception, an exit, a time-out, None, or a number that is
+            not finite.
+        first_problem: what was wrong with the first of these scores, or None.
 
     Raises:
         UsageError: a name or a parameter is not known, or a function cannot be called.
@@ -129,7 +130,7 @@ class Rewards:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the parts."""
+        """The names of the parts."""
         return tuple(self._parts)
 
     @property
@@ -139,7 +140,7 @@ class Rewards:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Of the data, which functions ask for."""
+        """The columns of the data that functions ask for."""
         return tuple(dict.fromkeys(name for part in self._parts.values() for name in part.call.columns))
 
     @property

@@ -82,8 +82,8 @@ class RolloutModule(IteratingModule):
         iterations: iterations in all, used when no ``max_steps`` are given; None for ``epochs`` over the problems.
         max_new_tokens: longest answer in tokens, ≥ 1.
         temperature: of sampling and of the log-probabilities in training, > 0.
-        engine: what writes the answers: "transformers" (with a cache), "tiny" (without), "replay" (from ``records``), or an
-            import path ``package.module.Class``.
+        engine: what writes the answers: "transformers" (with a cache), "tiny" (without), "replay" (from ``records``)
+            or an import path ``package.module.Class``.
         records: file of the engine "replay".
         record: write the answers of every iteration to ``records.jsonl`` in the folder of the run, for that engine.
         generation_batch: answers drawn at once by one process, ≥ 1. Does not change the result.

@@ -1,11 +1,11 @@
 """What rows of texts mean: which columns are prompts and answers, how they are written, and which rows are faulty.
 
 The format is decided from the columns and a scan of all rows, never from the first one, and a person is told what was
-decided. A missing column or a wrong type stops the load; a row that carries no signal, or a wrong one, is a fault that
-stops it too or, on request, is dropped and counted.
+decided. A missing column or a wrong type stops the load; a row that carries no signal, or a wrong signal, is a fault
+that stops the load too or, on request, is dropped and counted.
 
-A format has a kind of answers (a class in ``kinds``) and a style of prompts (a class in ``prompts``); a new one is one
-class there, with a line in the list of its file.
+A format has a kind of answers (a class in ``kinds``) and a style of prompts (a class in ``prompts``); a new kind or
+style is one class there, with a line in the list of its file.
 """
 
 from offpolicy.data.texts.formats.columns import scan

@@ -17,10 +17,11 @@ class Source:
         where: file, folder or name, for messages.
         rows: how many there are.
         names: of the columns.
-        column: ``column(name)`` gives the values of one, None where a row has none; conversations are messages.
+        column: ``column(name)`` gives the values of a column, None where a row has none; conversations are
+            messages.
         meta: facts for the data report.
         notes: what a person should know, filled while columns are read.
-        doubts: likewise, what may be a mistake.
+        doubts: what may be a mistake, filled while columns are read.
         text_only: whether all values are text, numbers too, as in CSV files.
     """
 
