@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ class FusedAdam(torch.optim.Optimizer):
         decoupled: multiply the parameters by 1 − lr·λ (AdamW) instead of adding λ·θ to the gradient.
     """
 
+    traceable = False  # see traceable_adam
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -90,6 +93,9 @@ class FusedAdam(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         # the kernel walks the memory of each tensor in a line
         grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
+        if FusedAdam.traceable:
+            adam_by_parts(params, grads, first, second, steps, group, group["lr"] if lr is None else lr)
+            return
         fused = params[0].device.type in FUSED_DEVICES and params[0].dtype in FUSED_DTYPES
         if fused:
             foreach_add_(steps, [ONE] * len(steps) if steps[0].is_cpu else 1)
@@ -141,6 +147,10 @@ class FusedAdam(torch.optim.Optimizer):
                 self.apply(params, [p.grad for p in params])
         return loss
 
+    def make_moments(self, params: Sequence[Tensor]) -> None:
+        """Make the moments of these parameters now, which the first step does else."""
+        self._moments_of(params)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of this class, or of `torch.optim.Adam` or `AdamW`."""
         decoupled = [group["decoupled"] for group in self.param_groups]
@@ -173,6 +183,41 @@ class FusedAdam(torch.optim.Optimizer):
             first, second, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
             found = self._moments[key] = (group, first, second, steps)
         return found
+
+
+def adam_by_parts(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    group: dict[str, Any],
+    lr: float | Tensor,
+) -> None:
+    """The step of the fused kernel in operations that a compiler can join with others."""
+    (beta1, beta2), decay = group["betas"], group["weight_decay"]
+    for step in steps:
+        step.add_(1.0)
+    count = steps[0].double()  # 1 - β₂ᵗ has no digits in float32 at the start
+    rate, root = lr / (1.0 - beta1**count), (1.0 - beta2**count).sqrt()
+    for p, g, m, v in zip(params, grads, first, second, strict=True):
+        if decay and group["decoupled"]:
+            p.mul_((1.0 - lr * decay) if isinstance(lr, float) else (1.0 - lr * decay).to(p.dtype))
+        elif decay:
+            g = g + decay * p
+        m.lerp_(g, 1.0 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
+        p.sub_(rate.to(p.dtype) * m / (v.sqrt() / root.to(p.dtype) + group["eps"]))
+
+
+@contextmanager
+def traceable_adam() -> Iterator[None]:
+    """Within it :class:`FusedAdam` steps by ordinary operations, as compilers do not look into the fused kernel."""
+    FusedAdam.traceable = True
+    try:
+        yield
+    finally:
+        FusedAdam.traceable = False
 
 
 def _place_of_count(p: Tensor) -> torch.device:

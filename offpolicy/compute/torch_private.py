@@ -5,7 +5,7 @@ A test asks for every one of them, so that a version of torch without it is noti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,3 +58,26 @@ def state_notes(state: Any) -> Any:
 def set_state_notes(state: Any, notes: Any) -> None:
     """Give a ``state_dict`` the notes of :func:`state_notes`."""
     state._metadata = notes
+
+
+def operations_of(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+    """The operations of a function, which are done once, on these tensors, with gradients and changes in place.
+
+    Raises:
+        RuntimeError: it reads another tensor than these that holds more than a number.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(function, tracing_mode="real")(*tensors)
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and getattr(graph, node.target).dim():
+            shape = tuple(getattr(graph, node.target).shape)
+            raise RuntimeError(f"an update reads a tensor {shape} that is no parameter, buffer or part of the batch")
+    return graph
+
+
+def compile_operations(graph: Any, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """What :func:`operations_of` gave as machine code, for tensors of these shapes."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, list(tensors))

@@ -30,6 +30,7 @@ from offpolicy.errors import UsageError, check_range
 from offpolicy.given import refuse_half
 from offpolicy.training import divergence
 from offpolicy.training.common import CommonOptions
+from offpolicy.training.compiled import CompiledUpdates
 from offpolicy.training.description import Description, origin
 from offpolicy.training.drawing import Counters, Draw, draw_batches, has_dropout, seed_dropout
 from offpolicy.training.graph import Blocks
@@ -87,6 +88,7 @@ class OfflineModule(SteppingModule):
         self.bound: BoundView | None = None  # the view of the data, where they lie
         self._bound_version: tuple[int, int] = (0, 0)
         self._blocks: Blocks | None = None  # how updates are made, once data are bound
+        self._compiled: CompiledUpdates | None = None
         self._counters: Counters | None = None
         self._watch = Stopwatch()
 
@@ -218,7 +220,7 @@ class OfflineModule(SteppingModule):
             )
         self.warn_of_rates_at_0(trainer.max_steps)
         self.apply_settings()
-        if self.run.compile:
+        if self.run.compile is True:
             self._compile_losses()
         self.meter.to(self.device)
         self.has_dropout = any(map(has_dropout, self.modules()))
@@ -250,6 +252,7 @@ class OfflineModule(SteppingModule):
             )
         self.on_bind(self.bound)
         self._counters, self._blocks = Counters(self._drawn_seeds(), self.bound.device), Blocks(self)
+        self._compiled = CompiledUpdates(self) if self.run.compile == "update" else None
 
     def _drawn_seeds(self) -> int | list[int]:
         return list(self.seeds) if self.seeds else self.seed or 0
@@ -268,8 +271,9 @@ class OfflineModule(SteppingModule):
 
     def _forget_graphs(self, *_: Any) -> None:
         """Tensors that graphs know have been replaced."""
-        if self._blocks is not None:
-            self._blocks.forget()
+        for repeated in (self._blocks, self._compiled):
+            if repeated is not None:
+                repeated.forget()
 
     @property
     def bound_rows(self) -> Tensor:
@@ -287,7 +291,7 @@ class OfflineModule(SteppingModule):
 
     def teardown(self, stage: str) -> None:
         self.restore_settings()
-        self.bound = self._blocks = self._counters = None
+        self.bound = self._blocks = self._compiled = self._counters = None
 
     def configure_callbacks(self) -> list[Callback]:
         for name, usual, instead in (
@@ -326,6 +330,7 @@ class OfflineModule(SteppingModule):
                 ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
                 *([] if renewal is None else renewal.facts(self.trainer.max_steps)),
                 *([] if self._blocks is None else self._blocks.facts()),
+                *([] if self._compiled is None else [("compile", self._compiled.fact())]),
             ],
             batch=batch,
             evaluates=f"{episodes} episodes of {env}{each}" if episodes and env else "",
@@ -383,14 +388,14 @@ class OfflineModule(SteppingModule):
             t: updates made before, which stand in the counters too.
             k: updates to make.
         """
-        self._in_block = True
+        self._in_block, compiled = True, self._compiled
         try:
             with fresh_casts():
                 for at, batch in enumerate(self._next_batches(k)):
                     self._at, step = at, t + 1 + at
                     if self.has_dropout:
                         seed_dropout(self.seed or 0, step, self.process_rank)
-                    self.meter.add(self.update(batch, step))
+                    self.meter.add(self.update(batch, step) if compiled is None else compiled.run(batch, step))
         finally:
             self._in_block = False
 
