@@ -1,8 +1,8 @@
 """Updates per second of the control methods, through the Trainer as a user runs them, beside three yardsticks.
 
 usage: python examples/benchmarks/control.py [--methods TD3BC IQL | all] [--threads 1 2] [--rounds 3] [--updates 2000]
-                                             [--seeds 8] [--hidden 256] [--d3rlpy PATH/TO/python]
-                                             [--jax-python PATH/TO/python] [--chart FILE.png]
+                                             [--seeds 8] [--hidden 256] [--compile] [--chart FILE.png]
+                                             [--d3rlpy PATH/TO/python] [--jax-python PATH/TO/python]
        python examples/benchmarks/control.py --graph eager graph --seeds 8      # updates as CUDA graphs: graphs.py
 
 Random data: observation 17, action 6, one million rows; batch 256, networks 2x256. Each figure is a process of its own,
@@ -15,6 +15,7 @@ and the figures of a round are taken in turn, so that a drift of the machine hit
             dispatch, autograd's bookkeeping and allocation, while caches are warm) over the time of the real one;
             ``interpreter_share`` is the part of the samples of Linux's ``perf``, where it is installed, that fall into
             Python or torch's bindings, so outside tensor operations, whose dispatch and allocation count as theirs
+  compiled  as bare with ``run.compile`` "update" (``--compile``); the time that compiling takes is not counted
   seeds     so many seeds at once (``--seeds``) in a bare loop: the updates of all together
   plain     an ordinary single-file PyTorch loop (plain_loop.py), as CORL's; TD3BC and IQL only
   d3rlpy    d3rlpy's fit, when the interpreter of an environment that has it is named; TD3BC and IQL only
@@ -56,7 +57,7 @@ import graphs  # noqa: E402
 from figures import about, figure  # noqa: E402
 
 WITH_PEERS = ("TD3BC", "IQL")
-KINDS = ("trainer", "bare", "seeds", "plain", "d3rlpy", "jax", "seen")
+KINDS = ("trainer", "bare", "compiled", "seeds", "plain", "d3rlpy", "jax", "seen")
 CLOCKS = (("updates_per_s", "trainer_over"), ("updates_per_cpu_s", "cpu_over"), ("undisturbed", "undisturbed_over"))
 ALL = ["BC", "TD3BC", "IQL", "PRDC", "A2PR", "ODICE", "CQL", "AWAC", "ReBRAC", "EDAC", "DecisionTransformer"]
 
@@ -121,14 +122,17 @@ def run_trainer(method: str, updates: int, rows: int, hidden: int) -> dict[str, 
     return {"marks": [mark[:3] for mark in marks], "outside_share": 1 - (after - before) / (ended - began)}
 
 
-def run_seeds(method: str, updates: int, rows: int, hidden: int, count: int) -> dict[str, Any]:
-    """Blocks of updates of many seeds at once; an update of each counts as one."""
+def run_blocks(
+    method: str, updates: int, rows: int, hidden: int, count: int = 1, compiled: bool = False
+) -> dict[str, Any]:
+    """Blocks of updates, of many seeds at once or compiled; an update of each seed counts as one."""
     from offpolicy.compute import matmul
     from offpolicy.compute.memory import keep_freed_memory
 
     keep_freed_memory()
     learner = made(method, hidden)
-    learner.seeds = tuple(range(count))
+    learner.seeds = tuple(range(count)) if count > 1 else ()
+    learner.run.compile = "update" if compiled else False
     learner.prepare(random_replay(rows))
     with matmul.matmul_setting(matmul.choose_matmul("auto")):
         return {"marks": [(count * n, *clock) for n, *clock in blocks(learner, max(updates // count, 64))]}
@@ -241,7 +245,8 @@ def worker(kind: str, method: str, threads: int, updates: int, rows: int, hidden
     run: dict[str, Callable[[], dict[str, Any]]] = {
         "trainer": lambda: run_trainer(method, updates, rows, hidden),
         "bare": lambda: run_bare(method, updates, rows, hidden),
-        "seeds": lambda: run_seeds(method, updates, rows, hidden, count),
+        "seeds": lambda: run_blocks(method, updates, rows, hidden, count),
+        "compiled": lambda: run_blocks(method, updates, rows, hidden, compiled=True),
         "plain": lambda: run_plain(method, updates, rows, hidden),
         "seen": lambda: run_prdc(rows),
     }
@@ -318,6 +323,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--seeds", type=int, default=0, help="also measure so many seeds at once")
+    parser.add_argument("--compile", action="store_true", help="also measure compiled updates")
     parser.add_argument("--hidden", type=int, default=256, help="width of our hidden layers; yardsticks keep 256")
     parser.add_argument("--d3rlpy", help="Python interpreter of an environment with d3rlpy 2.8")
     parser.add_argument("--jax-python", help="Python interpreter of an environment with jax")
@@ -343,6 +349,7 @@ def main() -> None:
         for threads in args.threads:
             for method in args.methods:
                 kinds = ["trainer", "bare"] if method != "PRDC" else ["seen"]
+                kinds += ["compiled"] if args.compile and method != "PRDC" else []
                 kinds += ["seeds"] if args.seeds and method != "PRDC" else []
                 peers = {"plain": True, "d3rlpy": args.d3rlpy, "jax": args.jax_python}
                 compared = method in WITH_PEERS and args.hidden == 256

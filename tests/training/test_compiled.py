@@ -17,6 +17,7 @@ from offpolicy.training import compiled
 from offpolicy.training.options import RunOptions
 
 EAGER = {"IQL-dropout", "DecisionTransformer-dropout"}  # say so
+QUICK = ("BC", "TD3BC", "IQL", "PRDC", "IQL-dropout")
 IN_PART = {"PRDC", "PRDC-cached"}  # say so at their first search
 
 
@@ -46,7 +47,7 @@ def trained(name: str, replay: Replay, how: Any, seeds: tuple[int, ...] = ()) ->
     return module
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 def test_compiled_updates_equal_eager_ones(
     name: str, replay: Replay, noted: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -64,7 +65,7 @@ def test_compiled_updates_equal_eager_ones(
     assert len(noted) == (0 if name in EAGER else 1 if name in IN_PART else 12)
 
 
-@pytest.mark.parametrize("name", ["TD3BC", "IQL", "ReBRAC"])
+@pytest.mark.parametrize("name", ["TD3BC"])
 def test_seeds_at_once_are_compiled_too(name: str, replay: Replay, noted: list[int]) -> None:
     runs = [trained(name, replay, how, seeds=(0, 3)) for how in (False, "update")]
     for key, value in weights(runs[0]).items():
@@ -107,6 +108,7 @@ def test_adam_by_parts_is_the_fused_kernel_up_to_rounding(decoupled: bool, decay
     torch.testing.assert_close(both[0], both[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_code_is_made_anew_when_moments_are_replaced_or_options_change(replay: Replay, noted: list[int]) -> None:
     runs = []
     for how in (False, "update"):
