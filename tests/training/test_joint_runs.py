@@ -1,18 +1,16 @@
-"""Runs of several seeds: their folders, and that each seed is as if trained alone, also after it was killed."""
+"""Runs of several seeds: their folders, and that each seed is as if trained alone."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forks import run_copy
+from forks import pair_of, run_copy
 from toy import METHODS, Crash, differences, method, run_files, toy_replay, weights
 
 import offpolicy as op
@@ -211,7 +209,7 @@ def test_places_outside_of_a_run_are_not_taken(tmp_path: Path) -> None:
     assert all(place.parent == joint.folder.parent for place in again.folders.values())
 
 
-# -- death in two ways, each in a process of its own -----------------------------------------------------------------
+# -- in processes of their own -----------------------------------------------------------------------------------------
 
 
 def kill_in_training() -> Any:
@@ -237,36 +235,42 @@ def kill_between_writes() -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
         write(checkpoint, path)
 
-    joint_folder.write_checkpoint = writing
+    joint_folder.write_checkpoint = writing  # in a copy of this process
     return method("TD3BC")
-
-
-def no_death() -> Any:
-    return method("TD3BC")
-
-
-SCENES = {scene.__name__: scene for scene in (no_death, kill_in_training, kill_between_writes)}
-
-
-def play(name: str, root: Path) -> None:
-    logging.disable()
-    run_folder.plot_curves = lambda folder: None  # type: ignore[assignment]
-    train(root / name, seeds=SEEDS, method=SCENES[name]())
 
 
 @pytest.mark.slow
 def test_a_joint_run_that_was_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    ends = {name: run_copy(partial(play, name, tmp_path)).returncode for name in SCENES}
-    assert ends == {"no_death": 0, "kill_in_training": -9, "kill_between_writes": -9}
-    for scene in SCENES:
-        again = train(tmp_path / scene, seeds=SEEDS, ckpt_path="last")
+    train(tmp_path / "whole", seeds=SEEDS)
+    for scene in (kill_in_training, kill_between_writes):
+        place = tmp_path / scene.__name__
+        killed = run_copy(lambda: train(place, seeds=SEEDS, method=scene()))  # noqa: B023
+        assert killed.returncode == -signal.SIGKILL, killed.output
+        again = train(place, seeds=SEEDS, ckpt_path="last")
         for name in ("seeds4+1-1", "seed4-1", "seed1-1"):
-            whole, mended = (tmp_path / s / "toy" / "TD3BC" / name for s in ("no_death", scene))
-            found = differences(contents(whole), contents(mended))
-            found = [one[:300] for one in found if not one.startswith("/config")]
-            assert not found, (scene, name)  # threads are written
+            whole, mended = (folder / "toy" / "TD3BC" / name for folder in (tmp_path / "whole", place))
+            found = [one[:300] for one in differences(contents(whole), contents(mended))]
+            assert not [one for one in found if not one.startswith("/config")], name  # which has the threads of a run
             assert not list(mended.glob("checkpoints/*.replaced"))
         assert again.updates == LAST and [f.name for f in again.folders.values()] == ["seed4-1", "seed1-1"]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("pair")
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    def both() -> None:
+        two: dict[str, Any] = {"devices": 2, "strategy": "ddp"}
+        half = train(tmp_path, steps=HALF, seeds=SEEDS, folder=tmp_path / "two", **two)
+        train(tmp_path, ckpt_path=half.folder, **two)
+
+    copies = pair_of(both)
+    assert [copy.returncode for copy in copies] == [0, 0], copies[0].output + copies[1].output
+    half = train(tmp_path, steps=HALF, seeds=SEEDS, folder=tmp_path / "one")
+    one = train(tmp_path, ckpt_path=half.folder)
+    for name in ("", "seed4", "seed1"):
+        ours, theirs = (run_files(run / name, LAST) for run in (tmp_path / "two", one.folder))
+        for part in ("state_dict", "metrics", "evals"):
+            close(ours[part], theirs[part], f"{name}/{part}")
 
 
 def test_a_crash_leaves_rows_that_are_cut_and_written_again(tmp_path: Path) -> None:
