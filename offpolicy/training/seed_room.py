@@ -11,12 +11,15 @@ from offpolicy.errors import UsageError
 from offpolicy.given import seeds_text
 from offpolicy.training.lightning_private import trainer_of
 
-KEPT = 4  # numbers per output of a layer and row: input, output, gradient and one more that losses make
+KEPT = 3  # numbers per output of a layer and row: before and after the activation, and a gradient
 USABLE = 0.9  # of what is free
 
 
 def needed(method: Any, copies: int = 1) -> int:
     """Bytes that training takes, estimated: weights and targets, gradients, moments, activations and batches.
+
+    Networks are taken to see each row of the batch once. Methods that ask a critic about many actions for each row,
+    such as CQL, take several times the activations.
 
     Args:
         method: with its networks.
@@ -26,7 +29,7 @@ def needed(method: Any, copies: int = 1) -> int:
     rows = method.common.batch_size
     weights = sum(p.numel() for _, p in params)
     trained = sum(p.numel() for _, p in params if p.requires_grad)
-    outputs = sum(p.numel() // p.shape[-2] for _, p in params if p.dim() > 1)
+    outputs = sum(p.numel() // p.shape[-2] for _, p in params if p.dim() > 1 and p.shape[-2] > 1)  # not biases
     seeds = len(method.seeds) if copies == 1 else 1
     batch = seeds * method.run.block * rows * (2 * method.sizes.obs_dim + 2 * method.sizes.action_dim + 4)
     numbers = weights + 3 * trained + KEPT * rows * outputs + batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -262,7 +263,8 @@ def test_several_seeds_train_at_once_and_go_on(capsys: pytest.CaptureFixture[str
     argv = ["--data", "toy", "--model", "BC", *SMALL, *SHORT]
     assert fit.main([*argv, "--seeds", "10..12", "--trainer.max_steps", "30"]) == 0
     joint = Path("runs", "toy", "BC", "seeds10-12-1")
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert re.search(r"30/30  .*return_mean -[\d.]+ ± [\d.]+  actor_loss [\d.]+ ± [\d.]+", err), err
     for part in (
         "BC on toy, seeds 10–12",
         f"each seed {joint.with_name('seed10-1')}, ",

@@ -273,6 +273,25 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             close(ours[part], theirs[part], f"{name}/{part}")
 
 
+def test_an_interrupted_joint_run_leaves_everything_whole(tmp_path: Path) -> None:
+    interrupted = method("TD3BC")
+    update = interrupted.update
+
+    def updating(batch: Any, step: int) -> Any:
+        if step == HALF + 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(batch, step)
+
+    interrupted.update = updating  # type: ignore[method-assign]
+    found = train(tmp_path, seeds=SEEDS, method=interrupted)
+    assert found.interrupted == signal.SIGTERM and found.updates == 30
+    for folder in (found.folder, *found.folders.values()):
+        path = newest_checkpoint(folder)
+        assert path is not None and path.name == "step=00000030.ckpt"
+    ends = [train(tmp_path, ckpt_path=place).updates for place in (found.folder, found.folders[1])]
+    assert ends == [LAST, LAST]
+
+
 def test_a_crash_leaves_rows_that_are_cut_and_written_again(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         train(tmp_path, seeds=SEEDS, callbacks=[Crash(30)])
