@@ -67,6 +67,11 @@ def nearest_options(name: str, candidates: Iterable[str]) -> list[str]:
     return [by_key[key] for key in match]
 
 
+def resembles(name: str, other: str) -> bool:
+    """Whether one name is another one misspelt, beyond doubt; a word as short as ``lr`` is like anything."""
+    return len(name) >= 4 and difflib.SequenceMatcher(None, fold(name), fold(other)).ratio() > 0.7
+
+
 def fold(name: str) -> str:
     """The form in which names are compared: case, '-', '_' and '+' do not matter."""
     return name.lower().replace("-", "").replace("_", "").replace("+", "")

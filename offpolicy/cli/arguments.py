@@ -17,7 +17,7 @@ import yaml
 from offpolicy.cli.help import option_lines, options_of
 from offpolicy.cli.reader import spelled
 from offpolicy.data.names import HUB_ID, Target, resolve
-from offpolicy.errors import UsageError, nearest, nearest_options
+from offpolicy.errors import UsageError, nearest, nearest_options, resembles
 from offpolicy.given import TEXTS, as_whole, expanded, refuse_empty, seed_numbers, seeds_text
 from offpolicy.recipes import Recipe, named_recipe, recipe, recipes
 from offpolicy.registry import class_path
@@ -283,9 +283,10 @@ def check_options(names: Iterable[str], known: Mapping[str, Iterable[str]], wher
         short: dict[str, str] = {}
         for d in dotted:
             short.setdefault(d.partition(".")[2], d)
-        near = [f"'--{short.get(one, one)}'" for one in nearest_options(rest or group, [*TOP, *short])]
-        if len(known) == 1 and (not near or len(name) < 4):  # a word as short as `lr` resembles anything
+        found = nearest_options(rest or group, [*TOP, *short])
+        if len(known) == 1 and not any(resembles(rest or group, one) for one in found):
             continue  # more will be known once the method is imported
+        near = [f"'--{short.get(one, one)}'" for one in found]
         raise UsageError(
             f"--{name} is not an option." + (f" Did you mean {' or '.join(near)}?" if near else "") + " See --help."
         )
