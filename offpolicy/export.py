@@ -1,6 +1,8 @@
-"""A tuned language model as a folder of Hugging Face: ``python -m offpolicy.export RUN OUT [--merge]``.
+"""What was trained, for others to run: ``python -m offpolicy.export RUN OUT``.
 
-``transformers.AutoModelForCausalLM.from_pretrained(OUT)`` opens it, and so does everything that reads such folders.
+A tuned language model becomes a folder of Hugging Face, which ``transformers.AutoModelForCausalLM.from_pretrained``
+opens, and so does everything that reads such folders. The policy of a control method becomes one file, ``.onnx`` or
+``.pt2``.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from offpolicy.trust import Trust
 
 
 def main(argv: list[str]) -> int:
-    """Write the folder; returns the exit code."""
+    """Write the folder, or the file of a policy; returns the exit code."""
     from offpolicy.cli.reader import Parser, add_trust, add_which
 
-    parser = Parser("python -m offpolicy.export", description="Write a tuned language model for transformers.")
+    parser = Parser(
+        "python -m offpolicy.export",
+        description="Write a tuned language model for transformers, or a policy as one file.",
+    )
     parser.add_argument("run", help="run folder or checkpoint file")
-    parser.add_argument("out", help="folder to write; must not hold anything yet")
+    parser.add_argument("out", help="folder to write; of a control method a file .onnx or .pt2; must not exist yet")
     parser.add_argument("--merge", action="store_true", help="add LoRA adapters to the weights instead of beside them")
     add_which(parser)
     add_trust(parser)
@@ -28,11 +33,36 @@ def main(argv: list[str]) -> int:
 
     from offpolicy.training import screen
 
+    if Path(args.out).suffix in (".onnx", ".pt2"):
+        return write_policy(args.run, Path(args.out), args.which, args.trust)
     out = export(args.run, args.out, merge=args.merge, trust=args.trust, which=args.which)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     kind = "adapter, which needs its base model" if (out / "adapter_config.json").is_file() else "whole model"
     print(screen.line("written", f"{out}, {size / 1e6:,.1f} MB, {kind}"))
     print(screen.line("open with", f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"))
+    return 0
+
+
+def write_policy(run: str, out: Path, which: str, trust: Trust) -> int:
+    """Write the policy of a control method as one file that runs without this library; returns the exit code."""
+    from offpolicy.training import screen
+    from offpolicy.training.deploy import STATES, deploy
+    from offpolicy.training.goals import GoalModule
+    from offpolicy.training.opening import load
+
+    method = load(run, trust=trust, which=which)
+    worst = deploy(method, out)
+    names = ["obs", "goal"] if isinstance(method, GoalModule) else ["obs"]
+    each = f"(n, {method.sizes.obs_dim})"
+    print(screen.line("written", f"{out}, {out.stat().st_size / 1e3:,.1f} kB, {type(method).__name__}"))
+    print(screen.line("takes", f"{' and '.join(names)} {each} as the environment gives them, float32"))
+    print(screen.line("gives", f"actions (n, {method.sizes.action_dim}) in the units of the environment"))
+    print(screen.line("checked", f"{STATES:,} states: actions differ by at most {worst:.1g} of their range"))
+    if out.suffix == ".onnx":
+        feed = ", ".join(f"{name!r}: {name}" for name in names)
+        print(screen.line("run with", f"onnxruntime.InferenceSession({str(out)!r}).run(None, {{{feed}}})[0]"))
+    else:
+        print(screen.line("run with", f"torch.export.load({str(out)!r}).module()({', '.join(names)})"))
     return 0
 
 
@@ -70,8 +100,8 @@ def export(
     method = load(method, trust=trust, which=which) if opened else method
     if not isinstance(method, LanguageModule):
         raise UsageError(
-            f"{type(method).__name__} has no language model; expected a run of one, such as DPO. A control method is "
-            "opened with offpolicy.load(RUN)."
+            f"{type(method).__name__} has no language model; expected a run of one, such as DPO. A control method goes "
+            "to a file: policy.onnx or policy.pt2."
         )
     if method.model is None:
         raise UsageError("the method has no model yet; expected a trained one. Fit it or load a checkpoint.")

@@ -271,7 +271,7 @@ class MLP(nn.Module):
             params, norms = ([per_member(p, member) for p in some] for some in (params, norms))
             stack = stack if member is None else stack[:-1]
         x, extra = fold(x, stack)
-        if x.is_cpu and x.shape[-2] * params[0].shape[-1] >= IN_PARTS:
+        if x.is_cpu and not torch.compiler.is_compiling() and x.shape[-2] * params[0].shape[-1] >= IN_PARTS:
             y = self.in_parts(x, params, norms)
         else:
             y = self.network(x, params, norms)
