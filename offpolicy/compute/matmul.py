@@ -5,6 +5,12 @@ precision. The switch torch offers for it (`torch.backends.mkldnn.matmul.fp32_pr
 oneDNN uses where the processor has AMX tiles; without them it computes in plain float32. So the choice follows the
 processor kind, which is the same on every start, and a product is checked against float64 before it is trusted.
 
+Where they have tiles, "bf16" takes that permission openly: products of float32 matrices rounded to bfloat16, sums in
+float32. It is never chosen by itself.
+
+oneDNN's float32 is chosen on the kind of processor where it was measured to help and on no other: AMD with AVX-512 and
+without AMX (Zen 5: 1.5 to 2 times MKL). On AMD with AVX2 alone (Zen 3) the two are level, and on Intel MKL is faster.
+
 The switch concerns oneDNN alone: products on a GPU keep their precision, and TF32 is never allowed by this module.
 
 Attention is left to MKL: its kernel multiplies small blocks one by one, for each of which oneDNN takes its time to set
@@ -27,7 +33,7 @@ from torch.nn import functional
 from offpolicy.compute.torch_private import cpu_attention, cpu_attention_backward
 from offpolicy.errors import UsageError, nearest
 
-CHOICES = ("auto", "mkl", "onednn")
+CHOICES = ("auto", "mkl", "onednn", "bf16")
 # relative to the largest entry of a 256³ product; float32 stays near 5e-7, bfloat16 near 4e-3
 FLOAT32_ERROR = 1e-5
 
@@ -39,11 +45,12 @@ def choose_matmul(setting: str = "auto") -> str:
         setting: ``"auto"``, or a library by name, which is taken as it is unless torch lacks it.
 
     Returns:
-        ``"mkl"`` (torch's default, whatever it was built with) or ``"onednn"``. For one processor and one torch the
-        answer never changes: it does not depend on timings.
+        ``"mkl"`` (torch's default, whatever it was built with), ``"onednn"`` or ``"bf16"``. For one processor and one
+        torch the answer never changes: it does not depend on timings.
 
     Raises:
-        UsageError: the setting is unknown, or oneDNN was asked for and is not float32-exact here.
+        UsageError: the setting is unknown; oneDNN was asked for and is not float32-exact here; or bfloat16 was, and
+            this processor has no tiles that multiply it.
     """
     if setting not in CHOICES:
         raise UsageError(f"Unknown matmul setting '{setting}'; expected one of {CHOICES}.{nearest(setting, CHOICES)}")
@@ -54,7 +61,22 @@ def choose_matmul(setting: str = "auto") -> str:
             f"matmul 'onednn' gives products with relative error {onednn_error():.1g} on this machine; expected float32"
             f" precision (below {FLOAT32_ERROR:g}). Use matmul 'mkl', or bfloat16 openly by precision 'bf16-mixed'."
         )
+    if setting == "bf16" and not has_bf16():
+        raise UsageError(
+            "matmul 'bf16' needs a processor that multiplies bfloat16 in tiles (AMX), and this one has none; expected "
+            f"one of {CHOICES[:-1]}. Leave it out."
+        )
     return setting
+
+
+def has_bf16() -> bool:
+    """Whether oneDNN multiplies in bfloat16 where it is permitted to, by the error of a product."""
+    return _switchable() and onednn_error() >= FLOAT32_ERROR
+
+
+def library_in_words(choice: str) -> str:
+    """A library for the first screen; with the error of a product where that is not float32's."""
+    return f"bf16 (products with relative error {onednn_error():.1g})" if choice == "bf16" else choice
 
 
 @contextmanager
@@ -77,12 +99,12 @@ def apply_matmul(choice: str) -> str | None:
     Returns:
         What `restore_matmul` needs; None when there was nothing to switch.
     """
-    if choice not in ("mkl", "onednn"):
-        raise UsageError(f"Unknown matmul library '{choice}'; expected 'mkl' or 'onednn'.")
+    if choice not in CHOICES[1:]:
+        raise UsageError(f"Unknown matmul library '{choice}'; expected one of {CHOICES[1:]}.")
     if not _switchable():
         return None
     former = str(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
-    _switch("bf16" if choice == "onednn" else "ieee")
+    _switch("ieee" if choice == "mkl" else "bf16")
     return former
 
 

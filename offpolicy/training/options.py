@@ -20,7 +20,8 @@ class RunOptions:
             is kept; "skip" goes on, with a row in ``evals.csv`` that has the error and no numbers.
         log_every: updates between rows of metrics, ≥ 1.
         threads: torch threads during training; None leaves the setting alone.
-        matmul: float32 products on CPU: "auto", "mkl" or "onednn" (see :mod:`offpolicy.compute.matmul`).
+        matmul: float32 products on CPU: "auto", "mkl" or "onednn"; "bf16" multiplies in bfloat16, faster and less
+            exact, on processors with AMX (see :mod:`offpolicy.compute.matmul`).
         compile: true compiles the losses with ``torch.compile``. "update", of control methods on a CPU, compiles whole
             updates: half a minute to some minutes first, then about 1.4 times the updates; equal up to rounding.
         graph: whether the updates of a block are one CUDA graph: "auto", wherever that is possible; true, which needs a
@@ -48,8 +49,8 @@ class RunOptions:
             check_range("run.threads", self.threads, 1)
         if self.eval_errors not in ("stop", "skip"):
             raise UsageError(f"`run.eval_errors` is {self.eval_errors!r}; expected 'stop' or 'skip'.")
-        if self.matmul not in ("auto", "mkl", "onednn"):
-            raise UsageError(f"`run.matmul` is {self.matmul!r}; expected 'auto', 'mkl' or 'onednn'.")
+        if self.matmul not in ("auto", "mkl", "onednn", "bf16"):
+            raise UsageError(f"`run.matmul` is {self.matmul!r}; expected 'auto', 'mkl', 'onednn' or 'bf16'.")
         self.graph = {"true": True, "false": False}.get(self.graph, self.graph)  # type: ignore[arg-type]
         if not (isinstance(self.graph, bool) or self.graph in ("auto", "dry")):
             raise UsageError(f"`run.graph` is {self.graph!r}; expected 'auto', true, false or 'dry'.")

@@ -45,6 +45,8 @@ def first_screen(
         device = torch.cuda.get_device_name(trainer.strategy.root_device)
     if trainer.world_size > 1:
         device = f"{trainer.world_size} processes on {device}"
+    from offpolicy.compute.matmul import library_in_words
+
     threads, matmul = settings_in_use(method)
     described = described or method.describe()
     which = f"seeds {seeds_shown(method.seeds)}" if method.seeds else f"seed {method.seed}"
@@ -56,7 +58,9 @@ def first_screen(
         *extra,
         line("updates", f"{total:,} of {described.batch}"),
         line("evaluate", f"{when}, {described.evaluates}" if described.evaluates else "none"),
-        line("device", f"{device}, precision {trainer.precision}, threads {threads}, matmul {matmul}"),
+        line(
+            "device", f"{device}, precision {trainer.precision}, threads {threads}, matmul {library_in_words(matmul)}"
+        ),
         *([line("memory", memory_words(method, trainer.strategy.root_device))] if method.seeds else []),
         line("folder", f"{folder} ({start})"),
     ]

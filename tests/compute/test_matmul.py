@@ -44,17 +44,27 @@ def test_a_library_that_is_not_float32_is_refused(monkeypatch) -> None:
         matmul.choose_matmul("onednn")
 
 
+def test_bfloat16_is_only_for_processors_that_have_it_and_says_its_error(monkeypatch) -> None:
+    fresh(monkeypatch, XEON, error=4e-3)
+    assert matmul.choose_matmul("bf16") == "bf16" and matmul.choose_matmul() == "mkl"
+    assert matmul.library_in_words("bf16") == "bf16 (products with relative error 0.004)"
+    fresh(monkeypatch, ZEN5)
+    with pytest.raises(UsageError, match="this one has none"):
+        matmul.choose_matmul("bf16")
+    assert matmul.library_in_words("onednn") == "onednn"
+
+
 def test_misspelt_setting() -> None:
     with pytest.raises(UsageError, match="Did you mean 'onednn'"):
         matmul.choose_matmul("onednm")
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
-@pytest.mark.parametrize("choice", ["mkl", "onednn"])
+@pytest.mark.parametrize("choice", ["mkl", "onednn", "bf16"])
 def test_setting_is_restored_even_after_an_error(choice) -> None:
     before = setting()
     with pytest.raises(RuntimeError), matmul.matmul_setting(choice):
-        assert setting() == ("bf16" if choice == "onednn" else "ieee")
+        assert setting() == ("ieee" if choice == "mkl" else "bf16")
         raise RuntimeError
     assert setting() == before
     former = matmul.apply_matmul(choice)
