@@ -10,6 +10,12 @@ from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several workers begin with the slow tests, so that none is left with a long one at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Bits depend on the number of threads, and tests share the machine."""

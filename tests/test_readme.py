@@ -14,7 +14,7 @@ from scripts import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?P<skip><!-- not run:[^\n]*-->\n)?```(?P<kind>bash|python)\n(?P<text>.*?)```", re.DOTALL)
-SHORT = ["--trainer.max_steps", "40", "--run.eval_every", "20", "--run.eval_episodes", "1"]
+SHORT = ["--trainer.max_steps", "8", "--run.eval_every", "4", "--run.eval_episodes", "1"]
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -30,7 +30,7 @@ def commands(text: str) -> list[list[str]]:
 
 def is_short(command: list[str]) -> bool:
     """Whether the command itself asks for few updates or iterations."""
-    limits = {"--trainer.max_steps": 40, "--model.iterations": 3}
+    limits = {"--trainer.max_steps": 12, "--model.iterations": 3}
     return any(o in command and int(command[command.index(o) + 1]) <= most for o, most in limits.items())
 
 
@@ -50,7 +50,8 @@ def test_commands_and_code_run(page: Path, tmp_path: Path) -> None:
     for kind, text in blocks(page):
         for command in [["-c", text]] if kind == "python" else [words[1:] for words in commands(text)]:
             train = command[:2] == ["-m", "offpolicy.fit"] and not is_short(command)
-            todo.append([*command, *SHORT] if train else command)
+            longer = ["--trainer.max_steps", "12"] if train and "--ckpt_path" in command else []
+            todo.append([*command, *SHORT, *longer] if train else command)
     assert len(todo) >= (8 if page.stem == "README" else 1)
     run_commands(todo, tmp_path)
 
