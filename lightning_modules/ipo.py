@@ -2,7 +2,7 @@
 (arXiv:2310.12036).
 
 L = (h(y_w) − h(y_l) − 1/(2β))², with h = log π(y|x)/π_ref(y|x): its mean per token, or its sum as in the paper
-(Eq. 17, where β is called τ). The two are very different in scale.
+(Eq. 17, where β is called τ). The two differ widely in scale.
 """
 
 from __future__ import annotations

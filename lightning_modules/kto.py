@@ -9,17 +9,38 @@ Pairs are taken as two answers each.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offpolicy.data.texts.sequences import SingleView
+from offpolicy.data.replay import Replay
+from offpolicy.data.texts.sequences import BoundTexts, SingleView
 from offpolicy.errors import DataError, check_range
 from offpolicy.language.preference import PreferenceModule
 from offpolicy.losses.preference import kto_loss
 from offpolicy.losses.scores import SingleScores
 from offpolicy.training.meter import Metrics
+
+
+def no_labels() -> DataError:
+    """The error of data without labels."""
+    return DataError(
+        "the data do not say which answers are desirable; expected a column `label` of true and false, or pairs. Name "
+        "it with `--data.columns`."
+    )
+
+
+@dataclass(frozen=True)
+class LabelledView(SingleView):
+    """Single answers that are marked desirable or not."""
+
+    def bind(self, replay: Replay) -> BoundTexts:
+        bound = super().bind(replay)
+        if "label" not in bound.facts:
+            raise no_labels()
+        return bound
 
 
 class KTO(PreferenceModule):
@@ -32,7 +53,7 @@ class KTO(PreferenceModule):
         lr: peak learning rate of AdamW; 5e-7 to 5e-6.
     """
 
-    view = SingleView(rejected=True)
+    view = LabelledView(rejected=True)
     uses_mismatched = True
 
     def __init__(
@@ -54,10 +75,7 @@ class KTO(PreferenceModule):
     def loss(self, scores: SingleScores) -> tuple[Tensor, Metrics]:
         h, ratio = self.hparams, scores.answer.log_ratio
         if "label" not in scores.facts:
-            raise DataError(
-                "the data do not say which answers are desirable; expected a column `label` of true and false, or "
-                "pairs. Name it with `--data.columns`."
-            )
+            raise no_labels()
         label, kl = scores.facts["label"].bool(), scores.mismatched_ratio
         assert kl is not None  # `uses_mismatched`
         weights = {"desirable_weight": h.desirable_weight, "undesirable_weight": h.undesirable_weight}

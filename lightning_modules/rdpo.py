@@ -1,10 +1,10 @@
 """rDPO — Ray Chowdhury, Kini, Natarajan 2024, Provably Robust DPO (arXiv:2403.00409), and
 cDPO — Mitchell 2023, A note on DPO with noisy preferences and relationship to IPO.
 
-Both know a share ε of labels to be wrong, and draw the opposite conclusion.
+Both assume that a share ε of the labels is wrong, and draw opposite conclusions.
 
 rDPO: L = [(1 − ε)·ℓ(u) − ε·ℓ(−u)] / (1 − 2ε) = ℓ(u) − ε/(1 − 2ε)·u, with ℓ(u) = −log σ(u) and u the margin of DPO: over
-labels flipped with probability ε its mean is the DPO loss of the true labels. It is not bounded below, so a negative
+labels flipped with probability ε its mean is the DPO loss of the true labels. It has no lower bound, so a negative
 loss is right, and its gradient grows as 1/(1 − 2ε): at ε = 0.4 use a fifth of the rate, or clip.
 
 Not to be mixed up with R-DPO (arXiv:2403.19159), which regularises lengths.

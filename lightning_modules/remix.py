@@ -1,9 +1,9 @@
 """ReMix — Liang et al. 2025, Squeeze the Soaked Sponge: Efficient Off-policy Reinforcement Finetuning for LLM
 (arXiv:2507.06892).
 
-Up to iteration T a batch is mixed: (1 − p) of it are fresh answers of π_k, p were drawn by one of the N policies
-before, and the whole is gone over m times. Each token's ratio is to the policy that drew it, r = π_θ/π_{k−i}, and the
-clip's interval moves with c = π_k/π_{k−i}: min(rA, clip(r, c − ε, c + ε)A), so that it bounds the distance to the
+Up to iteration T a batch is mixed: a share 1 − p of it are fresh answers of π_k, a share p was drawn by the N policies
+before, and training goes m times over the whole. Each token's ratio is to the policy that drew it, r = π_θ/π_{k−i}, and
+the clip's interval moves with c = π_k/π_{k−i}: min(rA, clip(r, c − ε, c + ε)A), so that it bounds the distance to the
 current policy and no token starts clipped, whatever its age. With i = 0 this is PPO's or GRPO's loss.
 
 KL-Convex: β·[λ(k)·KL(π_θ ‖ π_base) + (1 − λ(k))·KL(π_θ ‖ π_k)], λ(k) = max(1 − 0.1·⌈max(k − 50, 0)/10⌉, 0.5).
@@ -13,8 +13,9 @@ with fresh answers alone, once over each. λ(k) goes on counting, optimiser and 
 ``base="grpo"``: groups, stale answers keep the advantage of their own group. ``base="ppo"``: one answer per problem, a
 critic, advantages (GAE) anew from the critic of now, also for stale answers.
 
-The authors' training code is not public. Theirs are p, N, m, T and λ(k); ours are ε, β, the entropy coefficient, the
-estimator of the divergence and that π_{k−1} of the second divergence is π_k, the policy the iteration starts from.
+The authors' training code is not public. The paper gives p, N, m, T and λ(k). The values of ε, β and the
+entropy coefficient and the estimator of the divergence are ours; for π_{k−1} of the second divergence we take π_k, the
+policy that the iteration starts from.
 """
 
 from __future__ import annotations

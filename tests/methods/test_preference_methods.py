@@ -270,6 +270,9 @@ def test_impossible_options_are_refused(name: str, options: dict[str, Any], mess
 def test_kto_needs_labels() -> None:
     with pytest.raises(DataError, match="label"):
         make("KTO").loss(single_scores()._replace(facts={}))
+    steps, singles = {"token": np.arange(6, dtype=np.uint8)}, {"singles": np.array([[0, 1]])}
+    with pytest.raises(DataError, match="do not say which answers are desirable"):  # before training
+        make("KTO").view.bind(Replay(steps, start=np.array([0, 3]), length=np.array([3, 3]), tables=singles))
 
 
 def test_sft_leaves_undesirable_answers_out() -> None:
