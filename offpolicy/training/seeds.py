@@ -74,7 +74,7 @@ def build_stacked(method: Any, build: Callable[[], None]) -> None:
             buffers = {key: buffer.clone() for key, buffer in method.named_buffers()}
             check_room(method)
     for key, buffer in method.named_buffers():
-        if not torch.equal(buffer, buffers[key]):
+        if not torch.equal(buffer.nan_to_num(), buffers[key].nan_to_num()):
             raise UsageError(
                 f"{name} has a buffer that depends on the seed (`{key}`), and buffers have no axis for seeds; expected "
                 "a parameter. Register it as one that takes no gradient, or start one seed per process."

@@ -273,6 +273,22 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             close(ours[part], theirs[part], f"{name}/{part}")
 
 
+def test_a_joint_run_that_goes_back_takes_its_seeds_along(tmp_path: Path) -> None:
+    """The newest joint checkpoint is damaged: rows after the one before are cut, checkpoints of seeds set aside."""
+    joint = train(tmp_path, seeds=SEEDS)
+    whole = [contents(folder) for folder in joint.folders.values()]
+    path = newest_checkpoint(joint.folder)
+    assert path is not None
+    path.write_bytes(path.read_bytes()[:1000])
+    train(tmp_path, steps=HALF + 5, ckpt_path="last", seeds=SEEDS)
+    for folder in joint.folders.values():
+        assert {p.name for p in folder.glob("checkpoints/*.replaced")} == {f"step={LAST:08d}.ckpt.replaced"}
+        assert [row["step"] for row in Table(folder / "metrics.csv").rows()] == [15, HALF + 5]
+    train(tmp_path, ckpt_path="last", seeds=SEEDS)
+    for folder, before in zip(joint.folders.values(), whole):
+        assert not differences(contents(folder)["state_dict"], before["state_dict"])
+
+
 def test_an_interrupted_joint_run_leaves_everything_whole(tmp_path: Path) -> None:
     interrupted = method("TD3BC")
     update = interrupted.update

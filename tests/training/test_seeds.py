@@ -213,6 +213,22 @@ class Plain(op.OfflineModule):
         return {"actor": 1e-3}
 
 
+class Masked(op.BC):
+    """A method with a buffer of random numbers, which has no axis for seeds."""
+
+    def build(self, sizes: op.Sizes) -> None:
+        super().build(sizes)
+        self.register_buffer("empty", torch.full((2,), float("nan")))
+        self.register_buffer("mask", torch.rand(3))
+
+
+def test_a_buffer_that_depends_on_the_seed_is_refused(replay: Replay) -> None:
+    module = Masked(hidden_dims=(8,))
+    module.seeds = (0, 1)
+    with pytest.raises(op.UsageError, match=r"Masked has a buffer that depends on the seed \(`mask`\)"):
+        module.prepare(replay)
+
+
 @pytest.mark.parametrize("name", ["DecisionTransformer", "TrajectoryDiffusion", "WorldModel", "Plain", "DPO"])
 def test_methods_without_room_for_seeds_refuse_them(name: str, replay: Replay) -> None:
     refused = r"(trains one seed per process|`actor` is a torch.nn.Linear\)); expected `seeds` empty"
