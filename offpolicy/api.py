@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Trainer, seed_everything
 
-from offpolicy.compute.processes import ProcessLost, claimed, end_together, is_first_process, is_loss
+from offpolicy.compute.processes import ProcessLost, end_together, is_first_process, is_loss
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.diffusion.drawing import sample
@@ -33,16 +33,13 @@ from offpolicy.training.beginning import (
     Beginning,
     FitResult,
     already_done,
-    choose_folders,
     find_beginning,
     forget_if_empty,
-    keep_earlier_rows,
-    new_folder,
+    open_folder,
 )
 from offpolicy.training.checkpoints import newest_checkpoint
 from offpolicy.training.choosing import Which
 from offpolicy.training.goals import GoalModule
-from offpolicy.training.joint_folder import JointFolder
 from offpolicy.training.lightning_private import stop_watching
 from offpolicy.training.measurement import EvaluationFailed
 from offpolicy.training.module import Module
@@ -122,18 +119,8 @@ def fit(
         if begin.checkpoint is not None and begin.updates >= max_steps:
             with trusting(names=names_of(method) | names_in(module.settings())):
                 return already_done(method, begin.checkpoint, begin.updates, max_steps, verbose and is_first_process())
-        if is_first_process():
-            begin.folder = begin.folder or new_folder(root, module, method, first, made)
-            running.enter_context(claimed(begin.folder))
-            if method.seeds:
-                choose_folders(begin, method, made, inside=folder is not None)
-                for own in begin.folders.values():
-                    running.enter_context(claimed(own))
-                origin.lines += screen.lines_of_seeds(begin.folders, begin.notes)
-            if begin.checkpoint is not None:
-                keep_earlier_rows(begin.checkpoint, begin.updates, begin.folder)
-        where = begin.folder or root  # other processes are told the folder by the first
-        files = JointFolder(where, begin.folders) if method.seeds else RunFolder(where)
+        files = open_folder(begin, method, module, root, running, made, named=folder is not None)
+        origin.lines += screen.lines_of_seeds(begin.folders, begin.notes)
         start = Start(files, origin, module, options, verbose)
         shows = verbose and options.get("enable_progress_bar") in (None, True)
         method.run_log = RunLog(bar=UpdateBar() if shows else None)

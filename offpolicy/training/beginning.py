@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offpolicy.compute.processes import is_first_process
+from offpolicy.compute.processes import claimed, is_first_process
 from offpolicy.data.module import DataModule
 from offpolicy.data.names import resolve
 from offpolicy.errors import UsageError
@@ -34,6 +34,7 @@ from offpolicy.training.joint_folder import (
 from offpolicy.training.measurement import Evaluation
 from offpolicy.training.module import Module
 from offpolicy.training.opening import load, own_state
+from offpolicy.training.run_folder import RunFolder
 from offpolicy.training.run_log import scores_of
 
 
@@ -135,6 +136,40 @@ def find_beginning(
             "Pass one, or leave it out."
         )
     return Beginning(folder or own_folder(checkpoint), checkpoint, updates, changed)
+
+
+def open_folder(
+    begin: Beginning,
+    method: Module,
+    data: DataModule,
+    root: Path,
+    running: contextlib.ExitStack,
+    made: list[Path],
+    *,
+    named: bool,
+) -> RunFolder:
+    """The files of a run, in folders that no other process trains in; the first process chooses them.
+
+    Args:
+        begin: what the run begins from; gets its folders.
+        method: what is trained.
+        data: what it is trained on.
+        root: folder of run folders.
+        running: holds the claims on the folders.
+        made: gets every folder that was made.
+        named: whether the user named the folder of the run.
+    """
+    if is_first_process():
+        begin.folder = begin.folder or new_folder(root, data, method, method.seed or 0, made)
+        running.enter_context(claimed(begin.folder))
+        if method.seeds:
+            choose_folders(begin, method, made, inside=named)
+        for own in begin.folders.values():
+            running.enter_context(claimed(own))
+        if begin.checkpoint is not None:
+            keep_earlier_rows(begin.checkpoint, begin.updates, begin.folder)
+    where = begin.folder or root  # other processes are told the folder by the first
+    return JointFolder(where, begin.folders) if method.seeds else RunFolder(where)
 
 
 def new_folder(root: Path, data: DataModule, method: Module, seed: int, made: list[Path]) -> Path:

@@ -78,6 +78,8 @@ def seeds_shown(seeds: tuple[int, ...]) -> str:
 def lines_of_seeds(folders: Mapping[int, Path], notes: Iterable[str]) -> list[str]:
     """Where each seed of several has its run folder."""
     places = list(folders.values())
+    if not places:
+        return []
     shown = [*places[:2], *(["…"] if len(places) > 3 else []), *places[2:][-1:]]
     return [line("each seed", ", ".join(map(str, shown))), *(line("note", text) for text in notes)]
 
