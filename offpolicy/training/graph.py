@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 GRAPHS = 8  # kept at most; blocks of other rows of phases run eagerly
 LATELY = 32  # rows of phases that are remembered
 DEVICES = ("cuda",)  # that have graphs
-OWN = ("_updates", "_updates_asked", "_in_block", "_at")  # what the base class itself changes during an update
+OWN = ("_updates", "_updates_asked", "_in_block")  # what the base class itself changes during an update
 PLAIN = (bool, int, float, str, type(None))
 NUMBER = (  # in words
     "uses the number of the update, which a graph would freeze. Define `phase(step)` beside it: what Python decides by "

@@ -391,8 +391,7 @@ class OfflineModule(SteppingModule):
         self._in_block, compiled = True, self._compiled
         try:
             with fresh_casts():
-                for at, batch in enumerate(self._next_batches(k)):
-                    self._at, step = at, t + 1 + at
+                for step, batch in enumerate(self._next_batches(k), t + 1):
                     if self.has_dropout:
                         seed_dropout(self.seed or 0, step, self.process_rank)
                     self.meter.add(self.update(batch, step) if compiled is None else compiled.run(batch, step))

@@ -43,7 +43,7 @@ class SteppingModule(ActingModule):
         self._rates: dict[str, Rate] = {}
         self._rate_rows: dict[tuple[str, int], Tensor] = {}  # of K updates, in one place for every block of K
         self._planned: dict[str, tuple[Tensor, ...]] = {}  # rates of the updates of a block that follow a schedule
-        self._at = 0  # the update of the block
+        self._planned_from = 0  # the first update of the block
         self._decay_steps: int | None = None  # of a run that has begun
 
     @property
@@ -144,10 +144,11 @@ class SteppingModule(ActingModule):
 
     @contextmanager
     def planned_rates(self, t: int, k: int) -> Iterator[None]:
-        """Within it the updates t + 1 … t + k find their rates on the device, numbered from 0 by ``_at``.
+        """Within it the updates t + 1 … t + k find their rates on the device.
 
         Those of a schedule are sent there at once; constant ones are numbers.
         """
+        self._planned_from = t + 1
         try:
             for name, rate in self._rates.items():
                 if callable(rate) and self.device.type in FUSED_DEVICES:
@@ -214,7 +215,7 @@ class SteppingModule(ActingModule):
             known = ", ".join(self._rates)
             raise UsageError(f"`{name}` has no learning rate; expected one of {known}. See learning_rates.") from None
         if name in self._planned:
-            optimizer.apply(params, grads, self._planned[name][self._at])
+            optimizer.apply(params, grads, self._planned[name][self._updates - self._planned_from])
         else:
             optimizer.apply(params, grads, rate(self._updates or 1) if callable(rate) else rate)
 
