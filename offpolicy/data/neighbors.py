@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ from offpolicy.moved import names_of
 SEARCHES = ("exact", "cached", "tree", "brute")
 SHRINK = 1.0 - 1e-6  # radii are stored as float32 and compared with float64: rounded so that they never overstate
 AGAIN = 1.25  # of the distance that a second look at a row needs
-LONGEST = 4096  # pairs with near states that are compared before a tree over all pairs is made
+LONGEST = 1 << 14  # pairs with near states that are compared before a tree over all pairs is made
 CHUNK = 1 << 17  # rows worked on at once where all are
 NONE = torch.iinfo(torch.int64).max
 
@@ -137,8 +138,10 @@ class NeighborIndex:
         self._remembers = search in lists and state_weight > 0.0
         if self._remembers:
             n, self._width = len(self.points), min(candidates, max(self.num_distinct - 1, 1))
-            # Item numbers plus one, so that untouched memory is zero, means "none" and costs nothing.
-            self._lists = torch.zeros(n, self._width, dtype=torch.int32, device=self.device)
+            # Item numbers plus one, so that untouched memory is zero, means "none" and costs nothing: numpy leaves the
+            # zeros to the system, torch writes them.
+            lists = torch.from_numpy(np.zeros((n, self._width), dtype=np.int32)) if self._at_host else None
+            self._lists = torch.zeros(n, self._width, dtype=torch.int32, device=self.device) if lists is None else lists
             self._length = torch.zeros(n, dtype=torch.int16, device=self.device)
             self._radius = torch.zeros(n, dtype=torch.float32, device=self.device)
             self._complete = False
@@ -304,7 +307,8 @@ class NeighborIndex:
             certified = square[:, -1].sqrt() < radius
             rest = where_false(certified)
         if self.search == "exact" and len(rest) and self._whole is None:
-            rest = self._look_longer(rest, key, square, found, k)
+            parts = rest.split(16)  # of queries whose candidates are held at once
+            rest = torch.cat([self._look_longer(part, key, square, found, k) for part in parts])
         if self.search == "exact" and len(rest):
             square[rest], found[rest], _ = self._search(key[rest], k, square[rest, -1].sqrt())
         return square, found, certified

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import resource
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -204,6 +206,19 @@ def test_memory_bound() -> None:
     assert search._whole.tree.data.nbytes == 8 * 200 * (3 + 2)
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells what is resident")
+def test_lists_that_nobody_made_take_no_memory() -> None:
+    """2 million lists of 64 numbers are 488 MiB."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+
+    obs, action = torch.arange(2_000_000.0)[:, None], torch.zeros(2_000_000, 1)
+    before = resident()
+    search = NeighborIndex(obs, action, 1.0)
+    assert search._lists.shape == (2_000_000, 64) and resident() - before < 250
+
+
 def test_columns_of_one_table_are_not_copied() -> None:
     table = torch.cat(made("plain", 100), 1)
     assert NeighborIndex(table[:, :3], table[:, 3:], 2.0).points.data_ptr() == table.data_ptr()
@@ -216,7 +231,7 @@ def test_columns_of_one_table_are_not_copied() -> None:
         assert torch.equal(again.query(query, row).row, found.row)
 
 
-@pytest.mark.parametrize("longest", [4096, 5])
+@pytest.mark.parametrize("longest", [1 << 14, 5])
 def test_far_policies_are_answered_from_longer_lists_or_from_a_tree_of_all_pairs(
     longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
