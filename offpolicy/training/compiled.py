@@ -76,12 +76,12 @@ class CompiledUpdates:
             return self.method.update(batch, step)
         self.method._updates = step
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            found = code.call(*code.state, *self._rates(), *tensors_of(batch))
+            found = code.call(*code.state, *self._rates(step), *tensors_of(batch))
         return dict(zip(code.metrics, found, strict=True))
 
-    def _rates(self) -> list[Tensor]:
-        """Learning rates of this update that follow a schedule."""
-        return [rates[self.method._at] for rates in self.method._planned.values()]
+    def _rates(self, step: int) -> list[Tensor]:
+        """Learning rates of an update that follow a schedule."""
+        return [rates[step - self.method._planned_from] for rates in self.method._planned.values()]
 
     def _compile(self, phase: Hashable, batch: Any, step: int) -> Code | None:
         method, began = self.method, time.perf_counter()
@@ -98,11 +98,11 @@ class CompiledUpdates:
 
         try:
             with traceable_adam():
-                graph = operations_of(update, [*state, *self._rates(), *tensors_of(batch)])
+                graph = operations_of(update, [*state, *self._rates(step), *tensors_of(batch)])
             changed = [name for name, value in plain_state(method).items() if plain.get(name, value) != value]
             if changed:
                 raise RuntimeError(f"an update changes `{changed[0]}`, a value of Python")
-            given = [x.detach() for x in (*state, *self._rates(), *tensors_of(batch))]
+            given = [x.detach() for x in (*state, *self._rates(step), *tensors_of(batch))]
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 put_back(state, saved)
                 call = compile_operations(graph, given)
