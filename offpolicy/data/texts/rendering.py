@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from offpolicy.data.texts.tool_turns import TOOL_ROLES, Message, Place, tool_places, tool_runs
 from offpolicy.errors import DataError
@@ -50,7 +50,8 @@ def render(row: Row, tokenizer: Any) -> Rendered:
 
 
 def _plain(row: Row) -> Rendered:
-    return Rendered(row.prompt, [row.prompt + answer for answer in row.answers])  # type: ignore[arg-type,operator]
+    prompt, answers = cast(str, row.prompt), cast(Sequence[str], row.answers)
+    return Rendered(prompt, [prompt + answer for answer in answers])
 
 
 def _written(row: Row, tokenizer: Any) -> Rendered:
@@ -72,7 +73,8 @@ def _written(row: Row, tokenizer: Any) -> Rendered:
         try:
             found.tools = [tool_places(write, prompt, one, text) for one, text in zip(answers, found.answers)]
         except Exception:  # a template may refuse a conversation that ends with a call or a tool
-            return Rendered(fault="tool_turns", found=next(t for a in answers for t in a if t["role"] in TOOL_ROLES))
+            first = next(turn for answer in answers for turn in answer if turn["role"] in TOOL_ROLES)
+            return Rendered(fault="tool_turns", found=str(first))
     return found
 
 
