@@ -23,6 +23,7 @@ from offpolicy.errors import UsageError
 from offpolicy.training.graph import NUMBER, declares_phase, loads_number, plain_state
 
 log = logging.getLogger(__name__)
+LONG = 100_000  # updates, of which compiling is a small part
 PHASES = 4  # compiled at most; updates of others run operation by operation
 
 
@@ -118,6 +119,16 @@ class CompiledUpdates:
     def _fall_back(self, reason: str) -> None:
         self._codes, self.reason = {}, reason
         log.warning("Updates are not compiled: %s.", reason)
+
+
+def advice(method: Any, updates: int) -> list[str]:
+    """A sentence for a run of so many updates that compiled ones would make shorter; none for others."""
+    if method.run.compile or method.device.type != "cpu" or updates < LONG or why_not(method):
+        return []
+    return [
+        "--run.compile update takes some minutes at most to compile whole updates, and then more of them are made: 1.4 "
+        "times as many in TD3BC and IQL with networks of 2×256, where it was measured."
+    ]
 
 
 def why_not(method: Any) -> str:

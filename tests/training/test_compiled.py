@@ -152,3 +152,15 @@ def test_the_code_generator_gives_the_same_run(replay: Replay) -> None:
         runs.append(weights(module))
     for key, value in runs[0].items():
         torch.testing.assert_close(runs[1][key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "updates", "how", "told"),
+    [("TD3BC", 100_000, False, True), ("TD3BC", 5_000, False, False), ("TD3BC", 100_000, "update", False),
+     ("IQL-dropout", 100_000, False, False)],
+)  # fmt: skip
+def test_long_runs_on_a_cpu_are_told_of_it(name: str, updates: int, how: Any, told: bool) -> None:
+    module = method(name)
+    module.run.compile, module.has_dropout = how, "dropout" in name
+    found = compiled.advice(module, updates)
+    assert bool(found) is told and all("--run.compile update" in note for note in found)
