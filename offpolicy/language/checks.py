@@ -12,10 +12,11 @@ from offpolicy.language.head import shared_fault, shares_prompt
 from offpolicy.language.policy import base_of, vocabulary_of
 
 
-def check_trainer(trainer: Any, *, compiles: bool, graph: bool | str = "auto") -> None:
+def check_trainer(trainer: Any, *, compiles: bool | str, graph: bool | str = "auto") -> None:
     """Raise :class:`UsageError` for settings of the Trainer and the run that language methods do not have."""
     if compiles:
-        raise UsageError("`run.compile` is true, which is for control methods; expected false. Leave it out.")
+        given = "true" if compiles is True else repr(compiles)
+        raise UsageError(f"`run.compile` is {given}, which is for control methods; expected false. Leave it out.")
     if graph in (True, "dry"):
         raise UsageError(
             f"`run.graph` is {graph!r}, and CUDA graphs are of control methods; expected 'auto'. Leave it out."
