@@ -80,4 +80,5 @@ def compile_operations(graph: Any, tensors: Sequence[Tensor]) -> Callable[..., A
     """What :func:`operations_of` gave as machine code, for tensors of these shapes."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph, list(tensors))
+    code: Any = compile_fx(graph, list(tensors))
+    return code

@@ -140,8 +140,11 @@ class NeighborIndex:
             n, self._width = len(self.points), min(candidates, max(self.num_distinct - 1, 1))
             # Item numbers plus one, so that untouched memory is zero, means "none" and costs nothing: numpy leaves the
             # zeros to the system, torch writes them.
-            lists = torch.from_numpy(np.zeros((n, self._width), dtype=np.int32)) if self._at_host else None
-            self._lists = torch.zeros(n, self._width, dtype=torch.int32, device=self.device) if lists is None else lists
+            self._lists: Tensor = (
+                torch.from_numpy(np.zeros((n, self._width), dtype=np.int32))
+                if self._at_host
+                else torch.zeros(n, self._width, dtype=torch.int32, device=self.device)
+            )
             self._length = torch.zeros(n, dtype=torch.int16, device=self.device)
             self._radius = torch.zeros(n, dtype=torch.float32, device=self.device)
             self._complete = False
