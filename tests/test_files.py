@@ -351,6 +351,7 @@ def test_curves_survive_nan(tmp_path):
     assert plot_curves(tmp_path)
 
 
+@pytest.mark.slow
 def test_drawing_leaves_pyplot_alone(tmp_path):
     fill(tmp_path)
     code = f"""

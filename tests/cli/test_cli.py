@@ -408,6 +408,7 @@ def test_an_environment_of_ones_own(home: Path, capsys: pytest.CaptureFixture[st
     assert row["eval/length_mean"] == 10.0
 
 
+@pytest.mark.slow
 def test_continuing(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--data", "toy", "--model", "BC", *SMALL, *SHORT, "--seed", "5"]
     folder = run(*argv)

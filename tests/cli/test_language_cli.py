@@ -64,6 +64,7 @@ def message(*argv: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_train_and_go_on(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit.main(["--model", "dpo", *SMALL, "--run.eval_every", "2", "--run.log_every", "2"]) == 0
     said = capsys.readouterr().out

@@ -295,6 +295,7 @@ def test_trained_under_other_precisions(model: Path, tmp_path: Path) -> None:
 # -- the command line, with the diffusion model itself ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_draw_and_train_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A tiny diffusion model; then a policy on its guided samples, mixed and alone."""
     toy_replay([12] * 20).save(tmp_path / "toy")

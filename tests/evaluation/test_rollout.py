@@ -383,6 +383,7 @@ def test_old_versions_make_no_noise(recwarn):
     assert not [w for w in recwarn if "out of date" in str(w.message)]
 
 
+@pytest.mark.slow
 def test_importing_the_module_stays_light():
     """Nor do the modules that look for checkpoints before anything else is imported."""
     modules = "evaluation.rollout", "evaluation.scores", "checkpoint", "files"

@@ -10,6 +10,7 @@ import torch
 from examples.benchmarks import preference, rlvr
 
 
+@pytest.mark.slow
 def test_every_part_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"VOCABULARY": 50, "LAYERS": 2, "WIDTH": 32, "PROMPT": 6, "ANSWER": 5, "LR": 1e-2}.items():
         monkeypatch.setattr(preference, name, value)

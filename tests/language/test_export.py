@@ -71,6 +71,7 @@ def opened(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_whole_model_opens_in_transformers(whole: Path, place: Path, tmp_path: Path, capsys: Any) -> None:
     from transformers import AutoTokenizer
 

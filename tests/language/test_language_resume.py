@@ -56,6 +56,7 @@ def test_crash_and_resume_equals_an_uninterrupted_run(name: str, policy: Path, t
     assert [row["step"] for row in Table(two / "evals.csv").rows()] == [3, 6, 7]
 
 
+@pytest.mark.slow
 def test_an_interruption_waits_for_the_end_of_the_step(policy: Path, tmp_path: Path) -> None:
     interrupt = Once(4, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
     module = fit(method("DPO", policy, micro_batch_size=1), max_steps=LAST, folder=tmp_path, callbacks=[interrupt])

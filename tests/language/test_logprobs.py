@@ -118,6 +118,7 @@ def test_second_backward_pass(tile: int) -> None:
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+@pytest.mark.slow
 def test_gradcheck(tile: int) -> None:
     hidden, weight, bias, target = inputs()
     torch.autograd.gradcheck(lambda h, w, b: token_logps(h, w, target, bias=b, softcap=4.0), (hidden, weight, bias))

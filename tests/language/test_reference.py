@@ -40,6 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_second_run_does_not_run_the_reference(policy: Path, calls: list[int]) -> None:
     first = fit(method("DPO", policy))
     assert calls == [13, 5]  # training and held-out pairs

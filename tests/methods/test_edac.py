@@ -149,6 +149,7 @@ def test_sac_n_is_edac_without_diversity() -> None:
         assert method.update(batch, step) == twin.update(batch, step)
 
 
+@pytest.mark.slow
 def test_compiled_loss_keeps_the_gradient_of_the_diversity() -> None:
     """The second derivative must not be taken through a compiled graph, which has none."""
     method = small()

@@ -262,6 +262,7 @@ def test_imitation_trains_on_one_episode_without_rewards() -> None:
     assert (np.asarray(replay.steps["reward"]) != 0).all()  # the user's data are as they were
 
 
+@pytest.mark.slow
 def test_imitation_copies_the_expert() -> None:
     """Episodes 1 and 2 act with opposite signs; the policy follows the chosen one."""
     replay = expert_replay()

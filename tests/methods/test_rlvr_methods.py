@@ -131,6 +131,7 @@ def test_updates_equal_obvious_ones(name: str, options: dict[str, Any], policy: 
         torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)  # norms are float32 in any case; Adam moves by 1e-1
 
 
+@pytest.mark.slow
 def test_how_a_step_is_split_does_not_matter(policy: Path) -> None:
     whole, split = (
         fit(method("ReMix", policy, micro_batch_size=size), 6, precision="64-true", held_out=False) for size in (8, 1)
@@ -139,6 +140,7 @@ def test_how_a_step_is_split_does_not_matter(policy: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_iterations_of_remix(policy: Path, tmp_path: Path) -> None:
     """B = 40, p = 0.4, G = 4: 6 fresh groups and 4 of the two versions before, over which it goes twice; from T on
     fresh ones alone, once, around a base that is the policy of that time."""
@@ -298,6 +300,7 @@ def test_answers_of_others_keep_the_log_probabilities_they_were_drawn_with(polic
     assert np.isfinite(metrics["train/loss"]) and metrics["train/ratio/ess"] < 1.0
 
 
+@pytest.mark.slow
 def test_adapters(policy: Path, tmp_path: Path) -> None:
     """The base is the policy with its adapters as they began; answers come from the adapted model."""
     pytest.importorskip("peft")

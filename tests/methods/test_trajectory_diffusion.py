@@ -124,6 +124,7 @@ def test_clipped_actions_are_noted() -> None:
     assert "100 % of the actions lie beyond ±0.999" in module.describe().notes[0]
 
 
+@pytest.mark.slow
 def test_it_learns_what_follows() -> None:
     """s' = s + a / 2 in noise-free walks: generated steps obey it far better than chance."""
     rng = np.random.default_rng(0)
@@ -248,10 +249,8 @@ def test_it_is_no_policy(model: TrajectoryDiffusion) -> None:
     ):
         with pytest.raises(UsageError, match="TrajectoryDiffusion generates data and is no policy"):
             ask()
-    seeds = method("TrajectoryDiffusion")
-    seeds.seeds = (0, 1)
     with pytest.raises(UsageError, match="one seed per process"):
-        seeds.prepare(toy_replay())
+        method("TrajectoryDiffusion").seeds = (0, 1)
 
 
 # -- laws of policies --------------------------------------------------------------------------------------------------

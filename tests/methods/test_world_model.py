@@ -213,10 +213,8 @@ def test_what_it_refuses() -> None:
         WorldModel(elites=8)
     with pytest.raises(UsageError, match="a world model does not act; expected a policy"):
         small().prepare(linear_replay()).act(np.zeros(2))
-    several = small()
-    several.seeds = (0, 1)
     with pytest.raises(UsageError, match="one seed per process"):
-        several.prepare(linear_replay())
+        small().seeds = (0, 1)
     with pytest.raises(DataError, match="leaves one side empty"):
         small().prepare(toy_replay([10]))
 

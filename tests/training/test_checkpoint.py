@@ -328,6 +328,7 @@ def test_a_read_only_folder(tmp_path, monkeypatch):
         write_checkpoint(checkpoint(), tmp_path / "step=1.ckpt")
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_of_writing_a_checkpoint(tmp_path):
     """A child writes a second checkpoint slowly and is killed: the first one is what a run continues from."""
     folder = tmp_path / "checkpoints"

@@ -105,6 +105,7 @@ def line() -> Replay:
     return Replay(steps, start=start, length=np.full(episodes, length), tail={"obs": tail})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

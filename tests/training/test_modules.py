@@ -71,6 +71,7 @@ def test_block_length_never_matters(name: str, replay: Replay) -> None:
     assert not differences(results[0], results[1]) and not differences(results[0], results[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BC", "TD3BC", "IQL"])  # one, two and three optimisers
 def test_global_step_counts_updates(name: str, replay: Replay, tmp_path: Any) -> None:
     module = method(name)
@@ -238,6 +239,7 @@ def test_clipping_is_per_seed() -> None:
 # -- many seeds ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_two_seeds_in_one_run_equal_two_runs(clip: float | None, replay: Replay) -> None:
     def train(seed: int, seeds: tuple[int, ...] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -185,6 +185,7 @@ def test_two_prompts(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_detection_does_not_depend_on_the_process() -> None:
     """A string prompt with conversations is read the same whatever the hash seed of strings is."""
     row = {"prompt": "Hello there", **D, "messages": [USER, GOOD], **SCORES, "id": 5}

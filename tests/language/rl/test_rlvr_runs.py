@@ -38,6 +38,7 @@ def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, rows", [("ReMix", 8), ("RLPlus", 8)])
 def test_gsm8k_on_a_random_model(name: str, rows: int, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rewards computed, store filled, loss finite; continued, evaluated and answered."""
@@ -66,6 +67,7 @@ def test_gsm8k_on_a_random_model(name: str, rows: int, home: Path, capsys: pytes
     assert "2 prompts, 1 answers each" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_example_of_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "rlvr"))
     import addition
