@@ -73,7 +73,7 @@ def test_numbers_of_numpy_and_whole_floats_are_taken() -> None:
         ({"seed": -1}, "`seed` is -1; expected a whole number in"),
         ({"seed": 2**63}, "`seed` is 9223372036854775808"),
         ({"seed": 1.5}, "expected a whole number"),
-        ({"seed": None}, "expected a whole number"),
+        ({"seed": [1, 2]}, "Did you mean `seeds`"),
         ({"seed": True}, "expected a whole number"),
         ({"eval_every": 2.5}, "`run.eval_every` is 2.5; expected a whole number"),
         ({"block": np.float64(0.5)}, "expected a whole number"),

@@ -22,7 +22,6 @@ from offpolicy.compute.devices import finish_work
 from offpolicy.compute.optim import num_trained
 from offpolicy.compute.processes import sum_over_processes
 from offpolicy.data import sampling
-from offpolicy.data.module import DataModule
 from offpolicy.errors import UsageError, check_choice, check_range
 from offpolicy.given import refuse_half
 from offpolicy.language import policy as policies
@@ -186,7 +185,7 @@ class LanguageModule(Module):
 
     # -- construction --------------------------------------------------------------------------------------------------
 
-    def bind_data(self, data: DataModule) -> None:
+    def bind_data(self, data: Any) -> None:
         check_suited(data, type(self).__name__, self.hparams.policy)
         data.bind_tokenizer(policies.open_tokenizer(self.hparams.policy))
 
@@ -291,7 +290,8 @@ class LanguageModule(Module):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
-        trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
+        trainer = self.trainer
+        data: Any = getattr(trainer, "datamodule", None)
         check_texts_given(data)
         refuse_half(trainer.precision)
         if self.seed is None:

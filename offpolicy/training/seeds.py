@@ -12,7 +12,7 @@ from torch import nn
 
 from offpolicy.compute.casts import fresh_casts
 from offpolicy.errors import UsageError
-from offpolicy.given import seed_number, seed_numbers, seeds_text
+from offpolicy.given import as_whole, seed_number, seed_numbers, seeds_text
 from offpolicy.training.checkpoints import plain_hparams
 from offpolicy.training.seed_room import check_room
 from offpolicy.training.slices import over
@@ -51,7 +51,7 @@ def chosen_seeds(seed: Any, seeds: Any, before: tuple[int, ...] = ()) -> tuple[i
         )
     if len(found) == 1 and seeds is not None:
         return found[0], ()
-    if isinstance(seed, Iterable) and not (isinstance(seed, str) and seed.isdecimal()):
+    if isinstance(as_whole(seed), Iterable) and not (isinstance(seed, str) and seed.isdecimal()):
         raise UsageError(f"`seed` is {seed!r}; expected one whole number. Did you mean `seeds`?")
     return (found[0] if found else seed_number(0 if seed is None else seed)), found
 

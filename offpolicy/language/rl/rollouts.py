@@ -241,8 +241,9 @@ class RolloutModule(IteratingModule):
         held_out = getattr(data, "eval_replay", None)
         self.eval_problems = held_out if held_out is not None and self.run.eval_episodes > 0 else None
         self.tokenizer = data.tokenizer if self.tokenizer is None else self.tokenizer
-        asked = {"words": self.words, "held_out": self.eval_problems}
-        self.answering = Answering(problems, self.tokenizer, self.hparams, **asked)
+        self.answering = Answering(
+            problems, self.tokenizer, self.hparams, words=self.words, held_out=self.eval_problems
+        )
 
     def longest_row(self) -> int:
         return self.answering.open(self.model)
