@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
 from offpolicy.errors import UsageError
-from offpolicy.evaluation.rollout import EvalResult
+
+if TYPE_CHECKING:  # it imports environments, and pictures of runs want scores alone
+    from offpolicy.evaluation.rollout import EvalResult
 
 FEWEST = 3  # seeds for an interval of their mean
 

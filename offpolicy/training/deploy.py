@@ -148,7 +148,7 @@ def _write(policy: nn.Module, inputs: tuple[Tensor, ...], suffix: str, file: Pat
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         for node in program.graph.nodes:
             if node.name in held and not node.users:  # of critics and the like, which do not act
-                program.state_dict[held[node.name]].data = torch.empty(0)
+                program.state_dict[held[node.name]].data = torch.empty(0, device="cpu")
         torch.export.save(program, file)
         return
     _need("onnxscript")

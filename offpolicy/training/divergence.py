@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from offpolicy.compute.torch_private import foreach_norm
-from offpolicy.errors import DivergenceError, listed
+from offpolicy.errors import DivergenceError
 from offpolicy.training.checkpoints import newest_checkpoint
 from offpolicy.training.lightning_private import trainer_of
 from offpolicy.training.run_log import due
@@ -98,16 +98,17 @@ def words_on_seeds(method: Any) -> str:
     if not bad:
         return ""
     parts = getattr(method.run_log.files, "parts", {})
-    left = [part.folder for seed, part in parts.items() if seed not in bad]
+    left = [str(part.folder) for seed, part in parts.items() if seed not in bad]
+    shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")  # whole, to be used
     who = f" It is seed {bad[0]}." if len(bad) == 1 else f" They are the seeds {', '.join(map(str, bad))}."
-    return who + (f" The others go on without, each by itself: `ckpt_path` {listed(left, 8)}." if left else "")
+    return who + (f" The others go on without, each by itself: `ckpt_path` {shown}." if left else "")
 
 
 @torch.no_grad()
 def diverged_seeds(method: Any) -> list[int]:
     """Of several seeds those whose newest losses or weights are not finite."""
     row = method.run_log.metrics_at(method.updates).items()
-    losses = [torch.tensor(value) for name, value in row if is_loss(name) and isinstance(value, list)]
+    losses = [torch.tensor(value, device="cpu") for name, value in row if is_loss(name) and isinstance(value, list)]
     losses += [value for name, value in method.meter.by_name().items() if is_loss(name)]
     bad = set()
     for tensor in [*losses, *method.parameters()] if method.seeds else []:

@@ -118,7 +118,7 @@ def test_another_model_as_reference(policy: Path, calls: list[int]) -> None:
 def test_a_resumed_run_knows_the_model_it_started_from(policy: Path, tmp_path: Path) -> None:
     fit(method("DPO", policy), max_steps=3, folder=tmp_path / "run")
     make_policy(policy, seed=5)
-    with pytest.raises(UsageError, match="not those that the run started from"):
+    with pytest.raises(UsageError, match="the run did not start from"):
         fit(method("DPO", policy), max_steps=4, folder=tmp_path / "run", ckpt_path=newest_checkpoint(tmp_path / "run"))
 
 

@@ -289,9 +289,8 @@ def test_reaches_the_return_asked_for() -> None:
 
 def test_one_seed_per_process() -> None:
     method = DecisionTransformer(**SMALL)
-    method.seeds = (0, 1)
     with pytest.raises(UsageError, match="one seed per process"):
-        method.initialize(Sizes(3, 2, 9))
+        method.seeds = (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import ROOT
 
 import offpolicy
 from offpolicy.compute import threads
@@ -59,23 +55,3 @@ def test_one_thread_is_never_looked_at(monkeypatch, replay: Replay, tmp_path: Pa
 
 def test_a_measurement_leaves_the_threads_as_they_were(two_threads) -> None:
     assert threads.product_seconds(1) > 0 and torch.get_num_threads() == 2
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be taken away on this system")
-def test_two_threads_on_one_core(tmp_path: Path) -> None:
-    code = f"""
-import os, sys
-import numpy as np, torch
-torch.set_num_threads(2)
-torch.ones(256, 256) @ torch.ones(256, 256)  # starts the threads
-os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-import offpolicy as op
-n = 300
-data = dict(observations=np.ones((n, 3), "f4"), actions=np.zeros((n, 1), "f4"), rewards=np.zeros(n, "f4"),
-            terminals=np.arange(n) % 10 == 9, timeouts=np.zeros(n, bool))
-op.fit(op.TD3BC(), data, max_steps=300, folder={str(tmp_path)!r}, block=8, eval_episodes=0, verbose=False)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count(SAID) == 1, done.stderr

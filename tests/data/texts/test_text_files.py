@@ -265,7 +265,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     assert chosen(f"{tmp_path}/kinds/*.jsonl") == "a"
     for name in ("main", "other"):
         put(tmp_path / "sets" / name / "train-00000-of-00001.parquet", rows_of(name))
-    assert "holds files in several folders (main, other); expected those of one set" in refusal(tmp_path / "sets")
+    assert "holds files in several folders (main, other); expected the files of one set" in refusal(tmp_path / "sets")
     assert chosen(tmp_path / "sets/main") == "main" and chosen(f"{tmp_path}/sets/*/*.parquet") == "mainother"
     for name in ("a_train", "b_train"):
         put(tmp_path / "two" / f"{name}.jsonl", rows_of(name[0]))
