@@ -16,6 +16,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from offpolicy.errors import UsageError, check_range
+from offpolicy.evaluation.scores import interval
 
 Scores = np.ndarray
 Statistic = Callable[..., Any]  # of matrices (…, n, m), each → (…)
@@ -167,7 +168,7 @@ def student_interval(values: Any, level: float = 0.95) -> Interval:
     x = np.asarray(values, np.float64)
     if x.size < 2:
         raise UsageError(f"an interval needs at least two values; found {x.size}. Train more seeds.")
-    half = stdtrit(x.size - 1, 0.5 + level / 2.0) * x.std(ddof=1) / np.sqrt(x.size)
+    half = interval(x, level)
     return Interval(float(x.mean() - half), float(x.mean() + half))
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
-from offpolicy.training.headlines import headline
+from offpolicy.training.headlines import judged_by
 
 log = logging.getLogger(__name__)
 CONFIG, SEEDS = "config.yaml", "seeds.json"  # of every run, and of one that trained several seeds
@@ -51,8 +51,7 @@ class Run:
 
     def judged_by(self) -> str | None:
         """The column by which its evaluations are judged, the held-out loss where there is no other; None for none."""
-        names = {name for row in self.rows for name in row}
-        return headline(names) or ("eval/loss" if "eval/loss" in names else None)
+        return judged_by(name for row in self.rows for name in row)
 
     def values(self, column: str) -> list[float]:
         """The numbers of a column, in the order of the updates."""

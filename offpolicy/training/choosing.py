@@ -9,7 +9,7 @@ from offpolicy.errors import UsageError
 from offpolicy.files import Table
 from offpolicy.given import expanded
 from offpolicy.training.checkpoints import checkpoint_name, newest_checkpoint, resolve_checkpoint
-from offpolicy.training.headlines import headline
+from offpolicy.training.headlines import judged_by
 
 Which = str | int
 WHICH = "last, best, or an update such as 5000"
@@ -53,9 +53,8 @@ def best_update(folder: Path) -> int:
         UsageError: there is none.
     """
     rows = [row for row in Table(folder / "evals.csv").rows() if isinstance(row.get("step"), int)]
-    names = {name for row in rows for name in row}
-    column = headline(names) or ("eval/loss" if "eval/loss" in names else "")
-    judged = [(row[column], row["step"]) for row in rows if _number(row.get(column))]
+    column = judged_by(name for row in rows for name in row)
+    judged = [(row[column], row["step"]) for row in rows if column and _number(row.get(column))]
     if not judged:
         raise UsageError(
             f"{folder} has no evaluation to choose the best checkpoint by; expected some in evals.csv. Take the last."

@@ -20,7 +20,7 @@ from torch import Tensor
 from offpolicy.compute.optim import traceable_adam
 from offpolicy.compute.torch_private import compile_operations, operations_of
 from offpolicy.errors import UsageError
-from offpolicy.training.graph import NUMBER, declares_phase, loads_number, plain_state
+from offpolicy.training.graph import plain_state, why_not_repeated
 
 log = logging.getLogger(__name__)
 LONG = 100_000  # updates, of which compiling is a small part
@@ -137,19 +137,12 @@ def why_not(method: Any) -> str:
     Raises:
         UsageError: the device is no CPU.
     """
-    name = type(method).__name__
     if method.device.type != "cpu":
         raise UsageError(
             f"`run.compile` is 'update', and the device is {method.device.type}; expected cpu. Leave it out: on a CUDA "
             "device blocks of updates are graphs (`run.graph`)."
         )
-    if loads_number(type(method).update) and not declares_phase(type(method)):
-        return f"`update` of {name} {NUMBER}"
-    if method.has_dropout:
-        return f"the dropout of {name} draws from a generator that is seeded at every update"
-    if method.world_size > 1:
-        return f"gradients are averaged over {method.world_size} processes"
-    return ""
+    return why_not_repeated(method)
 
 
 def in_words(error: Exception) -> str:

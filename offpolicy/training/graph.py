@@ -198,7 +198,7 @@ def why_eager(method: Any) -> str:
     Raises:
         UsageError: ``run.graph`` asks for graphs, and the device has none.
     """
-    option, device, name = method.run.graph, method.device, type(method).__name__
+    option, device = method.run.graph, method.device
     if option is True and device.type not in DEVICES:
         raise UsageError(
             f"`run.graph` is true, and the device is {device.type}; expected a CUDA device. Leave it out, or take "
@@ -210,14 +210,23 @@ def why_eager(method: Any) -> str:
         return "`run.graph` is false"
     if option == "auto" and device.type not in DEVICES:
         return f"the device is {device.type}"
+    reason = why_not_repeated(method)
+    if reason:
+        return reason
+    if method.bound.device.type != device.type:
+        return "batches are read from the memory of the host, as the data lie there"
+    return ""
+
+
+def why_not_repeated(method: Any) -> str:
+    """Why the operations of an update cannot be noted once and repeated, on any device; empty where they can."""
+    name = type(method).__name__
     if loads_number(type(method).update) and not declares_phase(type(method)):
         return f"`update` of {name} {NUMBER}"
     if method.has_dropout:
         return f"the dropout of {name} draws from a generator that is seeded at every update"
     if method.world_size > 1:
         return f"gradients are averaged over {method.world_size} processes"
-    if method.bound.device.type != device.type:
-        return "batches are read from the memory of the host, as the data lie there"
     return ""
 
 

@@ -52,6 +52,12 @@ def headline(names: Iterable[str]) -> str | None:
     return next((one.name for one in HEADLINES if one.name in known), None)
 
 
+def judged_by(names: Iterable[str]) -> str | None:
+    """The headline, or the held-out loss where there is no other: what a run is chosen or compared by."""
+    known = set(names)
+    return headline(known) or ("eval/loss" if "eval/loss" in known else None)
+
+
 def is_better(value: float, best: float | None) -> bool:
     """Whether a value beats the best so far; NaN (a policy that diverged) never does."""
     return value == value and (best is None or value > best)
