@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import io
+import json
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from offpolicy.errors import DataError
 from offpolicy.moved import names_of
 
 Value = int | float | str
+PLACES = "seeds.json"  # in a joint folder: seed → its folder, as seen from there
 __getattr__ = names_of("offpolicy.files")  # what stood here in version 0.1
 
 
@@ -214,6 +216,17 @@ def numbered_folder(parent: Path, label: str) -> Path:
             n += 1
     except OSError as error:
         raise WriteError.of(error, parent) from error
+
+
+def known_folders(joint: Path) -> dict[int, Path]:
+    """The folders of the seeds of a joint run, as it keeps them; those that lie neither in it nor beside it are not
+    taken, as the file may be anybody's."""
+    found = {}
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        for seed, place in json.loads((joint / PLACES).read_text()).items():
+            if re.fullmatch(rf"(\.\./)?seed{int(seed)}(-\d+)?", str(place)):
+                found[int(seed)] = joint / place if not place.startswith("../") else joint.parent / place[3:]
+    return found
 
 
 def method_folder(root: str | os.PathLike[str], data: str, method: str) -> Path:

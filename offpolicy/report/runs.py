@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -13,11 +12,11 @@ from typing import Any
 import yaml
 
 from offpolicy.errors import UsageError
-from offpolicy.files import Table
+from offpolicy.files import PLACES, Table, known_folders
 from offpolicy.training.headlines import judged_by
 
 log = logging.getLogger(__name__)
-CONFIG, SEEDS = "config.yaml", "seeds.json"  # of every run, and of one that trained several seeds
+CONFIG = "config.yaml"  # of every run
 
 
 @dataclass(frozen=True)
@@ -84,22 +83,17 @@ def _folders(place: Path) -> list[Path]:
     """The folders of runs of one seed at a place."""
     if not place.is_dir():
         raise UsageError(f"found no folder {place}; expected a run folder or a folder of runs. Check the path.")
-    if (place / SEEDS).is_file():
-        return [place / name for name in _seeds(place / SEEDS)]
+    if (place / PLACES).is_file():
+        found = list(known_folders(place).values())
+        if not found:
+            raise UsageError(f"{place / PLACES} names no folder of a seed; expected those that `fit` writes.")
+        return found
     if (place / CONFIG).is_file():
         return [place]
-    inside = [path.parent for path in sorted(place.rglob(CONFIG)) if not (path.parent / SEEDS).exists()]
+    inside = [path.parent for path in sorted(place.rglob(CONFIG)) if not (path.parent / PLACES).exists()]
     if not inside:
         raise UsageError(f"{place} holds no run; expected folders with a {CONFIG}. Pass the root of your runs.")
     return inside
-
-
-def _seeds(path: Path) -> list[str]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        return [str(folder) for folder in found.values()]
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); expected seeds with their folders.") from None
 
 
 def read_run(folder: Path) -> Run:

@@ -12,20 +12,18 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 
-from offpolicy.files import Table, atomic_write, numbered_folder
+from offpolicy.files import PLACES, Table, atomic_write, known_folders, numbered_folder
 from offpolicy.given import seeds_text
 from offpolicy.training.checkpoints import newest_checkpoint, opens, read_checkpoint, write_checkpoint
 from offpolicy.training.run_folder import RunFolder
 from offpolicy.training.slices import checkpoint_of_seed, row_of_seed
 
 LONGEST = 40  # letters of the seeds in the name of a folder
-PLACES = "seeds.json"  # in a joint folder: seed → its folder, as seen from there
 
 
 class JointFolder(RunFolder):
@@ -141,17 +139,6 @@ def find_folders(joint: Path, seeds: tuple[int, ...], make: Callable[[int], Path
         else:
             found[seed] = place or make(seed)
     return found, notes
-
-
-def known_folders(joint: Path) -> dict[int, Path]:
-    """The folders of the seeds of a joint run, as it keeps them; those that lie neither in it nor beside it are not
-    taken, as the file may be anybody's."""
-    found = {}
-    with suppress(OSError, ValueError, AttributeError):
-        for seed, place in json.loads((joint / PLACES).read_text()).items():
-            if re.fullmatch(rf"(\.\./)?seed{int(seed)}(-\d+)?", str(place)):
-                found[int(seed)] = joint / place if not place.startswith("../") else joint.parent / place[3:]
-    return found
 
 
 def went_on_alone(joint: Path, place: Path) -> bool:

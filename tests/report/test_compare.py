@@ -124,6 +124,14 @@ def test_several_seeds_of_one_run(tmp_path: Path) -> None:
     assert [run.seed for run in find_runs([tmp_path])] == [0, 1]
 
 
+def test_places_outside_of_a_run_are_not_read(tmp_path: Path) -> None:
+    made_run(tmp_path / "elsewhere" / "seed0")
+    (tmp_path / "joint").mkdir()
+    (tmp_path / "joint" / "seeds.json").write_text('{"0": "../elsewhere/seed0"}')
+    with pytest.raises(UsageError, match="names no folder of a seed"):
+        find_runs([tmp_path / "joint"])
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     three(tmp_path, "BC", [10.0, 12.0, 14.0])
     assert main([str(tmp_path), "--csv", str(tmp_path / "t.csv")]) == 0
