@@ -108,7 +108,7 @@ class CompiledUpdates:
                 put_back(state, saved)
                 call = compile_operations(graph, given)
         except Exception as error:
-            self._fall_back(in_words(error))
+            self._fall_back(why_not_compiled(error))
             return None
         finally:
             put_back(state, saved)
@@ -145,7 +145,7 @@ def why_not(method: Any) -> str:
     return why_not_repeated(method)
 
 
-def in_words(error: Exception) -> str:
+def why_not_compiled(error: Exception) -> str:
     """Why updates could not be compiled."""
     if "_local_scalar_dense" in str(error):
         return "their Python looks at values of tensors, which compiled code cannot"

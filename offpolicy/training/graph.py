@@ -170,7 +170,7 @@ class Blocks:
         try:
             replay = self._recorder.record(lambda: method.run_updates(t, k))
         except Exception as error:
-            self._fall_back(f"recording them failed with {in_words(error)}")
+            self._fall_back(f"recording them failed with {first_error(error)}")
             meter.counts = before
             method.run_updates(t, k)
             return
@@ -265,7 +265,7 @@ def check_phase(method: Any) -> None:
         )
 
 
-def in_words(error: BaseException) -> str:
+def first_error(error: BaseException) -> str:
     """The first line of an error; of that which ended a recording, not of the end that it led to."""
     while error.__context__ is not None:
         error = error.__context__

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from offpolicy.compute.casts import fresh_casts
 from offpolicy.compute.devices import Stopwatch
+from offpolicy.compute.memory import keep_freed_memory
 from offpolicy.compute.optim import num_trained
 from offpolicy.data.batches import check_rows
 from offpolicy.data.mixing import SHARE
@@ -207,6 +208,8 @@ class OfflineModule(SteppingModule):
         self.configure_optimizers()
         self.has_dropout = any(map(has_dropout, self.modules()))
         self.bind(chosen)
+        if self.device.type == "cpu":
+            keep_freed_memory()  # as a fit does
         return self
 
     def on_fit_start(self) -> None:

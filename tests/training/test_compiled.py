@@ -38,9 +38,9 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def trained(name: str, replay: Replay, how: Any, seeds: tuple[int, ...] = ()) -> Any:
+def trained(name: str, replay: Replay, how: Any, seeds: tuple[int, ...] = (), graph: Any = "auto") -> Any:
     module = method(name)
-    module.run.compile, module.seeds = how, seeds
+    module.run.compile, module.seeds, module.run.graph = how, seeds, graph
     module.prepare(replay, max_steps=41)
     for t in range(0, 12, 4):
         module.run_block(t, 4)
@@ -71,6 +71,13 @@ def test_seeds_at_once_are_compiled_too(name: str, replay: Replay, noted: list[i
     for key, value in weights(runs[0]).items():
         torch.testing.assert_close(weights(runs[1])[key], value, rtol=1e-4, atol=1e-5)
     assert len(noted) == 12
+
+
+def test_compiled_updates_can_be_tried_as_blocks_of_a_graph(replay: Replay, noted: list[int]) -> None:
+    runs = [trained("TD3BC", replay, "update", graph=graph) for graph in ("auto", "dry")]
+    assert len(noted) == 24
+    for key, value in weights(runs[0]).items():
+        assert torch.equal(weights(runs[1])[key], value), key
 
 
 def test_resuming_and_precision(replay: Replay, noted: list[int], tmp_path: Path) -> None:
