@@ -19,7 +19,7 @@ from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.generation import prompt_text, stop_ids, unended
-from offpolicy.language.rl.engine import Completion, Request, Sampling
+from offpolicy.language.rl.engine import Completion, EngineContext, Request, Sampling, close_engine, engine_name
 from offpolicy.language.rl.engines import TransformersEngine, make_engine, room
 from offpolicy.language.rl.rewards import Rewards, Scored
 from offpolicy.losses.health import group_metrics
@@ -52,7 +52,7 @@ class Answering:
         self, problems: Replay, tokenizer: Any, options: Any, *, words: Words, held_out: Replay | None = None
     ) -> None:
         h = self.options = options
-        self.problems, self.tokenizer, self.words = problems, tokenizer, words
+        self.problems, self.tokenizer, self.words, self.held_out = problems, tokenizer, words, held_out
         with speaking(words), trusting(in_file=words.in_file or not h.rewards):
             self.rewards = Rewards(
                 h.rewards or [problems.meta.get("reward", "exact")],  # of the data: from a file
@@ -78,22 +78,53 @@ class Answering:
             "'{\"answer\": \"…\"}', or rewards that need none, as in --model.rewards '[package.module.function]'."
         )
 
-    def open(self, model: Any) -> int:
-        """Get ready for a policy; returns the tokens of the longest prompt with its answer."""
+    def open(self, model: Any, **place: Any) -> int:
+        """Get ready for a policy, and make the engine.
+
+        Args:
+            model: the policy.
+            place: what the trainer knows of :class:`EngineContext`: device, dtype, folder, seed, local_rank.
+
+        Returns:
+            The tokens of the longest prompt with its answer.
+        """
         h = self.options
         prompts = self.problems.length[self.problems.tables["problems"][:, 0]]
         self.length = room(policies.base_of(model), int(prompts.max()), h.max_new_tokens)
         self.stops = tuple(stop_ids(model, self.tokenizer))
+        context = EngineContext(
+            longest_prompt=self._longest_prompt(),
+            longest_answer=self.length,
+            answers_at_once=h.generation_batch,
+            config=getattr(policies.base_of(model), "config", None),
+            rank=processes.rank(),
+            world=processes.world_size(),
+            **place,
+        )
+        self.close()
         with speaking(self.words):
             self.engine = make_engine(
-                h.engine, batch_size=h.generation_batch, records=h.records, tokenizer=self.tokenizer
+                h.engine,
+                batch_size=h.generation_batch,
+                records=h.records,
+                tokenizer=self.tokenizer,
+                context=context,
             )
         return int(prompts.max()) + self.length
+
+    def _longest_prompt(self) -> int:
+        """Tokens of the longest prompt, held-out ones included."""
+        asked = [self.problems] if self.held_out is None else [self.problems, self.held_out]
+        return max(int(one.length[one.tables["problems"][:, 0]].max()) for one in asked)
+
+    def close(self) -> None:
+        """End what the engine has started."""
+        close_engine(self.engine)
 
     def evaluation_engine(self) -> Any:
         """What answers held-out problems: the engine, unless it reads answers from a file."""
         h = self.options
-        return TransformersEngine(h.generation_batch) if h.engine == "replay" else self.engine
+        return TransformersEngine(h.generation_batch) if engine_name(h.engine) == "replay" else self.engine
 
     def facts(self) -> list[tuple[str, str]]:
         """Lines of the first screen: label and text."""
@@ -251,7 +282,7 @@ class Answering:
 
 
 def _row(slot: int, problem: int, source: int, answer: Completion) -> dict[str, Any]:
-    token, logp, ended = answer
+    token, logp, ended = answer[:3]
     return {"slot": slot, "problem": problem, "source": source, "token": token, "logp": logp, "ended": ended}
 
 

@@ -3,16 +3,52 @@
 An engine is told of new weights by ``sync`` and answers by ``generate``; it returns token ids with their
 log-probability under the distribution they were drawn from. An engine that runs elsewhere (vLLM, say) takes the weights
 in ``sync``.
+
+Three methods may be missing. ``close()`` ends what the engine has started: processes, files. ``submit(ticket, requests,
+how)`` and ``collect(ticket, stopped)`` are for engines that draw beside the trainer (:class:`ConcurrentEngine`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import nn
+
+
+@dataclass(frozen=True)
+class EngineContext:
+    """What an engine may know when it is made; a class gets it if it takes an argument ``context``.
+
+    Attributes:
+        longest_prompt: tokens of the longest prompt of training.
+        longest_answer: tokens of the longest answer.
+        answers_at_once: answers that one process draws at once.
+        device: the trainer's, of this process.
+        dtype: that the policy computes in.
+        config: the policy's configuration of transformers; None for a model without one.
+        folder: of the run; None outside of one.
+        seed: of the run.
+        rank: of this process, from 0.
+        world: number of processes.
+        local_rank: of this process on its machine.
+    """
+
+    longest_prompt: int
+    longest_answer: int
+    answers_at_once: int = 256
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    config: Any = None
+    folder: Path | None = None
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
 
 
 class Request(NamedTuple):
@@ -36,11 +72,13 @@ class Completion(NamedTuple):
         token: ids, int64 (n,), with the stop token if it ``ended`` with one.
         logp: of each token under the distribution it was drawn from, nats, float32 (n,).
         ended: whether it stopped by itself.
+        version: of the weights that drew each token, int64 (n,); None for those of the last sync before the request.
     """
 
     token: np.ndarray
     logp: np.ndarray
     ended: bool
+    version: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +91,8 @@ class Sampling:
         temperature: divides the logits, ≥ 0; 0 takes the most likely token.
         seed: of the run.
         iteration: of training, so that every iteration draws other numbers.
+        top_p: the likeliest tokens that make up this share, in (0, 1]; 1 for all. In evaluations only.
+        top_k: that many of the likeliest tokens, ≥ 0; 0 for all. In evaluations only.
     """
 
     stop: tuple[int, ...]
@@ -60,6 +100,8 @@ class Sampling:
     temperature: float = 1.0
     seed: int = 0
     iteration: int = 0
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 class RolloutEngine(Protocol):
@@ -72,8 +114,12 @@ class RolloutEngine(Protocol):
     def sync(self, model: nn.Module, version: int) -> None:
         """Answer with these weights from now on.
 
+        An engine with weights of its own copies them at every call. The number only names them: an evaluation after
+        the steps of iteration k has the weights that iteration k + 1 begins with, and comes under the number k, as the
+        weights at the start of iteration k did. Under several processes all of them call it.
+
         Args:
-            model: the policy; an engine of its own copies what it needs.
+            model: the policy.
             version: number of the iteration they belong to.
         """
 
@@ -81,3 +127,42 @@ class RolloutEngine(Protocol):
         self, requests: Sequence[Request], how: Sampling, stopped: Callable[[], bool] | None = None
     ) -> list[list[Completion]]:
         """The answers to each request, in order; fewer requests than given once ``stopped()`` says so."""
+
+
+@runtime_checkable
+class ConcurrentEngine(Protocol):
+    """An engine that draws beside the trainer. It has ``sync`` and ``generate`` too.
+
+    Requests are answered by the weights of the last ``sync`` before their ``submit``: a later ``sync`` waits until they
+    are drawn. Several tickets may be open, and ``generate`` may be called in between. Every answer is a function of
+    (weights, seed, iteration, request), so tickets that a crash has lost are drawn again with the same result.
+    """
+
+    def submit(self, ticket: int, requests: Sequence[Request], how: Sampling) -> None:
+        """Begin to draw, and return at once.
+
+        Args:
+            ticket: names the requests until they are collected, such as the iteration they are for.
+            requests, how: as of ``generate``.
+        """
+
+    def collect(self, ticket: int, stopped: Callable[[], bool] | None = None) -> list[list[Completion]]:
+        """Wait for the answers of a ticket, as ``generate`` returns them; the ticket is closed then.
+
+        Once ``stopped()`` says so what is not drawn yet is given up, and fewer answers return.
+
+        Raises:
+            KeyError: no such ticket is open.
+        """
+
+
+def engine_name(spec: str | Mapping[str, Any]) -> str:
+    """The name, or import path, in the option ``engine``."""
+    return spec if isinstance(spec, str) else str(spec.get("name"))
+
+
+def close_engine(engine: Any) -> None:
+    """End what an engine has started, if it has a ``close``; a second call does nothing."""
+    close = getattr(engine, "close", None)
+    if close is not None:
+        close()

@@ -6,6 +6,7 @@ depend on how they are batched or which process draws them, up to rounding.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 
 from offpolicy.compute.casts import kept_casts
 from offpolicy.data import sampling
-from offpolicy.errors import UsageError, nearest
+from offpolicy.errors import UsageError
 from offpolicy.language.generation import draw, positions
 from offpolicy.language.reading import Reader, read_anew, way_of
-from offpolicy.language.rl.engine import Completion, Request, Sampling
+from offpolicy.language.rl.engine import Completion, EngineContext, Request, Sampling
 from offpolicy.language.rl.records import ReplayEngine
-from offpolicy.registry import import_callable
+from offpolicy.registry import Spec, import_callable, make
 
 
 class LocalEngine:
@@ -162,25 +163,45 @@ class TinyEngine(LocalEngine):
         return completions(table, logps, length, stops, samples)
 
 
-ENGINES = ("transformers", "tiny", "replay")
+ENGINES: dict[str, Any] = {"transformers": TransformersEngine, "tiny": TinyEngine, "replay": ReplayEngine}
 
 
-def make_engine(name: str, *, batch_size: int = 256, records: str | None = None, tokenizer: Any = None) -> Any:
-    """An engine by name, or a class of the user by import path ``package.module.Class``, called with ``batch_size``.
+def make_engine(
+    spec: Spec,
+    *,
+    batch_size: int = 256,
+    records: str | None = None,
+    tokenizer: Any = None,
+    context: EngineContext | None = None,
+) -> Any:
+    """An engine by name, by import path ``package.module.Class`` of your own, or ``{"name": …, option: value}``.
+
+    A class is called with its options, and with ``batch_size``, ``context`` and ``tokenizer`` as far as it takes them.
+
+    Args:
+        spec: which engine.
+        batch_size: answers drawn at once, ≥ 1.
+        records: file of the engine "replay".
+        tokenizer: of the policy.
+        context: what else the engine may know.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none of that name, or it does not take an option.
     """
+    given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = given.get("name")
     if name == "replay":
-        if records is None:
+        given.setdefault("path", records)
+        if given["path"] is None:
             raise UsageError("`engine` is 'replay' without `records`; expected a file. Pass --model.records FILE.")
-        return ReplayEngine(records, tokenizer)
-    if name in ENGINES:
-        return (TransformersEngine if name == "transformers" else TinyEngine)(batch_size)
-    if "." not in name:
-        raise UsageError(f"`engine` is '{name}'; expected one of {', '.join(ENGINES)}.{nearest(name, ENGINES)}")
-    own = (TransformersEngine, TinyEngine)
-    return import_callable(name, "engine", lambda found: found in own)(batch_size=batch_size)
+    found = ENGINES.get(str(name))
+    if found is None and isinstance(name, str) and ("." in name or ":" in name):
+        found = import_callable(name, "engine", lambda one: one in ENGINES.values())
+    takes = {} if found is None else inspect.signature(found).parameters
+    offered = {"batch_size": batch_size, "tokenizer": tokenizer, "context": context}
+    given = {key: value for key, value in offered.items() if key in takes} | given
+    made = make("engine", given, ENGINES)
+    return made if found is None or isinstance(found, type) else made()
 
 
 def room(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> int:

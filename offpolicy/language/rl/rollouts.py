@@ -31,9 +31,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
@@ -82,8 +84,8 @@ class RolloutModule(IteratingModule):
         iterations: iterations in all, used when no ``max_steps`` are given; None for ``epochs`` over the problems.
         max_new_tokens: longest answer in tokens, ≥ 1.
         temperature: of sampling and of the log-probabilities in training, > 0.
-        engine: what writes the answers: "transformers" (with a cache), "tiny" (without), "replay" (from ``records``)
-            or an import path ``package.module.Class``.
+        engine: what writes the answers: "transformers" (with a cache), "tiny" (without), "replay" (from ``records``),
+            an import path ``package.module.Class``, or ``{"name": …, option: value}``.
         records: file of the engine "replay".
         record: write the answers of every iteration to ``records.jsonl`` in the folder of the run, for that engine.
         generation_batch: answers drawn at once by one process, ≥ 1. Does not change the result.
@@ -119,7 +121,7 @@ class RolloutModule(IteratingModule):
         iterations: int | None = None,
         max_new_tokens: int = 256,
         temperature: float = 1.0,
-        engine: str = "transformers",
+        engine: dict[str, Any] | str = "transformers",
         records: str | None = None,
         record: bool = False,
         generation_batch: int = 256,
@@ -246,7 +248,16 @@ class RolloutModule(IteratingModule):
         )
 
     def longest_row(self) -> int:
-        return self.answering.open(self.model)
+        trainer = self.trainer
+        half = "bf16" in str(trainer.precision)
+        return self.answering.open(
+            self.model,
+            device=trainer.strategy.root_device,
+            dtype=torch.bfloat16 if half else next(self.model.parameters()).dtype,
+            folder=Path(trainer.default_root_dir),
+            seed=self.seed or 0,
+            local_rank=trainer.local_rank,
+        )
 
     def check_texts(self, replay: Any) -> None:
         check_tokens(replay, self.model, self.hparams.policy, "problems")
@@ -262,6 +273,18 @@ class RolloutModule(IteratingModule):
         )
         on_policy = getattr(self.answering.engine, "on_policy", True)
         self.scoring = Scoring(self.passes, self.objective, on_policy=on_policy, dropout=self.has_dropout)
+
+    def watchers(self) -> list[Callback]:
+        return [*super().watchers(), CloseEngine()]
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        self.close_engine()
+
+    def close_engine(self) -> None:
+        """End what the engine has started."""
+        if self.answering is not None:
+            self.answering.close()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -295,6 +318,13 @@ class RolloutModule(IteratingModule):
             samples=problem_texts(self.problems, self.tokenizer, shown),
             look="python -m offpolicy.evaluate {folder}, or offpolicy.export {folder} OUT [--merge]",
         )
+
+
+class CloseEngine(Callback):
+    """Ends the engine of a run that an error ends, before and in training; Lightning tears no module down then."""
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        pl_module.close_engine()
 
 
 __all__ = ["RolloutModule", "Stopped"]

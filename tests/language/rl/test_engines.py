@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import tiny_rl
 import torch
 from tiny import make_policy, make_tokenizer
 
 from offpolicy.data import sampling
 from offpolicy.errors import DataError, UsageError
-from offpolicy.language.rl.engine import Request, Sampling
+from offpolicy.language.rl.engine import EngineContext, Request, Sampling
 from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, make_engine, room
 
 HOW = Sampling(stop=(2, 5, 6), max_new_tokens=7, temperature=0.8, seed=3, iteration=4)
@@ -159,3 +161,50 @@ def test_engines_by_name(model: Any) -> None:
     assert room(model, 120, 50) == 8 and room(model, 20, 50) == 50
     with pytest.raises(UsageError, match="leaves none for an answer"):
         room(model, 128, 50)
+
+
+class Placed(TransformersEngine):
+    """An engine with an option of its own that asks where it is, and counts how often it is ended."""
+
+    made: ClassVar[list[Any]] = []
+
+    def __init__(self, context: EngineContext, *, fails: bool = False) -> None:
+        super().__init__(context.answers_at_once)
+        self.context, self.fails, self.closed, self.synced = context, fails, 0, 0
+        self.made.append(self)
+
+    def sync(self, model: Any, version: int) -> None:
+        super().sync(model, version)
+        self.synced += 1
+        if self.fails:
+            raise OSError("the engine is gone")
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_an_engine_may_ask_where_it_is(model: Any) -> None:
+    context = EngineContext(8, 4, answers_at_once=3)
+    made = make_engine({"name": "test_engines.Placed", "fails": True}, context=context)
+    assert made.context is context and made.fails and made.batch_size == 3
+    assert make_engine({"name": "tiny", "batch_size": 2}, batch_size=9).batch_size == 2
+    with pytest.raises(UsageError, match=r"takes no `fail`; expected .*Did you mean 'fails'"):
+        make_engine({"name": "test_engines.Placed", "fail": True}, context=context)
+    with pytest.raises(UsageError, match="expected one of transformers"):
+        make_engine({"fails": True})
+
+
+@pytest.mark.parametrize("fate", ["ends", "fails", "refused"])
+def test_engines_are_ended(fate: str, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the run, by an error in training, and where training is refused after the engine was made."""
+    engine = {"name": "test_engines.Placed", "fails": fate == "fails"}
+    method = tiny_rl.method("GRPO", policy, engine=engine)
+    if fate == "refused":
+        monkeypatch.setattr(method, "plan_steps", lambda: (_ for _ in ()).throw(UsageError("refused")))
+    Placed.made.clear()
+    outcome: Any = contextlib.nullcontext() if fate == "ends" else pytest.raises((OSError, UsageError))
+    with outcome:
+        tiny_rl.fit(method, 2, tmp_path / "run")
+    (made,) = Placed.made
+    assert made.closed and made.context.folder == tmp_path / "run"
+    assert made.context.longest_answer == method.answering.length and made.context.world == 1
