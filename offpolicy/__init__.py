@@ -17,6 +17,7 @@ _NAMES = {
     "Replay": "offpolicy.data.replay",
     "Ring": "offpolicy.data.ring",
     "Noise": "offpolicy.data.views",
+    "Extra": "offpolicy.data.extras",
     "Transitions": "offpolicy.data.views",
     "TransitionView": "offpolicy.data.views",
     "Windows": "offpolicy.data.views",

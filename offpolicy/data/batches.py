@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from offpolicy.data.extras import Extra
 from offpolicy.errors import UsageError
 
 ENDINGS = ("reward", "terminated", "discount", "mask", "full", "return_to_go")  # fields with one number per row
@@ -32,10 +33,11 @@ def check_rows(batch: Any) -> None:
             "each row. Pass `action.unsqueeze(-1)` where an action is one number."
         )
     rows = action.shape[:-1]
-    for name, value in batch._asdict().items():
+    columns = {f"extra.{name}": value for name, value in vars(getattr(batch, "extra", None) or Extra()).items()}
+    for name, value in (batch._asdict() | columns).items():
         if not isinstance(value, Tensor) or name == "row":  # of windows one per window
             continue
-        scalar = name.endswith(ENDINGS)
+        scalar = name.endswith(ENDINGS) and name not in columns
         found = value.shape if scalar else value.shape[: len(rows)]
         if found != rows:
             wanted = f"({', '.join(map(str, rows))}{',' if len(rows) == 1 else ''}{'' if scalar else ' …'})"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.columns import is_float, row_width, to_numpy
+from offpolicy.data.extras import ExtraColumns, checked_names
 from offpolicy.data.mixing import mixture_weights
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.replay import Replay
@@ -27,7 +28,8 @@ from offpolicy.errors import DataError, UsageError, check_range
 class GoalTransitions(NamedTuple):
     """A batch of transitions with goals; a field is None where the view does not ask for it. g, w, Ω are states.
 
-    ``obs next_obs (B, O)``, ``action (B, A)`` in [-1, 1], ``row (B,)`` int64: the replay row.
+    ``obs next_obs (B, O)``, ``action (B, A)`` in [-1, 1], ``row (B,)`` int64: the replay row, and ``extra``: its extra
+    columns by name.
     For values: ``value_goal (B, O)``, ``value_reward (B,)``, 0 where the state is the goal, else -1, and
     ``value_mask (B,)``, 0 and 1 there: whether to bootstrap.
     For flat policies: ``actor_goal (B, O)``.
@@ -55,6 +57,7 @@ class GoalTransitions(NamedTuple):
     high_value_full: Tensor = None  # type: ignore[assignment]
     row: Tensor = None  # type: ignore[assignment]
     noise: Any = None
+    extra: Any = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class GoalView:
             ``geometric`` count; None for none.
         subgoal_steps: k of a hierarchical policy, ≥ 1; None for a flat one.
         option_steps: n of values over options, ≥ 1, whose goals are drawn by ``value`` anew; None for none.
+        extra: names of steps columns that come along as ``batch.extra.<name>``, as the data have them.
     """
 
     discount: float = 0.99
@@ -103,8 +107,10 @@ class GoalView:
     actor: GoalMix | None = None
     subgoal_steps: int | None = None
     option_steps: int | None = None
+    extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        checked_names(self.extra)
         check_range("discount", self.discount, 0.0, 1.0, upper_open=True)
         for name, steps in (("subgoal_steps", self.subgoal_steps), ("abstraction_factor", self.option_steps)):
             if steps is not None:
@@ -148,6 +154,7 @@ class BoundGoals(BoundView):
         where = device if self.states.table is not None else torch.device("cpu")
         super().__init__(rows, where, mixture_weights(replay, rows))
         self.view, self.target, self.dtype = view, device, normalizer.obs_scale.dtype
+        self.extra = ExtraColumns(view.extra, replay, where, device, self.dtype)
         self.uniforms = (
             3 * (view.value is not None) + 3 * (view.actor is not None) + 4 * (view.option_steps is not None)
         )
@@ -179,11 +186,13 @@ class BoundGoals(BoundView):
             numbers |= self.reached("high_value", option_end, goal)
             numbers["high_value_full"] = (option_end - t == view.option_steps) | (option_end == goal)
         observations = self.states.take(torch.stack(list(states.values()))).unbind(0)
+        row = self.row(items)
         return GoalTransitions(
             **dict(zip(states, observations, strict=True)),
             **{name: value.to(self.target, self.dtype) for name, value in numbers.items()},
             action=self.action[items.to(self.target)],
-            row=self.row(items).to(self.target),
+            row=row.to(self.target),
+            extra=self.extra.take(row),
         )
 
     # -- numbers of states; u… are uniforms in [0, 1), of the same shape ---------------------------------------------

@@ -47,6 +47,7 @@ class DataModule(LightningDataModule):
         env_kwargs: its arguments.
         obs_keys: parts of a dict observation that ``obs`` consists of, in order.
         max_episode_steps: its step limit; in files without end marks, longer episodes are cut there.
+        extra_columns: columns of HDF5 files that are not read unless named, such as [infos/weight].
         source: "real" trains on the data alone; "policy-guided" mostly on trajectories of a diffusion model, drawn anew
             under the policy's guidance as it improves; "unguided" mostly on trajectories drawn once without a policy.
         synthetic: of "policy-guided" and "unguided": the model, and how it is used.
@@ -71,6 +72,7 @@ class DataModule(LightningDataModule):
         env_kwargs: dict[str, Any] | None = None,
         obs_keys: list[str] | None = None,
         max_episode_steps: int | None = None,
+        extra_columns: list[str] | None = None,
         source: str = "real",
         synthetic: SyntheticOptions = NONE_DRAWN,
     ) -> None:
@@ -96,6 +98,7 @@ class DataModule(LightningDataModule):
             "env_kwargs": env_kwargs,
             "obs_keys": obs_keys,
             "max_episode_steps": max_episode_steps,
+            "extra_columns": extra_columns,
         }
         self.replay: Replay | None = None
         self.renewer: Renewer | None = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.columns import is_float, row_width, to_numpy
+from offpolicy.data.extras import ExtraColumns, checked_names
 from offpolicy.data.mixing import mixture_weights
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.replay import Replay
@@ -35,7 +36,7 @@ class Transitions(NamedTuple):
 
     ``obs (B, O)``, ``action (B, A)`` in [-1, 1], ``reward (B,)``, ``next_obs (B, O)``, ``terminated (B,)`` bool;
     ``next_action (B, A)`` when the view asks for it; ``discount (B,)``: γ^k of the k steps really summed in an n-step
-    view; ``row (B,)`` int64: the replay row.
+    view; ``row (B,)`` int64: the replay row; ``extra``: the extra columns of that row by name.
     """
 
     obs: Tensor
@@ -47,6 +48,7 @@ class Transitions(NamedTuple):
     discount: Tensor | None = None
     row: Tensor | None = None
     noise: Any = None
+    extra: Any = None
 
 
 class Windows(NamedTuple):
@@ -54,7 +56,8 @@ class Windows(NamedTuple):
 
     ``obs (B, H, O)``, ``action (B, H, A)``, ``reward (B, H)``, ``terminated (B, H)`` bool, ``mask (B, H)`` bool (true
     on real steps; padding is zero after normalisation), ``t (B, H)`` int64: time step in the episode, counting on
-    through the padding; ``return_to_go (B, H)``: undiscounted sum of raw rewards from the step to its episode's end.
+    through the padding; ``return_to_go (B, H)``: undiscounted sum of raw rewards from the step to its episode's end;
+    ``extra``: the extra columns by name, (B, H, …), zero in padding.
     """
 
     obs: Tensor
@@ -66,6 +69,7 @@ class Windows(NamedTuple):
     return_to_go: Tensor
     row: Tensor | None = None
     noise: Any = None
+    extra: Any = None
 
 
 class BoundView:
@@ -139,6 +143,8 @@ class TransitionView:
             nothing or was cut) it is the row's own action.
         weight: name of a steps column with sampling weights ≥ 0; None for uniform.
         reward: whether the method needs rewards; without, they are 0 where the data have none.
+        extra: names of steps columns that come along as ``batch.extra.<name>``, as the data have them; of an n-step
+            sum those of its first row.
     """
 
     n_step: int = 1
@@ -146,8 +152,10 @@ class TransitionView:
     next_action: bool = False
     weight: str | None = None
     reward: bool = True
+    extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        checked_names(self.extra)
         check_range("n_step", self.n_step, 1)
         check_range("discount", self.discount, 0.0, 1.0)
 
@@ -237,6 +245,7 @@ class PackedTransitions(BoundView):
         self.widths |= {"next_action": act} if view.next_action else {}
         self.widths |= {"discount": 0} if view.n_step > 1 else {}
         dtype = normalizer.obs_scale.dtype
+        self.extra = ExtraColumns(view.extra, replay, device, device, dtype)
         self.table = torch.empty(len(self), sum(max(w, 1) for w in self.widths.values()), dtype=dtype, device=device)
         for i in range(0, len(self), CHUNK):  # no second copy of the data at any time
             some = np.arange(i, min(i + CHUNK, len(self))) if rows is None else rows[i : i + CHUNK]
@@ -252,7 +261,8 @@ class PackedTransitions(BoundView):
             for (name, w), column in zip(self.widths.items(), columns, strict=True)
         }
         fields["terminated"] = fields["terminated"] != 0
-        return Transitions(**fields, row=self.row(items))
+        row = self.row(items)
+        return Transitions(**fields, row=row, extra=self.extra.take(row))
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Observations (N, O) and actions (N, A) of all items: columns of the table, not copies."""
@@ -267,12 +277,13 @@ class ColumnTransitions(BoundView):
         rows = view.rows(replay)
         super().__init__(replay.num_steps if rows is None else rows, torch.device("cpu"), view.weights(replay))
         self.view, self.replay, self.normalizer, self.target = view, replay, normalizer, device
+        self.extra = ExtraColumns(view.extra, replay, self.device, device, normalizer.obs_scale.dtype)
 
     def gather(self, items: Tensor) -> Transitions:
         rows = self.row(items.to(self.device))
         flat = self.view.fields(self.replay, rows.reshape(-1).numpy(), self.normalizer)
         fields = {name: x.reshape(*items.shape, *x.shape[1:]) for name, x in flat.items()}
-        return Transitions(**fields, row=rows.to(self.target))
+        return Transitions(**fields, row=rows.to(self.target), extra=self.extra.take(rows))
 
 
 @dataclass(frozen=True)
@@ -283,12 +294,15 @@ class WindowView:
         horizon: H, steps in a window, ≥ 1.
         pad: "right": start anywhere, zeros after the episode's end; "left": end anywhere, zeros before its start;
             "none": only windows that lie inside an episode, so episodes shorter than H give none.
+        extra: names of steps columns that come along as ``batch.extra.<name>``, as the data have them.
     """
 
     horizon: int
     pad: str = "right"
+    extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        checked_names(self.extra)
         check_range("horizon", self.horizon, 1)
         if self.pad not in ("right", "left", "none"):
             raise UsageError(f"`pad` is {self.pad!r}; expected 'right', 'left' or 'none'.")
@@ -318,6 +332,7 @@ class BoundWindows(BoundView):
         super().__init__(replay.num_steps if rows is None else rows, where, mixture_weights(replay, rows))
         self.view, self.normalizer, self.target = view, normalizer, device
         self.replay = replay if on_disk else replay.to(device)
+        self.extra = ExtraColumns(view.extra, self.replay, where, device, normalizer.obs_scale.dtype)
         order = np.argsort(replay.start)
         self.first, self.last = (torch.from_numpy(x[order]).to(self.device) for x in (replay.start, replay.end))
         reward = to_numpy(replay.steps["reward"])
@@ -348,6 +363,7 @@ class BoundWindows(BoundView):
             t=raw["t"].clamp(min=0),
             return_to_go=raw["to_go"].to(dtype) * mask,
             row=raw["row"],
+            extra=self.extra.take(inside, mask),
         )
 
 

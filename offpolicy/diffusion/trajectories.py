@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from offpolicy.data.columns import is_float, to_numpy
+from offpolicy.data.extras import ExtraColumns, checked_names
 from offpolicy.data.mixing import mixture_weights
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.replay import Replay
@@ -26,11 +27,15 @@ COLUMNS = ("obs", "action", "reward", "terminated")
 
 
 class Trajectories(NamedTuple):
-    """A batch of sub-trajectories: ``x (B, T, C)``, standardised channels, and ``row (B,)`` int64, their first rows."""
+    """A batch of sub-trajectories: ``x (B, T, C)``, standardised channels, and ``row (B,)`` int64, their first rows.
+
+    ``extra``: the extra columns by name, (B, T, …).
+    """
 
     x: Tensor
     row: Tensor | None = None
     noise: Any = None
+    extra: Any = None
 
 
 class Channels(nn.Module):
@@ -123,12 +128,15 @@ class TrajectoryView:
     Args:
         horizon: T, steps of a sub-trajectory, ≥ 2.
         stride: spacing in the list of all starts, ≥ 1.
+        extra: names of steps columns that come along as ``batch.extra.<name>``, as the data have them.
     """
 
     horizon: int = 32
     stride: int = 8
+    extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        checked_names(self.extra)
         check_range("horizon", self.horizon, 2)
         check_range("stride", self.stride, 1)
 
@@ -193,6 +201,8 @@ class BoundTrajectories(BoundView):
         self.first_row = torch.from_numpy(first_row).to(self.device)
         self.replay, self.normalizer, self.target = replay, normalizer, device
         self.offset = torch.arange(view.horizon, device=self.device)
+        self.extra = ExtraColumns(view.extra, replay, self.device, device, normalizer.obs_scale.dtype)
+        self.rows_of_places = torch.from_numpy(replay.rows).to(self.device) if view.extra else None
         self.table: Tensor | None = None
         if fits:
             chunks = [replay.rows[i : i + CHUNK] for i in range(0, replay.num_steps, CHUNK)]
@@ -212,7 +222,8 @@ class BoundTrajectories(BoundView):
         if self.channels is not None:
             x = (x - self.channels.mean) / self.channels.std
         row = self.row(items).to(self.target)
-        return Trajectories(x=x.reshape(*place.shape, -1), row=row)
+        extra = None if self.rows_of_places is None else self.extra.take(self.rows_of_places[place])
+        return Trajectories(x=x.reshape(*place.shape, -1), row=row, extra=extra)
 
 
 def raw_rows(replay: Replay, rows: np.ndarray, normalizer: Normalizer) -> Tensor:

@@ -160,9 +160,10 @@ def state_of(method: Any) -> list[Tensor]:
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
-    """The tensors of a batch and of its noise, in one order."""
+    """The tensors of a batch, of its noise and of its extra columns, in one order."""
     fields = [value for value in batch._asdict().values() if isinstance(value, Tensor)]
-    return [*fields, *(vars(batch.noise).values() if batch.noise is not None else ())]
+    more = [part for part in (batch.noise, getattr(batch, "extra", None)) if part is not None]
+    return [*fields, *(value for part in more for value in vars(part).values())]
 
 
 def put_back(state: list[Tensor], saved: list[Tensor]) -> None:

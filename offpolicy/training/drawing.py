@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from offpolicy.compute.torch_private import is_dropout
 from offpolicy.data import sampling
+from offpolicy.data.extras import Extra
 from offpolicy.data.views import BoundView, Noise
 
 LAWS = {"normal": sampling.normals, "uniform": sampling.uniforms}
@@ -58,11 +59,14 @@ def draw_batches(
     noise = draw_noise(draws, seeds, updates.to(device), row.to(device), dtype)
     fields = {name: value.unbind(0) for name, value in batch._asdict().items() if isinstance(value, Tensor)}
     parts = {name: value.unbind(0) for name, value in noise.items()}
+    columns = {name: value.unbind(0) for name, value in vars(getattr(batch, "extra", None) or Extra()).items()}
+
+    def of_update(j: int) -> dict[str, Any]:
+        more = {"extra": Extra(**{name: each[j] for name, each in columns.items()})} if columns else {}
+        return more | {name: each[j] for name, each in fields.items()}
+
     return [
-        type(batch)(
-            **{name: each[j] for name, each in fields.items()},
-            noise=Noise(**{name: each[j] for name, each in parts.items()}),
-        )
+        type(batch)(**of_update(j), noise=Noise(**{name: each[j] for name, each in parts.items()}))
         for j in range(len(updates))
     ]
 

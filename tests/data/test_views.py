@@ -151,7 +151,7 @@ def test_batches_follow_the_precision_of_the_normaliser(bits: int) -> None:
     view = TransitionView(n_step=2, next_action=True)
     for bound in (PackedTransitions(view, replay, affine, CPU), ColumnTransitions(view, replay, affine, CPU)):
         batch = every_item(bound)
-        numbers = [x for k, x in batch._asdict().items() if k not in ("row", "terminated", "noise")]
+        numbers = [x for k, x in batch._asdict().items() if k not in ("row", "terminated", "noise", "extra")]
         assert {x.dtype for x in numbers} == {affine.obs_scale.dtype} and batch.terminated.dtype == torch.bool
     windows = every_item(WindowView(3).bind(replay, affine, CPU))
     assert {getattr(windows, k).dtype for k in ("obs", "action", "reward", "return_to_go")} == {affine.obs_scale.dtype}

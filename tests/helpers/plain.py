@@ -84,7 +84,7 @@ def made_goal_batch(method: OfflineModule, size: int, seed: int) -> GoalTransiti
     """Random states, actions and goals; a fifth of the goals are reached."""
     g = torch.Generator().manual_seed(seed)
     fields: dict[str, Tensor] = {}
-    for name in GoalTransitions._fields[:-2]:
+    for name in GoalTransitions._fields[: GoalTransitions._fields.index("row")]:
         if name.endswith(("mask", "full")):
             fields[name] = (torch.rand(size, generator=g) > 0.2).double()
         elif name.endswith("reward"):

@@ -15,7 +15,7 @@ from offpolicy.data.names import TABLES, Target, file_type, resolve
 from offpolicy.data.recheck import recheck
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.arrays import environment, from_arrays
-from offpolicy.errors import DataError, UsageError
+from offpolicy.errors import DataError, UsageError, listed
 
 __all__ = ["from_arrays", "open_source"]
 
@@ -34,6 +34,7 @@ def open_source(
     env_kwargs: Mapping[str, Any] | None = None,
     obs_keys: Iterable[str] | None = None,
     max_episode_steps: int | None = None,
+    extra_columns: Iterable[str] | None = None,
 ) -> Replay:
     """Open a data set by name or path and check it.
 
@@ -51,6 +52,8 @@ def open_source(
         env_id, env_kwargs: environment to evaluate in, for files without a known one; its spaces are checked.
         obs_keys: parts of a dict observation that ``obs`` consists of, in order.
         max_episode_steps: the environment's step limit; without end marks longer episodes are cut there.
+        extra_columns: columns that the steps must have; of HDF5 files also those under ``infos/``, which are not read
+            unless named.
 
     Returns:
         The replay; ``meta["notes"]`` and ``meta["warnings"]`` hold what a person should read once
@@ -62,7 +65,8 @@ def open_source(
     """
     target = name_or_target if isinstance(name_or_target, Target) else resolve(name_or_target)
     with faults(target.path or target.location() or target.name):
-        return _open(
+        names = tuple(extra_columns or ())
+        replay = _open(
             target,
             download=download,
             on_bad=on_bad,
@@ -73,7 +77,16 @@ def open_source(
             env_kwargs=env_kwargs,
             obs_keys=obs_keys,
             max_episode_steps=max_episode_steps,
+            extra_columns=names,
         )
+    missing = [name for name in names if name not in replay.steps]
+    if missing:
+        raise DataError(
+            f"`extra_columns` names `{missing[0]}`, and the steps of {target.name} have "
+            f"{listed(sorted(replay.steps))}; expected columns with one row per step that the source holds and this "
+            "library reads (`infos/…` of HDF5 files in D4RL's layout). Correct the name, or add the column in Python."
+        )
+    return replay
 
 
 def _open(
@@ -88,6 +101,7 @@ def _open(
     env_kwargs: Mapping[str, Any] | None,
     obs_keys: Iterable[str] | None,
     max_episode_steps: int | None,
+    extra_columns: tuple[str, ...],
 ) -> Replay:
     if target.kind == "language":
         table = target.path is not None and file_type(target.path).removesuffix(".gz") in TABLES
@@ -130,7 +144,9 @@ def _open(
     if target.kind == "d4rl":
         from offpolicy.data.sources import d4rl
 
-        replay = d4rl.open_task(target.info, path, download=download, timeout_step=timeout_step, **common)
+        replay = d4rl.open_task(
+            target.info, path, download=download, timeout_step=timeout_step, extra=extra_columns, **common
+        )
         replay.meta["notes"] = [*_taken_by_name(target, path), *replay.meta["notes"]]
         return replay
     from offpolicy.data.sources import ogbench
@@ -145,7 +161,7 @@ def _open(
     if target.kind == "hdf5":
         from offpolicy.data.sources import d4rl
 
-        return d4rl.read(path, meta=meta, facts=facts, timeout_step=timeout_step, **common)
+        return d4rl.read(path, meta=meta, facts=facts, timeout_step=timeout_step, extra=extra_columns, **common)
     from offpolicy.data.sources.arrays import read_npz
     from offpolicy.data.sources.fetch import npz_names
 

@@ -1,7 +1,7 @@
 """D4RL's flat HDF5 layout, read and written (arXiv:2004.07219): its 155 tasks, and any file with the same keys.
 
 Episodes lie end to end. ``terminals`` stops bootstrapping, ``timeouts`` only ends an episode; the rows after the last
-mark are an unfinished episode, which is kept. Only ``infos/…`` and ``metadata/…`` are not read.
+mark are an unfinished episode, which is kept. ``infos/…`` are read where they are named, and ``metadata/…`` never.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def read(
     meta: dict[str, Any],
     facts: dict[str, Any],
     timeout_step: str | None = None,
+    extra: tuple[str, ...] = (),
     on_bad: str = "error",
     clip_actions: bool = False,
     sha256: str | None = None,
@@ -88,6 +89,7 @@ def read(
         timeout_step: the last step of an episode that was cut: "drop", "keep" (needs stored next observations) or
             "self". None drops it only where the next observation is not stored. D4RL's own loader drops it, and the
             very last row of the file as well.
+        extra: columns under ``infos/`` to read too.
         on_bad, clip_actions: as in :func:`offpolicy.data.validate.finish`.
         sha256: expected hash of the file.
 
@@ -97,15 +99,15 @@ def read(
     lock = Lock([path])
     lock.check(sha256)
     with open_hdf5(path) as file:
-        columns, extra, notes = _columns(path, file, facts, meta.get("obs_keys"))
+        columns, more, notes = _columns(path, file, facts, meta.get("obs_keys"), extra)
         written = _written(path, file)
         check_environment(written, str(path))
     if "family" in meta:
         written = {}  # a task of the table: the table is right
     meta = {**meta, **written, "file": str(path)}
     notes = [*([] if written else meta.pop("notes", [])), *notes]
-    meta["warnings"] = [*meta.get("warnings", []), *extra.pop("warnings", [])]
-    meta |= extra
+    meta["warnings"] = [*meta.get("warnings", []), *more.pop("warnings", [])]
+    meta |= more
     span = meta.pop("action_range", None)
     if span is not None and "action_low" not in meta:
         width = columns[match(columns)["action"]].shape[-1]
@@ -214,7 +216,7 @@ def _matches(name: str, entry: Mapping[str, Any]) -> bool:
 
 
 def _columns(
-    path: Path, file: h5py.File, facts: Mapping[str, Any], obs_keys: list[str] | None
+    path: Path, file: h5py.File, facts: Mapping[str, Any], obs_keys: list[str] | None, named: tuple[str, ...]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
     """The per-step columns; scalars under ``metadata`` and stored types, for ``meta``; notes on what was left."""
     import h5py
@@ -222,7 +224,7 @@ def _columns(
     found = datasets(path, file)
     for key, dataset in found.items():
         check_dataset(dataset.id, path, key)
-    steps = {k: d for k, d in found.items() if not k.startswith(("infos/", "metadata/"))}
+    steps = {k: d for k, d in found.items() if k in named or not k.startswith(("infos/", "metadata/"))}
     per_episode = group_per_episode(steps) if "action" not in match(steps) else None
     if per_episode is not None:
         raise DataError(per_episode_recipe(path, per_episode))
@@ -238,7 +240,7 @@ def _columns(
     columns: dict[str, np.ndarray] = {}
     extra: dict[str, Any] = {"source_dtypes": {n: dtype for n, dtype in floats.items() if dtype != "float32"}}
     numbers = ends.find(steps, rows).get("number", [])  # of episodes may be text
-    scalars, skipped = {}, [k for k in found if k.startswith("infos/")]
+    scalars, skipped = {}, [k for k in found if k.startswith("infos/") and k not in steps]
     for key, dataset in steps.items():
         per_row = dataset.shape[:1] == (rows,) and dataset.dtype.kind in "fiub"
         if per_row or (len(dataset.shape) == 1 and dataset.dtype.kind in "iu"):  # rows of ends, or lengths of episodes

@@ -68,6 +68,15 @@ def test_scalar_metadata_and_nan_in_infos_do_no_harm(file: Path) -> None:
     assert "not read: infos/action_log_probs, infos/qpos, infos/qvel" in replay.meta["notes"]
 
 
+def test_columns_of_infos_are_read_where_named(file: Path) -> None:
+    replay = open_source(file, extra_columns=["infos/qvel"])
+    with h5py.File(file) as source:
+        np.testing.assert_array_equal(replay.steps["infos/qvel"], source["infos/qvel"][()].astype(np.float32))
+    assert "not read: infos/action_log_probs, infos/qpos" in replay.meta["notes"]
+    with pytest.raises(DataError, match="names `infos/speed`, and the steps of"):
+        open_source(file, extra_columns=["infos/speed"])
+
+
 def test_weights_under_metadata_of_the_same_length_are_not_columns(tmp_path: Path) -> None:
     path = hopper(tmp_path / "a.hdf5")
     with h5py.File(path, "a") as target:
