@@ -3,8 +3,8 @@
 Step columns: ``token``; ``logp``, of the policy that drew it, by the trainer's forward pass; ``sampler_logp``, the same
 as the engine reported it; ``previous_logp`` and ``base_logp``, under the policy at the start of the current iteration
 and under the base of the divergence (NaN where nobody asked); with a critic also ``old_value``, ``advantage`` and
-``returns``. Episode columns: ``policy_version`` (the iteration that drew it), ``group`` (answers to one prompt drawn
-together), ``prompt`` (row of the problems), ``source`` (0 own, 1 demonstration), ``reward``, ``reward/<part>``,
+``returns``. Episode columns: ``iteration`` (which asked for it, and learned from it first), ``policy_version`` (whose
+weights drew it: those at the start of that iteration), ``group`` (answers to one prompt drawn together), ``prompt`` (row of the problems), ``source`` (0 own, 1 demonstration), ``reward``, ``reward/<part>``,
 ``advantage``, ``ended``, ``digest`` (of prompt and tokens; equal for equal answers).
 
 Groups are whole, always: they are drawn, kept and evicted together. Which answers a step takes is a pure function of
@@ -165,11 +165,26 @@ def merged(first: Replay | None, second: Replay | None) -> Replay:
     )
 
 
+def iteration_of(store: Replay) -> np.ndarray:
+    """The iteration that asked for each answer, (E,); where a store does not say, the one whose weights drew it."""
+    return store.episodes.get("iteration", store.episodes["policy_version"])
+
+
+def told_iterations(store: Replay) -> Replay:
+    """The store with the column ``iteration``, which stores of version 0.1 do not have."""
+    if "iteration" in store.episodes:
+        return store
+    episodes = {**store.episodes, "iteration": iteration_of(store)}
+    told = Replay(store.steps, start=store.start, length=store.length, episodes=episodes)
+    told.version = store.version
+    return told
+
+
 def recent(store: Replay | None, oldest: int) -> Replay | None:
-    """Own answers of versions ≥ ``oldest``; demonstrations never stay."""
+    """Own answers that iterations ≥ ``oldest`` asked for; demonstrations never stay."""
     if store is None:
         return None
-    return select_answers(store, (store.episodes["policy_version"] >= oldest) & (store.episodes["source"] == OWN))
+    return select_answers(store, (iteration_of(store) >= oldest) & (store.episodes["source"] == OWN))
 
 
 def group_rows(store: Replay) -> dict[int, np.ndarray]:
@@ -217,15 +232,15 @@ def steps_of(
         drop_duplicates: leave out answers of a replayed group that repeat another one of it.
     """
     by_group = group_rows(store)
-    version = store.episodes["policy_version"]
-    fresh = np.unique(store.episodes["group"][version == iteration])
+    asked = iteration_of(store)
+    fresh = np.unique(store.episodes["group"][asked == iteration])
     steps = []
     for sweep, old in enumerate(replayed):
         names = ordered(np.concatenate([fresh, old]), seed, f"minibatch {sweep}", iteration)
         for part in np.array_split(names, minibatches):
             rows = [by_group[name] for name in part.tolist()]
             if drop_duplicates:
-                rows = [first_of_equal(store, r) if version[r[0]] < iteration else r for r in rows]
+                rows = [first_of_equal(store, r) if asked[r[0]] < iteration else r for r in rows]
             rows.sort(key=lambda r: -int(store.length[r].sum()))
             steps.append(np.concatenate(rows))
     return steps

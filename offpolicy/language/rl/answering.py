@@ -187,7 +187,8 @@ class Answering:
         group = np.asarray(column["slot"], np.int64) + (k << 32)
         own = torch.from_numpy(source == OWN)
         episodes: dict[str, Any] = {
-            "policy_version": np.full(len(made), k, np.int64),
+            "iteration": np.full(len(made), k, np.int64),
+            "policy_version": np.asarray([k if v is None else v for v in column["version"]], np.int64),
             "group": group,
             "prompt": np.asarray(column["problem"], np.int64),
             "source": source,
@@ -283,7 +284,14 @@ class Answering:
 
 def _row(slot: int, problem: int, source: int, answer: Completion) -> dict[str, Any]:
     token, logp, ended = answer[:3]
-    return {"slot": slot, "problem": problem, "source": source, "token": token, "logp": logp, "ended": ended}
+    text = {"token": token, "logp": logp, "ended": ended, "version": version_of(answer)}
+    return {"slot": slot, "problem": problem, "source": source, **text}
+
+
+def version_of(answer: Completion) -> int | None:
+    """Whose weights drew an answer, the oldest of several; None for those that the engine was given last."""
+    version = answer[3] if len(answer) > 3 else None
+    return None if version is None else int(np.min(version))
 
 
 def _reference(kept: str) -> str | list[str] | None:

@@ -114,10 +114,10 @@ class Course:
 
 def replayed_now(store: Replay, k: int, shape: Shape, seed: int) -> list[np.ndarray]:
     """For every sweep the replayed groups of an iteration that a checkpoint stopped in the middle of."""
-    version = store.episodes["policy_version"]
+    asked = store_of.iteration_of(store)
     fraction, sweeps = shape.mixture(k)
-    wanted = shape.groups - len(np.unique(store.episodes["group"][version == k]))
-    old = store_of.drawn(store_of.select_answers(store, version < k), wanted, sweeps, seed, k)
+    wanted = shape.groups - len(np.unique(store.episodes["group"][asked == k]))
+    old = store_of.drawn(store_of.select_answers(store, asked < k), wanted, sweeps, seed, k)
     return sweeps_of(old, bool(wanted), fraction)
 
 

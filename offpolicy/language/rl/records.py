@@ -19,7 +19,7 @@ from torch import nn
 from offpolicy.data.guard import faults
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.problems import step_column
-from offpolicy.data.texts.rollouts import OWN, group_rows
+from offpolicy.data.texts.rollouts import OWN, group_rows, iteration_of
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.data.texts.tokens import prompt_ids
 from offpolicy.errors import DataError, UsageError
@@ -130,7 +130,7 @@ class Recorder:
 
     def write(self, problems: Replay, store: Replay, iteration: int) -> None:
         """Add the policy's answers of an iteration, once their log-probabilities are known."""
-        fresh = (store.episodes["policy_version"] == iteration) & (store.episodes["source"] == OWN)
+        fresh = (iteration_of(store) == iteration) & (store.episodes["source"] == OWN)
         lines = []
         for group, rows in group_rows(store).items():
             rows = rows[fresh[rows]]

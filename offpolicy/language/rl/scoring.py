@@ -133,7 +133,10 @@ class Scoring:
         return Replay(columns, start=store.start, length=store.length, episodes=store.episodes)
 
     def _drawn_now(self, store: Replay, k: int) -> np.ndarray:
-        """Tokens that π_k drew, so that what it thinks of them is the behaviour; (tokens of the store,) bool."""
+        """Tokens that π_k drew, so that what it thinks of them is the behaviour; (tokens of the store,) bool.
+
+        Decided per answer, by its version; an engine that never draws from the weights it is given says so.
+        """
         fresh = np.repeat((store.episodes["policy_version"] == k) & (store.episodes["source"] == OWN), store.length)
         if self.on_policy:
             return fresh
@@ -217,7 +220,7 @@ class Scoring:
             now = self.columns(BoundRollouts(problems, store), rows, ("previous_logp",))["previous_logp"]
             gap = torch.from_numpy(now - np.asarray(store.steps["logp"])[spans(store, rows)]).double()
             log_weight = torch.segment_reduce(gap, "sum", lengths=torch.from_numpy(store.length[rows]))
-            version = store.episodes["policy_version"]
+            version = store_of.iteration_of(store)
             far = [
                 v
                 for v in np.unique(version[rows])
