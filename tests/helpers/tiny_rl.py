@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from toy import UndrawnFolder, quiet
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.problems import ProblemData
+from offpolicy.language.rl.engines import TransformersEngine
 from offpolicy.language.rl.rollouts import RolloutModule
 from offpolicy.registry import find_method
 
@@ -60,6 +62,32 @@ class Forgets:
     def __call__(self, tokens: Any) -> Any:
         self.calls += 1
         return tokens.mask
+
+
+class LateEngine(TransformersEngine):
+    """Answers every second request with the weights of the iteration before, and says so."""
+
+    def __init__(self, batch_size: int = 256) -> None:
+        super().__init__(batch_size)
+        self.old: Any = None
+        self.number = 0
+
+    def sync(self, model: Any, version: int) -> None:
+        if self.model is not None and version > self.number:
+            self.old = copy.deepcopy(self.now), self.number
+        self.model, self.number = model, version
+        self.now = copy.deepcopy(model).eval()
+
+    def generate(self, requests: Any, how: Any, stopped: Any = None) -> Any:
+        found, old = super().generate(requests, how, stopped), self.old
+        if old is None:
+            return found
+        late = TransformersEngine(self.batch_size)
+        late.sync(*old)
+        for i, some in enumerate(late.generate(requests, how, stopped)):
+            if i % 2:
+                found[i] = [one._replace(version=np.full(len(one.token), old[1])) for one in some]
+        return found
 
 
 def toy_problems(count: int = 12, seed: int = 0, demonstrations: bool = True) -> Replay:

@@ -4,8 +4,9 @@ Step columns: ``token``; ``logp``, of the policy that drew it, by the trainer's 
 as the engine reported it; ``previous_logp`` and ``base_logp``, under the policy at the start of the current iteration
 and under the base of the divergence (NaN where nobody asked); with a critic also ``old_value``, ``advantage`` and
 ``returns``. Episode columns: ``iteration`` (which asked for it, and learned from it first), ``policy_version`` (whose
-weights drew it: those at the start of that iteration), ``group`` (answers to one prompt drawn together), ``prompt`` (row of the problems), ``source`` (0 own, 1 demonstration), ``reward``, ``reward/<part>``,
-``advantage``, ``ended``, ``digest`` (of prompt and tokens; equal for equal answers).
+weights drew it: those at the start of that iteration), ``group`` (answers to one prompt drawn together), ``prompt``
+(row of the problems), ``source`` (0 own, 1 demonstration), ``reward``, ``reward/<part>``, ``advantage``, ``ended``,
+``digest`` (of prompt and tokens; equal for equal answers).
 
 Groups are whole, always: they are drawn, kept and evicted together. Which answers a step takes is a pure function of
 (seed, iteration) and the store.

@@ -139,3 +139,21 @@ def test_an_answer_needs_a_token() -> None:
 def _bounds(store: Replay, rows: list[int]) -> tuple[list[int], list[int]]:
     first = [int(store.start[i]) for i in rows]
     return first, [a + int(store.length[i]) for a, i in zip(first, rows)]
+
+
+def test_answers_belong_to_the_iteration_that_asked_for_them() -> None:
+    """Drawn by π_1 and asked for by iteration 2: kept, taken and forgotten as those of iteration 2."""
+    store = r.merged(answers(1, iteration=np.full(12, 1)), answers(2, iteration=np.full(12, 2)))
+    store.episodes["policy_version"][:] = 1
+    left = r.recent(store, 2)
+    assert left is not None and (left.episodes["iteration"] == 2).all() and left.num_episodes == 12
+    (step,) = r.steps_of(store, [np.empty(0, np.int64)], minibatches=1, seed=0, iteration=2)
+    assert sorted(step) == list(range(12, 24))
+
+
+def test_stores_of_version_0_1_are_told_the_iterations() -> None:
+    old = r.merged(answers(1), answers(2))
+    old.version = 2
+    told = r.told_iterations(old)
+    assert told.version == 2 and (told.episodes["iteration"] == old.episodes["policy_version"]).all()
+    assert r.told_iterations(told) is told and (r.iteration_of(old) == r.iteration_of(told)).all()
