@@ -28,9 +28,10 @@ class EngineContext:
         longest_prompt: tokens of the longest prompt of training.
         longest_answer: tokens of the longest answer.
         answers_at_once: answers that one process draws at once.
+        temperature: that answers are drawn at in training.
         device: the trainer's, of this process.
         dtype: that the policy computes in.
-        config: the policy's configuration of transformers; None for a model without one.
+        model: the policy, not yet on its device, for what its configuration says; its weights come by ``sync``.
         folder: of the run; None outside of one.
         seed: of the run.
         rank: of this process, from 0.
@@ -41,9 +42,10 @@ class EngineContext:
     longest_prompt: int
     longest_answer: int
     answers_at_once: int = 256
+    temperature: float = 1.0
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
-    config: Any = None
+    model: Any = None
     folder: Path | None = None
     seed: int = 0
     rank: int = 0
