@@ -39,7 +39,8 @@ from offpolicy.language.head import check_head
 from offpolicy.language.meters import Pace
 from offpolicy.language.noise import without_noise
 from offpolicy.language.opening import check_same_start, open_policy, policy_state, reopen_policy
-from offpolicy.language.stepping import SCHEDULES, MicroBatches, adamw, rate_at
+from offpolicy.language.optimisers import check_optimizer, check_sharding, make_optimizer
+from offpolicy.language.stepping import SCHEDULES, MicroBatches, rate_at
 from offpolicy.training.lightning_private import trainer_of
 from offpolicy.training.module import Module
 from offpolicy.trust import names_of, trusting
@@ -56,14 +57,18 @@ class LanguageModule(Module):
 
     Args:
         policy: Hugging Face id or folder of the causal language model that is tuned.
-        lr: peak learning rate of AdamW.
+        lr: peak learning rate of the optimiser.
+        optimizer: "adamw", "adamw_8bit" (its moments take a quarter of the memory; needs the extra ``quantized``) or
+            "adafactor" (as good as no moments; rates mean what they mean to AdamW).
+        offload_optimizer: keep float32 masters of the weights, and moments, on the host, which moves them; the device
+            holds weights and gradients alone.
         batch_size: rows per optimiser step over all processes, ≥ 1; the last step of an epoch has the rows that remain.
         micro_batch_size: rows per forward pass on one process; None for as many as fit into 8,192 tokens. Does not
             change the result.
         epochs: passes over the data, > 0; used when no ``max_steps`` are given.
         warmup_ratio: part of the steps in which the rate rises from 0, in [0, 1].
         lr_schedule: "cosine" or "linear" decay to 0 after that, or "constant".
-        weight_decay: AdamW's, ≥ 0; not applied to biases and norms.
+        weight_decay: of the optimiser, ≥ 0; not applied to biases and norms.
         adam_betas: AdamW's.
         lora_rank: rank of LoRA adapters, 0 to train all weights; needs the extra ``lora``.
         lora_alpha: their scale; None for twice the rank.
@@ -97,6 +102,8 @@ class LanguageModule(Module):
         *,
         policy: str = "",
         lr: float = 1e-6,
+        optimizer: str = "adamw",
+        offload_optimizer: bool = False,
         batch_size: int = 64,
         micro_batch_size: int | None = None,
         epochs: float = 1.0,
@@ -135,6 +142,7 @@ class LanguageModule(Module):
         check_choice("lr_schedule", lr_schedule, SCHEDULES)
         check_choice("dtype", dtype, DTYPES)
         check_choice("export", export, EXPORTS)
+        check_optimizer(optimizer, adam_betas)
         if adapter and lora_rank:
             raise UsageError(
                 "`adapter` and `lora_rank` were both given; expected one: go on with an adapter, or begin."
@@ -294,6 +302,7 @@ class LanguageModule(Module):
         data: Any = getattr(trainer, "datamodule", None)
         check_texts_given(data)
         refuse_half(trainer.precision)
+        check_sharding(self.hparams.optimizer, self.hparams.offload_optimizer, trainer.strategy)
         if self.seed is None:
             self.seed = int(trainer.strategy.broadcast(torch.initial_seed())) % (1 << 63)
         self.take_data(data)
@@ -336,8 +345,15 @@ class LanguageModule(Module):
 
     def configure_optimizers(self) -> Optimizer:
         h = self.hparams
-        fused = self.device_mesh is None and self.device.type in ("cpu", "cuda")
-        return adamw(self.model.parameters(), lr=h.lr, weight_decay=h.weight_decay, betas=h.adam_betas, fused=fused)
+        return make_optimizer(
+            h.optimizer,
+            self.model.parameters(),
+            lr=h.lr,
+            weight_decay=h.weight_decay,
+            betas=h.adam_betas,
+            fused=self.device_mesh is None and self.device.type in ("cpu", "cuda"),
+            offload=h.offload_optimizer,
+        )
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""

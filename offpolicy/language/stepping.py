@@ -1,27 +1,12 @@
-"""Optimiser steps of language methods: AdamW, its rate over a run, and how a step is cut into micro-batches."""
+"""Optimiser steps of language methods: their rate over a run, and how a step is cut into micro-batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
 
 SCHEDULES = ("cosine", "linear", "constant")
 FORWARD_TOKENS = 8192  # of one forward pass where the user does not say
-
-
-def adamw(params: Iterable[Tensor], *, lr: float, weight_decay: float, betas: Any, fused: bool) -> Optimizer:
-    """AdamW whose decay leaves out biases and norms."""
-    trained = [p for p in params if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), fused=fused)
 
 
 def rate_at(step: int, horizon: int, *, lr: float, warmup_ratio: float, lr_schedule: str) -> float:
