@@ -33,6 +33,7 @@ from offpolicy.training.beginning import (
     Beginning,
     FitResult,
     already_done,
+    check_whole,
     find_beginning,
     forget_if_empty,
     open_folder,
@@ -119,6 +120,8 @@ def fit(
         if begin.checkpoint is not None and begin.updates >= max_steps:
             with trusting(names=names_of(method) | names_in(module.settings())):
                 return already_done(method, begin.checkpoint, begin.updates, max_steps, verbose and is_first_process())
+        if begin.checkpoint is not None:
+            check_whole(begin.checkpoint)
         files = open_folder(begin, method, module, root, running, made, named=folder is not None)
         origin.lines += screen.lines_of_seeds(begin.folders, begin.notes)
         start = Start(files, origin, module, options, verbose)
@@ -237,10 +240,11 @@ def finished(trainer: Trainer, method: Module, folder: Path, start: Start, secon
     if start.verbose and trainer.is_global_zero:
         resume_or_none = resume_words(folder, start.origin) if result.interrupted else None
         look = start.look.format(folder=shlex.quote(str(folder)))
-        print(
-            screen.last_lines(folder, result.scores, result.updates, seconds, resume_or_none, look, found.failed),
-            flush=True,
+        best = "" if found.files is None else found.files.best_words()
+        said = screen.last_lines(
+            folder, result.scores, result.updates, seconds, resume_or_none, look, found.failed, best
         )
+        print(said, flush=True)
     if result.interrupted:
         stop_watching()
         end_together()

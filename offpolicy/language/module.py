@@ -41,6 +41,7 @@ from offpolicy.language.noise import without_noise
 from offpolicy.language.opening import check_same_start, open_policy, policy_state, reopen_policy
 from offpolicy.language.optimisers import check_optimizer, check_sharding, make_optimizer
 from offpolicy.language.stepping import SCHEDULES, MicroBatches, rate_at
+from offpolicy.training.keeping import Spacing
 from offpolicy.training.lightning_private import trainer_of
 from offpolicy.training.module import Module
 from offpolicy.trust import names_of, trusting
@@ -90,7 +91,8 @@ class LanguageModule(Module):
 
     trains_on_texts = True
     divergence_advice = "Lower --model.lr, or give it a longer rise by --model.warmup_ratio"
-    run_defaults: ClassVar[dict[str, Any]] = {"eval_every": 100, "log_every": 10}
+    run_defaults: ClassVar[dict[str, Any]] = {"log_every": 10}
+    evaluations: ClassVar[Spacing] = Spacing(times=10, least=10, most=500, before=100)
     saved_again = False  # an evaluation changes nothing here, and weights take long to write
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -70,7 +70,7 @@ class UpdateBar(ProgressBar):
             self._drawn = now
             rate, numbers = self.rate(updates, now), self.numbers(trainer)
             self._bar.update(self._task, completed=updates, rate=rate, numbers=numbers, refresh=True)
-        elif due(updates, pl_module.run.eval_every, trainer.max_steps) or trainer.should_stop:
+        elif due(updates, pl_module.eval_every, trainer.max_steps) or trainer.should_stop:
             count = f"{updates:>{len(str(trainer.max_steps))}}/{trainer.max_steps}"
             print(f"{count}  {self.rate(updates, now)}  {self.numbers(trainer)}", file=sys.stderr, flush=True)
 

@@ -16,6 +16,7 @@ from offpolicy.given import seeds_text
 from offpolicy.training import screen
 from offpolicy.training.checkpoints import (
     newest_checkpoint,
+    opens,
     own_folder,
     plain_hparams,
     read_checkpoint,
@@ -217,11 +218,6 @@ def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
         raise UsageError(f"{checkpoint} holds the method {before}; expected {now}. Pass the same method.")
     former, current = content["hyper_parameters"], plain_hparams(method.hparams)
     changed = [f"{k} {former[k]} → {current[k]}" for k in current if k in former and former[k] != current[k]]
-    if "optimizer_states" not in content:
-        raise UsageError(
-            f"{checkpoint} holds weights alone, as `save` writes them; expected a checkpoint of a run, which training "
-            "can go on from. Pass a run folder or a file of its checkpoints."
-        )
     method.seed = state["seed"]  # the order of the data goes on
     seeds = tuple(state.get("seeds") or ())
     if method.seeds and method.seeds != seeds:
@@ -231,6 +227,23 @@ def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
         )
     method.seeds = seeds
     return content["global_step"], ", ".join(changed)
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Refuse to go on from weights alone.
+
+    Raises:
+        UsageError: the checkpoint has no state of the optimisers.
+    """
+    if "optimizer_states" in read_checkpoint(checkpoint):
+        return
+    others = [path for path in run_of(checkpoint).glob("checkpoints/step=*.ckpt") if path.name < checkpoint.name]
+    whole = next((path for path in sorted(others, reverse=True) if opens(path)), None)
+    instead = f"Go on from {whole}" if whole else "Pass a run folder or a file of its checkpoints"
+    raise UsageError(
+        f"{checkpoint} holds weights alone, as `save` and --run.final weights_only write them; expected a checkpoint "
+        f"that training can go on from. {instead}."
+    )
 
 
 def keep_earlier_rows(checkpoint: Path, updates: int, folder: Path) -> None:

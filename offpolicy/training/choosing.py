@@ -41,8 +41,8 @@ def chosen_checkpoint(run_or_checkpoint: str | Path, which: Which = "last") -> P
             return resolve_checkpoint(path)
     kept = sorted({int(path.stem[5:]) for path in folder.glob("**/step=*.ckpt") if path.stem[5:].isdigit()})
     raise UsageError(
-        f"{folder} keeps no checkpoint of update {wanted:,}; expected one of {', '.join(f'{n:,}' for n in kept)}. Runs "
-        "keep the newest two and the best."
+        f"{folder} keeps no checkpoint of update {wanted:,}; expected one of {', '.join(f'{n:,}' for n in kept)}. "
+        "--run.keep says which a run keeps, the newest two and the best by default."
     )
 
 

@@ -151,8 +151,8 @@ class Divergence(Callback):
         pl_module.finite_at = -1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        updates, run = trainer.global_step, pl_module.run
+        updates = trainer.global_step
         if not pl_module.step_ended:
             return
-        if pl_module.run_log.metrics_at(updates) or due(updates, run.eval_every, trainer.max_steps):
+        if pl_module.run_log.metrics_at(updates) or due(updates, pl_module.eval_every, trainer.max_steps):
             pl_module.check_finite()

@@ -63,6 +63,13 @@ def is_better(value: float, best: float | None) -> bool:
     return value == value and (best is None or value > best)
 
 
+def is_better_by(name: str, value: float, best: float | None) -> bool:
+    """The same of the number that judges a run; a held-out loss is better when it is lower."""
+    if name != "eval/loss":
+        return is_better(value, best)
+    return value == value and (best is None or value < best)
+
+
 def keep_best(numbers: dict[str, float], best: float | None, of: str = "") -> float | None:
     """Add the best headline so far to the numbers of an evaluation; returns it.
 

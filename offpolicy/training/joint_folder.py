@@ -20,6 +20,7 @@ from lightning.pytorch import Trainer
 from offpolicy.files import PLACES, Table, atomic_write, known_folders, numbered_folder
 from offpolicy.given import seeds_text
 from offpolicy.training.checkpoints import newest_checkpoint, opens, read_checkpoint, write_checkpoint
+from offpolicy.training.headlines import judged_by
 from offpolicy.training.run_folder import RunFolder
 from offpolicy.training.slices import checkpoint_of_seed, row_of_seed
 
@@ -32,16 +33,20 @@ class JointFolder(RunFolder):
     Args:
         folder: of the joint run.
         folders: of each seed; none on other processes than the first.
-        keep: how many of the newest checkpoints stay in each, ≥ 1.
     """
 
-    def __init__(self, folder: str | Path, folders: Mapping[int, Path], keep: int = 2) -> None:
-        super().__init__(folder, keep)
-        self.parts = {seed: RunFolder(place, keep) for seed, place in folders.items()}
+    def __init__(self, folder: str | Path, folders: Mapping[int, Path]) -> None:
+        super().__init__(folder)
+        self.parts = {seed: RunFolder(place) for seed, place in folders.items()}
 
     @property
     def state_key(self) -> str:
         return RunFolder.__qualname__
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        for part in self.parts.values():
+            part.keeping = self.keeping
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
@@ -67,7 +72,7 @@ class JointFolder(RunFolder):
             part.go_back(updates)
             for joint, own in ((self.metrics, part.metrics), (self.evals, part.evals)):
                 own.replace([row_of_seed(row, seed) for row in joint.rows()])
-        for path in sorted(self.folder.glob("checkpoints/step=*.ckpt"))[-self.keep :]:
+        for path in sorted(self.folder.glob("checkpoints/step=*.ckpt"))[-self.keeping.newest :]:
             absent = [seed for seed, part in self.parts.items() if not opens(part.folder / "checkpoints" / path.name)]
             if absent and opens(path):
                 self._save_parts(method, path, absent)
@@ -77,17 +82,19 @@ class JointFolder(RunFolder):
         for seed, part in self.parts.items():
             part.write(part.metrics if table is self.metrics else part.evals, row_of_seed(row, seed))
 
-    def judge(self, row: Mapping[str, Any], updates: int) -> None:
-        super().judge(row, updates)
+    def judge(self, row: Mapping[str, Any], updates: int) -> bool:
+        """As of one seed; also whether it is the best so far of one of the seeds, as every process can tell."""
         for seed, part in self.parts.items():
             part.judge(row_of_seed(row, seed), updates)
+        key = judged_by(row)
+        own = [(row.get(f"{key}_seed{seed}"), row.get(f"{key}_best_seed{seed}")) for seed in self.seeds]
+        return super().judge(row, updates) or any(value is not None and value == best for value, best in own)
 
     def save(self, trainer: Trainer, pl_module: Any) -> None:
         super().save(trainer, pl_module)
         if trainer.is_global_zero:
             self._save_parts(pl_module, self.path_of(trainer.global_step), self.parts)
-            for part in self.parts.values():
-                part.prune()
+            self._prune(trainer)
 
     def _save_parts(self, method: Any, path: Path, seeds: Iterable[int]) -> None:
         """Write the parts of a joint checkpoint, as it lies on the disk, into the folders of these seeds."""
@@ -97,6 +104,11 @@ class JointFolder(RunFolder):
             write_checkpoint(
                 checkpoint_of_seed(joint, seed, stacked), self.parts[seed].folder / "checkpoints" / path.name
             )
+
+    def prune(self) -> None:
+        super().prune()
+        for part in self.parts.values():
+            part.prune()
 
     def draw(self) -> None:
         super().draw()

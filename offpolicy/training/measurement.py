@@ -33,12 +33,12 @@ class EvaluationFailed(UsageError):
 
 
 class Measurement(Callback):
-    """Base of what judges a method every ``run.eval_every`` updates and after the last.
+    """Base of what judges a method every ``eval_every`` updates and after the last.
 
     Numbers arrive as ``eval/…`` in the Trainer's metrics and as the ``evaluation`` of the run's log, with the best so
-    far. In a run folder the checkpoint of an update is written before its evaluation, so that an evaluation that fails,
-    hangs or kills the process costs no training; a run that goes on from there makes up for the evaluation first, if it
-    has no row.
+    far. In a run folder the checkpoint of an update is written before its evaluation (unless ``run.save_every`` says
+    when), so that an evaluation that fails, hangs or kills the process costs no training; a run that goes on from there
+    makes up for the evaluation first, if it has no row.
     """
 
     everywhere = True  # measured on every process, or on the first alone
@@ -62,6 +62,8 @@ class Measurement(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.run_log.evaluation = {}
+        if not trainer.ckpt_path:
+            pl_module.space_evaluations(trainer.max_steps)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if not self.outstanding:
@@ -75,7 +77,7 @@ class Measurement(Callback):
             self.evaluate(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        measures = pl_module.step_ended and due(trainer.global_step, pl_module.run.eval_every, trainer.max_steps)
+        measures = pl_module.step_ended and due(trainer.global_step, pl_module.eval_every, trainer.max_steps)
         pl_module.stop_clock(wait=measures)
         if not measures:
             return
@@ -118,8 +120,10 @@ class Measurement(Callback):
             log.warning("The evaluation at update %d failed, and the run goes on without it: %s", updates, reason)
             self.run_log.evaluation = {"step": updates, "error": reason, **self.facts}
             return
-        if files is None:
-            self.outstanding = True
+        self.outstanding = True
+        if files is not None:
+            files.keep_failed(trainer, pl_module)
+        else:
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / checkpoint_name(updates))
         error = EvaluationFailed(
             f"the evaluation at update {updates:,} failed: {reason} The checkpoint of this update is kept; "

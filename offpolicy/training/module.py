@@ -28,6 +28,7 @@ from offpolicy.training import divergence
 from offpolicy.training.callbacks import Interruption, RestoreSettings, ThreadWatch
 from offpolicy.training.checkpoints import KEY, plain_hparams, to_plain
 from offpolicy.training.description import Description
+from offpolicy.training.keeping import Spacing
 from offpolicy.training.measurement import HeldOut
 from offpolicy.training.meter import Meter
 from offpolicy.training.options import RunOptions
@@ -45,6 +46,7 @@ class Module(LightningModule):
     run_defaults: ClassVar[dict[str, Any]] = {}  # of `--run.*`, where they differ from those of RunOptions
     trains_on_texts: ClassVar[bool] = False
     seed_axis: ClassVar[bool] = False  # whether several seeds can be trained at once
+    evaluations: ClassVar[Spacing] = Spacing(times=5, least=200, most=5000, before=5000)
     saved_again: ClassVar[bool] = True  # after an evaluation, which may change the method, as well as before it
     divergence_advice: ClassVar[str] = "Lower the learning rate"  # begins a sentence
     has_adapters: bool = False  # of peft
@@ -64,6 +66,7 @@ class Module(LightningModule):
         self.run_log = RunLog()  # of the newest fit
         self.words = words()  # whose word the names in its options are
         self._seeds: tuple[int, ...] = ()
+        self._eval_every = self.evaluations.most  # where `run` does not say
         self.finite_at = -1  # the update after which losses and weights were last found finite
         self._undo = ExitStack()
 
@@ -155,6 +158,20 @@ class Module(LightningModule):
         bars = [] if self.run_log.bar is None else [self.run_log.bar]
         return [RestoreSettings(), ThreadWatch(), divergence.Divergence(), self.measurement(), Interruption(), *bars]
 
+    @property
+    def eval_every(self) -> int:
+        """Updates between evaluations of the run at hand, 0 for one at the end only."""
+        return self._eval_every if self.run.eval_every is None else self.run.eval_every
+
+    def space_evaluations(self, total: int) -> None:
+        """Let the evaluations fit a new run of so many updates; one that goes on has its own in the checkpoint."""
+        self._eval_every = self.evaluations.every(total)
+
+    @property
+    def save_every(self) -> int:
+        """Updates between checkpoints of the run at hand, 0 for one at the end only."""
+        return self.eval_every if self.run.save_every is None else self.run.save_every
+
     def measurement(self) -> Callback:
         """What judges the method in training."""
         return HeldOut()
@@ -238,6 +255,7 @@ class Module(LightningModule):
                 **self.network_state(),
                 "seed": self.seed,
                 "updates": self.updates,
+                "eval_every": self.eval_every,
                 "threads": torch.get_num_threads(),
                 "matmul": self.run.matmul,
                 "data": {"fingerprint": self.data_fingerprint, "meta": self.data_meta},
@@ -261,6 +279,7 @@ class Module(LightningModule):
         self.restore_networks(state)
         self.data_meta = self.data_meta or data["meta"]
         self.run.threads, self.run.matmul = state["threads"], state["matmul"]
+        self._eval_every = state.get("eval_every", self.evaluations.before)
         self.meter.load_state_dict(state["meters"], processes.rank(), self.world_size)
         self.load_extra_state(state)
 

@@ -241,7 +241,7 @@ class OfflineModule(SteppingModule):
     def _intervals(self) -> set[int]:
         """Every interval, in updates, at which a block must end."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        found = {self.run.log_every, self.run.eval_every, getattr(data, "change_every", 0)}
+        found = {self.run.log_every, self.eval_every, self.save_every, getattr(data, "change_every", 0)}
         found |= {save_interval(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return {n for n in found if isinstance(n, int) and n > 0}
 

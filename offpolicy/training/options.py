@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offpolicy.errors import UsageError, check_range
+from offpolicy.errors import UsageError, check_choice, check_range
 from offpolicy.given import whole_fields
+from offpolicy.training.keeping import Keeping
+
+LEAST = {"block": 1, "eval_every": 0, "eval_episodes": 0, "save_every": 0, "log_every": 1, "threads": 1}
+FINAL = ("whole", "weights_only")
 
 
 @dataclass
@@ -14,10 +18,19 @@ class RunOptions:
 
     Args:
         block: updates per call of the Trainer, ≥ 1; cut at every interval. Any value gives the same weights.
-        eval_every: updates between evaluations and checkpoints, ≥ 0; 0 evaluates at the end only.
+        eval_every: updates between evaluations, ≥ 0; 0 evaluates at the end only. None fits the length of the run: a
+            fifth of it, at least 200 and at most 5,000 updates; of language models a tenth, at least 10 and at most
+            500. A run that goes on keeps its own.
         eval_episodes: episodes per evaluation, of each task where the data come with tasks, ≥ 0; 0 never evaluates.
         eval_errors: what an evaluation that raises an error does: "stop" ends the run, whose checkpoint of that update
             is kept; "skip" goes on, with a row in ``evals.csv`` that has the error and no numbers.
+        save_every: updates between checkpoints, ≥ 0; 0 writes one at the end only. None writes one before every
+            evaluation, so that one that fails costs no update. Otherwise evaluations write none, unless they are the
+            best so far.
+        keep: which checkpoints stay: "best" (the newest and the best), "last" (the newest alone), "all", "every:N"
+            (multiples of N updates, the newest and the best), or a number: the newest so many and the best.
+        final: what the checkpoint of the last update holds: "whole", from which training can go on to more updates, or
+            "weights_only", without the state of the optimisers, from which it cannot.
         log_every: updates between rows of metrics, ≥ 1.
         threads: torch threads during training; None leaves the setting alone.
         matmul: float32 products on CPU: "auto", "mkl" or "onednn"; "bf16" multiplies in bfloat16, faster and less
@@ -31,9 +44,12 @@ class RunOptions:
     """
 
     block: int = 64
-    eval_every: int = 5000
+    eval_every: int | None = None
     eval_episodes: int = 10
     eval_errors: str = "stop"
+    save_every: int | None = None
+    keep: int | str = 2
+    final: str = "whole"
     log_every: int = 500
     threads: int | None = None
     matmul: str = "auto"
@@ -43,10 +59,11 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         whole_fields(self, "run")
-        for name, low in (("block", 1), ("eval_every", 0), ("eval_episodes", 0), ("log_every", 1)):
-            check_range(f"run.{name}", getattr(self, name), low)
-        if self.threads is not None:
-            check_range("run.threads", self.threads, 1)
+        for name, low in LEAST.items():
+            if getattr(self, name) is not None:
+                check_range(f"run.{name}", getattr(self, name), low)
+        Keeping.of(self.keep)
+        check_choice("run.final", self.final, FINAL)
         if self.eval_errors not in ("stop", "skip"):
             raise UsageError(f"`run.eval_errors` is {self.eval_errors!r}; expected 'stop' or 'skip'.")
         if self.matmul not in ("auto", "mkl", "onednn", "bf16"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +18,8 @@ from offpolicy.errors import DivergenceError
 from offpolicy.files import Table, WriteError, atomic_write
 from offpolicy.training.checkpoints import checkpoint_name
 from offpolicy.training.curves import plot_curves
-from offpolicy.training.headlines import headline, is_better
+from offpolicy.training.headlines import is_better_by, judged_by
+from offpolicy.training.keeping import Keeping
 from offpolicy.training.run_log import RunLog, due
 from offpolicy.training.slices import wide_row
 
@@ -24,23 +27,21 @@ from offpolicy.training.slices import wide_row
 class RunFolder(Checkpoint):
     """The files of a run: ``metrics.csv``, ``evals.csv``, ``checkpoints/step=….ckpt`` and, at the end, ``curves.png``.
 
-    Checkpoints are written before every evaluation (and after it, see ``Module.saved_again``), at the last update, on
-    interruption and when the method asks. The newest two are kept and the one with the best evaluation. Rows beyond the
-    checkpoint that a run continues from are cut, never others, and checkpoints beyond it are set aside as
+    Checkpoints are written before every evaluation (and after it, see ``Module.saved_again``) or every
+    ``run.save_every`` updates and after the best evaluation, at the last update, on interruption and when the method
+    asks. ``run.keep`` says which stay; ``checkpoints/best`` is a link to the one with the best evaluation. Rows beyond
+    the checkpoint that a run continues from are cut, never others, and checkpoints beyond it are set aside as
     ``….ckpt.replaced``: "last" means the last of the run as it goes on.
     Lightning runs this callback after all others, so that files hold what the others found.
-
-    Args:
-        folder: of the run.
-        keep: how many of the newest checkpoints stay, ≥ 1.
     """
 
     in_run_folder = True  # its checkpoints lie in <folder>/checkpoints, where data look which versions are needed
     run_log: RunLog
 
-    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.keep = keep
+        self.keeping = Keeping()
+        self.final = False  # the checkpoint at hand is the last, and is to hold weights alone
         self.metrics = Table(self.folder / "metrics.csv")
         self.evals = Table(self.folder / "evals.csv")
         self.best_path = ""
@@ -53,6 +54,7 @@ class RunFolder(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.run_log = pl_module.run_log
         self.run_log.files, self.seeds = self, pl_module.seeds
+        self.keeping = Keeping.of(pl_module.run.keep)
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # the first process chose it
         self.metrics, self.evals = Table(self.folder / "metrics.csv"), Table(self.folder / "evals.csv")
 
@@ -77,14 +79,15 @@ class RunFolder(Checkpoint):
         updates = trainer.global_step
         self._append(trainer, self.metrics, self.run_log.metrics)
         self._append(trainer, self.evals, self.run_log.evaluation)
+        improved = self._judge(trainer) and self.keeping.best
         if (
-            due(updates, pl_module.run.eval_every, trainer.max_steps)
+            improved
+            or due(updates, pl_module.save_every, trainer.max_steps)
             or trainer.should_stop
             or pl_module.wants_checkpoint()
         ):
             evaluated = bool(self.run_log.evaluation_at(updates))
             if self._saved == updates and not (evaluated and pl_module.saved_again):
-                self._judge(trainer)
                 self._prune(trainer)
             else:
                 self.save(trainer, pl_module)
@@ -107,11 +110,22 @@ class RunFolder(Checkpoint):
     def before_evaluation(self, trainer: Trainer, pl_module: Any) -> None:
         """Row of metrics and checkpoint of this update, before anything that may fail."""
         self._append(trainer, self.metrics, self.run_log.metrics)
-        self.save(trainer, pl_module)
+        if due(trainer.global_step, pl_module.save_every, trainer.max_steps):
+            self.save(trainer, pl_module)
+
+    def keep_failed(self, trainer: Trainer, pl_module: Any) -> None:
+        """A checkpoint of this update, whose evaluation has failed, on the disk before the run ends."""
+        if self._saved != trainer.global_step:
+            self.save(trainer, pl_module)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until the newest checkpoint is on the disk."""
 
     def save(self, trainer: Trainer, pl_module: Any) -> None:
         """Write a checkpoint, and remove those that nobody needs any more."""
         self._judge(trainer)
+        self.final = pl_module.run.final == "weights_only" and trainer.global_step == trainer.max_steps
         trainer.save_checkpoint(self.path_of(trainer.global_step))
         self._saved = trainer.global_step
         self._prune(trainer)
@@ -129,8 +143,8 @@ class RunFolder(Checkpoint):
             self.write(table, row)
             self._rows[table.path] = updates
 
-    def _judge(self, trainer: Trainer) -> None:
-        self.judge(self.run_log.evaluation_at(trainer.global_step), trainer.global_step)
+    def _judge(self, trainer: Trainer) -> bool:
+        return self.judge(self.run_log.evaluation_at(trainer.global_step), trainer.global_step)
 
     def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
@@ -150,17 +164,38 @@ class RunFolder(Checkpoint):
         """Add a row to a table."""
         table.append(row)
 
-    def judge(self, row: Mapping[str, Any], updates: int) -> None:
-        """Remember the checkpoint of an update if its evaluation is the best."""
-        key = headline(row)
-        if key is not None and is_better(row[key], self.best_value):
-            self.best_value, self.best_path = row[key], checkpoint_name(updates)
+    def judge(self, row: Mapping[str, Any], updates: int) -> bool:
+        """Remember the checkpoint of an update if its evaluation is the best so far; whether it is."""
+        key = judged_by(row)
+        if key is None or not is_better_by(key, row[key], self.best_value):
+            return False
+        self.best_value, self.best_path = row[key], checkpoint_name(updates)
+        return True
 
     def prune(self) -> None:
-        """Remove the checkpoints that nobody needs any more."""
-        for old in sorted(self.folder.glob("checkpoints/step=*.ckpt"))[: -self.keep]:
-            if old.name != self.best_path:
-                old.unlink(missing_ok=True)
+        """Remove the checkpoints that nobody needs any more, and let the link lead to the best."""
+        lying = {path.name: path for path in self.folder.glob("checkpoints/step=*.ckpt")}
+        for name in lying.keys() - self.keeping.kept(lying, self.best_path):
+            lying[name].unlink(missing_ok=True)
+        self.link_best()
+
+    def link_best(self) -> None:
+        """Let ``best`` lead to the checkpoint with the best evaluation; none where that does not lie there."""
+        link, target = self.folder / "checkpoints" / "best", self.best_path or "none"
+        with contextlib.suppress(OSError):  # a file system without links
+            if not link.with_name(target).exists():
+                link.unlink(missing_ok=True)
+            elif not link.is_symlink() or os.readlink(link) != target:
+                temporary = link.with_name(f".best.{os.getpid()}.tmp")
+                temporary.symlink_to(target)
+                os.replace(temporary, link)
+
+    def best_words(self) -> str:
+        """The checkpoint with the best evaluation, in words; empty where there is none."""
+        if self.best_value is None or not (self.folder / "checkpoints" / self.best_path).exists():
+            return ""
+        updates = int(re.findall(r"\d+", self.best_path)[0])
+        return f"update {updates:,} ({self.best_value:.4g}), checkpoints/{self.best_path}"
 
     def draw(self) -> None:
         """Draw the curves of the tables."""
@@ -170,6 +205,11 @@ class RunFolder(Checkpoint):
         """Keep the row in which a run was found to have diverged."""
         if isinstance(exception, DivergenceError):
             self._append(trainer, self.metrics, self.run_log.metrics)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Leave out what training goes on with, where the last checkpoint is to hold weights alone."""
+        for name in ("optimizer_states", "lr_schedulers", "loops") if self.final else ():
+            checkpoint.pop(name, None)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_path": self.best_path, "best_value": self.best_value}

@@ -28,8 +28,17 @@ class Files(Protocol):
     def before_evaluation(self, trainer: Any, pl_module: Any) -> None:
         """Row of metrics and checkpoint of this update, before anything that may fail."""
 
+    def keep_failed(self, trainer: Any, pl_module: Any) -> None:
+        """A checkpoint of this update, whose evaluation has failed, on the disk before the run ends."""
+
     def save(self, trainer: Any, pl_module: Any) -> None:
         """Write a checkpoint now."""
+
+    def settle(self) -> None:
+        """Wait until the newest checkpoint is on the disk."""
+
+    def best_words(self) -> str:
+        """The checkpoint with the best evaluation, in words; empty where there is none."""
 
     def keep_trace(self, updates: int, error: BaseException) -> None:
         """Write where an evaluation failed."""

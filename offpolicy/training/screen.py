@@ -14,6 +14,7 @@ from offpolicy.evaluation.scores import score_kind, simulator_version
 from offpolicy.given import seeds_text
 from offpolicy.training.description import Description
 from offpolicy.training.headlines import scores_line
+from offpolicy.training.keeping import Keeping
 from offpolicy.training.seed_room import memory_words
 from offpolicy.version import __version__
 
@@ -50,14 +51,14 @@ def first_screen(
     threads, matmul = settings_in_use(method)
     described = described or method.describe()
     which = f"seeds {seeds_shown(method.seeds)}" if method.seeds else f"seed {method.seed}"
-    when = f"every {method.run.eval_every:,} updates" if method.run.eval_every else "after the last update"
     start = f"continuing at update {now:,} of {total:,}" if now else "new"
     lines = [
         f"{type(method).__name__} on {meta.get('name', 'data')}, {which}",
         *(line(label, text) for label, text in described.facts),
         *extra,
         line("updates", f"{total:,} of {described.batch}"),
-        line("evaluate", f"{when}, {described.evaluates}" if described.evaluates else "none"),
+        line("evaluate", evaluated(method, described.evaluates) if described.evaluates else "none"),
+        line("save", saved(method)),
         line(
             "device", f"{device}, precision {trainer.precision}, threads {threads}, matmul {library_in_words(matmul)}"
         ),
@@ -68,6 +69,21 @@ def first_screen(
     notes += [str(text) for key in ("notes", "warnings") for text in meta.get(key) or []] + [*described.notes]
     samples = ["", described.samples] if described.samples else []
     return "\n".join([*lines, *(line("note", text) for text in notes), *samples])
+
+
+def evaluated(method: Any, what: str) -> str:
+    """When a run is evaluated, and on what; with the rule where the user has not said when."""
+    when = f"every {method.eval_every:,} updates" if method.eval_every else "after the last update"
+    rule = f" ({method.evaluations.words})" if method.run.eval_every is None else ""
+    return f"{when}, {what}{rule}"
+
+
+def saved(method: Any) -> str:
+    """When checkpoints are written, and which stay."""
+    apart = method.run.save_every is not None
+    when = f"every {method.save_every:,} updates" if method.save_every else "after the last update"
+    last = "; the last holds weights alone, so that the run cannot go on from it" * (method.run.final != "whole")
+    return f"{when if apart else 'before each evaluation'}, kept: {Keeping.of(method.run.keep).words}{last}"
 
 
 def seeds_shown(seeds: tuple[int, ...]) -> str:
@@ -115,10 +131,11 @@ def last_lines(
     resume: str | None,
     look: str,
     failed: bool = False,
+    best: str = "",
 ) -> str:
     """Scores, files, and the commands to go on: ``resume`` after an interruption, else ``look``.
 
-    ``failed``: the last evaluation raised an error, so that it has no scores.
+    ``failed``: the last evaluation raised an error, so that it has no scores. ``best``: the best checkpoint.
     """
     known = ("metrics.csv", "evals.csv", "curves.png", "checkpoints/", "hf/")
     files = [name for name in known if (folder / name).exists()]
@@ -126,6 +143,7 @@ def last_lines(
     lines = [
         ("Interrupted" if resume else "Done") + f" at update {updates:,} after {seconds:,.0f} s. {found}",
         line("files", f"{folder}/: {', '.join(files)}"),
+        *([line("best", best)] if best else []),
         line("resume", resume) if resume else line("evaluate" if "offpolicy.evaluate" in look else "next", look),
     ]
     if (folder / "hf").is_dir() and not resume:

@@ -71,12 +71,13 @@ def checkpoint_of_seed(checkpoint: Mapping[str, Any], seed: int, stacked: Collec
 
     state = copy.copy(checkpoint["state_dict"])  # with the notes of torch
     state |= {name: state[name][index].clone() for name in stacked if name in state}
-    optimizers = [{**one, "state": part(one["state"])} for one in checkpoint["optimizer_states"]]
+    held = [name for name in ("optimizer_states",) if name in checkpoint]  # not where it holds weights alone
+    optimizers = {name: [{**one, "state": part(one["state"])} for one in checkpoint[name]] for name in held}
     callbacks = {name: callback_of_seed(found, seed) for name, found in checkpoint.get("callbacks", {}).items()}
     return {
         **checkpoint,
         "state_dict": state,
-        "optimizer_states": optimizers,
+        **optimizers,
         "callbacks": callbacks,
         KEY: {**own, "seeds": (), "seed": seed, "meters": part(own["meters"])},
     }

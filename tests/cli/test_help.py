@@ -50,7 +50,7 @@ def test_every_default_in_the_help_is_the_real_one(name: str, capsys: pytest.Cap
     for option, default in found.items():
         assert default == str(wanted[option]) or wanted[option] is inspect.Parameter.empty, option
     if name != "TD3BC":
-        assert found["run.eval_every"] == "100" and found["run.log_every"] == "10"
+        assert found["run.eval_every"] == "None" and found["run.log_every"] == "10"
 
 
 def test_the_short_help_has_the_defaults_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:

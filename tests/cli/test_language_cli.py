@@ -125,7 +125,7 @@ def test_a_users_own_loss(home: Path) -> None:
 
 def test_defaults_are_those_of_language_models() -> None:
     cli = parse(read_command(["--model", "SimPO", *SMALL]))
-    assert cli.config.run.log_every == 10 and cli.config.run.eval_every == 100
+    assert cli.config.run.log_every == 10 and cli.config.run.eval_every is None
     assert cli.config.trainer.max_steps == -1 and cli.config.data.max_length == 1024
 
 
