@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from offpolicy.errors import DataError, UsageError
-from offpolicy.language.head import shared_fault, shares_prompt
+from offpolicy.language.attention import packs_rows, shares_prompt
+from offpolicy.language.head import packed_fault, shared_fault
+from offpolicy.language.layout import WASTE
 from offpolicy.language.policy import base_of, vocabulary_of
 
 
@@ -99,6 +101,38 @@ def prompt_is_shared(model: Any, wanted: bool | None) -> bool:
             "or attn_implementation 'sdpa' or 'eager' and a model that attends to its whole past."
         )
     return exact if wanted is None else wanted
+
+
+def padding_is_left_out(model: Any, wanted: bool | None) -> bool | None:
+    """Whether rows are packed without padding; None for wherever much of them would be padding.
+
+    Args:
+        model: the policy.
+        wanted: what the user says; None for wherever it is exact and pays.
+
+    Raises:
+        UsageError: it is wanted, and would change the numbers.
+    """
+    config = base_of(model).config
+    exact = wanted is not False and packs_rows(config) and not packed_fault(model)
+    if wanted and not exact:
+        raise UsageError(
+            f"`padding_free` is true, but packed rows would change the numbers of {type(base_of(model)).__name__} with "
+            f"the attention {config._attn_implementation}; expected null, or attn_implementation 'sdpa' or "
+            "'flash_attention_2' and a model that attends to its whole past and nothing else."
+        )
+    return wanted if exact else False
+
+
+def padding_in_words(model: Any, wanted: bool | None) -> str:
+    """What becomes of padding, for the first screen; arguments as of :func:`padding_is_left_out`."""
+    free = padding_is_left_out(model, wanted)
+    if free is None:
+        return f"left out of forward passes of which it would be more than {WASTE:.0%}"
+    if free or wanted is False:
+        return "none, rows are packed" if free else "kept, as asked for"
+    name, attention = type(base_of(model)).__name__, base_of(model).config._attn_implementation
+    return f"kept: packed rows would change the numbers of {name} with the attention {attention}"
 
 
 def precision_notes(model: Any, lr: float, *, has_adapters: bool) -> list[str]:

@@ -6,7 +6,7 @@ tile by tile. Whether that gives the model's own numbers is tried on a few token
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -15,17 +15,11 @@ from torch import Tensor, nn
 
 from offpolicy.data.texts.sequences import Pairs, Ragged, Singles
 from offpolicy.errors import UsageError
+from offpolicy.language.attention import attention_inputs, shares_prompt, take_packed
 from offpolicy.language.layout import Layout, pair_layout, single_layout
 from offpolicy.language.logprobs import token_divergence, token_logps
 from offpolicy.language.reading import call, in_eval, taken
 
-# kinds of attention layers (``config.layer_types``) that see the whole past, and no more
-WHOLE_PAST = ("full_attention", "attention")
-# configuration entries of recurrent layers and of windows or chunks of attention
-LIMITED_PAST = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size", "local_attention")
-RECURRENT = ("ssm_state_size", "state_size", "mamba_d_state", "linear_num_key_heads", "conv_L_cache")
-# positions enter these models through the attention mask or as a bias on the distance in the row
-OWN_POSITIONS = ("bloom", "mpt", "opt", "xlnet", "ctrl", "xglm")
 # entries under which models say how their logits are capped
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -60,10 +54,17 @@ def score(model: nn.Module, layout: Layout, *, chunk: int = 256, stats: bool = F
             model._score_answers = lambda *args: _score(model, *args)  # type: ignore[assignment]
             register_fsdp_forward_method(model, "_score_answers")
         return model._score_answers(layout, chunk, stats)  # type: ignore[operator]
+    _check_exact(model, layout)
+    return _score(model, layout, chunk, stats)
+
+
+def _check_exact(model: nn.Module, layout: Layout) -> None:
+    """Raise :class:`UsageError` where a model gives other numbers in this layout."""
     check_head(model)
     if layout.shared:
         check_shared(model)
-    return _score(model, layout, chunk, stats)
+    if layout.packed:
+        check_packed(model)
 
 
 def _score(model: nn.Module, layout: Layout, chunk: int, stats: bool) -> Answers:
@@ -77,18 +78,8 @@ def _score(model: nn.Module, layout: Layout, chunk: int, stats: bool) -> Answers
 
 def _hidden(head: Head, layout: Layout) -> Tensor:
     """The states that predict the scored tokens, (n, D)."""
-    mask = mask_of(layout, head.config, head.weight.dtype)
-    return head.states(layout.input_ids, mask, layout.position_ids).flatten(0, 1).index_select(0, layout.predict)
-
-
-def mask_of(layout: Layout, config: Any, dtype: torch.dtype) -> Tensor | None:
-    """The attention mask of a layout as a model of this configuration and type takes it."""
-    if layout.shared and config._attn_implementation == "eager":
-        mask = torch.zeros(layout.attention_mask.shape, dtype=dtype, device=layout.input_ids.device)
-        return mask.masked_fill_(~layout.attention_mask, torch.finfo(dtype).min)
-    if not layout.shared and shares_prompt(config):
-        return None  # padding on the right is behind every answer; without a mask attention takes its fast path
-    return layout.attention_mask
+    inputs = attention_inputs(layout, head.config, head.weight.dtype)
+    return head.states(layout.input_ids, layout.position_ids, inputs).flatten(0, 1).index_select(0, layout.predict)
 
 
 class FinalStates(NamedTuple):
@@ -149,9 +140,7 @@ def score_tokens(
         entropy_gradient: give the entropy with its gradient.
         others: name → the policy to which the exact divergence is wanted, by `final_states` of the same layout.
     """
-    check_head(model)
-    if layout.shared:
-        check_shared(model)
+    _check_exact(model, layout)
     head = Head(model)
     hidden = _hidden(head, layout)
     found = head.logps(
@@ -165,25 +154,6 @@ def score_tokens(
     logps, facts = found if isinstance(found, tuple) else (found, {})
     apart = {name: head.divergence(hidden, other, chunk, temperature) for name, other in (others or {}).items()}
     return TokenScores(logps, facts.get("entropy"), hidden, apart)
-
-
-def shares_prompt(config: Any) -> bool:
-    """Whether a model of this `transformers` configuration gives the same numbers with a shared prompt.
-
-    It does where attention sees the whole past and nothing but it, positions are given by ``position_ids``, and the
-    attention takes a mask (R, 1, T, T): implementations "sdpa" and "eager".
-    """
-    config = config.get_text_config()
-    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
-        return False
-    if config.model_type in OWN_POSITIONS or getattr(config, "alibi", False):
-        return False
-    if any(getattr(config, name, None) for name in RECURRENT):
-        return False
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return all(kind in WHOLE_PAST for kind in kinds)
-    return not any(getattr(config, name, None) for name in LIMITED_PAST)
 
 
 class Route(NamedTuple):
@@ -251,9 +221,9 @@ class Head:
     def decoder(self) -> nn.Module:
         return self.whole.get_decoder()
 
-    def states(self, ids: Tensor, mask: Tensor | None, position: Tensor) -> Tensor:
-        """What enters the output layer at every place, (R, T, D)."""
-        wanted = {"attention_mask": mask, "position_ids": position if self.route.positions else None}
+    def states(self, ids: Tensor, position: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """What enters the output layer at every place, (R, T, D); ``inputs`` as of :func:`attention_inputs`."""
+        wanted = {**inputs, "position_ids": position if self.route.positions else None}
         if self.route.decoder:
             decoder = self.decoder
             return decoder(input_ids=ids, use_cache=False, **taken(decoder, wanted)).last_hidden_state
@@ -312,6 +282,7 @@ class Head:
 
 _checked: WeakSet[nn.Module] = WeakSet()
 _shared: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # what is wrong with a shared prompt
+_packed: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # what is wrong with packed rows
 
 
 @torch.no_grad()
@@ -381,34 +352,72 @@ def check_shared(model: nn.Module) -> None:
         )
 
 
+def check_packed(model: nn.Module) -> None:
+    """Compare the scores of a few small texts with and without padding, once per model.
+
+    Raises:
+        UsageError: they differ, though `packs_rows` may hold: attention or positions are of a kind not known here.
+    """
+    if fault := packed_fault(model):
+        raise UsageError(
+            f"{type(model).__name__} gives other log-probabilities when rows are packed without padding: {fault}. Pass "
+            "`--model.padding_free=false`."
+        )
+
+
 @torch.no_grad()
 def shared_fault(model: nn.Module) -> str:
     """What is wrong with the scores of a small pair that shares its prompt; "" where they are right."""
-    if model in _shared:
-        return _shared[model]
-    check_head(model)
+    if model not in _shared:
+        _shared[model] = _fault(model, lambda shared: _pair(model, shared_prompt=shared))
+    return _shared[model]
+
+
+@torch.no_grad()
+def packed_fault(model: nn.Module) -> str:
+    """What is wrong with the scores of packed rows, of which one is short; "" where they are right.
+
+    A model that passes takes packed rows from then on.
+    """
+    if model not in _packed:
+        check_head(model)
+        whole = Head(model).whole
+        before = whole.config.get_text_config()._attn_implementation
+        take_packed(whole)
+        shared = shares_prompt(whole.config) and not shared_fault(model)
+        _packed[model] = _fault(model, lambda packed: _pair(model, shared_prompt=shared, padding_free=packed))
+        if _packed[model]:
+            whole.config.get_text_config()._attn_implementation = before
+    return _packed[model]
+
+
+def _pair(model: nn.Module, **how: Any) -> Layout:
+    """Two small pairs in a layout; their answers are of different lengths."""
     weight = Head(model).weight
-    ids, length = torch.arange(10, device="cpu") % len(weight), torch.tensor([3], device="cpu")
-    text = [Ragged(ids[first : first + 3], length) for first in (1, 4, 7)]
-    pair = Pairs(text[0], text[1], text[0], text[2], {}, torch.zeros_like(length))
+    prompt, chosen, rejected = (
+        Ragged(torch.arange(first, first + sum(length), device="cpu") % len(weight), torch.tensor(length, device="cpu"))
+        for first, length in ((0, (3, 2)), (5, (3, 1)), (9, (2, 4)))
+    )
+    pairs = Pairs(prompt, chosen, prompt, rejected, {}, torch.arange(2, device="cpu"))
+    return pair_layout(pairs, 0, **how).to(weight.device)
 
-    def scores(shared: bool) -> Tensor:
-        layout = pair_layout(pair, 0, shared_prompt=shared).to(weight.device)
-        return _score(model, layout, 256, False).sum_logps
 
-    tolerance, fault = _tolerance(weight), ""
+def _fault(model: nn.Module, layout: Callable[[bool], Layout]) -> str:
+    """How the scores of ``layout(True)`` differ from those of ``layout(False)``; "" where they do not."""
+    check_head(model)
+    head = Head(model)
+    tolerance, fault = _tolerance(head.weight), ""
     with in_eval(model):  # dropout would make them differ
-        plain = scores(False)
+        plain = _score(model, layout(False), 256, False).sum_logps
         try:
-            shared = scores(True)
-        except Exception as error:  # attention that takes no mask of this shape: any error of the model
+            found = _score(model, layout(True), 256, False).sum_logps
+        except Exception as error:  # attention that takes no such mask or rows: any error of the model
             fault = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         else:
-            if not torch.allclose(plain, shared, atol=tolerance, rtol=tolerance):
-                fault = f"{shared.tolist()} instead of {plain.tolist()}"
-    if not fault and not _routes.get(Head(model).whole, ROUTES[0]).positions:
+            if not torch.allclose(plain, found, atol=tolerance, rtol=tolerance):
+                fault = f"{found.tolist()} instead of {plain.tolist()}"
+    if not fault and not head.route.positions:
         fault = "it has positions of its own"
-    _shared[model] = fault
     return fault
 
 

@@ -3,6 +3,9 @@
 Plain: a row per answer, ``prompt answer pad``. Shared prompt: a row per pair, ``prompt chosen rejected pad``; the
 rejected answer does not see the chosen one, and its positions go on from the prompt. Both give the same numbers; the
 second computes the prompt once. Padding stands on the right, where causal attention never looks from an answer.
+
+Packed: the rows of either kind behind each other in a single row, without padding; attention is told where each lies
+(:mod:`offpolicy.language.attention`).
 """
 
 from __future__ import annotations
@@ -17,9 +20,13 @@ from offpolicy.data.texts.rollouts import Rollouts
 from offpolicy.data.texts.sequences import Pairs, Ragged, Singles, spread
 from offpolicy.moved import names_of
 
+WASTE = 0.1  # share of padding above which rows are packed where that is left open
+
 
 class Layout(NamedTuple):
     """The input of one forward pass of R rows of T tokens, and which of its positions are scored.
+
+    Packed rows are one row of T tokens; ``attention_mask`` is of the R rows of W places that attention sees.
 
     Scored tokens (n of them) are ordered by answer, then by place. Answers of a batch of B pairs: 0…B−1 chosen,
     B…2B−1 rejected, then the prompts of the chosen where they are scored too; of B singles: 0…B−1, then the prompts.
@@ -34,6 +41,8 @@ class Layout(NamedTuple):
         length: (A,) int64, scored tokens of each answer.
         num_answers: A.
         real_tokens: tokens in the rows that are no padding.
+        place: of packed rows, row · W + column of each token, (T,) int64; else None.
+        starts: of packed rows, where each one begins in T, and T, (R + 1,) int32; else None.
     """
 
     input_ids: Tensor
@@ -45,6 +54,8 @@ class Layout(NamedTuple):
     length: Tensor
     num_answers: int
     real_tokens: int
+    place: Tensor | None = None
+    starts: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Layout:
         """The same on a device."""
@@ -57,9 +68,20 @@ class Layout(NamedTuple):
         """Whether any row has two answers."""
         return self.attention_mask.ndim == 4
 
+    @property
+    def packed(self) -> bool:
+        """Whether the rows stand behind each other, without padding."""
+        return self.place is not None
+
 
 def pair_layout(
-    pairs: Pairs, pad_id: int, *, shared_prompt: bool, prompt_too: bool = False, pad_to_multiple_of: int = 1
+    pairs: Pairs,
+    pad_id: int,
+    *,
+    shared_prompt: bool,
+    prompt_too: bool = False,
+    pad_to_multiple_of: int = 1,
+    padding_free: bool | None = False,
 ) -> Layout:
     """Rows for a batch of B pairs: chosen and rejected in one forward pass.
 
@@ -70,6 +92,7 @@ def pair_layout(
             two prompts differ keep two rows.
         prompt_too: score the prompts of the chosen as well, as answers 2B…3B−1.
         pad_to_multiple_of: round T up to a multiple of this.
+        padding_free: pack the rows, for models where `packs_rows` holds; None where much of them would be padding.
 
     Returns:
         The layout. The first token of a row is never scored, as nothing predicts it.
@@ -90,10 +113,17 @@ def pair_layout(
     builder.answer(pairs.rejected, second, other + torch.where(same, chosen, 0), other, segment=2)
     if prompt_too:
         builder.score_prompt(pairs.prompt_chosen, first)
-    return builder.layout(shared=bool(same.any()))
+    return builder.layout(shared=bool(same.any()), padding_free=padding_free)
 
 
-def single_layout(singles: Singles, pad_id: int, *, prompt_too: bool = False, pad_to_multiple_of: int = 1) -> Layout:
+def single_layout(
+    singles: Singles,
+    pad_id: int,
+    *,
+    prompt_too: bool = False,
+    pad_to_multiple_of: int = 1,
+    padding_free: bool | None = False,
+) -> Layout:
     """Rows for a batch of B prompts with one answer each; arguments and result as in `pair_layout`."""
     size = len(singles.row)
     length = singles.prompt.length
@@ -103,15 +133,16 @@ def single_layout(singles: Singles, pad_id: int, *, prompt_too: bool = False, pa
     builder.answer(singles.answer, first, length, length, segment=1)
     if prompt_too:
         builder.score_prompt(singles.prompt, first)
-    return builder.layout(shared=False)
+    return builder.layout(shared=False, padding_free=padding_free)
 
 
-def group_layout(rollouts: Rollouts, pad_id: int) -> Layout:
+def group_layout(rollouts: Rollouts, pad_id: int, *, padding_free: bool | None = False) -> Layout:
     """Rows for B answers, 0…B−1 in their order; the answers of a lane stand behind one prompt.
 
     Args:
         rollouts: the batch; lanes with more than one answer are for models where `shares_prompt` holds.
         pad_id: as in `pair_layout`.
+        padding_free: as in `pair_layout`.
     """
     lanes, turns = int(rollouts.lane.max()) + 1, torch.bincount(rollouts.turn).tolist()
     length, tokens = rollouts.prompt.length[:lanes], int(rollouts.prompt.length[:lanes].sum())
@@ -125,7 +156,7 @@ def group_layout(rollouts: Rollouts, pad_id: int) -> Layout:
         builder.answer(text, lane, column[lane], length[lane], segment=turn + 1)
         column[lane] += part
         done, used = done + count, used + int(part.sum())
-    return builder.layout(shared=len(turns) > 1)
+    return builder.layout(shared=len(turns) > 1, padding_free=padding_free)
 
 
 class _Rows:
@@ -164,7 +195,7 @@ class _Rows:
         self.scored.append((row[counts], before[counts], text.token[counts], self.answers + owner[counts]))
         self.answers += len(text.length)
 
-    def layout(self, *, shared: bool) -> Layout:
+    def layout(self, *, shared: bool, padding_free: bool | None) -> Layout:
         row, column, position, token = (torch.cat([p[i] for p in self.pieces]) for i in range(4))  # type: ignore[misc]
         longest, device = int(column.max()) + 1 if len(column) else 1, row.device
         width = -(-longest // self.multiple) * self.multiple
@@ -184,9 +215,24 @@ class _Rows:
         scored_row, before, target, answer = (torch.cat([s[i] for s in self.scored]) for i in range(4))
         length = torch.bincount(answer, minlength=self.answers)
         predict = scored_row * width + before
-        return Layout(
-            input_ids, position_ids, mask, predict, target, answer, length, self.answers, int((segment >= 0).sum())
-        )
+        filled = (segment >= 0).view(-1)
+        real = int(filled.sum())
+        layout = Layout(input_ids, position_ids, mask, predict, target, answer, length, self.answers, real)
+        wasted = 1 - real / max(1, len(filled)) > WASTE if padding_free is None else padding_free
+        return _packed(layout, filled) if wasted else layout
+
+
+def _packed(layout: Layout, filled: Tensor) -> Layout:
+    """The rows of a layout behind each other, without the places that are not ``filled``, (R · T,) bool."""
+    place = filled.nonzero()[:, 0]
+    lengths = filled.view(layout.input_ids.shape).sum(1)
+    return layout._replace(
+        input_ids=layout.input_ids.view(-1)[place][None],
+        position_ids=layout.position_ids.view(-1)[place][None],
+        predict=(torch.cumsum(filled, 0) - 1)[layout.predict],
+        place=place,
+        starts=torch.nn.functional.pad(torch.cumsum(lengths, 0), (1, 0)).int(),
+    )
 
 
 def _equal(a: Ragged, b: Ragged) -> Tensor:

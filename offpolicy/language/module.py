@@ -30,6 +30,8 @@ from offpolicy.language.checks import (
     check_suited,
     check_texts_given,
     check_trainer,
+    padding_in_words,
+    padding_is_left_out,
     precision_notes,
     prompt_is_shared,
     refuse_half_weights,
@@ -80,6 +82,8 @@ class LanguageModule(Module):
         reference: "auto", "precomputed", "live" (a frozen copy), "adapter_off", or another model's id or folder.
         ref_cache: folder of reference log-probabilities shared by runs; None for a folder beside the user's caches.
         shared_prompt: compute a prompt that both answers share once; None where that is exact for the model.
+        padding_free: pack the rows of a forward pass behind each other, without padding; None where that is exact for
+            the model and more than a tenth of the rows would be padding. Does not change the result.
         chunk: tokens whose logits exist at once.
         dtype: of the weights: "float32", "bfloat16" or "auto" (as stored).
         attn_implementation: of transformers, such as "sdpa" or "eager"; None for its default.
@@ -122,6 +126,7 @@ class LanguageModule(Module):
         reference: str = "auto",
         ref_cache: str | None = None,
         shared_prompt: bool | None = None,
+        padding_free: bool | None = None,
         chunk: int = 256,
         dtype: str = "float32",
         attn_implementation: str | None = None,
@@ -226,6 +231,11 @@ class LanguageModule(Module):
         """Whether prompts that two answers share are computed once."""
         return prompt_is_shared(self.model, self.hparams.shared_prompt)
 
+    @property
+    def padding_free(self) -> bool | None:
+        """Whether rows are packed without padding; None for those of which much would be padding."""
+        return padding_is_left_out(self.model, self.hparams.padding_free)
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def network_state(self) -> dict[str, Any]:
@@ -285,6 +295,10 @@ class LanguageModule(Module):
         kind = policies.base_of(self.model).config.model_type
         return "policy", f"{self.hparams.policy} ({kind}), {numbers:,} parameters, {trained:,} trained"
 
+    def padding_fact(self) -> tuple[str, str]:
+        """The line on padding."""
+        return "padding", padding_in_words(self.model, self.hparams.padding_free)
+
     def precision_notes(self) -> list[str]:
         """A sentence where the weights can hardly move."""
         return precision_notes(self.model, self.hparams.lr, has_adapters=self.has_adapters)
@@ -320,9 +334,11 @@ class LanguageModule(Module):
         self.initialize()
         refuse_half_weights(self.model, h.dtype, h.policy)
         self.check_texts(replay)
+        if str(policies.base_of(self.model).config._attn_implementation).startswith("flash_attention"):
+            self.model.to(self.trainer.strategy.root_device)  # it computes on a GPU alone, the trials below too
         without_noise(self.model, *self.copies())
         check_head(self.model)  # here, as it runs the model once
-        _ = self.shared_prompt  # here too: a sharded model would not take the plain tensors of the trial
+        _ = self.shared_prompt, self.padding_free  # here too: a sharded model takes no plain tensors of trials
         self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         # new adapters begin as no change, so the digest leaves them out
         self._start_digest = policies.weights_digest(self.model, with_adapters=bool(h.adapter))

@@ -236,7 +236,7 @@ class PreferenceModule(LanguageModule):
         split = f", {self.micro.number} micro-batches each" if self.micro.number > 1 else ""
         epochs = self.trainer.max_steps / plan.steps_per_epoch
         return Description(
-            facts=[*rows, self.policy_fact(), ("reference", words)],
+            facts=[*rows, self.policy_fact(), ("reference", words), self.padding_fact()],
             batch=f"{self.hparams.batch_size} rows{split}, {epochs:.3g} epochs",
             evaluates="" if self.eval_table is None else f"{len(self.eval_table.needed):,} held-out rows",
             notes=self.precision_notes(),
@@ -248,10 +248,11 @@ class PreferenceModule(LanguageModule):
 
     def layout(self, batch: Any) -> Layout:
         """The rows of one forward pass over a batch of texts, on the device."""
+        how: dict[str, Any] = {"prompt_too": self.scores_prompt, "padding_free": self.padding_free}
         if isinstance(self.view, PairView):
-            layout = pair_layout(batch, self.pad_id, shared_prompt=self.shared_prompt, prompt_too=self.scores_prompt)
+            layout = pair_layout(batch, self.pad_id, shared_prompt=self.shared_prompt, **how)
         else:
-            layout = single_layout(batch, self.pad_id, prompt_too=self.scores_prompt)
+            layout = single_layout(batch, self.pad_id, **how)
         return layout.to(self.device if trainer_of(self) is None else self.trainer.strategy.root_device)
 
     def answers(self, model: Any, layout: Layout, *, stats: bool = False) -> Answers:

@@ -167,7 +167,7 @@ class Reference:
         return {
             "weights": digest,
             "config": base.config.to_dict() | {"_name_or_path": "", "use_cache": False},
-            "attention": base.config._attn_implementation,
+            "attention": base.config._attn_implementation.removesuffix("_packed"),  # packed rows change no number
             "precision": self.passes.precision,
             "dtype": str(next(base.parameters()).dtype),
             "texts": texts_digest(texts),

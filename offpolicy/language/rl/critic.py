@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from offpolicy.errors import UsageError
-from offpolicy.language.head import decoder_of, mask_of
+from offpolicy.language.attention import attention_inputs, take_packed
+from offpolicy.language.head import decoder_of
 from offpolicy.language.layout import Layout
 from offpolicy.language.reading import taken
 
@@ -48,7 +49,9 @@ class Critic(nn.Module):
         """Values (n,) from the policy's states (n, D) and the rows they were computed from."""
         if self.decoder is None:
             return self.head(hidden.detach())[:, 0]
-        mask = mask_of(layout, self.config, next(self.head.parameters()).dtype)
-        wanted = taken(self.decoder, {"attention_mask": mask, "position_ids": layout.position_ids})
+        if layout.packed:
+            take_packed(self.decoder)
+        inputs = attention_inputs(layout, self.config, next(self.head.parameters()).dtype)
+        wanted = taken(self.decoder, {**inputs, "position_ids": layout.position_ids})
         out = self.decoder(input_ids=layout.input_ids, use_cache=False, **wanted)
         return self.head(out.last_hidden_state.flatten(0, 1).index_select(0, layout.predict))[:, 0]

@@ -26,6 +26,7 @@ class Forward:
         device: of the policy.
         pad_id: token that fills up rows.
         shares: whether answers of a group stand behind one prompt, which is exact for most models.
+        padding_free: whether rows are packed without padding; None for those of which much would be padding.
         rows: answers of a forward pass, at most.
         chunk: tokens whose logits exist at once.
         temperature: τ > 0, by which logits are divided.
@@ -37,6 +38,7 @@ class Forward:
     device: torch.device
     pad_id: int
     shares: bool
+    padding_free: bool | None
     rows: int
     chunk: int
     temperature: float
@@ -49,7 +51,7 @@ class Forward:
 
     def layout(self, batch: Rollouts) -> Layout:
         """The rows of one forward pass over a batch, on the device."""
-        return group_layout(batch, self.pad_id).to(self.device)
+        return group_layout(batch, self.pad_id, padding_free=self.padding_free).to(self.device)
 
     def scores(self, batch: Rollouts, **options: Any) -> TokenScores:
         """Scores of the tokens of a batch; ``options`` as of :func:`offpolicy.language.head.score_tokens`."""

@@ -267,9 +267,17 @@ class RolloutModule(IteratingModule):
             return
         h, device = self.hparams, self.trainer.strategy.root_device
         self.model.to(device)
-        sizes = {"rows": self.micro.rows, "chunk": h.chunk, "shares": self.shared_prompt}
         self.passes = Forward(
-            self.model, device, self.pad_id, temperature=h.temperature, critic=self.critic, pace=self.pace, **sizes
+            self.model,
+            device,
+            self.pad_id,
+            shares=self.shared_prompt,
+            padding_free=self.padding_free,
+            rows=self.micro.rows,
+            chunk=h.chunk,
+            temperature=h.temperature,
+            critic=self.critic,
+            pace=self.pace,
         )
         on_policy = getattr(self.answering.engine, "on_policy", True)
         self.scoring = Scoring(self.passes, self.objective, on_policy=on_policy, dropout=self.has_dropout)
@@ -308,7 +316,7 @@ class RolloutModule(IteratingModule):
         h, held_out, updates = self.hparams, self.eval_problems, self.hparams.minibatches * self.hparams.sweeps
         shown = self.trainer.datamodule.options.get("show", 0)  # type: ignore[attr-defined]
         return Description(
-            facts=[*self.answering.facts(), self.policy_fact()],
+            facts=[*self.answering.facts(), self.policy_fact(), self.padding_fact()],
             batch=(
                 f"{h.batch_size} answers; an iteration has {self.shape.answers}, {h.group_size} to a problem, and "
                 f"{updates} update{'s' if updates > 1 else ''}"

@@ -1,0 +1,204 @@
+"""Rows without padding: the same scores and gradients as padded rows, in every layout."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_layout import make
+from test_module import assert_same, train
+from torch import Tensor, nn
+
+from offpolicy.data.texts.rollouts import Rollouts
+from offpolicy.data.texts.sequences import Pairs, Ragged, Singles
+from offpolicy.errors import UsageError
+from offpolicy.language.attention import PACKED, packs_rows, take_packed
+from offpolicy.language.checks import padding_in_words, padding_is_left_out
+from offpolicy.language.head import check_packed, packed_fault, score, score_tokens
+from offpolicy.language.layout import Layout, group_layout, pair_layout, single_layout
+from offpolicy.language.meters import Pace
+
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    return make("Llama")
+
+
+def texts(lengths: list[int], first: int = 3) -> Ragged:
+    return Ragged((first + torch.arange(sum(lengths))) % 41, torch.tensor(lengths))
+
+
+def padded_and_packed(kind: str, lengths: list[int], shared: bool) -> tuple[Layout, Layout]:
+    """A layout of texts with these lengths and others, with padding and without."""
+    prompt, answer, other = texts(lengths), texts(lengths[::-1], 11), texts([10 - n for n in lengths], 19)
+    row = torch.arange(len(lengths))
+    if kind == "pairs":
+        batch: Any = Pairs(prompt, answer, prompt, other, {}, row)
+        how = {"shared_prompt": shared, "prompt_too": True}
+        padded, packed = (pair_layout(batch, 2, padding_free=free, **how) for free in (False, True))
+    elif kind == "singles":
+        batch = Singles(prompt, answer, {}, row)
+        padded, packed = (single_layout(batch, 2, prompt_too=True, padding_free=free) for free in (False, True))
+    else:
+        padded, packed = (group_layout(groups(lengths, shared), 2, padding_free=free) for free in (False, True))
+    return padded, packed
+
+
+def groups(lengths: list[int], shared: bool) -> Rollouts:
+    """Two answers to each prompt, in one lane where it is shared."""
+    n, twice = len(lengths), 1 if shared else 2
+    order = torch.arange(2 * n)
+    lane = order % n if shared else order
+    turn = order // n if shared else 0 * order
+    prompt = Ragged(texts(lengths).token.repeat(twice), torch.tensor(lengths * twice))
+    empty: dict[str, Any] = dict.fromkeys(Rollouts._fields, None)
+    values = {"prompt": prompt, "answer": texts(lengths + lengths[::-1], 7), "lane": lane, "turn": turn, "row": order}
+    return Rollouts(**{**empty, **values})
+
+
+def scores(model: nn.Module, layout: Layout) -> Tensor:
+    return score_tokens(model, layout, temperature=0.7).logps
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["pairs", "singles", "groups"])
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(lengths=LENGTHS)
+def test_packed_rows_give_the_numbers_of_padded_ones(
+    kind: str, shared: bool, lengths: list[int], llama: nn.Module
+) -> None:
+    padded, packed = padded_and_packed(kind, lengths, shared)
+    assert packed.packed and not padded.packed
+    assert packed.input_ids.shape == (1, padded.real_tokens) and packed.real_tokens == padded.real_tokens
+    assert packed.starts is not None and packed.starts[-1] == padded.real_tokens
+    weight = torch.linspace(-1, 1, len(padded.target), dtype=torch.float64)
+    found, expected = scores(llama, packed), scores(llama, padded)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    parameters = list(llama.parameters())
+    ours = torch.autograd.grad(found @ weight, parameters)
+    theirs = torch.autograd.grad(expected @ weight, parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "GPT2"])
+def test_other_models_take_packed_rows(name: str) -> None:
+    model = make(name)
+    before = model.config._attn_implementation
+    assert packed_fault(model) == "" and before == "sdpa" and model.config._attn_implementation == PACKED
+    padded, packed = padded_and_packed("pairs", [3, 9, 1], True)
+    torch.testing.assert_close(score(model, packed).sum_logps, score(model, padded).sum_logps, atol=1e-9, rtol=0)
+    assert PACKED not in model.config.to_json_string(use_diff=False)
+
+
+def test_checkpointed_layers_and_adapters_take_packed_rows() -> None:
+    """Layers that are computed again in the backward pass still know where rows lie."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make("Llama"), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = []
+    for layout in padded_and_packed("pairs", [2, 7, 4], False):
+        gradients.append(torch.autograd.grad(score(model, layout).sum_logps.sum(), trained))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def test_answers_are_drawn_as_before(llama: nn.Module) -> None:
+    """Left padding and a cache, with the attention that also takes packed rows."""
+    from offpolicy.language.generation import sample
+
+    prompts, plain = [np.array([5, 6, 7]), np.array([8])], make("Llama")
+    packed = make("Llama")
+    take_packed(packed)
+    drawn = [sample(model, prompts, stop=[1], num_samples=2, max_new_tokens=6) for model in (plain, packed)]
+    assert [[a.token.tolist() for a in some] for some in drawn[0]] == [[a.token.tolist() for a in s] for s in drawn[1]]
+
+
+def test_rows_are_packed_where_much_is_padding() -> None:
+    """None packs from a tenth of padding on: rows of 10 and 10 have none, rows of 10 and 2 have two fifths."""
+    even = Singles(texts([5, 5]), texts([5, 5]), {}, torch.arange(2))
+    uneven = Singles(texts([5, 1]), texts([5, 1]), {}, torch.arange(2))
+    assert not single_layout(even, 0, padding_free=None).packed
+    assert single_layout(uneven, 0, padding_free=None).packed
+    assert not single_layout(uneven, 0, padding_free=False).packed
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("Llama", {"attn_implementation": "eager"}), ("Mistral", {"sliding_window": 4}), ("Gemma2", {"head_dim": 4})],
+)
+def test_models_that_are_not_exact_keep_their_padding(kind: str, changes: dict[str, Any]) -> None:
+    model = make(kind, **changes)
+    assert not packs_rows(model.config) and padding_is_left_out(model, None) is False
+    assert padding_in_words(model, None).startswith(f"kept: packed rows would change the numbers of {kind}ForCausalLM")
+    with pytest.raises(UsageError, match="`padding_free` is true"):
+        padding_is_left_out(model, True)
+
+
+def test_a_model_that_does_not_pass_rows_on_is_found_out() -> None:
+    model = make("Llama")
+    forward = model.model.forward
+
+    def without_rows(**inputs: Any) -> Any:
+        inputs.pop("packed_rows", None)
+        return forward(**inputs)
+
+    model.model.forward = without_rows  # type: ignore[method-assign]
+    assert packed_fault(model) and model.config._attn_implementation == "sdpa"
+    assert padding_is_left_out(model, None) is False
+    with pytest.raises(UsageError, match=r"padding_free=false"):
+        check_packed(model)
+
+
+def test_flash_attention_is_told_the_lengths(monkeypatch: pytest.MonkeyPatch, llama: nn.Module) -> None:
+    """FlashAttention itself needs a GPU; what ``transformers`` hands to it is computed here by plain products."""
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+        starts = how["cu_seqlens_q"].tolist()
+        assert how["cu_seqlens_k"].tolist() == starts and how["is_causal"]
+        assert how["max_seqlen_q"] == max(np.diff(starts)) and isinstance(how["max_seqlen_q"], int)
+        rows = []
+        for a, b in pairwise(starts):
+            one = (x[a:b].transpose(0, 1).repeat_interleave(4 // x.shape[1], 0) for x in (q, k, v))
+            rows.append(nn.functional.scaled_dot_product_attention(*one, is_causal=True).transpose(0, 1))
+        return torch.cat(rows)
+
+    from transformers import modeling_flash_attention_utils as utils
+
+    functions = (None, varlen, None, None, None), (dict, None)
+    monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda *_: functions)
+    model = make("Llama")
+    model.config._attn_implementation = "flash_attention_2"
+    padded, packed = padded_and_packed("pairs", [3, 9, 1], False)
+    found = score_of_packed(model, packed)
+    torch.testing.assert_close(found, score(llama, padded).sum_logps, atol=1e-9, rtol=0)
+
+
+def score_of_packed(model: nn.Module, layout: Layout) -> Tensor:
+    """Scores without the trials of a model, which need plain attention."""
+    from offpolicy.language.head import _score
+
+    return _score(model, layout, 256, False).sum_logps
+
+
+@pytest.mark.parametrize("name", ["DPO", "SFT"])
+def test_training_without_padding_is_the_same(name: str, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[tuple[int, int]] = []
+    monkeypatch.setattr(Pace, "add_pass", lambda self, filled, places: passes.append((filled, places)))
+    options: dict[str, Any] = {"precision": "64-true", "micro_batch_size": 3}
+    padded = train(name, policy, padding_free=False, **options)
+    assert any(filled < places for filled, places in passes)
+    passes.clear()
+    packed = train(name, policy, padding_free=True, **options)
+    assert all(filled == places for filled, places in passes)
+    assert_same(padded, packed, 1e-5)  # norms are float32
