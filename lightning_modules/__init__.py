@@ -15,6 +15,8 @@ METHODS = {
     "CQL": "cql",
     "AWAC": "awac",
     "ReBRAC": "rebrac",
+    "SAC": "sac",
+    "TD3": "td3",
     "EDAC": "edac",
     "SACN": "edac",
     "DecisionTransformer": "decision_transformer",

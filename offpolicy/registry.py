@@ -16,8 +16,7 @@ from offpolicy.trust import check_found, check_name
 
 SHORT = {  # what methods are called elsewhere, folded
     "dt": "DecisionTransformer",
-    "td3": "TD3BC",
-    "sac": "SACN",
+    "softactorcritic": "SAC",
     "behaviorcloning": "BC",
     "behaviourcloning": "BC",
     "cloning": "BC",

@@ -60,9 +60,12 @@ class EnsembleCritic(nn.Module):
             final_init=final_init,
         )
 
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """q (…, E, B) of obs (…, B, O) and action (…, B, A); more leading axes of the action repeat the observation."""
-        return self.net(state_action(obs, action).unsqueeze(-3)).squeeze(-1)
+    def forward(self, obs: Tensor, action: Tensor, members: Tensor | None = None) -> Tensor:
+        """q (…, E, B) of obs (…, B, O) and action (…, B, A); more leading axes of the action repeat the observation.
+
+        With ``members``, int64 (…, M), q (…, M, B) of these critics; the others are not computed.
+        """
+        return self.net(state_action(obs, action).unsqueeze(-3), members=members).squeeze(-1)
 
     def member(self, obs: Tensor, action: Tensor, index: int = 0) -> Tensor:
         """q (…, B) of one critic; the others are not computed and get no gradient (zero, if asked for)."""

@@ -106,6 +106,13 @@ def per_member(p: Tensor, member: int | None = None) -> Tensor:
     return p.flatten(0, -3) if p.dim() > 3 else p
 
 
+def of_members(p: Tensor, members: Tensor) -> Tensor:
+    """Of a parameter (…, E, rows, columns) the members (…, M), int64: (…, M, rows, columns)."""
+    each = p.flatten(0, -3)
+    first = torch.arange(0, len(each), p.shape[-3], device=members.device).reshape(*members.shape[:-1], 1)
+    return each.index_select(0, (first + members).flatten()).unflatten(0, members.shape)
+
+
 def fold(x: Tensor, stack: torch.Size) -> tuple[Tensor, torch.Size]:
     """One matrix per member, (B', in) or (members, B', in), and the axes in front of the stack, now part of B'."""
     extra = x.shape[: max(0, x.dim() - 2 - len(stack))]
@@ -255,17 +262,20 @@ class MLP(nn.Module):
         self.activation, self.layer_norm, self.dropout = activation, layer_norm, dropout
         self.layer_norm_eps = layer_norm_eps
 
-    def forward(self, x: Tensor, member: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, member: int | None = None, members: Tensor | None = None) -> Tensor:
         """(…, B, in_dim) -> (…, B, out_dim).
 
         Args:
             x: the input.
             member: compute only this member of the last stack axis, which the output then lacks.
+            members: compute only these members of the last stack axis, int64 (…, M); with seeds those of each.
         """
         params: list[Tensor] = [p for layer in self.layers for p in parameters_here(layer).values() if p is not None]
         norms: list[Tensor] = []
         if self.layer_norm:
             norms = [p for norm in self.norms for p in parameters_here(norm).values() if p is not None]
+        if members is not None:
+            params, norms = ([of_members(p, members) for p in some] for some in (params, norms))
         stack = params[0].shape[:-2]
         if member is not None or len(stack) > 1:
             params, norms = ([per_member(p, member) for p in some] for some in (params, norms))

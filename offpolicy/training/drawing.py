@@ -22,10 +22,14 @@ Seeds = int | list[int] | Tensor  # several give every tensor one more axis in f
 
 
 class Draw(NamedTuple):
-    """Noise of one name: numbers per row of the batch, and their law ("normal" or "uniform" in [0, 1))."""
+    """Noise of one name: numbers per row of the batch, and their law ("normal" or "uniform" in [0, 1)).
+
+    With ``per_row`` false one row of them for the whole batch, the same on every process.
+    """
 
     shape: tuple[int, ...]
     law: str = "normal"
+    per_row: bool = True
 
 
 def draw_batches(
@@ -94,9 +98,11 @@ class Counters:
 def draw_noise(
     draws: Mapping[str, Draw], seeds: Seeds, update: Tensor, row: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Noise by name, (K, B, …) for K updates and B rows of the global batch."""
+    """Noise by name, (K, B, …) for K updates and B rows of the global batch; (K, 1, …) where it is not per row."""
     return {
-        name: LAWS[draw.law](sampling.keys(seeds, name, update), row, draw.shape).to(dtype)
+        name: LAWS[draw.law](
+            sampling.keys(seeds, name, update), row if draw.per_row else torch.zeros_like(row[:1]), draw.shape
+        ).to(dtype)
         for name, draw in draws.items()
     }
 

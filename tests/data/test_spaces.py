@@ -33,6 +33,8 @@ CONTROL = (
     "CQL",
     "AWAC",
     "ReBRAC",
+    "SAC",
+    "TD3",
     "EDAC",
     "SACN",
     "DecisionTransformer",

@@ -65,7 +65,7 @@ def made_batch(method: OfflineModule, size: int = 16, seed: int = 0, terminated:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     def noise(draw: Draw) -> Tensor:
-        shape = (size, *draw.shape)
+        shape = (size if draw.per_row else 1, *draw.shape)
         return normal(*shape) if draw.law == "normal" else torch.rand(shape, generator=g, dtype=torch.float64)
 
     o, a = method.sizes.obs_dim, method.sizes.action_dim

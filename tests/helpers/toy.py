@@ -47,6 +47,20 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "AWAC": ("AWAC", {}),
     "ReBRAC": ("ReBRAC", {}),
+    "SAC": ("SAC", {}),
+    "SAC-ensemble": (
+        "SAC",
+        {
+            "num_critics": 4,
+            "num_min_critics": 2,
+            "layer_norm": True,
+            "init": "xavier",
+            "actor_q": "mean",
+            "policy_freq": 3,
+            "update_order": "critic_first",
+        },
+    ),
+    "TD3": ("TD3", {}),
     "EDAC": ("EDAC", {"num_critics": 3, "eta": 0.01}),  # with one action axis a larger eta only adds rounding
     "DecisionTransformer": (
         "DecisionTransformer",
