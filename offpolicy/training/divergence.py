@@ -6,6 +6,7 @@ weights count: other metrics may be NaN for good reasons, such as the mean over 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
@@ -22,6 +23,7 @@ from offpolicy.training.checkpoints import newest_checkpoint
 from offpolicy.training.lightning_private import trainer_of
 from offpolicy.training.run_log import due
 
+log = logging.getLogger(__name__)
 SHOWN = 3  # names in a message
 
 
@@ -138,6 +140,10 @@ def last_checkpoint(method: Any) -> Path | None:
     """The newest checkpoint of the run that a method is trained in; all of them are finite."""
     for callback in getattr(trainer_of(method), "checkpoint_callbacks", ()):
         folder = getattr(callback, "folder", None) or getattr(callback, "dirpath", None)
+        try:
+            getattr(callback, "settle", lambda: None)()  # it may be on its way to the disk
+        except OSError as error:
+            log.warning("The newest checkpoint was not written: %s", error)
         path = newest_checkpoint(folder) if folder is not None else None
         if path is not None:
             return path

@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from offpolicy.errors import UsageError
 from offpolicy.files import PLACES, Table, atomic_write, known_folders, numbered_folder
 from offpolicy.given import seeds_text
 from offpolicy.training.checkpoints import newest_checkpoint, opens, read_checkpoint, write_checkpoint
@@ -47,6 +48,19 @@ class JointFolder(RunFolder):
         super().setup(trainer, pl_module, stage)
         for part in self.parts.values():
             part.keeping = self.keeping
+
+    def beside(self, choice: bool | str) -> bool | str:
+        """Never: what lies in the folders of the seeds is cut out of the file of all.
+
+        Raises:
+            UsageError: it is asked for.
+        """
+        if choice is True:
+            raise UsageError(
+                "`run.async_save` is true, and several seeds are trained, whose files are cut out of the one of all; "
+                "expected false or 'auto'. Leave it out."
+            )
+        return False
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)

@@ -31,6 +31,9 @@ class RunOptions:
             (multiples of N updates, the newest and the best), or a number: the newest so many and the best.
         final: what the checkpoint of the last update holds: "whole", from which training can go on to more updates, or
             "weights_only", without the state of the optimisers, from which it cannot.
+        async_save: whether a checkpoint is copied in memory and written by a thread while training goes on: true,
+            false, or "auto", which does so from 64 MB on where the copy fits. The next one waits for it, and so does
+            the end of the run. The file is the same.
         log_every: updates between rows of metrics, ≥ 1.
         threads: torch threads during training; None leaves the setting alone.
         matmul: float32 products on CPU: "auto", "mkl" or "onednn"; "bf16" multiplies in bfloat16, faster and less
@@ -50,6 +53,7 @@ class RunOptions:
     save_every: int | None = None
     keep: int | str = 2
     final: str = "whole"
+    async_save: bool | str = "auto"
     log_every: int = 500
     threads: int | None = None
     matmul: str = "auto"
@@ -71,6 +75,9 @@ class RunOptions:
         self.graph = {"true": True, "false": False}.get(self.graph, self.graph)  # type: ignore[arg-type]
         if not (isinstance(self.graph, bool) or self.graph in ("auto", "dry")):
             raise UsageError(f"`run.graph` is {self.graph!r}; expected 'auto', true, false or 'dry'.")
+        self.async_save = {"true": True, "false": False}.get(self.async_save, self.async_save)  # type: ignore[arg-type]
+        if not (isinstance(self.async_save, bool) or self.async_save == "auto"):
+            raise UsageError(f"`run.async_save` is {self.async_save!r}; expected 'auto', true or false.")
         self.compile = {"true": True, "false": False}.get(self.compile, self.compile)  # type: ignore[arg-type]
         if not (isinstance(self.compile, bool) or self.compile == "update"):
             raise UsageError(f"`run.compile` is {self.compile!r}; expected true, false or 'update'.")

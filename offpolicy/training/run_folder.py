@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import traceback
@@ -16,12 +17,16 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from offpolicy.errors import DivergenceError
 from offpolicy.files import Table, WriteError, atomic_write
+from offpolicy.training.background import Writing
+from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 from offpolicy.training.checkpoints import checkpoint_name
 from offpolicy.training.curves import plot_curves
 from offpolicy.training.headlines import is_better_by, judged_by
 from offpolicy.training.keeping import Keeping
 from offpolicy.training.run_log import RunLog, due
 from offpolicy.training.slices import wide_row
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder(Checkpoint):
@@ -41,6 +46,8 @@ class RunFolder(Checkpoint):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.keeping = Keeping()
+        self.writing = Writing()
+        self._unpruned = False  # since a checkpoint is being written
         self.final = False  # the checkpoint at hand is the last, and is to hold weights alone
         self.metrics = Table(self.folder / "metrics.csv")
         self.evals = Table(self.folder / "evals.csv")
@@ -55,6 +62,9 @@ class RunFolder(Checkpoint):
         self.run_log = pl_module.run_log
         self.run_log.files, self.seeds = self, pl_module.seeds
         self.keeping = Keeping.of(pl_module.run.keep)
+        io: Any = trainer.strategy.checkpoint_io
+        if isinstance(io, AtomicCheckpointIO):  # under a plain Trainer it can be another
+            self.writing, io.beside = io.writing, self.beside(pl_module.run.async_save)
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # the first process chose it
         self.metrics, self.evals = Table(self.folder / "metrics.csv"), Table(self.folder / "evals.csv")
 
@@ -74,6 +84,7 @@ class RunFolder(Checkpoint):
             self._judge(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self._look_after_writing(trainer)
         if not pl_module.step_ended:
             return
         updates = trainer.global_step
@@ -120,12 +131,29 @@ class RunFolder(Checkpoint):
         self.settle()
 
     def settle(self) -> None:
-        """Wait until the newest checkpoint is on the disk."""
+        """Wait until the newest checkpoint is on the disk.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        self.writing.wait()
+
+    def beside(self, choice: bool | str) -> bool | str:
+        """Whether checkpoints are written while training goes on, as ``run.async_save`` asks."""
+        return choice
+
+    def _look_after_writing(self, trainer: Trainer) -> None:
+        """Stop where a checkpoint could not be written; once it is on the disk, remove those that nobody needs."""
+        if not self.writing.pending:
+            self.writing.check()
+            if self._unpruned:
+                self._prune(trainer)
 
     def save(self, trainer: Trainer, pl_module: Any) -> None:
         """Write a checkpoint, and remove those that nobody needs any more."""
         self._judge(trainer)
         self.final = pl_module.run.final == "weights_only" and trainer.global_step == trainer.max_steps
+        self.settle()  # one at a time, and the data ask which checkpoints there are
         trainer.save_checkpoint(self.path_of(trainer.global_step))
         self._saved = trainer.global_step
         self._prune(trainer)
@@ -147,10 +175,13 @@ class RunFolder(Checkpoint):
         return self.judge(self.run_log.evaluation_at(trainer.global_step), trainer.global_step)
 
     def _prune(self, trainer: Trainer) -> None:
-        if trainer.is_global_zero:
+        self._unpruned = self.writing.pending  # nothing is removed before its successor is whole
+        if trainer.is_global_zero and not self._unpruned:
             self.prune()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.settle()
+        self._look_after_writing(trainer)
         if trainer.is_global_zero:
             self.draw()
 
@@ -202,7 +233,12 @@ class RunFolder(Checkpoint):
         plot_curves(self.folder)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Keep the row in which a run was found to have diverged."""
+        """Keep the row in which a run was found to have diverged, and let what is being written come to its end."""
+        if not isinstance(exception, KeyboardInterrupt):
+            try:
+                self.settle()
+            except Exception as error:  # the run ends for another reason, which is told
+                log.warning("The newest checkpoint was not written: %s", error)
         if isinstance(exception, DivergenceError):
             self._append(trainer, self.metrics, self.run_log.metrics)
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from offpolicy.evaluation.scores import score_kind, simulator_version
 from offpolicy.given import seeds_text
+from offpolicy.training.background import LEAST
 from offpolicy.training.description import Description
 from offpolicy.training.headlines import scores_line
 from offpolicy.training.keeping import Keeping
-from offpolicy.training.seed_room import memory_words
+from offpolicy.training.seed_room import memory_words, size
 from offpolicy.version import __version__
 
 DROPOUT = "Dropout masks are drawn for all seeds together, so each seed has others than its single run."
@@ -79,11 +80,22 @@ def evaluated(method: Any, what: str) -> str:
 
 
 def saved(method: Any) -> str:
-    """When checkpoints are written, and which stay."""
-    apart = method.run.save_every is not None
-    when = f"every {method.save_every:,} updates" if method.save_every else "after the last update"
-    last = "; the last holds weights alone, so that the run cannot go on from it" * (method.run.final != "whole")
-    return f"{when if apart else 'before each evaluation'}, kept: {Keeping.of(method.run.keep).words}{last}"
+    """When checkpoints are written, which stay, and what writing them beside training takes."""
+    run, when = method.run, "before each evaluation"
+    if run.save_every is not None:
+        when = f"every {run.save_every:,} updates" if run.save_every else "after the last update"
+    last = "; the last holds weights alone, so that the run cannot go on from it" * (run.final != "whole")
+    room = checkpoint_bytes(method)
+    beside = run.async_save is True or (run.async_save == "auto" and room >= LEAST and not method.seeds)
+    copy = f"; written while training goes on, out of a copy of about {size(room)} on the host" * beside
+    return f"{when}, kept: {Keeping.of(run.keep).words}{last}{copy}"
+
+
+def checkpoint_bytes(method: Any) -> int:
+    """About how large a checkpoint will be: weights (of adapters alone where there are some) and two moments."""
+    each = [(p.numel() * p.element_size(), p.requires_grad) for p in method.parameters()]
+    trained = sum(count for count, learns in each if learns)
+    return 2 * trained + (trained if method.has_adapters else sum(count for count, _ in each))
 
 
 def seeds_shown(seeds: tuple[int, ...]) -> str:
