@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from offpolicy.errors import UsageError
+from offpolicy.language.kv_cache import make_room
 from offpolicy.language.policy import base_of, vocabulary_of
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,7 @@ class Reader:
         logits, self.mask, self.last, self.hides = logits[:, -1], mask, position[:, -1:], not bool(mask.all())
         self.rows = torch.arange(len(owner), device=self.device)  # of the state, that are still asked for
         if self.way.keeps == "shared":
+            make_room(self.state)
             _choose(self.state, owner)
             logits, self.mask, self.last = logits[owner], mask[owner], self.last[owner]
         return logits
@@ -166,12 +168,17 @@ class Reader:
             return self._anew()
         if keep is not None:
             self.rows = self.rows[keep]
-            if self.way.keeps == "shared":
-                _choose(self.state, keep)
-                self.mask, self.last = self.mask[keep], self.last[keep]
+            # to leave rows out copies all that is kept of the others, so it waits until an eighth of them is done
+            if self.way.keeps == "shared" and 8 * len(self.rows) <= 7 * len(self.last):
+                _choose(self.state, self.rows)
+                self.mask, self.last = self.mask[self.rows], self.last[self.rows]
                 self.rows = torch.arange(len(keep), device=self.device)
-        self.mask, self.last = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1), self.last + 1
-        ids = token.new_zeros(len(self.mask)).index_copy(0, self.rows, token)[:, None]
+        self.last = self.last + 1
+        if self.hides:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        ids = token[:, None]
+        if len(self.rows) < len(self.last):
+            ids = token.new_zeros(len(self.last)).index_copy(0, self.rows, token)[:, None]
         logits, _, state = call(
             self.model,
             ids,
