@@ -108,7 +108,9 @@ def pair_layout(
     rows = size + int(own.sum())
     builder = _Rows(rows, pad_id, pad_to_multiple_of)
     builder.put(pairs.prompt_chosen, first, torch.zeros_like(prompt), torch.zeros_like(prompt), segment=0)
-    builder.put(pairs.prompt_rejected, second, torch.zeros_like(other), torch.zeros_like(other), segment=0, keep=own)
+    own_prompt = own[spread(other)[0]]
+    nothing = torch.zeros_like(other)
+    builder.put(pairs.prompt_rejected, second, nothing, nothing, segment=0, keep=own_prompt)
     builder.answer(pairs.chosen, first, prompt, prompt, segment=1)
     builder.answer(pairs.rejected, second, other + torch.where(same, chosen, 0), other, segment=2)
     if prompt_too:
@@ -139,6 +141,8 @@ def single_layout(
 def group_layout(rollouts: Rollouts, pad_id: int, *, padding_free: bool | None = False) -> Layout:
     """Rows for B answers, 0…B−1 in their order; the answers of a lane stand behind one prompt.
 
+    The last token of an answer is scored and not laid into its row, since nothing follows from it.
+
     Args:
         rollouts: the batch; lanes with more than one answer are for models where `shares_prompt` holds.
         pad_id: as in `pair_layout`.
@@ -153,8 +157,8 @@ def group_layout(rollouts: Rollouts, pad_id: int, *, padding_free: bool | None =
     for turn, count in enumerate(turns):
         lane, part = rollouts.lane[done : done + count], rollouts.answer.length[done : done + count]
         text = Ragged(rollouts.answer.token[used : used + int(part.sum())], part)
-        builder.answer(text, lane, column[lane], length[lane], segment=turn + 1)
-        column[lane] += part
+        builder.answer(text, lane, column[lane], length[lane], segment=turn + 1, last=False)
+        column[lane] += (part - 1).clamp(min=0)
         done, used = done + count, used + int(part.sum())
     return builder.layout(shared=len(turns) > 1, padding_free=padding_free)
 
@@ -171,17 +175,23 @@ class _Rows:
     def put(
         self, text: Ragged, row: Tensor, column: Tensor, position: Tensor, segment: int, keep: Tensor | None = None
     ) -> None:
-        """Lay text i into its row from a column on, its positions counting from ``position``."""
+        """Lay the tokens of text i that are to ``keep``, (Σ length,) bool, into its row from a column on; positions
+        count from ``position``."""
         owner, place = spread(text.length)
         piece = (row[owner], column[owner] + place, position[owner] + place, text.token)
         if keep is not None:
-            piece = tuple(x[keep[owner]] for x in piece)  # type: ignore[assignment]
+            piece = tuple(x[keep] for x in piece)  # type: ignore[assignment]
         self.pieces.append((*piece, segment))
 
-    def answer(self, text: Ragged, row: Tensor, column: Tensor, prompt: Tensor, segment: int) -> None:
-        """Lay an answer and score what the model writes of it; the last of the ``prompt`` tokens predicts the first."""
-        self.put(text, row, column, prompt, segment)
+    def answer(
+        self, text: Ragged, row: Tensor, column: Tensor, prompt: Tensor, segment: int, *, last: bool = True
+    ) -> None:
+        """Lay an answer and score what the model writes of it; the last of the ``prompt`` tokens predicts the first.
+
+        Its own ``last`` token is needed in the row only by who wants to look at it there.
+        """
         owner, place = spread(text.length)
+        self.put(text, row, column, prompt, segment, keep=None if last else place + 1 < text.length[owner])
         before = torch.where(place == 0, prompt[owner], column[owner] + place) - 1
         self._score(row[owner], before, text, owner)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -202,3 +203,52 @@ def test_training_without_padding_is_the_same(name: str, policy: Any, monkeypatc
     packed = train(name, policy, padding_free=True, **options)
     assert all(filled == places for filled, places in passes)
     assert_same(padded, packed, 1e-5)  # norms are float32
+
+
+def test_values_of_packed_rows(llama: nn.Module) -> None:
+    """A critic with a decoder of its own, which was copied before the policy took packed rows."""
+    from offpolicy.language.rl.critic import Critic
+
+    critic = Critic(make("Llama"))
+    nn.init.normal_(critic.head[-1].weight)
+    padded, packed = padded_and_packed("groups", [3, 9, 1], True)
+    hidden = torch.zeros(len(padded.target), 16, dtype=torch.float64)
+    torch.testing.assert_close(critic(hidden, packed), critic(hidden, padded), atol=1e-9, rtol=0)
+
+
+def test_a_sharded_model_takes_packed_rows(llama: nn.Module, tmp_path: Path) -> None:
+    """FSDP2 in one process, with the trial made before."""
+    from torch.distributed import FileStore, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    padded, packed = padded_and_packed("pairs", [2, 9, 4], True)
+    expected = score(llama, padded).sum_logps
+    wanted = torch.autograd.grad(expected.sum(), list(llama.parameters()))
+    init_process_group("gloo", store=FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model, mesh = make("Llama"), init_device_mesh("cpu", (1,))
+        check_packed(model)
+        for layer in [*model.model.layers, model]:
+            fully_shard(layer, mesh=mesh)
+        found = score(model, packed).sum_logps
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+        found.sum().backward()
+        for p, right in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(p.grad.full_tensor(), right, atol=1e-8, rtol=1e-8)
+    finally:
+        destroy_process_group()
+
+
+def test_last_tokens_of_answers_are_scored_and_not_read(llama: nn.Module) -> None:
+    """Two prompts of 3 and 2 tokens with two answers each, of 3, 2, 2 and 3: four tokens fewer than all; scores as by
+    plain passes."""
+    layout, _ = padded_and_packed("groups", [3, 2], True)
+    assert layout.real_tokens == 5 + 10 - 4 and len(layout.target) == 10
+    whole = groups([3, 2], False)
+    prompts, answers = (x.token.split(x.length.tolist()) for x in (whole.prompt, whole.answer))
+    expected = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logp = (llama(torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
+        expected.append(logp.gather(1, answer[:, None])[:, 0])
+    torch.testing.assert_close(scores(llama, layout), torch.cat(expected), atol=1e-9, rtol=0)
