@@ -23,6 +23,7 @@ ALL = "all"
 MOST_VALUES = 10_000  # of a configuration
 NAME = re.compile(r"[^\W\d]\w*([.:][^\W\d]\w*)+")  # package.module.name or package.module:name
 ENVIRONMENT = re.compile(r"[\w.]+:[\w./-]+")  # module:Id
+PROGRAM = re.compile(r"[~.]{0,2}/[^\0\n]+")  # a path that says where it begins
 HUB = re.compile(r"[\w.-]+/[\w.-]+([:@][\w.-]+)*")
 FOREIGN = ("GymV21", "GymV26")  # ids of gymnasium that make an environment of another library by a name in `env_kwargs`
 REFUSED = "refused_env_id"  # in `meta`: an environment that a file names and nobody trusts
@@ -118,9 +119,9 @@ def is_own(path: str) -> bool:
 
 
 def names_in(value: Any) -> frozenset[str]:
-    """Every text in nested settings that has the form of an import path, an environment or an id of the hub."""
+    """Every text in nested settings that has the form of an import path, an environment, an id of the hub or a path."""
     if isinstance(value, str):
-        return frozenset([value] if any(form.fullmatch(value) for form in (NAME, ENVIRONMENT, HUB)) else ())
+        return frozenset([value] if any(form.fullmatch(value) for form in (NAME, ENVIRONMENT, HUB, PROGRAM)) else ())
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -141,6 +142,20 @@ def check_name(path: str, option: str) -> None:
     """
     if _words.get().in_file and not (is_own(path) or allows(path)):
         raise UsageError(refusal(path, option))
+
+
+def check_program(path: str, option: str) -> None:
+    """Before a program is run because of a path.
+
+    Raises:
+        UsageError: the path stands in a file, and the user has neither given it too nor trusts everything.
+    """
+    now = _words.get()
+    if now.in_file and path not in now.names and ALL not in now.packages:
+        raise UsageError(
+            f"`{option}` is '{path}' in a file, and a file may name no program. If you trust it, give the option "
+            "yourself, with a path that begins with / or ~ or ./, or pass --trust all."
+        )
 
 
 def check_found(path: str, found: Any, option: str, kind: Callable[[Any], bool] | None = None) -> None:

@@ -21,6 +21,7 @@ from offpolicy.language.generation import draw, positions
 from offpolicy.language.reading import Reader, read_anew, way_of
 from offpolicy.language.rl.engine import Completion, EngineContext, Request, Sampling
 from offpolicy.language.rl.records import ReplayEngine
+from offpolicy.language.rl.vllm import VllmEngine
 from offpolicy.registry import Spec, import_callable, make
 
 
@@ -163,7 +164,12 @@ class TinyEngine(LocalEngine):
         return completions(table, logps, length, stops, samples)
 
 
-ENGINES: dict[str, Any] = {"transformers": TransformersEngine, "tiny": TinyEngine, "replay": ReplayEngine}
+ENGINES: dict[str, Any] = {
+    "transformers": TransformersEngine,
+    "tiny": TinyEngine,
+    "vllm": VllmEngine,
+    "replay": ReplayEngine,
+}
 
 
 def make_engine(
