@@ -20,7 +20,8 @@ from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.generation import prompt_text, stop_ids, unended
 from offpolicy.language.rl.engine import Completion, EngineContext, Request, Sampling, close_engine, engine_name
-from offpolicy.language.rl.engines import TransformersEngine, make_engine, room
+from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, make_engine, room
+from offpolicy.language.rl.probing import PROMPTS, probe
 from offpolicy.language.rl.rewards import Rewards, Scored
 from offpolicy.losses.health import group_metrics
 from offpolicy.trust import Words, speaking, trusting
@@ -64,6 +65,8 @@ class Answering:
                 self._check_answers(asked)
         self._columns: dict[tuple[int, str], list[Any]] = {}  # of the data, that rewards ask for
         self.engine: Any = None
+        self.dtype: Any = torch.float32  # that the policy computes in
+        self.probed: dict[str, float] = {}  # how far the engine was off at the last sync
         self.length = 0
         self.stops: Sequence[int] = ()  # tokens that end an answer
 
@@ -102,6 +105,7 @@ class Answering:
             world=processes.world_size(),
             **place,
         )
+        self.dtype = context.dtype
         self.close()
         with speaking(self.words):
             self.engine = make_engine(
@@ -122,6 +126,30 @@ class Answering:
         """End what the engine has started."""
         close_engine(self.engine)
 
+    def sync(self, model: Any, version: int) -> None:
+        """Give the engine the weights of the policy, and compare a few of its log-probabilities with the policy's own.
+
+        Args:
+            model: the policy, in evaluation and in the precision of training.
+            version: number of the iteration the weights belong to.
+
+        Raises:
+            UsageError: they differ: :func:`offpolicy.language.rl.probing.probe`.
+        """
+        self.engine.sync(model, version)
+        is_model = type(self.engine) in (TransformersEngine, TinyEngine)  # nothing is copied, nothing can differ
+        if is_model or not getattr(self.engine, "on_policy", True):
+            return
+        table = self.problems.tables["problems"][:PROMPTS, 0]
+        prompts = [token_ids(self.problems, row) for row in table]
+        self.probed = probe(self.engine, model, prompts, self.sampling(version), self.dtype)
+
+    def rest(self) -> None:
+        """Let an engine that shares the trainer's card leave it until it is asked again."""
+        rest = getattr(self.engine, "rest", None)
+        if rest is not None:
+            rest()
+
     def evaluation_engine(self) -> Any:
         """What answers held-out problems: the engine, unless it reads answers from a file."""
         h = self.options
@@ -131,10 +159,12 @@ class Answering:
         """Lines of the first screen: label and text."""
         meta = self.problems.meta
         lengths = ", ".join(f"{role} {'/'.join(map(str, q))}" for role, q in meta.get("lengths", {}).items())
+        by = getattr(self.engine, "description", "")
         return [
             ("problems", f"{meta.get('problems', 0):,}, {meta.get('demonstrations', 0):,} with a demonstration"),
             ("tokens", f"{lengths} (median/95 %/largest), answers up to {self.length}"),
             ("reward", ", ".join(self.rewards.names)),
+            *([("answers", f"by {by}")] if by else []),
         ]
 
     def fresh(self, k: int, groups: int, seen: int, seed: int, stop: Stop) -> tuple[Replay, dict[str, float]]:
@@ -163,6 +193,7 @@ class Answering:
             Request(token_ids(self.problems, table[problems[i], 0]), int(i), h.group_size - int(shown[i])) for i in mine
         ]
         answers = self.engine.generate(requests, self.sampling(k, seed), wants_to_stop)
+        self.rest()
         if on_any_process(wants_to_stop()):
             raise Stopped
         made: list[dict[str, Any]] = []
@@ -179,7 +210,8 @@ class Answering:
         self.rewards.check([tallies for _, tallies in parts])
         everyone = [row for rows, _ in parts for row in rows]
         everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
-        return self._store(everyone, k)
+        store, facts = self._store(everyone, k)
+        return store, facts | self.probed | (self.engine.facts() if hasattr(self.engine, "facts") else {})
 
     def _store(self, made: list[dict[str, Any]], k: int) -> tuple[Replay, dict[str, float]]:
         column = {name: [row[name] for row in made] for name in made[0]}

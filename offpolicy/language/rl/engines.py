@@ -105,7 +105,7 @@ class TransformersEngine(LocalEngine):
         logps = torch.zeros(rows, how.max_new_tokens, dtype=torch.float32, device=device)
         length = torch.full((rows,), how.max_new_tokens, device=device)
         for t in range(how.max_new_tokens):
-            token, logp = draw_scored(logits, uniform[alive, t], how.temperature)
+            token, logp = draw_scored(logits, uniform[alive, t], how.temperature, how.top_k, how.top_p)
             table[alive, t], logps[alive, t] = token, logp
             ended = torch.isin(token, stops)
             length[alive[ended]] = t + 1
@@ -152,6 +152,8 @@ class TinyEngine(LocalEngine):
                 logits[torch.tensor([distinct[texts[i]] for i in alive], device=device)],
                 uniform[rows, t],
                 how.temperature,
+                how.top_k,
+                how.top_p,
             )
             table[rows, t], logps[rows, t] = token, logp
             ended = torch.isin(token, stops)
@@ -226,10 +228,18 @@ def room(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> int:
     return min(max_new_tokens, left)
 
 
-def draw_scored(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row of logits (B, V), and its log-probability, float32 (B,), at the temperature of the draw."""
-    token = draw(logits, uniform, temperature=temperature)
+def draw_scored(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """One token per row of logits (B, V), and its log-probability, float32 (B,), under what it was drawn from."""
+    token = draw(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
     scaled = logits.float() / (temperature or 1.0)
+    if top_k or top_p < 1.0:
+        p, order = scaled.softmax(-1).sort(-1, descending=True)
+        out = p.cumsum(-1) - p >= top_p  # as `draw` leaves tokens out
+        if top_k:
+            out[:, top_k:] = True
+        scaled = scaled.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
     return token, scaled.gather(-1, token[:, None])[:, 0] - scaled.logsumexp(-1)
 
 

@@ -123,8 +123,8 @@ class IteratingModule(LanguageModule):
         k, began, course, shape = self.iteration + 1, time.perf_counter(), self.course, self.shape
         seed = self.seed or 0
         fraction, sweeps = self.mixture(k)
-        self.answering.engine.sync(self.model, k)
         with evaluating(self.model), self.precision_context():
+            self.answering.sync(self.model, k)
             store = self.before_iteration(k, store)
             store, old = self.scoring.admit(
                 self.problems, store, shape.replayed(fraction), sweeps, k, seed=seed, least=self.hparams.min_ess

@@ -18,6 +18,7 @@ LEAST = {  # option → its least value
     "generation_batch": 1,
     "replay_window": 0,
     "eval_samples": 0,
+    "eval_top_k": 0,
     "save_seconds": 0,
     "reward_seconds": 0,
     "critic_lr": 0,
@@ -35,6 +36,7 @@ def check_options(given: Mapping[str, Any], batch_size: int, reference: str) -> 
         if given[name] is not None:
             check_range(name, given[name], least)
     check_range("temperature", given["temperature"], 0.0, lower_open=True)
+    check_range("eval_top_p", given["eval_top_p"], 0.0, 1.0, lower_open=True)
     check_range("replay_fraction", given["replay_fraction"], 0.0, 1.0, upper_open=True)
     check_range("min_ess", given["min_ess"], 0.0, 1.0)
     check_choice("critic", given["critic"], CRITICS)

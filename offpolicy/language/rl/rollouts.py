@@ -84,8 +84,10 @@ class RolloutModule(IteratingModule):
         iterations: iterations in all, used when no ``max_steps`` are given; None for ``epochs`` over the problems.
         max_new_tokens: longest answer in tokens, ≥ 1.
         temperature: of sampling and of the log-probabilities in training, > 0.
-        engine: what writes the answers: "transformers" (with a cache), "tiny" (without), "replay" (from ``records``),
-            an import path ``package.module.Class``, or ``{"name": …, option: value}``.
+        engine: what writes the answers: "transformers" (with a cache), "tiny" (without), "vllm" (in a process of its
+            own, :class:`offpolicy.language.rl.vllm.VllmEngine` has its options), "replay" (from ``records``), an import
+            path ``package.module.Class``, or ``{"name": …, option: value}``. Engines with weights of their own are
+            compared with the policy after every sync.
         records: file of the engine "replay".
         record: write the answers of every iteration to ``records.jsonl`` in the folder of the run, for that engine.
         generation_batch: answers drawn at once by one process, ≥ 1. Does not change the result.
@@ -97,6 +99,8 @@ class RolloutModule(IteratingModule):
         demonstrations: answers of each group that are demonstrations of the data, where there is one: 0 or 1.
         base_kl: measure the divergence from the base at every row of metrics even where the loss does not need it.
         eval_samples: answers per held-out problem for mean@k and pass@k, ≥ 0; 0 for the most likely answer alone.
+        eval_top_p: drawn answers to held-out problems take the likeliest tokens of this share, in (0, 1]; 1 for all.
+        eval_top_k: they take so many of the likeliest tokens, ≥ 0; 0 for all.
         save_seconds: ≥ 0. Before answers are drawn, a checkpoint is written unless the newest one is younger than this:
             a run that is killed then loses the answers and less than this of training.
         critic: for objectives with a critic: "model", a decoder of its own that starts as the policy's, or "head", two
@@ -132,6 +136,8 @@ class RolloutModule(IteratingModule):
         demonstrations: int = 0,
         base_kl: bool = True,
         eval_samples: int = 4,
+        eval_top_p: float = 1.0,
+        eval_top_k: int = 0,
         save_seconds: float = 5.0,
         critic: str = "model",
         critic_lr: float = 1e-5,

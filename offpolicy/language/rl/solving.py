@@ -36,16 +36,23 @@ def solve(
     mine = rows[processes.rank() :: processes.world_size()]
     engine = answering.evaluation_engine()
     found: dict[str, np.ndarray] = {}
-    engine.sync(model, iteration)
+    if engine is answering.engine:
+        answering.sync(model, iteration)
+    else:
+        engine.sync(model, iteration)
     usual = answering.sampling(0)
+    h = answering.options
+    cut = {"top_p": getattr(h, "eval_top_p", 1.0), "top_k": getattr(h, "eval_top_k", 0)}
     for count, temperature in ((1, 0.0), (samples, usual.temperature)):
         if not count:
             continue
         requests = [Request(token_ids(problems, table[row, 0]), int(row), count) for row in mine]
-        answers = [one for some in engine.generate(requests, replace(usual, temperature=temperature)) for one in some]
+        how = replace(usual, temperature=temperature, **(cut if temperature else {}))
+        answers = [one for some in engine.generate(requests, how) for one in some]
         asked = [int(row) for row in mine for _ in range(count)]
         scored = answering.judge(problems, asked, [a.token for a in answers], [a.ended for a in answers])
         found["sampled" if temperature else "likely"] = answering.rewards.solved(scored).reshape(-1, count)
+    answering.rest()
     parts = processes.gathered((mine, found))
     order = np.argsort(np.concatenate([part[0] for part in parts]))
     whole = {name: np.concatenate([part[1][name] for part in parts])[order] for name in found}
