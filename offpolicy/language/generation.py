@@ -99,7 +99,9 @@ def sample(
             def next_tokens(logits: Tensor, position: int, uniform: Tensor = uniform) -> Tensor:
                 return draw(logits, uniform[:, position], temperature=temperature, top_k=top_k, top_p=top_p)
 
-            drawn = _continue(Reader(model, way), [prompts[i] for i, _ in batch], stops, max_new_tokens, next_tokens)
+            drawn = _continue(
+                Reader(model, way, max_new_tokens), [prompts[i] for i, _ in batch], stops, max_new_tokens, next_tokens
+            )
             for (i, k), answer in zip(batch, drawn):
                 answers[i][k] = answer
             if on_batch is not None:

@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-ROOM = 64  # tokens; where it runs out, half of what is there is added
+ROOM = 64  # tokens at most; where they run out, half of what is there is added
 
 
-def make_room(state: Any) -> None:
+def make_room(state: Any, wanted: int = ROOM) -> None:
     """Let the layers of a cache that keep the whole past as it is take new tokens without copying the old ones.
 
     Args:
         state: what a model keeps; anything else is left as it is.
+        wanted: tokens that may come.
     """
     from transformers.cache_utils import DynamicLayer
 
@@ -26,7 +27,7 @@ def make_room(state: Any) -> None:
         return
     for i, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            layers[i] = _roomy()(layer)
+            layers[i] = _roomy()(layer, min(wanted, ROOM))
 
 
 @cache
@@ -37,8 +38,9 @@ def _roomy() -> Any:
     class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         """Keys and values (B, H, T, D) as the first T places of memory that has more."""
 
-        def __init__(self, layer: Any) -> None:
+        def __init__(self, layer: Any, room: int) -> None:
             super().__init__()
+            self.room = room
             self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
             self.keys, self.values = layer.keys, layer.values
             self.memory: list[Tensor] = []  # of keys and values, once a token is added
@@ -47,7 +49,8 @@ def _roomy() -> Any:
             first = self.keys.shape[-2]
             last = first + key_states.shape[-2]
             if not self.memory or last > self.memory[0].shape[-2]:
-                self.memory = [_with_room(x, last + max(ROOM, last // 2)) for x in (self.keys, self.values)]
+                length = last + (max(ROOM, last // 2) if self.memory else self.room)
+                self.memory = [_with_room(x, length) for x in (self.keys, self.values)]
             for memory, new in zip(self.memory, (key_states, value_states)):
                 memory[..., first:last, :] = new
             self.keys, self.values = (memory[..., :last, :] for memory in self.memory)

@@ -148,19 +148,19 @@ def group_layout(rollouts: Rollouts, pad_id: int, *, padding_free: bool | None =
         pad_id: as in `pair_layout`.
         padding_free: as in `pair_layout`.
     """
-    lanes, turns = int(rollouts.lane.max()) + 1, torch.bincount(rollouts.turn).tolist()
+    lane, lanes = rollouts.lane, int(rollouts.lane.max()) + 1
     length, tokens = rollouts.prompt.length[:lanes], int(rollouts.prompt.length[:lanes].sum())
     first = torch.arange(lanes, device=length.device)
+    # in a lane an answer stands behind those of earlier turns, each without its last token
+    laid = (rollouts.answer.length - 1).clamp(min=0)
+    order = torch.argsort(lane, stable=True)  # by lane, and by turn within it
+    before = torch.empty_like(laid)
+    before[order] = torch.cumsum(laid[order], 0) - laid[order]
+    column = length[lane] + before - before[:lanes][lane]  # the first answers of all lanes come first
     builder = _Rows(lanes, pad_id, 1)
     builder.put(Ragged(rollouts.prompt.token[:tokens], length), first, 0 * first, 0 * first, segment=0)
-    column, done, used = length.clone(), 0, 0
-    for turn, count in enumerate(turns):
-        lane, part = rollouts.lane[done : done + count], rollouts.answer.length[done : done + count]
-        text = Ragged(rollouts.answer.token[used : used + int(part.sum())], part)
-        builder.answer(text, lane, column[lane], length[lane], segment=turn + 1, last=False)
-        column[lane] += (part - 1).clamp(min=0)
-        done, used = done + count, used + int(part.sum())
-    return builder.layout(shared=len(turns) > 1, padding_free=padding_free)
+    builder.answer(rollouts.answer, lane, column, length[lane], segment=rollouts.turn + 1, last=False)
+    return builder.layout(shared=bool((rollouts.turn > 0).any()), padding_free=padding_free)
 
 
 class _Rows:
@@ -168,23 +168,28 @@ class _Rows:
 
     def __init__(self, rows: int, pad_id: int, multiple: int) -> None:
         self.rows, self.pad_id, self.multiple = rows, pad_id, max(1, multiple)
-        self.pieces: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []  # row, column, position, token, segment
+        self.pieces: list[tuple[Tensor, ...]] = []  # row, column, position, token, segment
         self.scored: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # row, column that predicts, token, answer
         self.answers = 0
 
     def put(
-        self, text: Ragged, row: Tensor, column: Tensor, position: Tensor, segment: int, keep: Tensor | None = None
+        self,
+        text: Ragged,
+        row: Tensor,
+        column: Tensor,
+        position: Tensor,
+        segment: int | Tensor,
+        keep: Tensor | None = None,
     ) -> None:
         """Lay the tokens of text i that are to ``keep``, (Σ length,) bool, into its row from a column on; positions
         count from ``position``."""
         owner, place = spread(text.length)
-        piece = (row[owner], column[owner] + place, position[owner] + place, text.token)
-        if keep is not None:
-            piece = tuple(x[keep] for x in piece)  # type: ignore[assignment]
-        self.pieces.append((*piece, segment))
+        segments = segment[owner] if isinstance(segment, Tensor) else torch.full_like(owner, segment)
+        piece = (row[owner], column[owner] + place, position[owner] + place, text.token, segments)
+        self.pieces.append(piece if keep is None else tuple(x[keep] for x in piece))
 
     def answer(
-        self, text: Ragged, row: Tensor, column: Tensor, prompt: Tensor, segment: int, *, last: bool = True
+        self, text: Ragged, row: Tensor, column: Tensor, prompt: Tensor, segment: int | Tensor, *, last: bool = True
     ) -> None:
         """Lay an answer and score what the model writes of it; the last of the ``prompt`` tokens predicts the first.
 
@@ -206,7 +211,7 @@ class _Rows:
         self.answers += len(text.length)
 
     def layout(self, *, shared: bool, padding_free: bool | None) -> Layout:
-        row, column, position, token = (torch.cat([p[i] for p in self.pieces]) for i in range(4))  # type: ignore[misc]
+        row, column, position, token, piece = (torch.cat([p[i] for p in self.pieces]) for i in range(5))
         longest, device = int(column.max()) + 1 if len(column) else 1, row.device
         width = -(-longest // self.multiple) * self.multiple
         flat = row * width + column
@@ -215,7 +220,7 @@ class _Rows:
         position_ids = torch.arange(width, device=device).repeat(self.rows, 1)
         position_ids.view(-1)[flat] = position
         segment = torch.full((self.rows, width), -1, device=device)
-        segment.view(-1)[flat] = torch.cat([torch.full_like(p[0], p[4]) for p in self.pieces])
+        segment.view(-1)[flat] = piece
         if shared:
             position_ids[segment < 0] = 0  # a position inside the model's range, whatever the sum of both answers
             visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from offpolicy.errors import UsageError
-from offpolicy.language.kv_cache import make_room
+from offpolicy.language.kv_cache import ROOM, make_room
 from offpolicy.language.policy import base_of, vocabulary_of
 
 log = logging.getLogger(__name__)
@@ -125,10 +125,11 @@ class Reader:
     Args:
         model: as of :func:`way_of`.
         way: how; texts of one batch are equally long unless it is ``padded``.
+        room: tokens that will be taken for each row, at most.
     """
 
-    def __init__(self, model: nn.Module, way: Way) -> None:
-        self.model, self.way = model, way
+    def __init__(self, model: nn.Module, way: Way, room: int = ROOM) -> None:
+        self.model, self.way, self.room = model, way, room
         self.device = next(model.parameters()).device
 
     def read(self, texts: Sequence[np.ndarray], answers: Sequence[int]) -> Tensor:
@@ -154,7 +155,7 @@ class Reader:
         logits, self.mask, self.last, self.hides = logits[:, -1], mask, position[:, -1:], not bool(mask.all())
         self.rows = torch.arange(len(owner), device=self.device)  # of the state, that are still asked for
         if self.way.keeps == "shared":
-            make_room(self.state)
+            make_room(self.state, self.room)
             _choose(self.state, owner)
             logits, self.mask, self.last = logits[owner], mask[owner], self.last[owner]
         return logits

@@ -95,7 +95,7 @@ class TransformersEngine(LocalEngine):
         samples = [r.samples for r in requests]
         if not sum(samples):
             return [[] for _ in requests]
-        reader = Reader(self.model, way_of(self.model))
+        reader = Reader(self.model, way_of(self.model), how.max_new_tokens)
         logits = reader.read([r.prompt for r in requests], samples)
         rows, device = len(logits), logits.device
         uniform = answer_uniforms(requests, how).to(device)
