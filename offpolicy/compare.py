@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 from offpolicy.cli import entry
@@ -22,6 +20,7 @@ def main(argv: list[str]) -> int:
     from offpolicy.files import atomic_write
     from offpolicy.report.runs import find_runs
     from offpolicy.report.tables import aggregate_lines, as_rows, as_text, compare_runs
+    from offpolicy.report.writing import csv_text
 
     tables = compare_runs(find_runs(args.runs), args.which)
     if not any(table.cells for table in tables):
@@ -29,11 +28,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"no run here has finished with an evaluation to compare by; expected one. {notes}")
     print("\n\n".join(as_text(table, aggregate_lines(table)) for table in tables))
     if args.csv:
-        rows, buffer = [row for table in tables for row in as_rows(table)], io.StringIO()
-        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        atomic_write(Path(args.csv), buffer.getvalue())
+        atomic_write(Path(args.csv), csv_text([row for table in tables for row in as_rows(table)]))
         print(f"\nfile  {args.csv}")
     return 0
 

@@ -40,6 +40,7 @@ FLOORS: list[set[str]] = [
     {"offpolicy.cli"},
     {
         "offpolicy.data.__main__",
+        "offpolicy.report.__main__",
         "offpolicy.compare",
         "offpolicy.evaluate",
         "offpolicy.export",

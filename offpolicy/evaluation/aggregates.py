@@ -149,6 +149,42 @@ def bootstrap_interval(
     return Interval(low, high)
 
 
+def bootstrap_band(
+    statistic: Statistic,
+    curves: Any,
+    *,
+    replicates: int = 2_000,
+    level: float = 0.95,
+    random: np.random.Generator | int = 0,
+) -> Interval:
+    """The interval of a statistic at every time of a curve; one drawing of runs serves all times.
+
+    Args:
+        statistic: of matrices (…, n, m), over their last two axes.
+        curves: scores of n runs by m tasks by T times, (n, m, T).
+        replicates, level, random: as of :func:`bootstrap_interval`.
+
+    Returns:
+        Ends of shape (T,), each that of :func:`bootstrap_interval` for the scores of its time.
+
+    Raises:
+        UsageError: as :func:`bootstrap_interval`.
+    """
+    x = np.asarray(curves, np.float64)
+    if x.ndim != 3 or len(x) < 2 or not np.isfinite(x).all():
+        raise UsageError(
+            f"`curves` has shape {x.shape}; expected finite scores (runs, tasks, times) of at least two runs."
+        )
+    random = np.random.default_rng(random) if isinstance(random, int) else random
+    rows = random.integers(len(x), size=(replicates, *x.shape[:2]))
+    tail = (1.0 - level) / 2.0
+    ends = [
+        np.quantile(statistic(np.take_along_axis(x[None, :, :, t], rows, -2)), (tail, 1.0 - tail), axis=0)
+        for t in range(x.shape[-1])
+    ]
+    return Interval(*np.array(ends).reshape(-1, 2).T)
+
+
 def _drawn(matrices: list[Scores], count: int, random: np.random.Generator | np.random.RandomState) -> list[Scores]:
     """Each matrix with its runs drawn again, ``count`` times: (count, n, m)."""
     if isinstance(random, np.random.RandomState):  # replicate by replicate, to draw what others draw

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -17,6 +19,8 @@ from offpolicy.training.headlines import judged_by
 
 log = logging.getLogger(__name__)
 CONFIG = "config.yaml"  # of every run
+TAIL = 1 << 16  # bytes at the end of a table that hold its last row
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C reads hundreds of runs in a moment
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Run:
         rows: of its evaluations that gave numbers, in the order of their updates.
         updates: the newest that its files know of.
         planned: how many it was to make; None where its files do not say.
+        failed_last: whether its newest evaluation raised an error.
     """
 
     folder: Path
@@ -42,6 +47,7 @@ class Run:
     rows: tuple[dict[str, Any], ...]
     updates: int
     planned: int | None
+    failed_last: bool = False
 
     @property
     def finished(self) -> bool:
@@ -104,7 +110,7 @@ def read_run(folder: Path) -> Run:
     """
     path = folder / CONFIG
     try:
-        config = yaml.safe_load(path.read_text("utf-8"))
+        config = yaml.load(path.read_text("utf-8"), Loader=LOADER)
         model, data, seed = config["model"], config["data"], config.get("seed_everything", 0)
         options = model.get("init_args") or {}
         method, name = str(model["class_path"]).rpartition(".")[2], str(data["name"])
@@ -112,11 +118,12 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UsageError(f"{path} is not the settings of a run ({reason}); expected those that `fit` writes.") from None
+    if not (isinstance(planned, int) and planned > 0):  # epochs say
+        planned = versions_of(folder).get("planned_updates")
     settings = {f"model.{key}": value for key, value in flat(options).items()}
     settings |= {f"data.{key}": value for key, value in flat(data).items() if key != "name"}
     rows = Table(folder / "evals.csv").rows()
-    metrics = Table(folder / "metrics.csv").rows()
-    steps = [row["step"] for row in (*rows[-1:], *metrics[-1:])] + _checkpointed(folder)
+    steps = [*(row["step"] for row in rows[-1:]), newest_step(folder / "metrics.csv"), *_checkpointed(folder)]
     return Run(
         folder,
         printable(method),
@@ -126,7 +133,24 @@ def read_run(folder: Path) -> Run:
         tuple(row for row in rows if "error" not in row),
         max((step for step in steps if isinstance(step, int)), default=0),
         planned if isinstance(planned, int) else None,
+        bool(rows) and "error" in rows[-1],
     )
+
+
+def versions_of(folder: Path) -> dict[str, Any]:
+    """What a run was made with, its ``versions.json``; empty where that cannot be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads((folder / "versions.json").read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def newest_step(table: Path) -> int:
+    """The update of the last whole row of a table, read from its end; 0 for none."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open(table, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - TAIL))
+        return int(file.read().split(b"\n")[-2].split(b",", 1)[0])
+    return 0
 
 
 def _checkpointed(folder: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ class Comparison:
         measure: what the numbers are: "score", "return", "accuracy", "loss", …
         which: "last" or "best" evaluation of each run.
         tasks, methods: rows and columns, in order.
+        column: of ``evals.csv`` that holds it; empty for none.
         cells: by (task, method); a pair that was not run has none.
         notes: sentences on what is missing or not alike.
     """
@@ -53,6 +55,7 @@ class Comparison:
     methods: list[str]
     cells: dict[tuple[str, str], Cell]
     notes: list[str] = field(default_factory=list)
+    column: str = ""
 
     def told(self, cell: Cell) -> str:
         """A cell in words: mean, interval and number of seeds; with few seeds their values."""
@@ -80,18 +83,21 @@ def compare_runs(runs: Sequence[Run], which: str = "last") -> list[Comparison]:
     without = by_measure.pop("", [])
     for column, members in by_measure.items():
         better = min if column.endswith("loss") else max
-        cells, older = _cells([run for run in members if run.finished], labels)
+        done = [run for run in members if run.finished]
+        bad = [run for run in done if not math.isfinite(run.values(column)[-1])]
+        cells, older = _cells([run for run in done if run not in bad], labels)
         for cell in cells.values():
             numbers = [run.values(column) for run in cell.runs]
-            cell.values = [some[-1] if which == "last" else better(some) for some in numbers]
+            cell.values = [some[-1] if which == "last" else better(filter(math.isfinite, some)) for some in numbers]
         tasks = sorted({task for task, _ in cells})
         methods = list(dict.fromkeys(method for _, method in cells))
         for task in tasks:
             mark_best([cells[task, method] for method in methods if (task, method) in cells], better)
         notes = _of_runs([run for run in members if not run.finished], "not finished and left out")
+        notes += _of_runs(bad, "with a last evaluation that is not finite and left out")
         notes += _of_runs(older, "older than another run of the same seed and settings, and left out")
         measure = column.rpartition("/")[2].removesuffix("_mean")
-        found = Comparison(measure, which, tasks, methods, cells, notes)
+        found = Comparison(measure, which, tasks, methods, cells, notes, column)
         found.notes += _unlike(found)
         tables.append(found)
     if without:
@@ -170,34 +176,57 @@ def mark_best(cells: Sequence[Cell], better: Callable[..., Any] = max) -> None:
         cell.among_the_best = cell is best or alike
 
 
-def aggregate_lines(found: Comparison, replicates: int = 20_000) -> list[tuple[str, list[str]]]:
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval, which is None where there are too few seeds for one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def told(self, digits: int = 1) -> str:
+        span = "" if self.low is None else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return f"{self.value:.{digits}f}{span}"
+
+
+def aggregates_of(found: Comparison, replicates: int = 20_000) -> dict[str, list[Estimate | None]]:
     """Aggregates over all tasks by method, with intervals of the stratified bootstrap; none for a single task.
 
     Returns:
-        The name of an aggregate with a text per method, in the order of the methods. A method that lacks a task, or
-        has a single seed somewhere, has "–". Of unequal numbers of seeds the first ones of each task count.
+        By the name of an aggregate a number per method, in the order of the methods and in the unit of the table. None
+        for a method that lacks a task or has a single seed somewhere. Of unequal numbers of seeds the first ones of
+        each task count. With fewer than three seeds there is no interval.
     """
     if len(found.tasks) < 2 or found.measure != "score":
-        return []
-    matrices = [_matrix(found, method) for method in found.methods]
-    lines = []
-    for name, statistic in AGGREGATES.items():
-        texts = []
-        for x in matrices:
-            if x is None:
-                texts.append("–")
-                continue
-            low, high = bootstrap_interval(statistic, x, replicates=replicates)
-            texts.append(f"{100 * statistic(x):.1f} [{100 * low:.1f}, {100 * high:.1f}]")
-        lines.append((name, texts))
-    return lines
+        return {}
+    matrices = [score_matrix(found, method) for method in found.methods]
+    return {
+        name: [None if x is None else _estimate(statistic, x, replicates) for x in matrices]
+        for name, statistic in AGGREGATES.items()
+    }
 
 
-def _matrix(found: Comparison, method: str) -> np.ndarray | None:
-    """Scores of a method, runs by tasks, with 1 as the reference."""
+def _estimate(statistic: Callable[..., Any], x: np.ndarray, replicates: int) -> Estimate:
+    value = 100.0 * float(statistic(x))
+    if len(x) < FEWEST:
+        return Estimate(value)
+    low, high = bootstrap_interval(statistic, x, replicates=replicates)
+    return Estimate(value, 100.0 * float(low), 100.0 * float(high))
+
+
+def aggregate_lines(found: Comparison, replicates: int = 20_000) -> list[tuple[str, list[str]]]:
+    """The same as texts: the name of an aggregate with a text per method, "–" where there is no number."""
+    return [
+        (name, ["–" if one is None else one.told() for one in line])
+        for name, line in aggregates_of(found, replicates).items()
+    ]
+
+
+def score_matrix(found: Comparison, method: str, fewest: int = 2) -> np.ndarray | None:
+    """Scores of a method, runs by tasks, with 1 as the reference; None of fewer runs on some task."""
     columns = [getattr(found.cells.get((task, method)), "values", []) for task in found.tasks]
     runs = min(map(len, columns))
-    return np.stack([column[:runs] for column in columns], -1) / 100.0 if runs >= 2 else None
+    return np.stack([column[:runs] for column in columns], -1) / 100.0 if runs >= fewest else None
 
 
 def as_text(found: Comparison, aggregates: Sequence[tuple[str, list[str]]] = ()) -> str:

@@ -20,17 +20,12 @@ from torch import Tensor
 from offpolicy.compute.torch_private import foreach_norm
 from offpolicy.errors import DivergenceError
 from offpolicy.training.checkpoints import newest_checkpoint
+from offpolicy.training.headlines import is_loss
 from offpolicy.training.lightning_private import trainer_of
 from offpolicy.training.run_log import due
 
 log = logging.getLogger(__name__)
 SHOWN = 3  # names in a message
-
-
-def is_loss(name: str) -> bool:
-    """Whether a metric of this name is a loss: "loss" or "…_loss" at its end."""
-    last = name.rpartition("/")[2]
-    return last == "loss" or last.endswith("_loss")
 
 
 def infinite_losses(row: Mapping[str, Any], seeds: tuple[int, ...] = ()) -> list[str]:

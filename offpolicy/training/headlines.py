@@ -58,6 +58,12 @@ def judged_by(names: Iterable[str]) -> str | None:
     return headline(known) or ("eval/loss" if "eval/loss" in known else None)
 
 
+def is_loss(name: str) -> bool:
+    """Whether a metric of this name is a loss: "loss" or "…_loss" at its end."""
+    last = name.rpartition("/")[2]
+    return last == "loss" or last.endswith("_loss")
+
+
 def is_better(value: float, best: float | None) -> bool:
     """Whether a value beats the best so far; NaN (a policy that diverged) never does."""
     return value == value and (best is None or value > best)

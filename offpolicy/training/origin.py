@@ -42,7 +42,11 @@ class Start(Callback):
         folder = self.files.folder
         config = self.origin.config or python_config(pl_module, self.data, trainer.max_steps, self.options)
         called = self.origin.command or "offpolicy.fit(...) from Python"
-        versions = to_plain(screen.versions(pl_module))
+        versions = to_plain(screen.versions(pl_module)) | {
+            "device": str(trainer.strategy.root_device),
+            "processes": trainer.world_size,
+            "planned_updates": trainer.max_steps,  # which epochs may stand for in the settings
+        }
         self.files.keep_settings(config, versions, f"{called}  # from update {trainer.global_step}")
         pl_module.keep_files(folder)
         if self.verbose:
