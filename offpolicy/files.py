@@ -64,7 +64,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         file.close()
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         written = _size(temporary)
         with contextlib.suppress(OSError):
@@ -289,7 +289,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return _os_error(error.__context__) if isinstance(error, RuntimeError) else None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename survive a power failure, where the system allows it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

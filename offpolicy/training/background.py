@@ -77,7 +77,8 @@ def is_beside(choice: bool | str, tree: Any, free: Callable[[], int]) -> bool:
 
 def bytes_of(tree: Any) -> int:
     """Bytes of the tensors of a tree; what several of them share counts once."""
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(tree)}
+    here = [x.to_local() if hasattr(x, "to_local") else x for x in tensors_of(tree)]  # this process's part
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in here}
     return sum(storages.values())
 
 

@@ -211,7 +211,7 @@ def check_same_method(method: Module, checkpoint: Path) -> tuple[int, str]:
     Raises:
         UsageError: it holds another method.
     """
-    content = read_checkpoint(checkpoint)
+    content = read_checkpoint(checkpoint, weights=False)
     state = own_state(content, checkpoint)
     before, now = str(state.get("class")), f"{type(method).__module__}.{type(method).__qualname__}"
     if before.rpartition(".")[2] != now.rpartition(".")[2]:
@@ -235,7 +235,7 @@ def check_whole(checkpoint: Path) -> None:
     Raises:
         UsageError: the checkpoint has no state of the optimisers.
     """
-    if "optimizer_states" in read_checkpoint(checkpoint):
+    if "optimizer_states" in read_checkpoint(checkpoint, weights=False):
         return
     others = [path for path in run_of(checkpoint).glob("checkpoints/step=*.ckpt") if path.name < checkpoint.name]
     whole = next((path for path in sorted(others, reverse=True) if opens(path)), None)
@@ -282,7 +282,7 @@ def already_done(method: Module, checkpoint: Path, updates: int, max_steps: int,
 def last_evaluation(trained: Module, checkpoint: Path, folder: Path, updates: int) -> bool:
     """Whether the last evaluation of a finished run has its row; one in an environment is made now if it had failed."""
     measurement = trained.measurement()
-    state = read_checkpoint(checkpoint).get("callbacks", {}).get(type(measurement).__name__, {})
+    state = read_checkpoint(checkpoint, weights=False).get("callbacks", {}).get(type(measurement).__name__, {})
     table = Table(folder / "evals.csv")
     if not state.get("outstanding") or any(row["step"] == updates for row in table.rows()):
         return True

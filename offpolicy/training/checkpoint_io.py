@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from offpolicy.compute.room import available_memory
 from offpolicy.files import is_stray
 from offpolicy.training.background import Writing, copied, is_beside
 from offpolicy.training.checkpoints import read_checkpoint, to_plain, write_checkpoint
+from offpolicy.training.sharded import remove
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -42,18 +44,22 @@ class AtomicCheckpointIO(CheckpointIO):
             WriteError: full disk or read-only folder, for this file or the one before it.
         """
         self.writing.wait()
-        folder = Path(path).parent
-        if folder not in self._swept:
-            for stray in filter(is_stray, folder.glob(".*.tmp")):
-                with contextlib.suppress(OSError):  # a folder that cannot be written to is reported below
-                    stray.unlink()
-            self._swept.add(folder)
+        self.sweep(Path(path).parent)
         plain = to_plain(checkpoint, "checkpoint")
         if is_beside(self.beside, plain, available_memory):
             own = copied(plain)
             self.writing.start(lambda: write_checkpoint(own, path))
         else:
             write_checkpoint(plain, path)
+
+    def sweep(self, folder: Path) -> None:
+        """Remove what a killed run left half-written in a folder, once."""
+        if folder in self._swept:
+            return
+        for stray in filter(is_stray, folder.glob(".*.tmp")):
+            with contextlib.suppress(OSError):  # a folder that cannot be written to is reported by the write
+                shutil.rmtree(stray) if stray.is_dir() and not stray.is_symlink() else stray.unlink()
+        self._swept.add(folder)
 
     def teardown(self) -> None:
         """Wait for what is being written."""
@@ -67,4 +73,4 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint if it is there."""
-        Path(path).unlink(missing_ok=True)
+        remove(Path(path))

@@ -6,7 +6,6 @@ Nothing here needs Lightning; the plugin that makes Lightning write this way is 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import enum
 import json
@@ -15,7 +14,7 @@ import os
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -26,8 +25,10 @@ import torch
 
 from offpolicy.compute.torch_private import set_state_notes, state_notes
 from offpolicy.errors import UsageError
-from offpolicy.files import atomic_file, is_stray, method_folder
+from offpolicy.files import is_stray, method_folder
 from offpolicy.given import expanded, place
+from offpolicy.training import sharded
+from offpolicy.training.archives import check_archive, load_plain, save_plain
 
 KEY = "offpolicy"  # our part of a checkpoint
 PLAIN = (type(None), bool, torch.Tensor, torch.dtype, torch.device, torch.layout)
@@ -103,28 +104,42 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
         UsageError: something in it is not plain (nothing is written).
         WriteError: full disk, read-only folder; no temporary stays, earlier files are untouched.
     """
-    plain = to_plain(checkpoint, "checkpoint")
-    with atomic_file(path) as file, checksums():
-        torch.save(plain, file)
+    save_plain(to_plain(checkpoint, "checkpoint"), path)
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a whole checkpoint to the CPU with ``weights_only=True``.
+def is_checkpoint(path: Path) -> bool:
+    """Whether it can be a checkpoint: a file, or the folder of a sharded one."""
+    return path.is_file() or sharded.is_sharded(path)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a checkpoint."""
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, weights: bool = True) -> dict[str, Any]:
+    """Read a whole checkpoint to the CPU with ``weights_only=True``; a sharded one as if it were a file.
+
+    Args:
+        path: of the checkpoint.
+        weights: whether tensors are wanted; without them what is large is left on the disk.
 
     Raises:
         UsageError: no such file, a file cut short or damaged (the checksums of its parts are compared), or one that
             holds more than plain types.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_checkpoint(path):
         raise UsageError(f"Found no checkpoint {path}; expected a file. Check the path or pass the run folder.")
     try:
         check_parts(path)
-        return _load(path)
+        if sharded.is_sharded(path):
+            return sharded.read_sharded(path) if weights else {"state_dict": {}} | sharded.read_rest(path)
+        return load_plain(path, mmap=not weights and zipfile.is_zipfile(path))
     except Exception as error:  # what a damaged pickle raises can be anything
         reason = str(error).split("\n", 1)[0][:200] or type(error).__name__
         raise UsageError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole checkpoint of plain types: {reason} "
+            f"{path} ({size_of(path):,} bytes) is not a whole checkpoint of plain types: {reason} "
             "Pass an earlier one, or the run folder to take the newest that opens."
         ) from error
 
@@ -133,7 +148,8 @@ def opens(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a whole checkpoint: the checksums of its parts are right, and it holds plain types."""
     try:
         check_parts(Path(path))
-        _load(Path(path), mmap=zipfile.is_zipfile(path))
+        if not sharded.is_sharded(Path(path)):
+            load_plain(Path(path), mmap=zipfile.is_zipfile(path))
     except Exception:  # what a damaged pickle raises can be anything
         return False
     return True
@@ -142,11 +158,8 @@ def opens(path: str | os.PathLike[str]) -> bool:
 def check_parts(path: Path) -> None:
     """Compare the parts of a checkpoint with their checksums (CRC-32), once per file and process.
 
-    Files that are no archive, as torch wrote them long ago, have none and are left to torch. The parts are not packed,
-    so that nothing in the file becomes larger than the file.
-
     Raises:
-        ValueError: a part differs, or is packed.  OSError: the file cannot be read.
+        ValueError: a part differs, is packed or missing.  OSError: a file cannot be read.
     """
     stamp = path.stat()
     _check_parts(path, (stamp.st_dev, stamp.st_ino, stamp.st_size, stamp.st_mtime_ns, stamp.st_ctime_ns))
@@ -154,27 +167,11 @@ def check_parts(path: Path) -> None:
 
 @lru_cache(maxsize=64)
 def _check_parts(path: Path, stamp: tuple[int, ...]) -> None:
+    if sharded.is_sharded(path):
+        sharded.check_sharded(path, sharded.read_rest(path))
+        return
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":
-            return
-    with zipfile.ZipFile(path) as archive:
-        for part in archive.infolist():
-            if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
-                raise ValueError(f"its part {part.filename} is packed, which torch does not do.")
-            with archive.open(part) as content:
-                while content.read(1 << 20):  # compares the checksum at the end
-                    pass
-
-
-@contextlib.contextmanager
-def checksums() -> Iterator[None]:
-    """Within it, torch writes checksums, whatever the process has chosen for its own files."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+        check_archive(file)
 
 
 WIDTHS = ("num_critics", "members", "num_layers", "num_blocks", "num_features")  # and what ends with _dim or _dims
@@ -309,7 +306,7 @@ def resolve_checkpoint(
             "Leave `ckpt_path` out to start a new run, or pass a checkpoint file or run folder."
         )
     path = place("ckpt_path", ckpt)
-    if path.is_dir():
+    if path.is_dir() and not sharded.is_sharded(path):
         found = newest_checkpoint(path)
         if found:
             return found
@@ -322,7 +319,7 @@ def resolve_checkpoint(
     if not opens(path):
         other = newest_checkpoint(path.parent)
         hint = f" Continue from {other}." if other else " No other checkpoint lies beside it."
-        raise UsageError(f"{path} ({path.stat().st_size:,} bytes) does not open; expected a whole checkpoint.{hint}")
+        raise UsageError(f"{path} ({size_of(path):,} bytes) does not open; expected a whole checkpoint.{hint}")
     return path
 
 
@@ -343,19 +340,12 @@ def own_folder(checkpoint: Path) -> Path | None:
     return folder if newest is not None and newest.samefile(checkpoint) else None
 
 
-def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
-    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    if not isinstance(loaded, dict):
-        raise ValueError(f"it holds a {type(loaded).__name__}, not a dict.")
-    return loaded
-
-
 def _by_update(folder: Path) -> list[Path]:
     """Checkpoint files in `folder` and its `checkpoints/`, largest update number first, newest first among equals."""
     found = []
     for path in [*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")]:
         match = re.search(r"step=(\d+)", path.name)
-        if match and path.is_file() and not is_stray(path):
+        if match and is_checkpoint(path) and not is_stray(path):
             found.append((int(match[1]), path.stat().st_mtime_ns, path))
     return [path for *_, path in sorted(found, reverse=True)]
 

@@ -8,7 +8,7 @@ from typing import Any
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
 from offpolicy.given import expanded
-from offpolicy.training.checkpoints import checkpoint_name, newest_checkpoint, resolve_checkpoint
+from offpolicy.training.checkpoints import checkpoint_name, is_checkpoint, newest_checkpoint, resolve_checkpoint
 from offpolicy.training.headlines import judged_by
 
 Which = str | int
@@ -29,7 +29,7 @@ def chosen_checkpoint(run_or_checkpoint: str | Path, which: Which = "last") -> P
     if which == "last":
         return resolve_checkpoint(run_or_checkpoint)
     folder = Path(expanded(str(run_or_checkpoint)))
-    if folder.is_file():
+    if is_checkpoint(folder):
         raise UsageError(
             f"`which` is {which!r} and {folder} is a checkpoint; expected a run folder. Leave `which` out."
         )

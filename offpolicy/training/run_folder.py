@@ -24,6 +24,7 @@ from offpolicy.training.curves import plot_curves
 from offpolicy.training.headlines import is_better_by, judged_by
 from offpolicy.training.keeping import Keeping
 from offpolicy.training.run_log import RunLog, due
+from offpolicy.training.sharded import remove
 from offpolicy.training.slices import wide_row
 
 log = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ class RunFolder(Checkpoint):
         """Remove the checkpoints that nobody needs any more, and let the link lead to the best."""
         lying = {path.name: path for path in self.folder.glob("checkpoints/step=*.ckpt")}
         for name in lying.keys() - self.keeping.kept(lying, self.best_path):
-            lying[name].unlink(missing_ok=True)
+            remove(lying[name])
         self.link_best()
 
     def link_best(self) -> None:
