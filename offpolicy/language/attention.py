@@ -23,6 +23,7 @@ RECURRENT = ("ssm_state_size", "state_size", "mamba_d_state", "linear_num_key_he
 OWN_POSITIONS = ("bloom", "mpt", "opt", "xlnet", "ctrl", "xglm")
 # the attention of ``transformers`` named "sdpa", which also takes packed rows
 PACKED = "sdpa_packed"
+NOT_PACKED = "rows as they are, nothing hidden"
 
 
 def shares_prompt(config: Any) -> bool:
@@ -68,15 +69,19 @@ def attention_inputs(layout: Layout, config: Any, dtype: torch.dtype) -> dict[st
         config: of the decoder; packed rows need one that went through :func:`take_packed`.
         dtype: of its numbers.
     """
+    # of a shape that fits no attention but the one that reads `packed_rows`
+    unusable = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=layout.input_ids.device)
     if layout.place is None or layout.starts is None:
-        return {"attention_mask": mask_of(layout, config, dtype)}
+        mask = mask_of(layout, config, dtype)
+        if mask is None and config._attn_implementation == PACKED:
+            # transformers would look in the positions for texts that were packed, for which a GPU is waited for
+            return {"attention_mask": unusable, "packed_rows": NOT_PACKED}
+        return {"attention_mask": mask}
     rows, width = layout.attention_mask.shape[0], layout.attention_mask.shape[-1]
     if config._attn_implementation.startswith("flash_attention"):
         lengths = {"cu_seq_lens_q": layout.starts, "cu_seq_lens_k": layout.starts}
         return {"attention_mask": None, **lengths, "max_length_q": width, "max_length_k": width}
     mask = layout.attention_mask if layout.shared else None
-    # of a shape that fits no attention but the one that reads `packed_rows`
-    unusable = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=layout.place.device)
     return {"attention_mask": unusable, "packed_rows": PackedRows(layout.place, rows, width, mask)}
 
 
@@ -123,14 +128,15 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed_rows: PackedRows | None = None,
+    packed_rows: PackedRows | str | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The attention "sdpa" of `transformers`, which also takes packed rows."""
+    """The attention "sdpa" of `transformers`, which also takes packed rows, and rows without a mask (`NOT_PACKED`)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if packed_rows is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if packed_rows is None or isinstance(packed_rows, str):
+        mask = attention_mask if packed_rows is None else None
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
     query, key, value = (packed_rows.lay_out(x) for x in (query, key, value))
     seen, _ = sdpa_attention_forward(module, query, key, value, packed_rows.mask, **options)
     return packed_rows.pack(seen), None

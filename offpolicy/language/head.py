@@ -383,9 +383,14 @@ def packed_fault(model: nn.Module) -> str:
         check_head(model)
         whole = Head(model).whole
         before = whole.config.get_text_config()._attn_implementation
-        take_packed(whole)
         shared = shares_prompt(whole.config) and not shared_fault(model)
-        _packed[model] = _fault(model, lambda packed: _pair(model, shared_prompt=shared, padding_free=packed))
+
+        def layout(packed: bool) -> Layout:
+            if packed:
+                take_packed(whole)
+            return _pair(model, shared_prompt=shared, padding_free=packed)
+
+        _packed[model] = _fault(model, layout)
         if _packed[model]:
             whole.config.get_text_config()._attn_implementation = before
     return _packed[model]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.compute.devices import send
 from offpolicy.compute.processes import sum_over_processes
 from offpolicy.data.module import DataModule
 from offpolicy.data.texts.module import TextData
@@ -267,7 +268,7 @@ class PreferenceModule(LanguageModule):
             self.pace.add_pass(layout.real_tokens, layout.input_ids.numel())
         answers = self.answers(self.model, layout, stats=stats)
         reference = self.ref_logps(table, rows, layout, answers.sum_logps) if self.uses_reference else None
-        facts = {name: value.to(answers.length.device) for name, value in batch.facts.items()}
+        facts = {name: send(value, answers.length.device) for name, value in batch.facts.items()}
         size = len(rows)
 
         def part(i: int, prompt: int | None) -> Scores:
@@ -310,7 +311,7 @@ class PreferenceModule(LanguageModule):
                 layout = self.layout(other.texts.gather(mine[part]))
                 found = self.answers(self.model, layout).sum_logps
                 ratio = found[: len(mine[part])] - self.ref_logps(other, mine[part], layout, found)[0]
-                total += (ratio.double() * shares[part].to(ratio.device)).sum()
+                total += (ratio.double() * send(shares[part], ratio.device)).sum()
         return sum_over_processes(total).float()
 
     # -- Lightning: the loop -------------------------------------------------------------------------------------------
@@ -337,7 +338,7 @@ class PreferenceModule(LanguageModule):
         loss, metrics = self.loss(scores)
         if t == 0 and j == 0 and self._reference is not None and not self.has_dropout:
             self._reference.check_start(scores)
-        weight = torch.from_numpy(row_weights(table.texts, rows) * real).to(loss)
+        weight = send(torch.from_numpy(row_weights(table.texts, rows) * real).to(loss.dtype), loss.device)
         self.meter.add_step(loss, metrics, weight=weight, real=torch.full_like(weight, float(real)))
         self.pace.tokens += int(table.texts.lengths[rows].sum()) if real else 0
         self.end_micro_batch()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.compute import processes
+from offpolicy.compute.devices import send
 from offpolicy.data.texts.sequences import BoundTexts
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
@@ -198,7 +199,8 @@ class Reference:
         if table.columns:
             if np.isnan(table.columns[names[0]][rows]).any():
                 raise LookupError("rows that nobody announced")
-            return [torch.from_numpy(table.columns[name][rows]).to(like) for name in names]
+            known = (torch.from_numpy(table.columns[name][rows]).to(like.dtype) for name in names)
+            return [send(column, like.device) for column in known]
         model = self.policy if self._live is None else self._live
         with evaluating(model), nullcontext() if self._live is not None else model.disable_adapter():
             found = self.passes.answers(model, layout).sum_logps

@@ -37,6 +37,8 @@ from offpolicy.data.texts.problems import ProblemData  # noqa: E402
 from offpolicy.export import export  # noqa: E402
 from offpolicy.language import policy as policies  # noqa: E402
 from offpolicy.language.generation import sample  # noqa: E402
+from offpolicy.language.preference import PreferenceModule  # noqa: E402
+from offpolicy.language.rl.iterating import IteratingModule  # noqa: E402
 from offpolicy.registry import find_method  # noqa: E402
 from offpolicy.training import graph, run_folder  # noqa: E402
 from offpolicy.training.checkpoints import read_checkpoint  # noqa: E402
@@ -76,6 +78,23 @@ def watch_blocks() -> None:
         BLOCK.update(found)
 
     OfflineModule.run_block = watched  # type: ignore[method-assign]
+    for kind in (PreferenceModule, IteratingModule):
+        watch_steps(kind)
+
+
+def watch_steps(kind: Any) -> None:
+    """Count the reads of a step of a language method; the first one of answers is heard on the host."""
+    step = kind.training_step
+
+    def watched(self: Any, tick: Any, batch_idx: int) -> Any:
+        first = self.course.begins(self.global_step) if kind is IteratingModule else self.global_step == 0
+        with pretend.reads() as found:
+            loss = step(self, tick, batch_idx)
+        if not first:
+            BLOCK.update(found)
+        return loss
+
+    kind.training_step = watched
 
 
 class Place:

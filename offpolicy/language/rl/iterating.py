@@ -181,7 +181,7 @@ class IteratingModule(LanguageModule):
         batch = self.passes.gather(bound, mine if real else rows[-1:])
         tokens = self.tokens(batch, real)
         loss, sums = self.objective.loss(tokens, totals, iteration=self.iteration)
-        share = loss.new_tensor(len(mine) / len(rows))
+        share = torch.full_like(loss, len(mine) / len(rows)).detach()
         if real and self.course.begins(t):
             self.scoring.hear(batch, tokens.logp, tokens.mask)
         self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})

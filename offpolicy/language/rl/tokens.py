@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from offpolicy.compute.devices import send
 from offpolicy.data.texts.rollouts import DEMONSTRATION, Rollouts
 from offpolicy.data.texts.sequences import spread
 from offpolicy.language.head import TokenScores
@@ -38,13 +39,13 @@ def batch_tokens(
     device, length = scores.logps.device, batch.answer.length
     size, width = len(length), int(length.max())
     owner, column = spread(length)
-    place = (owner * width + column).to(device)
+    place = send(owner * width + column, device)
 
     def padded(flat: Tensor) -> Tensor:
         return flat.new_zeros(size * width).index_put((place,), flat).view(size, width)
 
-    steps = {name: padded(values.to(scores.logps)) for name, values in batch.steps.items()}
-    facts = {name: values.to(device) for name, values in batch.facts.items()}
+    steps = {name: padded(send(values.to(scores.logps.dtype), device)) for name, values in batch.steps.items()}
+    facts = {name: send(values, device) for name, values in batch.facts.items()}
     external = (facts["source"] == DEMONSTRATION)[:, None].expand(size, width)
     advantage = steps["advantage"] if "advantage" in steps else facts["advantage"].to(scores.logps)
     behavior, previous, logp = steps["logp"], steps["previous_logp"], padded(scores.logps)
