@@ -167,6 +167,7 @@ class VllmEngine:
 
     def sync(self, model: nn.Module, version: int) -> None:
         began = time.monotonic()
+        self._living()
         self._syncs += 1
         self._weights = self._written(model, f"v{self._syncs:06d}", alone=self.adapter == "keep")
         self._leave_memory()
@@ -183,6 +184,7 @@ class VllmEngine:
         return self.collect(self._own, stopped)
 
     def submit(self, ticket: int, requests: Sequence[Request], how: Sampling) -> None:
+        self._living()
         if self._weights is None:
             raise UsageError("the engine vLLM has no weights yet; expected a sync before requests.")
         if ticket in self._tickets:
