@@ -14,6 +14,10 @@ min(ρA, clip(ρ, 1 − ε, 1 + ε)A) − β·KL(π_θ ‖ π_base), the diverge
 
 With ``replay_fraction`` old answers are reused with the ratio to the policy that drew them ("gspo": to π_k, the policy
 at the start of the iteration), as ReMix does, which adds what keeps that stable.
+
+With ``lag`` all answers are of an earlier policy π_b. Then the ratio to π_k is clipped and multiplied by the importance
+weight π_k/π_b of the token, at most 3 (the decoupled objective of arXiv:2110.00641 with a truncated weight); "gspo"
+multiplies by that of the whole answer.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gspo": {"ratio": "sequence"},
     "rloo": {"advantage": "rloo", "aggregation": "seq_sum", "trust": "none"},
 }
+AGE_CAP = 3.0  # of importance weights with a lag; the bound that TRL gives weights of an engine
 CLIPS = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}  # below and above 1
 
 
@@ -75,9 +80,16 @@ class GRPO(RolloutModule):
             "low": low if h.clip is None else h.clip,
             "high": h.clip_high if h.clip_high is not None else high if h.clip is None else h.clip,
         }
+        variant = VARIANTS[h.variant]
+        late: dict[str, Any] = {}
+        if h.lag and "ratio" in variant:
+            late = {"weight": ({"name": "age", "cap": AGE_CAP},)}
+        elif h.lag:
+            late = {"ratio": {"name": "decoupled", "cap": AGE_CAP}}
         return {
             "trust": trust,
             "anchors": ({"name": h.kl, "coef": h.beta},) if h.beta else (),
             "entropy": {"name": "bonus", "coef": h.entropy} if h.entropy else "none",
-            **VARIANTS[h.variant],
+            **variant,
+            **late,
         }

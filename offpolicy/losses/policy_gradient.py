@@ -78,7 +78,12 @@ COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
         "convex": anchors.ConvexKL,
     },
     "entropy": {"bonus": anchors.EntropyBonus},
-    "weight": {"engine": weights.EngineWeight, "focal": weights.FocalWeight, "source": weights.SourceWeight},
+    "weight": {
+        "engine": weights.EngineWeight,
+        "age": weights.AgeWeight,
+        "focal": weights.FocalWeight,
+        "source": weights.SourceWeight,
+    },
     "value": {"squared": anchors.SquaredValue},
 }
 MANY = ("anchors", "weight")
@@ -105,7 +110,7 @@ class Objective:
         aggregation: seq_mean_token_mean, token_mean, token_mean_local, dr_grpo, sum_over_T, seq_sum.
         anchors: k1, k2, k3, full, convex.
         entropy: bonus, none.
-        weight: engine, focal, source.
+        weight: engine, age, focal, source.
         value: squared, none.
 
     Raises:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,47 @@ class LateEngine(TransformersEngine):
             if i % 2:
                 found[i] = [one._replace(version=np.full(len(one.token), old[1])) for one in some]
         return found
+
+
+class ThreadEngine(TransformersEngine):
+    """Draws in a thread, from a copy of the weights, as an engine beside the trainer does."""
+
+    def __init__(self, batch_size: int = 256) -> None:
+        super().__init__(batch_size)
+        self.open: dict[int, Any] = {}
+        self.most_open, self.drawing_seconds = 0, 0.0
+
+    def sync(self, model: Any, version: int) -> None:
+        for thread, _ in self.open.values():
+            thread.join()
+        super().sync(copy.deepcopy(model).eval(), version)
+
+    def submit(self, ticket: int, requests: Any, how: Any) -> None:
+        found: list[Any] = []
+        thread = threading.Thread(target=self._draw, args=(self.model, requests, how, found))
+        self.open[ticket] = thread, found
+        self.most_open = max(self.most_open, len(self.open))
+        thread.start()
+
+    def _draw(self, model: Any, requests: Any, how: Any, found: list[Any]) -> None:
+        began, engine = time.perf_counter(), TransformersEngine(self.batch_size)
+        engine.sync(model, 0)
+        found += engine.generate(requests, how)
+        self.drawing_seconds += time.perf_counter() - began
+
+    def collect(self, ticket: int, stopped: Any = None) -> Any:
+        thread, found = self.open.pop(ticket)
+        while thread.is_alive():
+            thread.join(0.01)
+            if stopped is not None and stopped():
+                return found
+        return found
+
+
+class SharingEngine(ThreadEngine):
+    """Draws beside the trainer on its device."""
+
+    shares_card = True
 
 
 def toy_problems(count: int = 12, seed: int = 0, demonstrations: bool = True) -> Replay:

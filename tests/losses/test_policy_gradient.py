@@ -536,6 +536,8 @@ def test_engine_weights(mode: str, expected: list[float]) -> None:
     torch.testing.assert_close(found[mask > 0], f64(*expected))
     agreeing = weights.EngineWeight(mode)(given._replace(sampler_logp=None))
     assert (agreeing == 1).all()
+    aged = weights.AgeWeight(mode)(given._replace(previous_logp=gap, behavior_logp=zero, sampler_logp=None))
+    assert torch.equal(aged, found)  # the same of π_k/π_b
 
 
 def test_weights_multiply() -> None:

@@ -79,6 +79,7 @@ def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores,
         if name == "GRPO":
             a, ratio = centred / (rewards.std(ddof=1) + 1e-4), (logp - previous).exp()
             gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+            gain = gain * ((previous - behavior).exp().clamp(max=3.0) if module.hparams.lag else 1.0)
             total = total - (gain - 0.1 * kl_of(kl, whole, base, token)).mean() / len(rows)
         elif name == "ReMix":
             a, ratio = centred / (rewards.std(ddof=1) + 1e-4), (logp - behavior).exp()
@@ -102,7 +103,9 @@ def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores,
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("GRPO", {"beta": 0.1, "temperature": 0.7}),
     ("GRPO", {"beta": 0.1, "temperature": 0.7, "kl": "full"}),
+    ("GRPO", {"beta": 0.1, "lag": 1}),
     ("ReMix", {"kl_start": 1, "kl_every": 1, "beta": 1e-3}),
+    ("ReMix", {"kl_start": 1, "kl_every": 1, "beta": 1e-3, "lag": 2}),
     ("ReMix", {"kl_start": 1, "kl_every": 1, "beta": 0.3, "kl": "full", "chunk": 9}),
     ("RLPlus", {}),
 ]

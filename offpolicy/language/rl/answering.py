@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,30 @@ from offpolicy.losses.health import group_metrics
 from offpolicy.trust import Words, speaking, trusting
 
 Stop = tuple[Callable[[], bool], Callable[[bool], bool]]
+Answers = list[list[Completion]]  # to each request of this process
 
 
 class Stopped(Exception):
     """The user wants to stop while answers are drawn."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Problems that the policy is asked for an iteration, one per group.
+
+    Args:
+        iteration: that the answers are for.
+        version: the iteration whose weights answer.
+        seen: place of the first problem in the endless stream of problems.
+        groups: problems, ≥ 1.
+        first: number of the first group in its iteration.
+    """
+
+    iteration: int
+    version: int
+    seen: int
+    groups: int
+    first: int = 0
 
 
 class Answering:
@@ -167,15 +188,26 @@ class Answering:
             *([("answers", f"by {by}")] if by else []),
         ]
 
-    def fresh(self, k: int, groups: int, seen: int, seed: int, stop: Stop) -> tuple[Replay, dict[str, float]]:
+    def fresh(
+        self,
+        k: int,
+        groups: int,
+        seen: int,
+        seed: int,
+        stop: Stop,
+        drawn: Sequence[tuple[Asked, Answers]] = (),
+        then: Callable[[], None] | None = None,
+    ) -> tuple[Replay, dict[str, float]]:
         """New answers of the policy, and demonstrations, judged; the same on every process.
 
         Args:
             k: the iteration.
-            groups: problems to be answered.
+            groups: problems to be answered now, ≥ 0.
             seen: problems answered before.
             seed: of the run.
             stop: whether the user wants this process to stop, and whether a flag is set on any process.
+            drawn: what was asked for the iteration before, with its answers.
+            then: called once all answers are drawn, before they are judged.
 
         Returns:
             Their store, and facts for the metrics.
@@ -183,28 +215,14 @@ class Answering:
         Raises:
             Stopped: the user wants to stop.
         """
-        h, table = self.options, self.problems.tables["problems"]
-        wants_to_stop, on_any_process = stop
-        problems = self._next_problems(groups, seen, seed)
-        given = table[problems, 1]
-        shown = (given >= 0) & (h.demonstrations > 0)
-        mine = np.arange(processes.rank(), groups, processes.world_size())
-        requests = [
-            Request(token_ids(self.problems, table[problems[i], 0]), int(i), h.group_size - int(shown[i])) for i in mine
-        ]
-        answers = self.engine.generate(requests, self.sampling(k, seed), wants_to_stop)
+        drawn = list(drawn)
+        if groups:
+            asked = Asked(k, k, seen, groups, first=sum(one.groups for one, _ in drawn))
+            drawn.append((asked, self.draw(asked, seed, stop)))
+        if then is not None:
+            then()
         self.rest()
-        if on_any_process(wants_to_stop()):
-            raise Stopped
-        made: list[dict[str, Any]] = []
-        for i, some in zip(mine, answers):
-            for answer in some:
-                made.append(_row(int(i), int(problems[i]), OWN, answer))
-            if shown[i]:
-                token = token_ids(self.problems, given[i])[: self.length]
-                logp = step_column(self.problems, given[i], "logp")[: self.length]
-                whole = len(token) == self.problems.length[given[i]]
-                made.append(_row(int(i), int(problems[i]), DEMONSTRATION, Completion(token, logp, bool(whole))))
+        made = [row for one, answers in drawn for row in self._rows(one, answers, seed)]
         self._judge(made)
         parts = processes.gathered((made, self.rewards.tallies))
         self.rewards.check([tallies for _, tallies in parts])
@@ -212,6 +230,48 @@ class Answering:
         everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
         store, facts = self._store(everyone, k)
         return store, facts | self.probed | (self.engine.facts() if hasattr(self.engine, "facts") else {})
+
+    def _problems_of(self, asked: Asked, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which groups this process answers, (n,) of what is asked; the problem of each, and whether it is shown."""
+        problems = self._next_problems(asked.groups, asked.seen, seed)
+        shown = (self.problems.tables["problems"][problems, 1] >= 0) & (self.options.demonstrations > 0)
+        mine = np.arange(processes.rank(), asked.groups, processes.world_size())
+        return mine, problems[mine], shown[mine]
+
+    def requests(self, asked: Asked, seed: int) -> list[Request]:
+        """What this process asks the engine."""
+        table, size = self.problems.tables["problems"], self.options.group_size
+        return [
+            Request(token_ids(self.problems, table[problem, 0]), int(asked.first + i), size - int(shown))
+            for i, problem, shown in zip(*self._problems_of(asked, seed))
+        ]
+
+    def draw(self, asked: Asked, seed: int, stop: Stop) -> Answers:
+        """Answers to the requests of this process, by the weights that the engine has.
+
+        Raises:
+            Stopped: the user wants to stop.
+        """
+        wants_to_stop, on_any_process = stop
+        how = self.sampling(asked.iteration, seed)
+        answers = self.engine.generate(self.requests(asked, seed), how, wants_to_stop)
+        if on_any_process(wants_to_stop()):
+            raise Stopped
+        return answers
+
+    def _rows(self, asked: Asked, answers: Answers, seed: int) -> Iterator[dict[str, Any]]:
+        """The answers of this process and the demonstrations beside them, group by group."""
+        for i, problem, shown, some in zip(*self._problems_of(asked, seed), answers):
+            slot = int(asked.first + i)
+            for answer in some:
+                yield _row(slot, int(problem), OWN, answer, asked.version)
+            if shown:
+                given = self.problems.tables["problems"][problem, 1]
+                token = token_ids(self.problems, given)[: self.length]
+                logp = step_column(self.problems, given, "logp")[: self.length]
+                whole = len(token) == self.problems.length[given]
+                answer = Completion(token, logp, bool(whole))
+                yield _row(slot, int(problem), DEMONSTRATION, answer, asked.iteration)
 
     def _store(self, made: list[dict[str, Any]], k: int) -> tuple[Replay, dict[str, float]]:
         column = {name: [row[name] for row in made] for name in made[0]}
@@ -221,7 +281,7 @@ class Answering:
         own = torch.from_numpy(source == OWN)
         episodes: dict[str, Any] = {
             "iteration": np.full(len(made), k, np.int64),
-            "policy_version": np.asarray([k if v is None else v for v in column["version"]], np.int64),
+            "policy_version": np.asarray(column["version"], np.int64),
             "group": group,
             "prompt": np.asarray(column["problem"], np.int64),
             "source": source,
@@ -315,16 +375,13 @@ class Answering:
             row["problem_with_reward"] = problems / len(made)
 
 
-def _row(slot: int, problem: int, source: int, answer: Completion) -> dict[str, Any]:
+def _row(slot: int, problem: int, source: int, answer: Completion, version: int) -> dict[str, Any]:
+    """A row of the store; ``version``: whose weights drew it, unless the engine says so."""
     token, logp, ended = answer[:3]
-    text = {"token": token, "logp": logp, "ended": ended, "version": version_of(answer)}
+    told = answer[3] if len(answer) > 3 else None
+    drew = version if told is None else int(np.min(told))  # the oldest weights that drew some of it
+    text = {"token": token, "logp": logp, "ended": ended, "version": drew}
     return {"slot": slot, "problem": problem, "source": source, **text}
-
-
-def version_of(answer: Completion) -> int | None:
-    """Whose weights drew an answer, the oldest of several; None for those that the engine was given last."""
-    version = answer[3] if len(answer) > 3 else None
-    return None if version is None else int(np.min(version))
 
 
 def _reference(kept: str) -> str | list[str] | None:

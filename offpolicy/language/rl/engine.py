@@ -138,6 +138,10 @@ class ConcurrentEngine(Protocol):
     Requests are answered by the weights of the last ``sync`` before their ``submit``: a later ``sync`` waits until they
     are drawn. Several tickets may be open, and ``generate`` may be called in between. Every answer is a function of
     (weights, seed, iteration, request), so tickets that a crash has lost are drawn again with the same result.
+
+    An attribute ``shares_card`` that is true says that it draws on the trainer's device, where nothing would overlap;
+    ``drawing_seconds`` counts the time in which it had something to draw, for ``engine/idle_share``. Both may be
+    missing.
     """
 
     def submit(self, ticket: int, requests: Sequence[Request], how: Sampling) -> None:

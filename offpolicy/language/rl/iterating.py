@@ -21,6 +21,7 @@ from offpolicy.data.texts.rollouts import OWN, BoundRollouts, Rollouts
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.advantages import from_groups
+from offpolicy.language.rl.ahead import Ahead, mean_age
 from offpolicy.language.rl.answering import Answering, Stopped
 from offpolicy.language.rl.forward import Forward
 from offpolicy.language.rl.iteration import Course, Shape, replayed_now, sweeps_of
@@ -37,6 +38,7 @@ class IteratingModule(LanguageModule):
     Attributes:
         objective: what is learned.
         answering: who answers and who judges, once there are data.
+        ahead: what is asked for iterations to come, once there are data.
         passes: through the policy, once it is on its device.
         scoring: scores under earlier weights, once the policy is on its device.
         course: where the run stands.
@@ -47,6 +49,7 @@ class IteratingModule(LanguageModule):
     def prepare_state(self) -> None:
         self.course = Course()
         self.answering: Answering = None  # type: ignore[assignment]
+        self.ahead: Ahead = None  # type: ignore[assignment]
         self.passes: Forward = None  # type: ignore[assignment]
         self.scoring: Scoring = None  # type: ignore[assignment]
         self._recorder: Recorder | None = None
@@ -121,17 +124,23 @@ class IteratingModule(LanguageModule):
             Stopped: the user wants to stop; nothing has changed.
         """
         k, began, course, shape = self.iteration + 1, time.perf_counter(), self.course, self.shape
-        seed = self.seed or 0
+        seed, ahead = self.seed or 0, self.ahead
         fraction, sweeps = self.mixture(k)
+        ahead.collect()  # before the engine gets other weights
         with evaluating(self.model), self.precision_context():
             self.answering.sync(self.model, k)
             store = self.before_iteration(k, store)
+            wanted = min(shape.replayed(fraction), shape.groups - ahead.groups_of(k))
             store, old = self.scoring.admit(
-                self.problems, store, shape.replayed(fraction), sweeps, k, seed=seed, least=self.hparams.min_ess
+                self.problems, store, wanted, sweeps, k, seed=seed, least=self.hparams.min_ess
             )
             groups = shape.groups - len(old[0])
             stop = self.wants_to_stop, self.on_any_process
-            fresh, facts = self.answering.fresh(k, groups, course.problems_seen, seed, stop)
+            seen = course.problems_seen + ahead.groups
+            late = ahead.plan(k, self.hparams.lag, groups, course.problems_seen, store, shape)
+            drawn = ahead.answers(k), lambda: ahead.ask(late, stop)
+            fresh, facts = self.answering.fresh(k, groups - ahead.groups_of(k), seen, seed, stop, *drawn)
+            ahead.drop(k)
             if not self.objective.uses_critic:
                 fresh.episodes["advantage"] = from_groups(self.objective, fresh)
             store = store_of.merged(store, fresh)
@@ -143,6 +152,8 @@ class IteratingModule(LanguageModule):
         course.problems_seen, course.generated = course.problems_seen + groups, course.generated + written
         course.iteration, course.first_step = k, self.global_step
         course.lay_out(steps, BoundRollouts(self.problems, store))
+        if self.hparams.lag or ahead.asked:
+            facts |= ahead.facts() | {"engine/version_lag": mean_age(fresh)}
         course.note(facts | {"answers/fresh": float(written), "perf/rollout_seconds": time.perf_counter() - began})
         return store
 

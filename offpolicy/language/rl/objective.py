@@ -38,6 +38,28 @@ def composed(parts: Mapping[str, Any], own: Mapping[str, Any], *, group_size: in
     return found
 
 
+AGES = {  # name of the ratio → what it does with answers of an earlier policy
+    "decoupled": "the ratio to the policy of now is clipped, and multiplied by the importance weight of the token{cap}",
+    "mix": "the ratio to the policy that drew a token is clipped around that of the policy of now",
+    "token": "the ratio is to the policy that drew a token",
+    "mis": "the ratio is to the policy that drew a token",
+    "sequence": "the ratio is to the policy of now{weight}",
+    "none": "nothing",
+}
+
+
+def age_fact(objective: Objective) -> str:
+    """What of an objective corrects for answers that are older than the policy."""
+
+    def named(spec: Any) -> dict[str, Any]:
+        return {"name": spec} if isinstance(spec, str) else dict(spec)
+
+    ratio, weights = named(objective.ratio), [named(one)["name"] for one in objective.weight]
+    text = AGES.get(ratio["name"], f"the ratio {ratio['name']}")
+    cap, weight = ratio.get("cap"), ", times the importance weight of the answer" if "age" in weights else ""
+    return "corrected: " + text.format(cap="" if cap is None else f", at most {cap:g}", weight=weight)
+
+
 def load_parts(objective: Objective, states: Sequence[Any] | None, rank: int) -> None:
     """Give the user's own parts of an objective their states back, and say which have none.
 

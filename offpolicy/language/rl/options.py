@@ -17,6 +17,7 @@ LEAST = {  # option → its least value
     "max_new_tokens": 1,
     "generation_batch": 1,
     "replay_window": 0,
+    "lag": 0,
     "eval_samples": 0,
     "eval_top_k": 0,
     "save_seconds": 0,
@@ -49,9 +50,28 @@ def check_options(given: Mapping[str, Any], batch_size: int, reference: str) -> 
         given["replay_window"],
         given["demonstrations"],
     )
+    check_lag(given["lag"], given["replay_fraction"], given["replay_window"])
     if reference != "auto":
         raise UsageError(
             "`reference` is for preference methods; here the base is the policy as it was at its start. Leave it out."
+        )
+
+
+def check_lag(lag: int, replay_fraction: float, replay_window: int) -> None:
+    """Raise :class:`UsageError` where new answers would be older than any that may be replayed."""
+    if replay_fraction and lag > replay_window:
+        raise UsageError(
+            f"`lag` is {lag}, so new answers are {lag} iterations old, and `replay_window` is {replay_window}, after "
+            f"which they are forgotten; expected ≥ `lag`. Pass --model.replay_window {lag}, or a smaller --model.lag."
+        )
+
+
+def check_engine_lag(lag: int, engine: Any) -> None:
+    """Raise :class:`UsageError` where an engine that works on the trainer's device should draw beside it."""
+    if lag and getattr(engine, "shares_card", False):
+        raise UsageError(
+            f"`lag` is {lag}, and the engine draws on the device that trains, where one waits for the other; expected "
+            "an engine with devices of its own, as in --model.engine '{name: vllm, devices: [1]}', or --model.lag 0."
         )
 
 

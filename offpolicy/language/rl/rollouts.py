@@ -12,6 +12,7 @@ Where it is told, in the order of an iteration::
 
     iteration.py   how many groups are fresh and replayed, which rows each step takes, where the run stands
     answering.py   the policy answers problems, by an engine (engines.py), and rewards.py judges the answers
+    ahead.py       answers that are drawn before the iteration that they are for
     advantages.py  rewards become the advantage of an answer, or by a critic (critic.py) of a token
     scoring.py     log-probabilities of the answers under π_k and the base, and which old answers may stay
     tokens.py      what the loss sees of a micro-batch: columns of the store, and scores of the policy
@@ -48,13 +49,14 @@ from offpolicy.language import policy as policies
 from offpolicy.language.checks import check_tokens
 from offpolicy.language.meters import SumMeter
 from offpolicy.language.reference import evaluating
+from offpolicy.language.rl.ahead import Ahead
 from offpolicy.language.rl.answering import Answering, Stopped, problem_texts
 from offpolicy.language.rl.critic import Critic
 from offpolicy.language.rl.forward import Forward
 from offpolicy.language.rl.iterating import IteratingModule
 from offpolicy.language.rl.iteration import Shape
-from offpolicy.language.rl.objective import composed, load_parts
-from offpolicy.language.rl.options import check_options, check_problems, check_strategy
+from offpolicy.language.rl.objective import age_fact, composed, load_parts
+from offpolicy.language.rl.options import check_engine_lag, check_options, check_problems, check_strategy
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.solving import solve
 from offpolicy.losses.policy_gradient import Objective
@@ -90,6 +92,8 @@ class RolloutModule(IteratingModule):
             compared with the policy after every sync.
         records: file of the engine "replay".
         record: write the answers of every iteration to ``records.jsonl`` in the folder of the run, for that engine.
+        lag: L ≥ 0: answers are drawn L iterations before the one that learns from them, so that an engine that can
+            draws while the policy trains. 0 draws when an iteration begins.
         generation_batch: answers drawn at once by one process, ≥ 1. Does not change the result.
         replay_fraction: share of an iteration's answers that are drawn from earlier iterations, in [0, 1).
         replay_window: iterations back from which replayed answers may come, ≥ 0; older answers are forgotten.
@@ -128,6 +132,7 @@ class RolloutModule(IteratingModule):
         engine: dict[str, Any] | str = "transformers",
         records: str | None = None,
         record: bool = False,
+        lag: int = 0,
         generation_batch: int = 256,
         replay_fraction: float = 0.0,
         replay_window: int = 0,
@@ -238,6 +243,7 @@ class RolloutModule(IteratingModule):
         if self.eval_problems is None:
             return {}
         h = self.hparams
+        self.ahead.collect()  # the engine gets other weights
         with evaluating(self.model), self.precision_context():
             numbers = {"samples": h.eval_samples, "limit": h.eval_rows}
             return solve(self.eval_problems, self.answering, self.model, self.iteration, **numbers)
@@ -252,11 +258,12 @@ class RolloutModule(IteratingModule):
         self.answering = Answering(
             problems, self.tokenizer, self.hparams, words=self.words, held_out=self.eval_problems
         )
+        self.ahead = Ahead(self.answering, self.seed or 0, self.wants_to_stop)
 
     def longest_row(self) -> int:
         trainer = self.trainer
         half = "bf16" in str(trainer.precision)
-        return self.answering.open(
+        longest = self.answering.open(
             self.model,
             device=trainer.strategy.root_device,
             dtype=torch.bfloat16 if half else next(self.model.parameters()).dtype,
@@ -264,6 +271,8 @@ class RolloutModule(IteratingModule):
             seed=self.seed or 0,
             local_rank=trainer.local_rank,
         )
+        check_engine_lag(self.hparams.lag, self.answering.engine)
+        return longest
 
     def check_texts(self, replay: Any) -> None:
         check_tokens(replay, self.model, self.hparams.policy, "problems")
@@ -307,22 +316,31 @@ class RolloutModule(IteratingModule):
             **self.course.state_dict(),
             "objective": processes.gathered(self.objective.own.state_dict()),
             **({} if self.scoring is None else self.scoring.state_dict()),
+            "ahead": [] if self.ahead is None else self.ahead.state_dict(),
         }
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         super().load_extra_state(state)
         self.course.load_state_dict(state)
         load_parts(self.objective, state.get("objective"), self.global_rank)
+        if self.ahead is not None:
+            self.ahead.load_state_dict(state.get("ahead", ()))
         if self.scoring is not None:
             self.scoring.load_state_dict({name: state.get(name) for name in ("base", "previous")})
 
     # -- what the first screen says ------------------------------------------------------------------------------------
 
+    def _lag_facts(self) -> list[tuple[str, str]]:
+        """The lines on answers that are older than the policy."""
+        if not self.hparams.lag:
+            return []
+        return [("lag", self.ahead.fact(self.hparams.lag)), ("age", age_fact(self.objective))]
+
     def describe(self) -> Description:
         h, held_out, updates = self.hparams, self.eval_problems, self.hparams.minibatches * self.hparams.sweeps
         shown = self.trainer.datamodule.options.get("show", 0)  # type: ignore[attr-defined]
         return Description(
-            facts=[*self.answering.facts(), self.policy_fact(), self.padding_fact()],
+            facts=[*self.answering.facts(), *self._lag_facts(), self.policy_fact(), self.padding_fact()],
             batch=(
                 f"{h.batch_size} answers; an iteration has {self.shape.answers}, {h.group_size} to a problem, and "
                 f"{updates} update{'s' if updates > 1 else ''}"

@@ -13,6 +13,23 @@ from offpolicy.losses.tokens import LARGEST_LOG_RATIO, Tokens, difference
 ENGINE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
+def importance(log_weight: Tensor, own: Tensor, mode: str, cap: float) -> Tensor:
+    """exp of log-weights of own tokens, (B, T), or of their sum over an answer; 1 elsewhere.
+
+    Args:
+        log_weight: nats, 0 where not own.
+        own: bool.
+        mode: one of ``ENGINE_MODES``: weights above the cap become the cap ("truncate") or 0 ("mask").
+        cap: > 0.
+    """
+    level, action = mode.split("_")
+    if level == "sequence":
+        whole = log_weight.sum(-1, keepdim=True).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+        log_weight = torch.where(own, whole, 0.0)
+    weight = log_weight.exp()
+    return weight.clamp(max=cap) if action == "truncate" else torch.where(weight > cap, 0.0, weight)
+
+
 @dataclass(frozen=True)
 class EngineWeight:
     """exp(ℓ_b − ℓ_sampler): what the engine's arithmetic makes of the policy, put right. 1 where they agree.
@@ -33,13 +50,31 @@ class EngineWeight:
     def __call__(self, tokens: Tokens) -> Tensor:
         if tokens.sampler_logp is None:
             return torch.ones_like(tokens.mask)
-        level, action = self.mode.split("_")
         log_weight = difference(tokens.behavior_logp, tokens.sampler_logp, tokens.own)
-        if level == "sequence":
-            whole = log_weight.sum(-1, keepdim=True).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-            log_weight = torch.where(tokens.own, whole, 0.0)
-        weight = log_weight.exp()
-        return weight.clamp(max=self.cap) if action == "truncate" else torch.where(weight > self.cap, 0.0, weight)
+        return importance(log_weight, tokens.own, self.mode, self.cap)
+
+
+@dataclass(frozen=True)
+class AgeWeight:
+    """exp(ℓ_k − ℓ_b): what π_k makes of answers that an earlier policy drew, for ratios to π_k. 1 for answers of π_k.
+
+    With the ratio "decoupled", which has this weight itself, it would count twice.
+
+    Args:
+        mode: as of ``engine``.
+        cap: > 0.
+    """
+
+    mode: str = "sequence_truncate"
+    cap: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, ENGINE_MODES)
+        check_range("cap", self.cap, 0.0, lower_open=True)
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        log_weight = difference(tokens.previous_logp, tokens.behavior_logp, tokens.own)
+        return importance(log_weight, tokens.own, self.mode, self.cap)
 
 
 @dataclass(frozen=True)
