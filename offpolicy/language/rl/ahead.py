@@ -39,14 +39,14 @@ class Ahead:
 
     Args:
         answering: who is asked.
-        seed: of the run.
+        seed: tells that of the run, which a checkpoint may bring.
         wants_to_stop: whether the user wants this process to stop.
 
     Attributes:
         asked: what is asked, by iteration.
     """
 
-    def __init__(self, answering: Answering, seed: int, wants_to_stop: Callable[[], bool]) -> None:
+    def __init__(self, answering: Answering, seed: Callable[[], int], wants_to_stop: Callable[[], bool]) -> None:
         self.answering, self.seed, self.wants_to_stop = answering, seed, wants_to_stop
         self.asked: dict[int, Asked] = {}
         self._answers: dict[int, Answers] = {}  # of what is asked, once it is drawn
@@ -59,6 +59,11 @@ class Ahead:
     def concurrent(self) -> bool:
         """Whether the engine draws beside the trainer."""
         return isinstance(self.answering.engine, ConcurrentEngine)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the engine only looks answers up, whatever the weights, so that nothing is drawn before its time."""
+        return not self.concurrent and not getattr(self.answering.engine, "on_policy", True)
 
     @property
     def groups(self) -> int:
@@ -101,16 +106,18 @@ class Ahead:
         """
         if self.concurrent:
             for one in asked:
-                how = self.answering.sampling(one.iteration, self.seed)
-                self.answering.engine.submit(one.iteration, self.answering.requests(one, self.seed), how)
-        else:
+                how = self.answering.sampling(one.iteration, self.seed())
+                self.answering.engine.submit(one.iteration, self.answering.requests(one, self.seed()), how)
+        elif not self.reads:
             began = time.perf_counter()
-            self._answers |= {one.iteration: self.answering.draw(one, self.seed, stop) for one in asked}
+            self._answers |= {one.iteration: self.answering.draw(one, self.seed(), stop) for one in asked}
             self._drew += time.perf_counter() - began
         self.asked |= {one.iteration: one for one in asked}
 
     def collect(self) -> None:
         """Wait until everything that was asked is drawn."""
+        if self.reads:
+            return
         began = time.perf_counter()
         for k in sorted(self.asked.keys() - self._answers.keys()):
             self._answers[k] = self.answering.engine.collect(k, self._patient)
@@ -123,10 +130,12 @@ class Ahead:
             log.warning("Waiting for the answers that are being drawn, which the checkpoint keeps.")
         return False
 
-    def answers(self, k: int) -> list[tuple[Asked, Answers]]:
+    def answers(self, k: int, stop: Stop) -> list[tuple[Asked, Answers]]:
         """What was asked for iteration k with its answers, once they are collected; empty where nothing was."""
         if k not in self.asked:
             return []
+        if k not in self._answers:
+            self._answers[k] = self.answering.draw(self.asked[k], self.seed(), stop)
         return [(self.asked[k], self._answers[k])]
 
     def drop(self, k: int) -> None:
@@ -161,7 +170,7 @@ class Ahead:
             "engine/queue": float(self.groups * self.answering.options.group_size),
         }
         if drew is not None and now > self._since:
-            found["engine/idle_share"] = min(1.0, max(0.0, 1.0 - drew / (now - self._since)))
+            found["perf/engine_idle_share"] = min(1.0, max(0.0, 1.0 - drew / (now - self._since)))
         self._since, self._waited, self._drew = now, 0.0, 0.0
         return found
 
@@ -170,9 +179,14 @@ class Ahead:
     def state_dict(self) -> list[dict[str, Any]]:
         """What is asked, with the answers of all processes, which are waited for."""
         self.collect()
-        mine = {k: packed(self.answering.requests(self.asked[k], self.seed), self._answers[k]) for k in self.asked}
+        mine = {
+            k: packed(self.answering.requests(self.asked[k], self.seed()), some) for k, some in self._answers.items()
+        }
         parts = processes.gathered(mine)
-        return [{**asdict(one), "answers": [part[k] for part in parts]} for k, one in sorted(self.asked.items())]
+        return [
+            {**asdict(one), "answers": [part[k] for part in parts if k in part]}
+            for k, one in sorted(self.asked.items())
+        ]
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take what a checkpoint has, written by any number of processes."""
@@ -181,7 +195,8 @@ class Ahead:
             one = Asked(**{name: value for name, value in state.items() if name != "answers"})
             known = {number: some for part in state["answers"] for number, some in unpacked(part).items()}
             self.asked[one.iteration] = one
-            self._answers[one.iteration] = [known[r.number] for r in self.answering.requests(one, self.seed)]
+            if state["answers"]:
+                self._answers[one.iteration] = [known[r.number] for r in self.answering.requests(one, self.seed())]
 
 
 def fresh_groups(store: Replay | None) -> dict[int, int]:

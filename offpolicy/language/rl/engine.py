@@ -140,7 +140,7 @@ class ConcurrentEngine(Protocol):
     (weights, seed, iteration, request), so tickets that a crash has lost are drawn again with the same result.
 
     An attribute ``shares_card`` that is true says that it draws on the trainer's device, where nothing would overlap;
-    ``drawing_seconds`` counts the time in which it had something to draw, for ``engine/idle_share``. Both may be
+    ``drawing_seconds`` counts the time in which it had something to draw, for ``perf/engine_idle_share``. Both may be
     missing.
     """
 

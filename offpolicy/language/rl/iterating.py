@@ -138,7 +138,7 @@ class IteratingModule(LanguageModule):
             stop = self.wants_to_stop, self.on_any_process
             seen = course.problems_seen + ahead.groups
             late = ahead.plan(k, self.hparams.lag, groups, course.problems_seen, store, shape)
-            drawn = ahead.answers(k), lambda: ahead.ask(late, stop)
+            drawn = ahead.answers(k, stop), lambda: ahead.ask(late, stop)
             fresh, facts = self.answering.fresh(k, groups - ahead.groups_of(k), seen, seed, stop, *drawn)
             ahead.drop(k)
             if not self.objective.uses_critic:

@@ -60,10 +60,11 @@ class ReplayEngine:
             row = json.loads(line)
             texts = [self._ids(text, end) for text, end in zip(row["completions"], row["ended"], strict=True)]
             logps = row.get("logps") or [[np.nan] * len(text) for text in texts]
+            versions = [v if v is None else int(v) for v in row.get("versions") or [None] * len(texts)]
             prompt = prompt_ids(row["prompt"], self.tokenizer) if isinstance(row["prompt"], str) else row["prompt"]
             answers = [
-                Completion(np.asarray(token, dtype=np.int64), np.asarray(logp, dtype=np.float32), bool(ended))
-                for token, logp, ended in zip(texts, logps, row["ended"], strict=True)
+                recorded(token, logp, ended, version)
+                for token, logp, ended, version in zip(texts, logps, row["ended"], versions, strict=True)
             ]
             key = tuple(int(i) for i in prompt)
         except Exception as error:  # a record can be wrong in many ways
@@ -105,11 +106,19 @@ class ReplayEngine:
         return found
 
 
+def recorded(token: Any, logp: Any, ended: Any, version: int | None) -> Completion:
+    """An answer as a record has it; ``version``: of the weights that drew it, where the record says."""
+    ids = np.asarray(token, dtype=np.int64)
+    drew = None if version is None else np.full(len(ids), version, np.int64)
+    return Completion(ids, np.asarray(logp, dtype=np.float32), bool(ended), drew)
+
+
 def cut(answer: Completion, longest: int) -> Completion:
     """An answer of at most so many tokens."""
     if len(answer.token) <= longest:
         return answer
-    return Completion(answer.token[:longest], answer.logp[:longest], False)
+    version = None if answer.version is None else answer.version[:longest]
+    return Completion(answer.token[:longest], answer.logp[:longest], False, version)
 
 
 class Recorder:
@@ -143,6 +152,7 @@ class Recorder:
                 "ended": store.episodes["ended"][rows].tolist(),
                 "logps": [step_column(store, row, "logp").tolist() for row in rows],
                 "rewards": store.episodes["reward"][rows].tolist(),
+                "versions": store.episodes["policy_version"][rows].tolist(),
                 "iteration": iteration,
                 "request": group & 0xFFFFFFFF,
             }

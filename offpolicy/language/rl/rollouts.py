@@ -258,7 +258,7 @@ class RolloutModule(IteratingModule):
         self.answering = Answering(
             problems, self.tokenizer, self.hparams, words=self.words, held_out=self.eval_problems
         )
-        self.ahead = Ahead(self.answering, self.seed or 0, self.wants_to_stop)
+        self.ahead = Ahead(self.answering, lambda: self.seed or 0, self.wants_to_stop)
 
     def longest_row(self) -> int:
         trainer = self.trainer

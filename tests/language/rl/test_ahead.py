@@ -88,7 +88,7 @@ def test_an_engine_beside_the_trainer_gives_the_same(name: str, policy: Path, tm
     assert same_weights(plain, beside) and plain.generated == beside.generated
     assert beside.answering.engine.most_open == 1
     row = Table(tmp_path / "beside" / "metrics.csv").rows()[-1]
-    assert 0 <= row["train/engine/idle_share"] <= 1 and row["perf/engine_wait_seconds"] >= 0
+    assert 0 <= row["perf/engine_idle_share"] <= 1 and row["perf/engine_wait_seconds"] >= 0
 
 
 def test_a_lag_changes_what_is_learned(policy: Path) -> None:
@@ -177,10 +177,10 @@ def test_the_first_screen_says_how_answers_are_drawn(policy: Path) -> None:
 
 
 def test_lags_that_cannot_be(policy: Path) -> None:
-    with pytest.raises(UsageError, match="`lag` is 3.*`replay_window` is 2.*replay_window 3"):
+    with pytest.raises(UsageError, match=r"`lag` is 3.*`replay_window` is 2.*replay_window 3"):
         method("ReMix", policy, lag=3)
     method("GRPO", policy, lag=3)
     with pytest.raises(UsageError, match="`lag`"):
         method("GRPO", policy, lag=-1)
-    with pytest.raises(UsageError, match="draws on the device that trains.*devices"):
+    with pytest.raises(UsageError, match=r"draws on the device that trains.*devices"):
         fit(method("GRPO", policy, lag=1, engine="tiny_rl.SharingEngine"), 1)

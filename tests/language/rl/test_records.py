@@ -16,25 +16,29 @@ from offpolicy.files import Table
 from offpolicy.language.rl.records import Recorder
 
 CASES: dict[str, dict[str, Any]] = {"GRPO": {}, "ReMix": {"reincarnation": 3}, "RLPlus": {"micro_batch_size": 3}}
+LATE = {"GRPO-late": {"lag": 1}, "ReMix-late": {"lag": 2}}
 SAME = ("loss", "reward/own", "ratio/ess", "ratio/clipped", "kl/behavior", "kl/base", "entropy", "answers/length")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_a_recorded_run_is_trained_again(name: str, policy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [*CASES, *LATE])
+def test_a_recorded_run_is_trained_again(case: str, policy: Path, tmp_path: Path) -> None:
     """GRPO takes more iterations than a pass over the problems, so that a prompt has answers of several policies."""
-    first = fit(method(name, policy, record=True, **CASES[name]), 8, tmp_path / "first", held_out=False)
+    name, options = case.split("-")[0], (CASES | LATE)[case]
+    first = fit(method(name, policy, record=True, **options), 8, tmp_path / "first", held_out=False)
     records = tmp_path / "first" / "records.jsonl"
     rows = [json.loads(line) for line in records.read_text().splitlines()]
     assert {row["iteration"] for row in rows} == set(range(1, first.iteration + 1))
     assert sum(len(row["completions"]) for row in rows) == first.generated
-    again = method(name, policy, engine="replay", records=str(records), **CASES[name])
+    again = method(name, policy, engine="replay", records=str(records), **options)
     again = fit(again, 8, tmp_path / "again", held_out=False)
     for ours, theirs in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
     tables = [Table(tmp_path / folder / "metrics.csv").rows() for folder in ("first", "again")]
     first_rows, again_rows = ([[row.get(f"train/{key}") for key in SAME] for row in rows] for rows in tables)
     assert first_rows == again_rows and None not in first_rows[0]
+    late = [[row.get("train/engine/version_lag") for row in rows] for rows in tables]
+    assert late[0] == late[1] and (late[0][-1] == options["lag"] if case in LATE else late[0][-1] is None)
 
 
 def test_what_a_record_says(policy: Path, tmp_path: Path) -> None:
@@ -47,6 +51,7 @@ def test_what_a_record_says(policy: Path, tmp_path: Path) -> None:
         asked = problems.tables["problems"][store.episodes["prompt"][mine[0]], 0]
         assert row["prompt"] == token_ids(problems, asked).tolist() and row["iteration"] == 1
         assert row["completions"] == [token_ids(store, one).tolist() for one in mine]
+        assert row["versions"] == [1] * 4
         assert row["rewards"] == store.episodes["reward"][mine].tolist()
         for one, logps in zip(mine, row["logps"]):
             span = slice(store.start[one], store.start[one] + store.length[one])

@@ -32,6 +32,8 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     ),
     "ReMix-exact": ("ReMix", {"kl": "full", "beta": 0.1, "kl_start": 1, "kl_every": 1, "reincarnation": 2}, (3, 4), 8),
     "RLPlus": ("RLPlus", {"temperature": 0.7}, (3,), 6),
+    "GRPO-late": ("GRPO", {"lag": 1}, (2, 3), 8),
+    "ReMix-late": ("ReMix", {"lag": 2, "min_ess": 0.9, "reincarnation": 3}, (3, 9), 12),
     "own-state": ("GRPO", {"objective": {"weight": ["tiny_rl.Remembers"]}}, (3,), 6),
     "dropout": ("GRPO", {"lora_rank": 2, "lora_dropout": 0.3, "kl": "full", "beta": 0.1}, (3,), 6),
 }
