@@ -38,6 +38,7 @@ FLOORS: list[set[str]] = [
     {"lightning_modules"},
     {"offpolicy.api"},
     {"offpolicy.cli"},
+    {"offpolicy.sweep"},
     {
         "offpolicy.data.__main__",
         "offpolicy.report.__main__",
@@ -47,6 +48,7 @@ FLOORS: list[set[str]] = [
         "offpolicy.fit",
         "offpolicy.generate",
         "offpolicy.sample",
+        "offpolicy.sweep.__main__",
     },
 ]
 PACKAGES = ("offpolicy", "lightning_modules", "datasets_cfg")

@@ -123,7 +123,7 @@ def read_run(folder: Path) -> Run:
     settings = {f"model.{key}": value for key, value in flat(options).items()}
     settings |= {f"data.{key}": value for key, value in flat(data).items() if key != "name"}
     rows = Table(folder / "evals.csv").rows()
-    steps = [*(row["step"] for row in rows[-1:]), newest_step(folder / "metrics.csv"), *_checkpointed(folder)]
+    steps = [*(row["step"] for row in rows[-1:]), newest_step(folder / "metrics.csv"), *updates_kept(folder)]
     return Run(
         folder,
         printable(method),
@@ -153,7 +153,7 @@ def newest_step(table: Path) -> int:
     return 0
 
 
-def _checkpointed(folder: Path) -> list[int]:
+def updates_kept(folder: Path) -> list[int]:
     """The updates of its checkpoints, by their names."""
     matches = (re.fullmatch(r"step=(\d+)\.ckpt", path.name) for path in folder.glob("checkpoints/*.ckpt"))
     return [int(match[1]) for match in matches if match]
