@@ -19,7 +19,8 @@ from offpolicy.report.records import RUNNING, read_record
 from offpolicy.report.runs import CONFIG, read_run, updates_kept
 from offpolicy.sweep.plan import LENGTH, RunCell, SweepPlan, commands_of
 
-DONE, FAILED_RUN, BUSY, STOPPED = "done", "failed", "busy", "stopped"
+DONE, FAILED_RUN, BUSY, STOPPED, PRUNED = "done", "failed", "busy", "stopped", "pruned"
+ENDED = -1  # in place of an exit code: the process was ended by who watches it
 NO_RETRY = (2, 3, 4)  # exit codes of a wrong setting, of wrong data and of divergence, which would be the same again
 STOP = (130, 143)  # somebody stopped it, and with it the sweep
 LOGS = "logs"
@@ -167,8 +168,8 @@ def _tried(job: Job, plan: SweepPlan, threads: int, gpu: int | None, watch: Watc
         began = time.perf_counter()
         job.code = _process(job, plan, threads, gpu, watch)
         job.seconds += time.perf_counter() - began
-        if job.code in STOP:
-            job.state = STOPPED
+        if job.code in STOP or job.code == ENDED:
+            job.state = PRUNED if job.code == ENDED else STOPPED
             return job
         if job.code == 0 and all(map(is_done, job.cells)):
             job.state = DONE
@@ -180,7 +181,7 @@ def _tried(job: Job, plan: SweepPlan, threads: int, gpu: int | None, watch: Watc
 
 
 def _process(job: Job, plan: SweepPlan, threads: int, gpu: int | None, watch: Watch | None) -> int:
-    """One try; returns its exit code, 1 for one that took too long."""
+    """One try; returns its exit code, 1 for one that took too long and -1 for one that the watch ended."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
@@ -199,7 +200,7 @@ def _process(job: Job, plan: SweepPlan, threads: int, gpu: int | None, watch: Wa
                     late = plan.timeout_s is not None and time.perf_counter() - began > plan.timeout_s
                     if not stopped and (late or (watch is not None and watch(job))):
                         process.terminate()  # which saves
-                        stopped = 1 if late else -1
+                        stopped = 1 if late else ENDED
         except BaseException:
             process.terminate()
             process.wait()

@@ -8,7 +8,7 @@ from typing import Any
 
 from offpolicy.errors import UsageError
 from offpolicy.report.runs import Run, read_run
-from offpolicy.sweep.jobs import DONE, Job, is_done, run_job
+from offpolicy.sweep.jobs import DONE, PRUNED, STOPPED, Job, run_job
 from offpolicy.sweep.plan import RunCell, SweepPlan, cell_of, settings_of
 from offpolicy.sweep.pool import Tell, threads_of
 
@@ -22,7 +22,7 @@ def open_study(plan: SweepPlan, method: str, data: str) -> Any:
     except ImportError:
         raise UsageError("`search` needs the package optuna; install the extra: pip install -e '.[search]'.") from None
     assert plan.search is not None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what failed is told
     plan.folder.mkdir(parents=True, exist_ok=True)
     backend = optuna.storages.journal.JournalFileBackend(str(plan.folder / "search.journal"))
     pruners = {
@@ -85,10 +85,13 @@ def search_settings(
             log = plan.folder / "logs" / f"trial-{cell.folder.parent.name}-seed{seed}.log"
             watch = Pruning(trial, cell) if i == 0 and search.pruner != "none" else None
             job = run(Job([cell], log), plan, threads, None, watch)
-            if watch is not None and watch.pruned and not is_done(cell):
+            if watch is not None and job.state == PRUNED:
                 tell(f"{method} on {data}, trial {trial.number}: pruned at update {watch.step:,}, {trial.params}")
                 raise optuna.TrialPruned
+            if job.state == STOPPED:
+                study.stop()
             if job.state != DONE:
+                tell(f"{method} on {data}, trial {trial.number}: {job.state}, see {job.log}")
                 raise TrialFailed(f"{job.name} is {job.state} with exit code {job.code}, see {job.log}")
             values.append(judged_values(read_run(cell.folder))[-1][1])
         value = sum(values) / len(values)
