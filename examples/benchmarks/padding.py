@@ -6,7 +6,8 @@ A random Qwen2-shaped model (vocabulary 8,192), one thread, float32. A forward a
 prompt and two answers, and over single answers, whose lengths are drawn from a log-normal distribution (σ = 0.8, as of
 chats). Rows of one pass are a random sample, so that they are as unlike as where a step is one pass; "sorted" takes
 them from a step of eight passes that is ordered by length, as training does. Padded and packed passes take turns, and
-the median over the rounds counts. Losses of both must agree. Prints one JSON object.
+the median over the rounds counts. Losses of both must agree. With --compile, packed passes of random pairs take turns
+with the same passes through layers that torch.compile has made for any length. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -89,14 +90,42 @@ def measure(model: Any, kind: str, order: str, median: int, args: argparse.Names
     }
 
 
+def measure_compiled(model: Any, median: int, args: argparse.Namespace) -> dict[str, float]:
+    from offpolicy.language.layout import pair_layout
+
+    rng = np.random.default_rng(0)
+    batches = [batch_of("pairs", "random", median, args.rows, rng) for _ in range(args.rounds + 2)]
+    layouts = [pair_layout(batch, 0, shared_prompt=True, padding_free=True) for batch in batches]
+    eager = [seconds(model, layout) for layout in layouts]
+    began = time.perf_counter()
+    for layer in model.model.layers:
+        layer.compile(dynamic=True)
+    for layout in layouts[:2]:
+        seconds(model, layout)
+    took = time.perf_counter() - began
+    compiled = [seconds(model, layout) for layout in layouts]
+    for layer in model.model.layers:
+        layer._compiled_call_impl = None
+    return {
+        "compiling_s": round(took, 1),
+        "gain": round(statistics.median(a / b for (a, _), (b, _) in zip(eager[2:], compiled[2:])), 2),
+        "largest_difference": max(abs(a - b) / abs(a) for (_, a), (_, b) in zip(eager, compiled)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("layers", 4), ("width", 256), ("rows", 8), ("rounds", 5), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--medians", type=int, nargs="+", default=[32, 128, 384], help="tokens of a text")
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = make_model(args.layers, args.width)
+    if args.compile:
+        found = {f"{median} tokens": measure_compiled(model, median, args) for median in args.medians}
+        print(json.dumps({"about": about(**vars(args)), "results": found}, indent=1))
+        return
     results = {
         f"{kind}, {order}, {median} tokens": measure(model, kind, order, median, args)
         for kind in ("pairs", "singles")

@@ -18,7 +18,10 @@ def check_trainer(trainer: Any, *, compiles: bool | str, graph: bool | str = "au
     """Raise :class:`UsageError` for settings of the Trainer and the run that language methods do not have."""
     if compiles:
         given = "true" if compiles is True else repr(compiles)
-        raise UsageError(f"`run.compile` is {given}, which is for control methods; expected false. Leave it out.")
+        raise UsageError(
+            f"`run.compile` is {given}, which is for control methods; expected false: compiled layers of language "
+            "models gained too little for what compiling takes (docs/performance.md). Leave it out."
+        )
     if graph in (True, "dry"):
         raise UsageError(
             f"`run.graph` is {graph!r}, and CUDA graphs are of control methods; expected 'auto'. Leave it out."

@@ -38,6 +38,7 @@ from offpolicy.language.checks import (
 )
 from offpolicy.language.export import export_model
 from offpolicy.language.head import check_head
+from offpolicy.language.kernels import KERNELS, use_kernels
 from offpolicy.language.meters import Pace
 from offpolicy.language.noise import without_noise
 from offpolicy.language.opening import check_same_start, open_policy, policy_state, reopen_policy
@@ -87,6 +88,8 @@ class LanguageModule(Module):
         chunk: tokens whose logits exist at once.
         dtype: of the weights: "float32", "bfloat16" or "auto" (as stored).
         attn_implementation: of transformers, such as "sdpa" or "eager"; None for its default.
+        kernels: "liger" puts the fused kernels of the package liger-kernel into the policy for training on a CUDA
+            device; None for the model's own layers. Numbers are the same up to rounding.
         group_by_length: put rows of similar length into one micro-batch. Does not change the result.
         export: what a finished run leaves in its folder ``hf/`` for transformers: "auto" (the model, or its adapters
             alone), "merged" (adapters added to the weights) or "none".
@@ -130,6 +133,7 @@ class LanguageModule(Module):
         chunk: int = 256,
         dtype: str = "float32",
         attn_implementation: str | None = None,
+        kernels: str | None = None,
         group_by_length: bool = True,
         export: str = "auto",
         eval_rows: int = 512,
@@ -149,6 +153,8 @@ class LanguageModule(Module):
         check_choice("lr_schedule", lr_schedule, SCHEDULES)
         check_choice("dtype", dtype, DTYPES)
         check_choice("export", export, EXPORTS)
+        if kernels is not None:
+            check_choice("kernels", kernels, KERNELS)
         check_optimizer(optimizer, adam_betas)
         if adapter and lora_rank:
             raise UsageError(
@@ -293,7 +299,8 @@ class LanguageModule(Module):
         """The line on the policy."""
         numbers, trained = sum(p.numel() for p in self.model.parameters()), num_trained(self.model)
         kind = policies.base_of(self.model).config.model_type
-        return "policy", f"{self.hparams.policy} ({kind}), {numbers:,} parameters, {trained:,} trained"
+        kernels = f", kernels {self.hparams.kernels}" if self.hparams.kernels else ""
+        return "policy", f"{self.hparams.policy} ({kind}), {numbers:,} parameters, {trained:,} trained{kernels}"
 
     def padding_fact(self) -> tuple[str, str]:
         """The line on padding."""
@@ -334,11 +341,15 @@ class LanguageModule(Module):
         self.initialize()
         refuse_half_weights(self.model, h.dtype, h.policy)
         self.check_texts(replay)
-        if str(policies.base_of(self.model).config._attn_implementation).startswith("flash_attention"):
-            self.model.to(self.trainer.strategy.root_device)  # it computes on a GPU alone, the trials below too
+        device = self.trainer.strategy.root_device
+        use_kernels(self.model, h.kernels, device)
+        flash = str(policies.base_of(self.model).config._attn_implementation).startswith("flash_attention")
+        if flash or h.kernels:  # they compute on a GPU alone, and the first in half precision, in the trials below too
+            self.model.to(device)
         without_noise(self.model, *self.copies())
-        check_head(self.model)  # here, as it runs the model once
-        _ = self.shared_prompt, self.padding_free  # here too: a sharded model takes no plain tensors of trials
+        with self.precision_context() if flash else nullcontext():
+            check_head(self.model)  # here, as it runs the model once
+            _ = self.shared_prompt, self.padding_free  # here too: a sharded model takes no plain tensors of trials
         self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         # new adapters begin as no change, so the digest leaves them out
         self._start_digest = policies.weights_digest(self.model, with_adapters=bool(h.adapter))

@@ -172,6 +172,7 @@ class Reference:
             "precision": self.passes.precision,
             "dtype": str(next(base.parameters()).dtype),
             "texts": texts_digest(texts),
+            **({"kernels": self.options.kernels} if self.options.get("kernels") else {}),
             "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
         }
 
