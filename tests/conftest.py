@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Several workers begin with the slow tests, so that none is left with a long one at the end."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One sentence where tests with vLLM were left out, as skipped tests say nothing."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if any("OFFPOLICY_VLLM_PYTHON" in str(report.longrepr) for report in skipped):
+        terminalreporter.write_line("vLLM was not tried: OFFPOLICY_VLLM_PYTHON names no interpreter that has it.")
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from tiny import make_policy, make_tokenizer
 from offpolicy.data import sampling
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.rl.engine import EngineContext, Request, Sampling
-from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, make_engine, room
+from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, draw_scored, make_engine, room
 
 HOW = Sampling(stop=(2, 5, 6), max_new_tokens=7, temperature=0.8, seed=3, iteration=4)
 
@@ -208,3 +208,21 @@ def test_engines_are_ended(fate: str, policy: Path, tmp_path: Path, monkeypatch:
     (made,) = Placed.made
     assert made.closed and made.context.folder == tmp_path / "run"
     assert made.context.longest_answer == method.answering.length and made.context.world == 1
+
+
+def test_cut_distributions_of_evaluations(model: Any) -> None:
+    """Tokens come from the likeliest alone, with the log-probability of what is left: 0.5 0.3 0.15 0.05."""
+    p = torch.tensor([[0.15, 0.5, 0.05, 0.3]], dtype=torch.float64).repeat(4, 1)
+    uniform = torch.tensor([0.0, 0.5, 0.7, 0.999], dtype=torch.float64)
+    for cut, kept in (({"top_k": 2}, {1: 0.5, 3: 0.3}), ({"top_p": 0.85}, {1: 0.5, 3: 0.3, 0: 0.15})):
+        token, logp = draw_scored(p.log(), uniform, 1.0, **cut)
+        total = sum(kept.values())
+        assert set(token.tolist()) <= set(kept)
+        assert logp.tolist() == pytest.approx([np.log(kept[t] / total) for t in token.tolist()], abs=1e-6)
+    for engine in (TransformersEngine(), TinyEngine()):
+        engine.sync(model, 1)
+        found = engine.generate(requests(), Sampling((2,), 6, 1.0, 0, 1, top_k=1))
+        likely = engine.generate(requests(), Sampling((2,), 6, 0.0, 0, 1))
+        for one, other in zip(found, likely):
+            assert [a.token.tolist() for a in one] == [a.token.tolist() for a in other]
+            assert all(not a.logp.any() for a in one)

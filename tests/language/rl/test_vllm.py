@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import tiny_rl
 import torch
-from forks import start_copy
+from forks import run_pair, start_copy
 from tiny_rl import fit, method
 from toy import differences, run_files
 from vllm_engines import (
@@ -106,6 +108,46 @@ def test_an_answer_depends_on_its_request_alone(drawing: Any) -> None:
         assert texts(engine.generate(many[i : i + 1], HOW))[0] == together[i]
     assert texts(engine.generate(many, replace(HOW, iteration=5))) != together
     assert texts(engine.generate(many, replace(HOW, seed=4))) != together
+
+
+@pytest.mark.parametrize("drawing", [pytest.param("vllm", marks=needs_vllm)], indirect=True)
+def test_cut_distributions(drawing: Any) -> None:
+    """What vLLM reports under top-k and top-p is renormalised over the tokens it left."""
+    engine, model = drawing
+
+    def most(k: int) -> Any:
+        return lambda logp: logp.masked_fill(logp < logp.topk(k).values[:, -1:], -torch.inf).log_softmax(-1)
+
+    def share(p: float) -> Any:
+        def cut(logp: torch.Tensor) -> torch.Tensor:
+            ordered, place = logp.exp().sort(-1, descending=True)
+            out = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, place, ordered.cumsum(-1) - ordered >= p)
+            return logp.masked_fill(out, -torch.inf).log_softmax(-1)
+
+        return cut
+
+    for how, cut in ((replace(HOW, top_k=5), most(5)), (replace(HOW, top_p=0.8), share(0.8))):
+        found = engine.generate(requests(8, 4), how)
+        assert largest_gap(model, requests(8, 4), found, 0.7, cut) < 1e-4
+        assert largest_gap(model, requests(8, 4), found, 0.7) > 1e-2
+
+
+@pytest.mark.parametrize("temperature", [0.7])
+def test_tokens_come_as_often_as_the_policy_says(drawing: Any, temperature: float) -> None:
+    """2,000 answers of one token: χ² over the tokens that are expected ten times, with p above 1e-3."""
+    engine, model = drawing
+    prompt, count = np.array([5, 9, 12]), 2000
+    found = engine.generate([Request(prompt, 0, count)], replace(HOW, max_new_tokens=1, temperature=temperature))
+    with torch.no_grad():
+        p = (model(torch.from_numpy(prompt)[None]).logits[0, -1].double() / temperature).softmax(-1).numpy()
+    seen = np.bincount([int(a.token[0]) for a in found[0]], minlength=len(p))
+    often = p * count >= 10
+    observed = np.append(seen[often], seen[~often].sum())
+    expected = np.append(p[often], p[~often].sum()) * count
+    freedom = len(observed) - 1
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / np.sqrt(2 / (9 * freedom))  # Wilson-Hilferty
+    assert abs(z) < 3.1
 
 
 def test_no_two_answers_share_a_seed() -> None:
@@ -388,3 +430,34 @@ def test_lora(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         kept = run(kind, tmp_path, "kept", monkeypatch, lora_rank=4, lr=0.1, engine={"adapter": "keep"})
         assert "adapters beside the weights" in kept.answering.engine.description
         assert kept.answering.probed["engine/gap"] < 1e-4
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+def two(root: Path) -> None:
+    """One of two processes, each with an engine of its own."""
+    for kind in json.loads((root / "kinds").read_text()):
+        engine = {"name": "vllm", "python": PYTHON if kind == "vllm" else sys.executable}
+        options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "accelerator": "cpu"}
+        module = fit(method("GRPO", root / "policy", engine=engine), 4, root / kind, **options)
+        module.answering.close()
+    (root / f"rank{module.global_rank}.json").write_text(json.dumps({"eval": module.eval_row}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stand-in", pytest.param("vllm", marks=needs_vllm)])
+def test_two_processes_with_an_engine_each_equal_one(
+    kind: str, clean: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same prompts get the same answers; one of the two writes the weights for both."""
+    (tmp_path / "kinds").write_text(json.dumps([kind]))
+    run(kind, tmp_path, "one", monkeypatch)
+    run_pair(two, tmp_path)
+    one, both = run_files(tmp_path / "one", 4), run_files(tmp_path / kind, 4)
+    for expected, found in zip(one["metrics"], both["metrics"], strict=True):
+        for name in ("train/reward/own", "train/answers/length", "train/loss"):
+            assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-4, abs=1e-6), name
+    assert one["evals"][-1]["eval/accuracy"] == both["evals"][-1]["eval/accuracy"]
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(both["state_dict"][name], value, rtol=0, atol=1e-5)
