@@ -23,11 +23,12 @@ from lightning.pytorch.cli import LightningCLI
 from offpolicy import api
 from offpolicy.cli.arguments import EPOCHS, LEAST_STEPS, MAX_STEPS, Command, check_options, nested, whole_text
 from offpolicy.data.module import DataModule
-from offpolicy.errors import DataError, UsageError
+from offpolicy.errors import DataError, UsageError, check_choice
 from offpolicy.given import is_whole_type, seed_number
 from offpolicy.registry import import_class
 from offpolicy.training import screen
 from offpolicy.training.common import CommonOptions
+from offpolicy.training.loggers import LOGGERS, short_names
 from offpolicy.training.module import Module
 from offpolicy.training.offline import OfflineModule
 from offpolicy.training.options import RunOptions
@@ -35,9 +36,13 @@ from offpolicy.training.origin import Origin
 from offpolicy.training.trainer import TRAINER_DEFAULTS, quiet
 from offpolicy.trust import ALL, NAME, OWN, check_class, speaking, words
 
+LOGGER = "trainer.logger"
+
 
 class FitCLI(LightningCLI):
     """LightningCLI that makes the method and the data, and leaves the Trainer to :func:`offpolicy.api.fit`."""
+
+    loggers = ""  # short names of the Trainer's loggers
 
     def __init__(self, args: list[str], method: type[Module] = OfflineModule, seed: int | None = 0) -> None:
         self.method, self.seed = method, seed
@@ -94,7 +99,10 @@ class FitCLI(LightningCLI):
         """What ``--config`` takes to repeat this run, all values written out."""
         config = self.config.clone()
         config.recipe, config.folder, config.ckpt_path = "none", None, None
-        return self.parser.dump(config, skip_none=False)
+        text = self.parser.dump(config, skip_none=False)
+        if self.loggers:  # which the parser does not know by their short names
+            text = re.sub(r"(?m)^  logger: .*$", f"  logger: {self.loggers}", text, count=1)
+        return text
 
 
 def run_command(command: Command) -> int:
@@ -113,6 +121,7 @@ def _run(command: Command) -> int:
         lines=lines(command, cli.config) + ([screen.line("note", chosen)] if chosen else []),
     )
     options.pop("max_steps")
+    options |= {"logger": cli.loggers} if cli.loggers else {}
     max_steps = cli.config.trainer.max_steps
     seed_given = "seed_everything" in {*command.settings, *(name for name, _ in command.flags)}
     result = api.fit(
@@ -186,6 +195,7 @@ def _parse(command: Command) -> FitCLI:
     if command.texts is not None:
         check_kind(command, method)
     helping = any(name in ("help", "model.help") for name, _ in command.flags)
+    loggers = ""
     if helping:
         args = command.parser_args
     else:
@@ -195,6 +205,7 @@ def _parse(command: Command) -> FitCLI:
             del known["model"]
         check_options([*command.settings, *(name for name, _ in command.flags)], known, method.__name__)
         take_whole_numbers(command, known)
+        loggers = take_loggers(command)
         args = ["--config", json.dumps(nested(command.settings)), *command.parser_args]
     signal_handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -205,6 +216,7 @@ def _parse(command: Command) -> FitCLI:
         raise UsageError(one_sentence(str(error), known)) from None
     finally:
         signal.signal(signal.SIGTERM, signal_handler)
+    made.loggers = loggers
     for name in ("folder", "ckpt_path"):  # the parser takes a folder that is called null for none
         given = [value for flag, value in command.flags if flag == name] or [command.settings.get(name)]
         made.config[name] = given[-1]
@@ -221,6 +233,28 @@ def take_whole_numbers(command: Command, known: Mapping[str, Mapping[str, str | 
 
     command.flags = [(name, taken(name, value)) for name, value in command.flags]
     command.settings = {name: taken(name, value) for name, value in command.settings.items()}
+
+
+def take_loggers(command: Command) -> str:
+    """Take the short names of loggers out of a command, which the parser does not know; empty where there are none.
+
+    Raises:
+        UsageError: a name that is none and no class either.
+    """
+    given = [value for name, value in command.flags if name == LOGGER] or [command.settings.get(LOGGER)]
+    names = short_names(given[-1])
+    if names is None or not all(name in LOGGERS or resembles_logger(name) for name in names):
+        return ""
+    for name in names:
+        check_choice(LOGGER, name, LOGGERS)
+    command.flags = [pair for pair in command.flags if pair[0] != LOGGER]
+    command.settings.pop(LOGGER, None)
+    return ",".join(names)
+
+
+def resembles_logger(name: str) -> bool:
+    """Whether a word is the short name of a logger, misspelt."""
+    return name.isidentifier() and not name.endswith("logger") and name not in ("true", "false", "null", "none")
 
 
 def check_classes(config: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from offpolicy.given import refuse_half
 from offpolicy.training.bar import UpdateBar
 from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 from offpolicy.training.lightning_private import FullySharded
+from offpolicy.training.loggers import made_loggers, short_names
 
 TRAINER_DEFAULTS: dict[str, Any] = {  # one device unless asked; rows and batches are the method's own affair
     "devices": 1,
@@ -61,6 +62,8 @@ def make_trainer(
     given["plugins"] = [*_as_list(given.pop("plugins", None)), AtomicCheckpointIO()]
     if given.get("strategy") == "fsdp2":
         given["strategy"] = FullySharded()
+    if (names := short_names(given.get("logger"))) is not None:
+        given["logger"] = made_loggers(names, folder)
     if given.get("accelerator", "auto") == "auto":
         given["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"  # "mps" has no float64
     given |= {"max_steps": max_steps, "default_root_dir": str(folder), "callbacks": [*own, *bars, *callbacks]}
