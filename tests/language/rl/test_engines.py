@@ -15,7 +15,7 @@ from tiny import make_policy, make_tokenizer
 
 from offpolicy.data import sampling
 from offpolicy.errors import DataError, UsageError
-from offpolicy.language.rl.engine import EngineContext, Request, Sampling
+from offpolicy.language.rl.engine import Completion, EngineContext, Request, Sampling
 from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, draw_scored, make_engine, room
 
 HOW = Sampling(stop=(2, 5, 6), max_new_tokens=7, temperature=0.8, seed=3, iteration=4)
@@ -226,3 +226,37 @@ def test_cut_distributions_of_evaluations(model: Any) -> None:
         for one, other in zip(found, likely):
             assert [a.token.tolist() for a in one] == [a.token.tolist() for a in other]
             assert all(not a.logp.any() for a in one)
+
+
+class Liar(TransformersEngine):
+    """Reports log-probabilities at another temperature; those of the first sync are right."""
+
+    def sync(self, model: Any, version: int) -> None:
+        super().sync(model, version)
+        self.version = version
+
+    def generate(self, asked: Any, how: Sampling, stopped: Any = None) -> list[list[Completion]]:
+        found = super().generate(asked, how, stopped)
+        off = 0.0 if self.version < self.late else 0.01
+        return [[answer._replace(logp=answer.logp - np.float32(off)) for answer in some] for some in found]
+
+    late = 2
+
+
+class Silent(TransformersEngine):
+    """Knows no log-probabilities."""
+
+    def generate(self, asked: Any, how: Sampling, stopped: Any = None) -> list[list[Completion]]:
+        found = super().generate(asked, how, stopped)
+        return [[answer._replace(logp=np.full_like(answer.logp, np.nan)) for answer in some] for some in found]
+
+
+def test_an_engine_of_ones_own_that_lies_is_caught(policy: Path, tmp_path: Path) -> None:
+    """At the sync after which it lies, and not before."""
+    told = tiny_rl.method("GRPO", policy, engine="test_engines.Liar")
+    with pytest.raises(UsageError, match=r"0.01 nats from the trainer's.*expected 0.001 at most in float32"):
+        tiny_rl.fit(told, 4, tmp_path / "run")
+    assert told.iteration == 1 and told.answering.probed["engine/gap"] < 1e-5
+    silent = tiny_rl.method("GRPO", policy, engine="test_engines.Silent")
+    tiny_rl.fit(silent, 2)
+    assert silent.answering.probed == {}

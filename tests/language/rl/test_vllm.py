@@ -415,6 +415,17 @@ def test_a_run_whose_engine_is_killed(tmp_path: Path, monkeypatch: pytest.Monkey
         assert torch.equal(value, hurt.model.state_dict()[name]), name
 
 
+def test_a_run_that_draws_ahead(clean: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine draws while the policy trains; what a killed engine had begun is drawn again of the same weights."""
+    calm = run("stand-in", tmp_path, "calm", monkeypatch, lag=1)
+    assert isinstance(calm.answering.engine, ConcurrentEngine) and calm.ahead.concurrent
+    with pytest.warns(UserWarning, match="started again"):
+        hurt = run("stand-in", tmp_path, "hurt", monkeypatch, "die", lag=1)
+    for name, value in calm.model.state_dict().items():
+        assert torch.equal(value, hurt.model.state_dict()[name]), name
+    assert int(run_files(tmp_path / "calm", 4)["metrics"][-1]["train/engine/version_lag"]) == 1
+
+
 def test_a_lying_engine_stops_the_run(clean: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"log-probabilities of 4 answers are 0.5 nats from the trainer's"):
         run("stand-in", tmp_path, "run", monkeypatch, "lie")
