@@ -37,7 +37,7 @@ from offpolicy.language.rl.vllm_checks import (
     interpreter,
 )
 from offpolicy.language.rl.vllm_files import adapter_rank, check_model, forget_weights, write_policy
-from offpolicy.language.rl.vllm_process import PrivateFolder, WorkerFault, WorkerProcess, last_lines
+from offpolicy.language.rl.vllm_process import PrivateFolder, WorkerFault, WorkerProcess, end_all, last_lines
 from offpolicy.language.weights import ADAPTER
 from offpolicy.trust import check_program
 
@@ -145,14 +145,14 @@ class VllmEngine:
         self._syncs, self._acknowledged, self._faults, self._own = 0, 0, 0, 0
         self._weights: Path | None = None
         self._tickets: dict[int, _Ticket] = {}
-        self._process: WorkerProcess | None = None
+        self._held: list[WorkerProcess] = []  # the process, as long as there is one
         self._failed = False
         needed = 3 * sum(p.numel() for p in context.model.parameters()) * self.dtype.itemsize
         folder = context.folder or Path.cwd()
         self._folder = PrivateFolder(needed, folder)
         self.log = folder / ("engine.log" if context.rank == 0 else f"engine-rank{context.rank}.log")
         self._log_was_there = self.log.exists()
-        self._cleanup = weakref.finalize(self, self._folder.remove)
+        self._cleanup = weakref.finalize(self, end_all, self._folder, self._held)
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self._launch()
@@ -217,10 +217,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the process and remove what it read; a second call does nothing."""
-        if self._process is not None:
-            self._process.end()
-            self._process = None
-        self._folder.remove()
+        end_all(self._folder, self._held)
         if self._forgets_log:
             self.log.unlink(missing_ok=True)
 
@@ -309,13 +306,13 @@ class VllmEngine:
     # -- the process ---------------------------------------------------------------------------------------------------
 
     def _living(self) -> WorkerProcess:
-        if self._process is None:
+        if not self._held:
             raise UsageError("the engine vLLM was closed; expected an open one. Make it anew.")
-        return self._process
+        return self._held[0]
 
     def _launch(self) -> None:
         command = [self.python, str(self.worker)]
-        self._process = WorkerProcess(command, self._environment(), self.log, self.timeout)
+        self._held[:] = [WorkerProcess(command, self._environment(), self.log, self.timeout)]
 
     def _checked_version(self) -> str:
         """The version of vLLM, before it is imported, which takes seconds."""
@@ -408,8 +405,8 @@ class VllmEngine:
     def _written(self, model: Any, name: str, *, alone: bool) -> Path:
         """The folder of the policy's weights, or adapters alone; one process of each machine writes for all of it."""
         writes = self.context.local_rank == 0
-        how = {"adapter": self.adapter, "dtype": self.dtype}
-        write_policy(model, self._folder.path / name, writes=writes, alone=alone, **how)
+        place = self._folder.path / name
+        write_policy(model, place, adapter=self.adapter, dtype=self.dtype, writes=writes, alone=alone)
         host = socket.gethostname()
         everyone = processes.gathered((host, self.context.local_rank, str(self._folder.path)))
         return next(Path(path) for other, rank, path in everyone if other == host and rank == 0) / name

@@ -137,15 +137,23 @@ class PrivateFolder:
         self._lock = _locked(made / OWNER)
         self.path = made.with_name(f"{FOLDER}{os.getpid()}-{made.name.rpartition('-')[2]}")
         made.rename(self.path)
-        self._pid = os.getpid()
+        self.maker = os.getpid()
 
     def remove(self) -> None:
         """Remove it with all it holds; a second call does nothing, nor does a copy of the process."""
-        if os.getpid() != self._pid or self._lock is None:
+        if os.getpid() != self.maker or self._lock is None:
             return
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
         self._lock = None
+
+
+def end_all(folder: PrivateFolder, held: list[WorkerProcess]) -> None:
+    """End an engine's process and remove its folder; nothing in a copy of the process that made them."""
+    if os.getpid() == folder.maker:
+        while held:
+            held.pop().end()
+        folder.remove()
 
 
 def remove_forsaken(where: Path) -> None:

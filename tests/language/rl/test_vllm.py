@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -296,6 +297,14 @@ def test_an_engine_that_nothing_is_asked_of_any_more(stand_in: Any, tmp_path: Pa
     )
     with pytest.raises(UsageError, match="was closed"):
         engine.sync(model_of(tmp_path), 1)
+
+
+def test_an_engine_that_nobody_has_any_more_is_ended(clean: None, tmp_path: Path, monkeypatch: Any) -> None:
+    engine = engine_of(model_of(tmp_path), tmp_path / "run", fake(tmp_path, monkeypatch))
+    process = engine._living().process
+    del engine
+    gc.collect()
+    assert process.poll() is not None
 
 
 def gone(pid: int) -> bool:
