@@ -28,12 +28,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "RPO": ("RPO", {"micro_batch_size": 1, "nll_form": "token_mean", "nll_weight": 1.0}, {"strategy": "ddp"}),
     "SFT": ("SFT", {"micro_batch_size": 1}, {"strategy": "ddp"}),
     "SimPO": ("SimPO", {"micro_batch_size": 2}, {"strategy": "ddp"}),
-    "RDPO": ("RDPO", {"micro_batch_size": 2}, {"strategy": "ddp"}),
+    "RDPO": ("RDPO", {"micro_batch_size": 2, "padding_free": True}, {"strategy": "ddp"}),
     "IPO": ("IPO", {"micro_batch_size": 2}, {"strategy": "ddp"}),
     "CPO": ("CPO", {"micro_batch_size": 2}, {"strategy": "ddp"}),
     "ORPO-FSDP": ("ORPO", {"micro_batch_size": 1}, {"strategy": "fsdp2", "gradient_clip_val": 1.0}),
     "DPO-FSDP": ("DPO", {"micro_batch_size": 2}, {"strategy": "fsdp2"}),
-    "SimPO-FSDP": ("SimPO", {"micro_batch_size": 2}, {"strategy": "fsdp2"}),
+    "SimPO-FSDP": ("SimPO", {"micro_batch_size": 2, "padding_free": True}, {"strategy": "fsdp2"}),
 }
 RESUMED = ("DPO", "KTO", "RPO", "SFT", "ORPO-FSDP")  # one of every kind of statistic, and of every strategy
 
