@@ -42,7 +42,8 @@ def _roomy() -> Any:
             super().__init__()
             self.room = room
             self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
-            self.keys, self.values = layer.keys, layer.values
+            self.keys: Tensor = layer.keys
+            self.values: Tensor = layer.values
             self.memory: list[Tensor] = []  # of keys and values, once a token is added
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ def _roomy() -> Any:
             self.memory = []
             super().batch_select_indices(indices)
 
-        def reorder_cache(self, beam_idx: Tensor) -> None:
+        def reorder_cache(self, beam_idx: Any) -> None:
             self.memory = []
             super().reorder_cache(beam_idx)
 

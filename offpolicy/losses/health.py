@@ -69,7 +69,8 @@ def table(tokens: Tokens, log_ratio: Tensor, ratio: Ratio, surrogate: Surrogate)
     """A row per class of tokens: histogram of the log-ratio, Σ ratio, clipped tokens, answers, Σ length."""
     own, outside = tokens.own, tokens.outside
     lag = torch.zeros_like(own[:, 0], dtype=torch.int64) if tokens.lag is None else tokens.lag
-    by_row = sum((lag >= least).long() for least in LAGS) - 1  # of Python numbers, which need no copy to a GPU
+    # compared with Python numbers, which need no copy to a GPU
+    by_row = torch.stack([lag >= least for least in LAGS]).sum(0) - 1
     external, engine = len(LAGS), len(LAGS) + 1
     found = torch.zeros(len(CLASSES), BINS + 4, dtype=torch.float64, device=own.device)
     flat = found.view(-1)
