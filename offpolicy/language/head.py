@@ -7,6 +7,7 @@ tile by tile. Whether that gives the model's own numbers is tried on a few token
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -47,15 +48,22 @@ def score(model: nn.Module, layout: Layout, *, chunk: int = 256, stats: bool = F
     Raises:
         UsageError: `token_logps` cannot compute the model's head.
     """
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2: parameters are whole only inside its forward hooks
-        from torch.distributed.fsdp import register_fsdp_forward_method
+    return _in_forward(_score, model, layout, chunk, stats)
 
-        if not hasattr(model, "_score_answers"):
-            model._score_answers = lambda *args: _score(model, *args)  # type: ignore[assignment]
-            register_fsdp_forward_method(model, "_score_answers")
-        return model._score_answers(layout, chunk, stats)  # type: ignore[operator]
-    _check_exact(model, layout)
-    return _score(model, layout, chunk, stats)
+
+def _in_forward(call: Callable[..., Any], model: nn.Module, layout: Layout, *args: Any) -> Any:
+    """``call(model, layout, …)``; of a model sharded by FSDP2, whose parameters are whole only inside its forward
+    hooks, as if it were its forward pass."""
+    if not hasattr(model, "set_requires_gradient_sync"):
+        _check_exact(model, layout)
+        return call(model, layout, *args)
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    name = f"_fsdp{call.__name__}"
+    if not hasattr(model, name):
+        setattr(model, name, partial(call, model))
+        register_fsdp_forward_method(model, name)
+    return getattr(model, name)(layout, *args)
 
 
 def _check_exact(model: nn.Module, layout: Layout) -> None:
@@ -99,8 +107,15 @@ class FinalStates(NamedTuple):
 @torch.no_grad()
 def final_states(model: nn.Module, layout: Layout) -> FinalStates:
     """The states that predict the scored tokens of a layout under the present weights, for a later comparison."""
+    return _in_forward(_final_states, model, layout)
+
+
+def _final_states(model: nn.Module, layout: Layout) -> FinalStates:
     head = Head(model)
-    return FinalStates(_hidden(head, layout), head.weight.detach(), None if head.bias is None else head.bias.detach())
+    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2 takes the memory back
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+    return FinalStates(_hidden(head, layout), weight, bias)
 
 
 class TokenScores(NamedTuple):
@@ -132,7 +147,7 @@ def score_tokens(
     """Log-probability of every scored token at a temperature, differentiable in the model's parameters.
 
     Args:
-        model: as in `score`, not sharded.
+        model: as in `score`.
         layout: the rows, on the model's device.
         chunk: as in `score`.
         temperature: τ > 0 that divides the logits.
@@ -140,7 +155,19 @@ def score_tokens(
         entropy_gradient: give the entropy with its gradient.
         others: name → the policy to which the exact divergence is wanted, by `final_states` of the same layout.
     """
-    _check_exact(model, layout)
+    given = (chunk, temperature, entropy, entropy_gradient, others or {})
+    return _in_forward(_score_tokens, model, layout, *given)
+
+
+def _score_tokens(
+    model: nn.Module,
+    layout: Layout,
+    chunk: int,
+    temperature: float,
+    entropy: bool,
+    entropy_gradient: bool,
+    others: Mapping[str, FinalStates],
+) -> TokenScores:
     head = Head(model)
     hidden = _hidden(head, layout)
     found = head.logps(
@@ -152,7 +179,7 @@ def score_tokens(
         entropy=entropy_gradient,
     )
     logps, facts = found if isinstance(found, tuple) else (found, {})
-    apart = {name: head.divergence(hidden, other, chunk, temperature) for name, other in (others or {}).items()}
+    apart = {name: head.divergence(hidden, other, chunk, temperature) for name, other in others.items()}
     return TokenScores(logps, facts.get("entropy"), hidden, apart)
 
 

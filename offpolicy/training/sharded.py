@@ -57,12 +57,33 @@ def take_apart(checkpoint: dict[str, Any], same: Mapping[str, str]) -> tuple[Par
                     else:
                         numbers.setdefault(name, {})[key] = value
             rest["optimizer_states"].append({"param_groups": state["param_groups"], "numbers": numbers})
-    return parts, rest
+    return parts, set_aside(rest, parts)
+
+
+def set_aside(rest: Any, parts: Parts, at: str = "other") -> Any:
+    """A tree with names in place of its tensors that are cut over the processes; those go to the parts."""
+    if isinstance(rest, Mapping):
+        return {key: set_aside(value, parts, f"{at}/{key}") for key, value in rest.items()}
+    if isinstance(rest, (list, tuple)):
+        return type(rest)(set_aside(value, parts, f"{at}/{i}") for i, value in enumerate(rest))
+    if hasattr(rest, "placements"):
+        parts[at] = rest
+        return {TABLE: at}
+    return rest
+
+
+def set_back(rest: Any, parts: Mapping[str, Tensor]) -> Any:
+    """The tree with the tensors that :func:`set_aside` has taken out."""
+    if isinstance(rest, Mapping):
+        if set(rest) == {TABLE} and rest[TABLE] in parts:
+            return parts[rest[TABLE]]
+        return {key: set_back(value, parts) for key, value in rest.items()}
+    return type(rest)(set_back(value, parts) for value in rest) if isinstance(rest, (list, tuple)) else rest
 
 
 def put_together(parts: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint as a file holds it: optimisers by the numbers of their weights."""
-    whole = {key: value for key, value in rest.items() if key != TABLE}
+    whole: dict[str, Any] = {key: set_back(value, parts) for key, value in rest.items() if key != TABLE}
     whole["state_dict"] = {k.removeprefix("model/"): x for k, x in parts.items() if k.startswith("model/")}
     for name, other in rest[TABLE]["same"].items():
         whole["state_dict"][name] = whole["state_dict"][other]
@@ -288,7 +309,10 @@ def take_back(path: Path, model: Any, optimizers: Any, group: Any, *, strict: bo
     of.set_model_state_dict(model, weights, options=of.StateDictOptions(strict=strict))
     for i, (optimizer, kept) in enumerate(zip(optimizers, rest["optimizer_states"], strict=True)):
         of.set_optimizer_state_dict(model, optimizer, by_name(wanted, i, kept))
-    return {key: value for key, value in rest.items() if key not in (TABLE, "optimizer_states")}
+    own = {name: tensors[name] for name in tensors if name.startswith("other/")}  # whoever keeps them cuts them again
+    others = {name: torch.empty(one["size"], dtype=one["dtype"], device="cpu") for name, one in own.items()}
+    fill(others, path, tensors, no_dist=True)
+    return {key: set_back(value, others) for key, value in rest.items() if key not in (TABLE, "optimizer_states")}
 
 
 def take_back_whole(checkpoint: Mapping[str, Any], model: Any, optimizers: Any, *, strict: bool) -> None:

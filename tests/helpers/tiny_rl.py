@@ -19,6 +19,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.texts.problems import ProblemData
 from offpolicy.language.rl.engines import TransformersEngine
 from offpolicy.language.rl.rollouts import RolloutModule
+from offpolicy.language.weights import exported
 from offpolicy.registry import find_method
 
 SMALL: dict[str, Any] = {
@@ -131,6 +132,18 @@ class SharingEngine(ThreadEngine):
     """Draws beside the trainer on its device."""
 
     shares_card = True
+
+
+class OwnWeightsEngine(TransformersEngine):
+    """Answers with a model of its own, which gets the weights of the policy as plain tensors."""
+
+    def __init__(self, batch_size: int = 256, context: Any = None) -> None:
+        super().__init__(batch_size)
+        self.own = copy.deepcopy(context.model).eval()
+
+    def sync(self, model: Any, version: int) -> None:
+        self.own.load_state_dict(dict(exported(model)))
+        self.model = self.own
 
 
 def toy_problems(count: int = 12, seed: int = 0, demonstrations: bool = True) -> Replay:

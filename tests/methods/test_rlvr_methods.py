@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -458,13 +457,3 @@ def test_impossible_data(policy: Path) -> None:
         fit(method("RLPlus", policy, demonstrator="known"), 1)
     with pytest.raises(DataError, match="holds no problems"):
         fit(method("GRPO", policy), 1, problems=toy_pairs())
-
-
-def test_sharded_policies_cannot_answer(policy: Path) -> None:
-    """Without a Trainer, which would open a process group that stays until the tests end."""
-    from offpolicy.training.lightning_private import FullySharded
-
-    one = method("GRPO", policy)
-    one._trainer = SimpleNamespace(strategy=FullySharded())
-    with pytest.raises(UsageError, match="fsdp2"):
-        one.take_data(None)

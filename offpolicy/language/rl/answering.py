@@ -24,6 +24,7 @@ from offpolicy.language.rl.engine import Completion, EngineContext, Request, Sam
 from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, make_engine, room
 from offpolicy.language.rl.probing import PROMPTS, probe
 from offpolicy.language.rl.rewards import Rewards, Scored
+from offpolicy.language.sharding import gather
 from offpolicy.losses.health import group_metrics
 from offpolicy.trust import Words, speaking, trusting
 
@@ -158,6 +159,7 @@ class Answering:
             UsageError: they differ: :func:`offpolicy.language.rl.probing.probe`.
         """
         self.engine.sync(model, version)
+        gather(model)  # where an engine has asked for the weights of a sharded model, which cuts them
         is_model = type(self.engine) in (TransformersEngine, TinyEngine)  # nothing is copied, nothing can differ
         if is_model or not getattr(self.engine, "on_policy", True):
             return

@@ -28,6 +28,7 @@ from offpolicy.language.rl.iteration import Course, Shape, replayed_now, sweeps_
 from offpolicy.language.rl.records import Recorder
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.tokens import batch_tokens
+from offpolicy.language.sharding import gathered
 from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
 from offpolicy.training import divergence
 
@@ -127,7 +128,7 @@ class IteratingModule(LanguageModule):
         seed, ahead = self.seed or 0, self.ahead
         fraction, sweeps = self.mixture(k)
         ahead.collect()  # before the engine gets other weights
-        with evaluating(self.model), self.precision_context():
+        with evaluating(self.model), self.precision_context(), gathered(self.model):
             self.answering.sync(self.model, k)
             store = self.before_iteration(k, store)
             wanted = min(shape.replayed(fraction), shape.groups - ahead.groups_of(k))

@@ -75,10 +75,13 @@ def check_engine_lag(lag: int, engine: Any) -> None:
         )
 
 
-def check_strategy(strategy: Any) -> None:
-    """Raise :class:`UsageError` where the model is cut into parts, none of which can answer."""
-    if isinstance(strategy, FullySharded):
-        raise UsageError("`trainer.strategy` is 'fsdp2', under which no answers can be drawn yet; expected 'ddp'.")
+def check_strategy(strategy: Any, *, uses_critic: bool) -> None:
+    """Raise :class:`UsageError` for a critic where the model is cut into parts."""
+    if uses_critic and isinstance(strategy, FullySharded):
+        raise UsageError(
+            "`trainer.strategy` is 'fsdp2' and the objective has a critic, which is not cut into parts; expected "
+            "another strategy, or an objective without one. Pass --trainer.strategy ddp."
+        )
 
 
 def check_problems(problems: Any, method: str, *, demonstrations: bool) -> None:

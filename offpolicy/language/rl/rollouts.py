@@ -59,9 +59,11 @@ from offpolicy.language.rl.objective import age_fact, composed, load_parts
 from offpolicy.language.rl.options import check_engine_lag, check_options, check_problems, check_strategy
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.solving import solve
+from offpolicy.language.sharding import gathered, shard
 from offpolicy.losses.policy_gradient import Objective
 from offpolicy.training.description import Description
 from offpolicy.training.lightning_private import trainer_of
+from offpolicy.training.seed_room import size
 
 
 class RolloutModule(IteratingModule):
@@ -244,12 +246,11 @@ class RolloutModule(IteratingModule):
             return {}
         h = self.hparams
         self.ahead.collect()  # the engine gets other weights
-        with evaluating(self.model), self.precision_context():
+        with evaluating(self.model), self.precision_context(), gathered(self.model):
             numbers = {"samples": h.eval_samples, "limit": h.eval_rows}
             return solve(self.eval_problems, self.answering, self.model, self.iteration, **numbers)
 
     def take_data(self, data: Any) -> None:
-        check_strategy(self.trainer.strategy)
         problems = data.replay
         check_problems(problems, type(self).__name__, demonstrations=bool(self.hparams.demonstrations))
         held_out = getattr(data, "eval_replay", None)
@@ -281,6 +282,9 @@ class RolloutModule(IteratingModule):
         if trainer_of(self) is None or not self.trainer.training or self.answering is None:
             return
         h, device = self.hparams, self.trainer.strategy.root_device
+        check_strategy(self.trainer.strategy, uses_critic=self.objective.uses_critic)
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
         self.model.to(device)
         self.passes = Forward(
             self.model,
@@ -336,6 +340,13 @@ class RolloutModule(IteratingModule):
             return []
         return [("lag", self.ahead.fact(self.hparams.lag)), ("age", age_fact(self.objective))]
 
+    def sharding_notes(self) -> list[str]:
+        """A sentence on the memory that drawing takes where the weights are shared out."""
+        if self.device_mesh is None:
+            return []
+        whole = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return [f"While answers are drawn and scored, every process holds all weights: {size(whole)} more."]
+
     def describe(self) -> Description:
         h, held_out, updates = self.hparams, self.eval_problems, self.hparams.minibatches * self.hparams.sweeps
         shown = self.trainer.datamodule.options.get("show", 0)  # type: ignore[attr-defined]
@@ -346,7 +357,7 @@ class RolloutModule(IteratingModule):
                 f"{updates} update{'s' if updates > 1 else ''}"
             ),
             evaluates="" if held_out is None else f"{len(held_out.tables['problems']):,} held-out problems",
-            notes=self.precision_notes(),
+            notes=[*self.precision_notes(), *self.sharding_notes()],
             samples=problem_texts(self.problems, self.tokenizer, shown),
             look="python -m offpolicy.evaluate {folder}, or offpolicy.export {folder} OUT [--merge]",
         )

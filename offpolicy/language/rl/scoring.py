@@ -19,6 +19,7 @@ from offpolicy.language.head import FinalStates
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.advantages import from_critic
 from offpolicy.language.rl.forward import Forward
+from offpolicy.language.sharding import cut, cut_as, exchange
 from offpolicy.losses.health import effective_sample_size
 from offpolicy.losses.policy_gradient import Objective
 
@@ -56,7 +57,8 @@ class Scoring:
 
     def _snapshot(self) -> Weights:
         """A copy of the trained weights of the policy."""
-        return {name: p.detach().clone() for name, p in self._trained().items()}
+        with cut(self.passes.model):
+            return {name: p.detach().clone() for name, p in self._trained().items()}
 
     def move_base(self) -> None:
         """Take the policy as it is now for the base; no answer may stay in the store then."""
@@ -65,14 +67,16 @@ class Scoring:
     @contextlib.contextmanager
     def under(self, weights: Weights) -> Iterator[None]:
         """Within it, the policy has these weights."""
-        own = self._trained()
-        for name, p in own.items():
-            p.data, weights[name] = weights[name], p.data
+        self._exchange(weights)
         try:
             yield
         finally:
-            for name, p in own.items():
-                p.data, weights[name] = weights[name], p.data
+            self._exchange(weights)
+
+    def _exchange(self, weights: Weights) -> None:
+        with cut(self.passes.model):
+            for name, p in self._trained().items():
+                weights[name] = exchange(p, weights[name])
 
     def others(self, batch: Rollouts) -> dict[str, FinalStates]:
         """The states, at the tokens of a batch, of every policy to which the objective wants the exact divergence."""
@@ -88,8 +92,8 @@ class Scoring:
         return {name: w and {k: v.cpu() for k, v in w.items()} for name, w in kept.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        device = self.passes.device
-        found = {name: w and {k: v.to(device) for k, v in w.items()} for name, w in state.items()}
+        device, own = self.passes.device, self._trained()
+        found = {name: w and {k: cut_as(v.to(device), own[k]) for k, v in w.items()} for name, w in state.items()}
         if found["base"] is not None:
             self.base, self.base_moved = found["base"], True
         self.previous = found["previous"]
