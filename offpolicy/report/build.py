@@ -57,7 +57,7 @@ def write_report(
     sections += [language_section.goals(material), language_section.preference(material)]
     sections += [language_section.rollouts(material)]
     fast, speeds = runs_section.speed(records, labels)
-    sections += [fast, runs_section.settings(records, labels), not_known(last, records)]
+    sections += [fast, runs_section.settings_section(records, labels), not_known(last, records)]
     sections += [runs_section.provenance(records, labels)]
     files["tables/runs.csv"] = csv_text(runs_section.run_rows(records, labels))
     files["tables/speed.csv"] = csv_text(speeds)

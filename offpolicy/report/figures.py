@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from offpolicy.files import atomic_write
-from offpolicy.report.curves import MeanCurve
+from offpolicy.report.curves import Line, MeanCurve
 from offpolicy.report.tables import Estimate
 
 # Okabe and Ito's colours, which differ for every kind of colour vision, without black and yellow, which vanish on dark
@@ -23,7 +23,7 @@ DASHES = ("-", "-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MOST_METHODS, MOST_PANELS = 8, 6  # of one panel, of one figure
 WIDTH = 6.8  # inches: two columns of a paper
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "pdf.fonttype": 42,  # publishers refuse type 3
     "font.family": "sans-serif",
@@ -124,7 +124,7 @@ def page_svg(svg: str, words: str) -> str:
 def draw_curve(axes: Any, curve: MeanCurve, look: Look, name: str) -> None:
     """Mean and band of a method, its seeds faint; of fewer than three seeds their points."""
     if curve.low is None:
-        for i, line in enumerate(curve.lines or (curve,)):
+        for i, line in enumerate(curve.lines or (Line(curve.x, curve.y),)):
             shown = label(name) if not i else None
             axes.plot(line.x, line.y, color=look.colour, marker=look.marker, ms=3, lw=0.6, alpha=0.8, label=shown)
         return
@@ -156,7 +156,7 @@ def draw_panels(
         folder: of the files.
     """
     methods = [name for name in looks if any(name in curves for _, curves in panels)]
-    drawn = []
+    drawn: list[Drawn] = []
     for chosen in pieces(methods, MOST_METHODS):
         found = [(title, {m: curves[m] for m in chosen if m in curves}) for title, curves in panels]
         for some in pieces([one for one in found if one[1]], MOST_PANELS):
@@ -206,7 +206,7 @@ def draw_profiles(
     name: str, thresholds: np.ndarray, profiles: Mapping[str, MeanCurve], looks: Mapping[str, Look], folder: Path
 ) -> list[Drawn]:
     """The share of runs above every score, with bands."""
-    found = []
+    found: list[Drawn] = []
     for chosen in pieces(list(profiles), MOST_METHODS):
         with canvas(1, 1, 2.8) as (figure, places):
             for method in chosen:

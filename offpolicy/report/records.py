@@ -70,10 +70,10 @@ def read_record(run: Run) -> RunRecord:
     columns, clock = read_metrics(run.folder / "metrics.csv")
     text = _text(run.folder / "command.txt")
     commands = tuple(printable(line) for line in text.splitlines() if line.strip())
-    return RunRecord(run, state_of(run, columns), columns, clock, versions_of(run.folder), commands)
+    return RunRecord(run, run_state(run, columns), columns, clock, versions_of(run.folder), commands)
 
 
-def state_of(run: Run, columns: dict[str, Curve]) -> str:
+def run_state(run: Run, columns: dict[str, Curve]) -> str:
     """How a run ended, or that it goes on, by its files alone."""
     if run.finished:
         return FINISHED

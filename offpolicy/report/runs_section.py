@@ -129,7 +129,7 @@ def _median(records: Sequence[RunRecord], number: Callable[[RunRecord], float | 
     return float(np.median(values)) if values else None
 
 
-def settings(records: Sequence[RunRecord], labels: Labels) -> Section:
+def settings_section(records: Sequence[RunRecord], labels: Labels) -> Section:
     """The settings in which runs of one method differ, over seeds and tasks."""
     found = Section("settings", "Settings that differ")
     methods: dict[str, list[RunRecord]] = {}

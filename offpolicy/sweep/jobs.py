@@ -207,7 +207,7 @@ def _process(job: Job, plan: SweepPlan, threads: int, gpu: int | None, watch: Wa
             raise
 
 
-def split(job: Job, plan: SweepPlan) -> list[Job]:
+def separated(job: Job, plan: SweepPlan) -> list[Job]:
     """The runs of a process that failed, one each: a seed that diverges does not take the others along."""
     return [_job(plan, [one]) for one in job.cells if not is_done(one)] if len(job.cells) > 1 else []
 

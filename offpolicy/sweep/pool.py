@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from offpolicy.errors import UsageError
-from offpolicy.sweep.jobs import BUSY, DONE, FAILED_RUN, STOPPED, Job, run_job, split
+from offpolicy.sweep.jobs import BUSY, DONE, FAILED_RUN, STOPPED, Job, run_job, separated
 from offpolicy.sweep.plan import SweepPlan
 
 PAUSE = 2.0  # seconds until a run that somebody else trains is looked at again
@@ -46,7 +46,7 @@ def run_all(
             if job.state == STOPPED:
                 tell(f"{job.name} was stopped, so no other begins. Run the same command again to go on.")
                 break
-            if job.state == FAILED_RUN and (alone := split(job, plan)):
+            if job.state == FAILED_RUN and (alone := separated(job, plan)):
                 tell(f"{job.name} ended with exit code {job.code}; its unfinished seeds go on alone. See {job.log}.")
                 finished.pop()
                 waiting += alone
