@@ -17,6 +17,7 @@ from torch import Tensor
 from offpolicy.errors import UsageError
 from offpolicy.language.adapters import adapter_settings
 from offpolicy.language.policy import base_of
+from offpolicy.language.sharding import units
 from offpolicy.language.weights import adapter_state, exported
 
 SHARD = 1 << 30  # bytes of a file of weights, at most unless a single tensor has more
@@ -95,7 +96,7 @@ def write_policy(
         writes: whether this process writes.
         alone: write the adapters alone.
     """
-    if not writes and not any(hasattr(p, "full_tensor") for p in model.parameters()):
+    if not (writes or units(model)):
         return  # nobody needs this process to gather anything
     if alone:
         write_adapter(model, folder, writes=writes)

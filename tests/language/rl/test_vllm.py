@@ -35,10 +35,12 @@ from vllm_engines import (
 )
 
 from offpolicy.errors import UsageError
+from offpolicy.files import Table
 from offpolicy.language.rl import vllm_process
 from offpolicy.language.rl.engine import ConcurrentEngine, Request, Sampling
 from offpolicy.language.rl.engines import make_engine
 from offpolicy.language.rl.vllm import VllmEngine, answer_seed
+from offpolicy.training.lightning_private import FullySharded
 from offpolicy.trust import trusting
 
 HOW = Sampling(stop=(2, 5, 6), max_new_tokens=7, temperature=0.7, seed=3, iteration=4)
@@ -460,21 +462,29 @@ def two(root: Path) -> None:
     """One of two processes, each with an engine of its own."""
     for kind in json.loads((root / "kinds").read_text()):
         engine = {"name": "vllm", "python": PYTHON if kind == "vllm" else sys.executable}
-        options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "accelerator": "cpu"}
+        strategy: Any = FullySharded() if kind == "sharded" else "ddp"
+        options: dict[str, Any] = {"devices": 2, "strategy": strategy, "accelerator": "cpu"}
         module = fit(method("GRPO", root / "policy", engine=engine), 4, root / kind, **options)
         module.answering.close()
     (root / f"rank{module.global_rank}.json").write_text(json.dumps({"eval": module.eval_row}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stand-in", pytest.param("vllm", marks=needs_vllm)])
+@pytest.mark.parametrize("kind", ["stand-in", "sharded", pytest.param("vllm", marks=needs_vllm)])
 def test_two_processes_with_an_engine_each_equal_one(
     kind: str, clean: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same prompts get the same answers; one of the two writes the weights for both."""
+    """The same prompts get the same answers; one of the two writes the weights for both, of which FSDP2 cuts each."""
     (tmp_path / "kinds").write_text(json.dumps([kind]))
     run(kind, tmp_path, "one", monkeypatch)
     run_pair(two, tmp_path)
+    if kind == "sharded":
+        expected, rows = (Table(tmp_path / name / "metrics.csv").rows() for name in ("one", kind))
+        for found, one_row in zip(rows, expected, strict=True):
+            assert float(found["train/loss"]) == pytest.approx(float(one_row["train/loss"]), rel=1e-3, abs=1e-6)
+            assert found["train/answers/length"] == one_row["train/answers/length"]
+            assert float(found["train/engine/gap"]) < 1e-4
+        return
     one, both = run_files(tmp_path / "one", 4), run_files(tmp_path / kind, 4)
     for expected, found in zip(one["metrics"], both["metrics"], strict=True):
         for name in ("train/reward/own", "train/answers/length", "train/loss"):
