@@ -30,8 +30,7 @@ class Critic(nn.Module):
 
     def __init__(self, policy: Any, kind: str = "model") -> None:
         super().__init__()
-        self.config = policy.config.get_text_config()
-        width = self.config.hidden_size
+        width = policy.config.get_text_config().hidden_size
         decoder = decoder_of(policy) if kind == "model" else None
         if kind == "model" and decoder is None:
             raise UsageError(
@@ -51,7 +50,10 @@ class Critic(nn.Module):
             return self.head(hidden.detach())[:, 0]
         if layout.packed:
             take_packed(self.decoder)
-        inputs = attention_inputs(layout, self.config, next(self.head.parameters()).dtype)
+        config: Any = (
+            self.decoder.config.get_text_config()
+        )  # its own, as the policy may read rows in another way by now
+        inputs = attention_inputs(layout, config, next(self.head.parameters()).dtype)
         wanted = taken(self.decoder, {**inputs, "position_ids": layout.position_ids})
         out = self.decoder(input_ids=layout.input_ids, use_cache=False, **wanted)
         return self.head(out.last_hidden_state.flatten(0, 1).index_select(0, layout.predict))[:, 0]
