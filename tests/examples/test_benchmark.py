@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.benchmarks import preference, rlvr
+from examples.benchmarks import checkpoints, preference, rlvr
 
 
 @pytest.mark.slow
@@ -33,3 +33,11 @@ def test_the_benchmark_of_grpo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(found["seconds"]) == 3 and min(found["seconds"]) > 0
     assert all(0 <= reward <= 1 for reward in found["rewards"])
     assert rlvr.evenness("", "w2 w3 w4", None) == 2 / 3 and rlvr.evenness("", "", None) == 0
+
+
+def test_the_benchmark_of_checkpoints_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "VOCABULARY", 50)
+    assert checkpoints.prepare(tmp_path / "policy", layers=1, width=16) > 1000
+    found = checkpoints.run(tmp_path, tmp_path / "policy", 4, {"save_every": 2, "async_save": True, "keep": "last"})
+    assert set(found) == {"updates", "end"} and min(found.values()) > 0
+    assert [path.name for path in tmp_path.glob("run/checkpoints/*")] == ["step=00000004.ckpt"]

@@ -50,10 +50,8 @@ class Critic(nn.Module):
             return self.head(hidden.detach())[:, 0]
         if layout.packed:
             take_packed(self.decoder)
-        config: Any = (
-            self.decoder.config.get_text_config()
-        )  # its own, as the policy may read rows in another way by now
-        inputs = attention_inputs(layout, config, next(self.head.parameters()).dtype)
+        own: Any = self.decoder.config  # not the policy's, which may read rows in another way by now
+        inputs = attention_inputs(layout, own.get_text_config(), next(self.head.parameters()).dtype)
         wanted = taken(self.decoder, {**inputs, "position_ids": layout.position_ids})
         out = self.decoder(input_ids=layout.input_ids, use_cache=False, **wanted)
         return self.head(out.last_hidden_state.flatten(0, 1).index_select(0, layout.predict))[:, 0]
