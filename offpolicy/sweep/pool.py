@@ -30,19 +30,16 @@ def run_all(
         ray: address of a Ray cluster, "local" to start one here; None for processes of this machine.
         start: in place of running a process, for tests.
     """
-    began, ended, done = time.perf_counter(), 0, 0
     ready = OnRay(plan, ray) if ray else Local(plan, start)
     finished: list[Job] = []
     waiting = list(jobs)
     try:
         for job in ready(waiting):
-            ended += 1
             if job.state == BUSY:
                 time.sleep(PAUSE)
                 waiting.append(job)
                 continue
             finished.append(job)
-            done += job.state == DONE
             if job.state == STOPPED:
                 tell(f"{job.name} was stopped, so no other begins. Run the same command again to go on.")
                 break
@@ -51,19 +48,21 @@ def run_all(
                 finished.pop()
                 waiting += alone
                 continue
-            tell(_line(job, len(finished), len(finished) + len(waiting) + ready.running(), began))
+            tell(_line(job, finished, len(waiting) + ready.running(), plan.workers))
     finally:
         ready.close()
     return finished
 
 
-def _line(job: Job, ended: int, total: int, began: float) -> str:
+def _line(job: Job, finished: Sequence[Job], left: int, workers: int) -> str:
+    """What became of a process, and how long the rest takes if they are like those that ended."""
+    ended, total = len(finished), len(finished) + left
     if job.state == DONE:
         what = f"done in {job.seconds:,.0f} s" if job.tries else "done by another sweep"
     else:
         what = f"failed with exit code {job.code} after {job.tries} tries, see {job.log}"
-    left = (total - ended) * (time.perf_counter() - began) / max(1, ended)
-    about = f"; about {told_time(left)} left" if ended < total else ""
+    seconds = sum(one.seconds for one in finished) / ended * left / min(workers, max(1, left))
+    about = f"; about {told_time(seconds)} left" if left else ""
     return f"[{ended}/{total}] {job.name}: {what}{about}"
 
 
