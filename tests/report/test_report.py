@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_runs import made_run, three
 from scripts import ROOT
-from test_compare import made_run, three
 
 from offpolicy.errors import UsageError
 from offpolicy.evaluation.aggregates import bootstrap_band, bootstrap_interval, interquartile_mean

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from made_runs import made_run
 from scripts import ROOT
 
 from offpolicy.compute.processes import claimed
@@ -319,8 +320,6 @@ def test_a_search_finds_the_best_prunes_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_losses_are_better_below(tmp_path: Path) -> None:
-    from test_compare import made_run
-
     from offpolicy.report.runs import read_run
 
     folder = made_run(tmp_path / "a", "SFT", scores=(0.5, float("nan"), 0.4), column="eval/loss")
