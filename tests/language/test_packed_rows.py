@@ -206,14 +206,21 @@ def test_training_without_padding_is_the_same(name: str, policy: Any, monkeypatc
 
 
 def test_values_of_packed_rows(llama: nn.Module) -> None:
-    """A critic with a decoder of its own, which was copied before the policy took packed rows."""
+    """A critic's decoder was copied before the policy took packed rows; its own rows with padding are right before and
+    after it takes packed ones itself."""
     from offpolicy.language.rl.critic import Critic
 
-    critic = Critic(make("Llama"))
+    policy = make("Llama")
+    critic = Critic(policy)
+    assert packed_fault(policy) == ""
     nn.init.normal_(critic.head[-1].weight)
     padded, packed = padded_and_packed("groups", [3, 9, 1], True)
     hidden = torch.zeros(len(padded.target), 16, dtype=torch.float64)
-    torch.testing.assert_close(critic(hidden, packed), critic(hidden, padded), atol=1e-9, rtol=0)
+    for rows, free in zip(padded_and_packed("groups", [3, 9, 1], False), (False, True), strict=True):
+        assert rows.packed == free
+        expected = critic(hidden, padded)
+        torch.testing.assert_close(critic(hidden, rows), expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(critic(hidden, packed), expected, atol=1e-9, rtol=0)
 
 
 def test_a_sharded_model_takes_packed_rows(llama: nn.Module, tmp_path: Path) -> None:
