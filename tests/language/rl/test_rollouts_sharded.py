@@ -24,6 +24,7 @@ LAST = 6
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "GRPO": ("GRPO", {"beta": 0.1, "micro_batch_size": 3, "batch_size": 12}),
     "GRPO-LoRA": ("GRPO", {"beta": 0.1, "lora_rank": 2, "engine": "tiny"}),
+    "GRPO-lag": ("GRPO", {"lag": 1}),
     "GRPO-engine": ("GRPO", {"engine": "tiny_rl.OwnWeightsEngine"}),
     "ReMix": ("ReMix", {"reincarnation": 2, "micro_batch_size": 3, "kl": "full"}),
     "RLPlus": ("RLPlus", {"aggregation": "token_mean"}),
