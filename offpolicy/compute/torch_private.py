@@ -50,6 +50,13 @@ def cpu_attention_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, T
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args, **kwargs)
 
 
+def without_memory() -> Any:
+    """Within it tensors have shapes, types and places, and no memory; operations on them compute nothing else."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # here, as it takes a while to import
+
+    return FakeTensorMode()
+
+
 def state_notes(state: Any) -> Any:
     """The versions of layers that a ``state_dict`` carries as an attribute; None where it has none."""
     return getattr(state, "_metadata", None)
