@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,23 @@ def adapter_base(folder: str) -> str | None:
         return str(dict(json.loads(file.read_text("utf-8"))).get("base_model_name_or_path"))
     except (ValueError, TypeError, RecursionError, OSError) as error:
         raise UsageError(f"{file} is damaged ({first(error)}) Make or download it again.") from None
+
+
+def lora_settings(rank: int, alpha: float | None, dropout: float, targets: Sequence[str] | None) -> dict[str, Any]:
+    """Settings of ``peft.LoraConfig`` for the options of a language method.
+
+    Args:
+        rank: ≥ 1.
+        alpha: None for twice the rank.
+        dropout: in [0, 1).
+        targets: names of layers; None for all linear layers but the head.
+    """
+    return {
+        "r": rank,
+        "lora_alpha": 2 * rank if alpha is None else alpha,
+        "lora_dropout": dropout,
+        "target_modules": list(targets) if targets else "all-linear",
+    }
 
 
 def new_adapter(model: Any, settings: Mapping[str, Any]) -> Any:

@@ -43,6 +43,7 @@ from offpolicy.language.meters import Pace
 from offpolicy.language.noise import without_noise
 from offpolicy.language.opening import check_same_start, open_policy, policy_state, reopen_policy
 from offpolicy.language.optimisers import check_optimizer, check_sharding, make_optimizer
+from offpolicy.language.room import Room, base_dtype, look_for_room, wanted_checkpointing
 from offpolicy.language.stepping import SCHEDULES, MicroBatches, rate_at
 from offpolicy.training.keeping import Spacing
 from offpolicy.training.lightning_private import trainer_of
@@ -79,14 +80,17 @@ class LanguageModule(Module):
         lora_dropout: dropout in front of them, in [0, 1).
         lora_targets: names of layers that get one; None for all linear layers but the head.
         adapter: folder of a trained adapter to go on from; its starting point is the reference.
-        gradient_checkpointing: recompute layers in the backward pass instead of keeping their activations.
+        gradient_checkpointing: recompute layers in the backward pass instead of keeping their activations: true, false,
+            or "auto" where the device has too little memory otherwise. Does not change the result.
+        check_memory: refuse a run whose estimated memory its device does not have.
         reference: "auto", "precomputed", "live" (a frozen copy), "adapter_off", or another model's id or folder.
         ref_cache: folder of reference log-probabilities shared by runs; None for a folder beside the user's caches.
         shared_prompt: compute a prompt that both answers share once; None where that is exact for the model.
         padding_free: pack the rows of a forward pass behind each other, without padding; None where that is exact for
             the model and more than a tenth of the rows would be padding. Does not change the result.
         chunk: tokens whose logits exist at once.
-        dtype: of the weights: "float32", "bfloat16" or "auto" (as stored).
+        dtype: of the weights: "float32", "bfloat16" or "auto" (as stored); None for float32, and for bfloat16 below
+            adapters on a GPU, which stay as they are. Adapters are float32.
         attn_implementation: of transformers, such as "sdpa" or "eager"; None for its default.
         kernels: "liger" puts the fused kernels of the package liger-kernel into the policy for training on a CUDA
             device; None for the model's own layers. Numbers are the same up to rounding.
@@ -125,13 +129,14 @@ class LanguageModule(Module):
         lora_dropout: float = 0.0,
         lora_targets: list[str] | None = None,
         adapter: str | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | str = "auto",
+        check_memory: bool = True,
         reference: str = "auto",
         ref_cache: str | None = None,
         shared_prompt: bool | None = None,
         padding_free: bool | None = None,
         chunk: int = 256,
-        dtype: str = "float32",
+        dtype: str | None = None,
         attn_implementation: str | None = None,
         kernels: str | None = None,
         group_by_length: bool = True,
@@ -151,7 +156,9 @@ class LanguageModule(Module):
         check_range("chunk", chunk, 1)
         check_range("eval_rows", eval_rows, 0)
         check_choice("lr_schedule", lr_schedule, SCHEDULES)
-        check_choice("dtype", dtype, DTYPES)
+        if dtype is not None:
+            check_choice("dtype", dtype, DTYPES)
+        wanted_checkpointing(gradient_checkpointing)
         check_choice("export", export, EXPORTS)
         if kernels is not None:
             check_choice("kernels", kernels, KERNELS)
@@ -174,6 +181,7 @@ class LanguageModule(Module):
         self._horizon = 0  # steps over which the rate falls
         self._start_digest = ""  # of the weights that training started from
         self.pace = Pace()
+        self._room: Room | None = None  # once it is known what the run will do
         self.prepare_state()
 
     # -- what a child tells --------------------------------------------------------------------------------------------
@@ -192,6 +200,14 @@ class LanguageModule(Module):
     def longest_row(self) -> int:
         """Tokens of the longest row of a forward pass; the policy is open."""
         raise NotImplementedError(f"{type(self).__name__} must define longest_row().")
+
+    def expected_tokens(self) -> int:
+        """Tokens of the longest row of a forward pass, at most; before the policy is open."""
+        return self.longest_row()
+
+    def workload(self) -> dict[str, Any]:
+        """Fields of :class:`offpolicy.language.memory.Workload` that only the method knows."""
+        return {}
 
     def plan_steps(self) -> None:
         """Lay out the steps, once it is known into how many micro-batches each is cut."""
@@ -216,17 +232,26 @@ class LanguageModule(Module):
             return self
         known = self.seed if seed is None else seed
         self.seed = (torch.initial_seed() if known is None else known) % (1 << 63)
-        self._take_model(open_policy(self.hparams, self.seed))
+        self._take_model(open_policy(self.hparams, self.seed, base_dtype(self.hparams, self._training_device)))
         return self
 
     def _take_model(self, model: Any) -> None:
         self.model = model
         policies.base_of(model).config.use_cache = False
-        if self.hparams.gradient_checkpointing:
-            with policies.silent():  # newer versions have another name for it too
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-                if self.has_adapters:
-                    model.enable_input_require_grads()
+        if wanted_checkpointing(self.hparams.gradient_checkpointing):
+            self._recompute_layers()
+
+    def _recompute_layers(self) -> None:
+        """Compute layers again in the backward pass instead of keeping their activations."""
+        with policies.silent():  # newer versions have another name for it too
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            if self.has_adapters:
+                self.model.enable_input_require_grads()
+
+    @property
+    def _training_device(self) -> torch.device | None:
+        """The device that trains; None outside of a run."""
+        return None if trainer_of(self) is None else self.trainer.strategy.root_device
 
     @property
     def pad_id(self) -> int:
@@ -302,6 +327,13 @@ class LanguageModule(Module):
         kernels = f", kernels {self.hparams.kernels}" if self.hparams.kernels else ""
         return "policy", f"{self.hparams.policy} ({kind}), {numbers:,} parameters, {trained:,} trained{kernels}"
 
+    def memory_facts(self) -> list[tuple[str, str]]:
+        """The lines on what the run takes of its device, and on the type of frozen weights."""
+        h, found = self.hparams, [("memory", self._room.words)] if self._room is not None and self._room.words else []
+        if h.dtype is None and base_dtype(h, self._training_device) == "bfloat16":
+            found.append(("frozen", "weights below the adapters are bfloat16 on this device (--model.dtype float32)"))
+        return found
+
     def padding_fact(self) -> tuple[str, str]:
         """The line on padding."""
         return "padding", padding_in_words(self.model, self.hparams.padding_free)
@@ -338,8 +370,12 @@ class LanguageModule(Module):
     def _ready_policy(self, replay: Any) -> None:
         """Open the policy, and try on a few tokens whether it can be trained so."""
         h = self.hparams
+        wanted = wanted_checkpointing(h.gradient_checkpointing)
+        self._room = look_for_room(self, self.trainer, self.expected_tokens(), layers=wanted, **self.workload())
         self.initialize()
-        refuse_half_weights(self.model, h.dtype, h.policy)
+        if self._room.work.checkpointing and not wanted:
+            self._recompute_layers()
+        refuse_half_weights(self.model, h.dtype or "float32", h.policy)
         self.check_texts(replay)
         device = self.trainer.strategy.root_device
         use_kernels(self.model, h.kernels, device)

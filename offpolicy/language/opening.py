@@ -10,26 +10,21 @@ import torch
 
 from offpolicy.errors import UsageError
 from offpolicy.language import policy as policies
-from offpolicy.language.adapters import adapter_settings, same_settings
+from offpolicy.language.adapters import adapter_settings, lora_settings, same_settings
 
 
-def open_policy(h: Any, seed: int) -> Any:
+def open_policy(h: Any, seed: int, dtype: str) -> Any:
     """The policy that the arguments of a method name, with its adapters, which are drawn from the seed.
 
     Raises:
         UsageError: the model, or its adapter, cannot be opened.
     """
-    model = policies.open_model(h.policy, dtype=h.dtype, attn_implementation=h.attn_implementation)
+    model = policies.open_model(h.policy, dtype=dtype, attn_implementation=h.attn_implementation)
     if h.adapter:
         return policies.open_adapter(model, h.adapter)
     if not h.lora_rank:
         return model
-    settings = {
-        "r": h.lora_rank,
-        "lora_alpha": 2 * h.lora_rank if h.lora_alpha is None else h.lora_alpha,
-        "lora_dropout": h.lora_dropout,
-        "target_modules": list(h.lora_targets) if h.lora_targets else "all-linear",
-    }
+    settings = lora_settings(h.lora_rank, h.lora_alpha, h.lora_dropout, h.lora_targets)
     return _adapted(model, settings, policies.add_adapter, seed)
 
 

@@ -60,6 +60,19 @@ def open_model(
         raise UsageError(_not_opened(option, name, error)) from None
 
 
+def peek_config(name: str) -> Any:
+    """The configuration of a model without its weights; None where it cannot be had, which opening it will say."""
+    from transformers import AutoConfig
+
+    try:
+        with silent(), found(name):
+            config = without_dropout(AutoConfig.from_pretrained(name, trust_remote_code=False))
+            plain_attention(config, None)
+            return config
+    except Exception:  # a damaged folder raises almost anything
+        return None
+
+
 def build_model(config: str, *, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
     """The same architecture with random weights, from its configuration as JSON."""
     from transformers import AutoConfig, AutoModelForCausalLM

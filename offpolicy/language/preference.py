@@ -30,6 +30,7 @@ from offpolicy.language.meters import RowMeter
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.plan import RowPlan, previous_of_other_prompt
 from offpolicy.language.reference import Passes, Reference, ReferenceTable, evaluating
+from offpolicy.language.room import base_dtype
 from offpolicy.losses.scores import PairScores, Scores, SingleScores
 from offpolicy.training import divergence
 from offpolicy.training.description import Description
@@ -126,6 +127,13 @@ class PreferenceModule(LanguageModule):
         """Tokens of the longest row of a forward pass."""
         assert self._table is not None
         return int(self._table.texts.lengths.sum(1).max())
+
+    def workload(self) -> dict[str, Any]:
+        h, shares = self.hparams, self.hparams.shared_prompt is not False
+        pairs = self._table is not None and self._table.texts.lengths.shape[1] > 2
+        beside = self.uses_reference and h.reference not in ("auto", "precomputed", "adapter_off")
+        kind = "bfloat16" if base_dtype(h, self._training_device) == "bfloat16" else "float32"
+        return {"own_mask": pairs and shares, "reference": kind if beside else None}
 
     def plan_steps(self) -> None:
         assert self._table is not None
@@ -237,7 +245,7 @@ class PreferenceModule(LanguageModule):
         split = f", {self.micro.number} micro-batches each" if self.micro.number > 1 else ""
         epochs = self.trainer.max_steps / plan.steps_per_epoch
         return Description(
-            facts=[*rows, self.policy_fact(), ("reference", words), self.padding_fact()],
+            facts=[*rows, self.policy_fact(), ("reference", words), self.padding_fact(), *self.memory_facts()],
             batch=f"{self.hparams.batch_size} rows{split}, {epochs:.3g} epochs",
             evaluates="" if self.eval_table is None else f"{len(self.eval_table.needed):,} held-out rows",
             notes=self.precision_notes(),

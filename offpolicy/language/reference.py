@@ -27,6 +27,7 @@ from offpolicy.language import policy as policies
 from offpolicy.language.generation import positions
 from offpolicy.language.layout import Layout
 from offpolicy.language.reference_cache import Cache, Columns, cache_folder, column_names, columns_of, texts_digest
+from offpolicy.language.room import base_dtype
 from offpolicy.moved import names_of
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,10 @@ class Reference:
 
     def _open(self, name: str, adapter: str | None = None) -> Any:
         h = self.options
-        settings = {"dtype": h.dtype, "attn_implementation": h.attn_implementation}
+        settings = {
+            "dtype": base_dtype(h, next(self.policy.parameters()).device),
+            "attn_implementation": h.attn_implementation,
+        }
         model = policies.open_model(name, option="reference", **settings)
         model = policies.open_adapter(model, adapter) if adapter else model
         return self.passes.placed(model).eval()

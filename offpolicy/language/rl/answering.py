@@ -118,7 +118,7 @@ class Answering:
         self.length = room(policies.base_of(model), int(prompts.max()), h.max_new_tokens)
         self.stops = tuple(stop_ids(model, self.tokenizer))
         context = EngineContext(
-            longest_prompt=self._longest_prompt(),
+            longest_prompt=self.longest_prompt(),
             longest_answer=self.length,
             answers_at_once=h.generation_batch,
             model=model,
@@ -139,7 +139,7 @@ class Answering:
             )
         return int(prompts.max()) + self.length
 
-    def _longest_prompt(self) -> int:
+    def longest_prompt(self) -> int:
         """Tokens of the longest prompt, held-out ones included."""
         asked = [self.problems] if self.held_out is None else [self.problems, self.held_out]
         return max(int(one.length[one.tables["problems"][:, 0]].max()) for one in asked)

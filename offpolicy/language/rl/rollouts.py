@@ -52,6 +52,7 @@ from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.ahead import Ahead
 from offpolicy.language.rl.answering import Answering, Stopped, problem_texts
 from offpolicy.language.rl.critic import Critic
+from offpolicy.language.rl.engine import engine_name
 from offpolicy.language.rl.forward import Forward
 from offpolicy.language.rl.iterating import IteratingModule
 from offpolicy.language.rl.iteration import Shape
@@ -59,6 +60,7 @@ from offpolicy.language.rl.objective import age_fact, composed, load_parts
 from offpolicy.language.rl.options import check_engine_lag, check_options, check_problems, check_strategy
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.solving import solve
+from offpolicy.language.room import base_dtype
 from offpolicy.language.sharding import gathered, shard
 from offpolicy.losses.policy_gradient import Objective
 from offpolicy.training.description import Description
@@ -261,6 +263,19 @@ class RolloutModule(IteratingModule):
         )
         self.ahead = Ahead(self.answering, lambda: self.seed or 0, self.wants_to_stop)
 
+    def expected_tokens(self) -> int:
+        return self.answering.longest_prompt() + self.hparams.max_new_tokens
+
+    def workload(self) -> dict[str, Any]:
+        h, local = self.hparams, engine_name(self.hparams.engine) in ("transformers", "tiny")
+        kind = "bfloat16" if base_dtype(h, self._training_device) == "bfloat16" else "float32"
+        return {
+            "critic": h.critic if self.objective.uses_critic else None,
+            "reference": None if self.has_adapters else kind,  # the base of the divergence is a copy
+            "cached_rows": h.generation_batch if local else 0,
+            "cached_length": self.expected_tokens(),
+        }
+
     def longest_row(self) -> int:
         trainer = self.trainer
         half = "bf16" in str(trainer.precision)
@@ -351,7 +366,13 @@ class RolloutModule(IteratingModule):
         h, held_out, updates = self.hparams, self.eval_problems, self.hparams.minibatches * self.hparams.sweeps
         shown = self.trainer.datamodule.options.get("show", 0)  # type: ignore[attr-defined]
         return Description(
-            facts=[*self.answering.facts(), *self._lag_facts(), self.policy_fact(), self.padding_fact()],
+            facts=[
+                *self.answering.facts(),
+                *self._lag_facts(),
+                self.policy_fact(),
+                self.padding_fact(),
+                *self.memory_facts(),
+            ],
             batch=(
                 f"{h.batch_size} answers; an iteration has {self.shape.answers}, {h.group_size} to a problem, and "
                 f"{updates} update{'s' if updates > 1 else ''}"
