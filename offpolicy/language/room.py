@@ -133,8 +133,11 @@ def advice(config: Any, work: Workload, h: Any) -> list[tuple[str, MemoryEstimat
         if not work.offload and not work.sharded and work.device != "cpu":
             host = replace(work, offload=True, dtype="bfloat16")
             found.append(("--model.offload_optimizer true --model.dtype bfloat16", host))
-    if work.reference:
+    if work.reference and h.reference != "auto":
         found.append(("--model.reference precomputed", replace(work, reference=None)))
+    if work.cached_rows > 8:
+        few = work.cached_rows // 4
+        found.append((f"--model.generation_batch {few}", replace(work, cached_rows=few)))
     if work.length > 512:
         found.append((f"texts of at most {work.length // 2} tokens", replace(work, length=work.length // 2)))
     return [(words, estimate_memory(config, one)) for words, one in found]
