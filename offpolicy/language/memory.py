@@ -121,7 +121,7 @@ def estimate_memory(config: Any, work: Workload) -> MemoryEstimate:
     parts = {"weights": counts.weights // share, "gradients": counts.gradients // share}
     parts["optimizer"] = 0 if work.offload else moments // share
     if work.sharded:
-        parts["gathered"] = counts.gathered
+        parts["gathered"] = counts.weights if work.cached_rows else counts.gathered  # drawing takes all
     elif work.processes > 1:
         parts["buckets"] = counts.gradients  # of DDP, which adds gradients up in them
     if work.reference:

@@ -106,6 +106,7 @@ def install() -> Any:
         setattr(torch.cuda, name, lambda *_, **__: None)
     for name in ("to", "clone"):  # torch makes storages of known kinds of devices only
         setattr(torch.UntypedStorage, name, lambda self, device=None, **_: _moved(self, device))
+    torch._C._cuda_getCurrentRawStream = lambda *_: 0  # bitsandbytes asks for it when it is imported
     torch.cuda.synchronize = lambda *_: _note(b"synchronize")
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     return torch
