@@ -28,6 +28,8 @@ def main(argv: list[str]) -> int:
     from offpolicy.sweep.plan import cells_of, plan_text, read_plan
 
     plan = read_plan(Path(args.plan) if args.plan else None, given(args))
+    if plan.search is not None and (args.ray or args.slurm):
+        raise UsageError("a search runs on this machine; expected neither --ray nor --slurm with it. Leave them out.")
     if args.dry and plan.search is not None:
         print(f"{plan.search.trials} trials for each of {len(plan.methods)} methods on {len(plan.data)} data sets")
         return 0

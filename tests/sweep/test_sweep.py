@@ -319,6 +319,13 @@ def test_a_search_finds_the_best_prunes_and_goes_on(tmp_path: Path) -> None:
         assert search_settings(plan, "TD3BC", "x", lines.append, made) and len(started) == 13
 
 
+@pytest.mark.parametrize("where", [["--ray", "local"], ["--slurm", "a.sh"]])
+def test_a_search_runs_on_this_machine(where: list[str]) -> None:
+    words = ["--methods", "BC", "--data", "pendulum-stitch-v0", "--search", "model.top=0.1:1"]
+    with pytest.raises(UsageError, match="neither --ray nor --slurm"):
+        command.main([*words, *where])
+
+
 def test_losses_are_better_below(tmp_path: Path) -> None:
     from offpolicy.report.runs import read_run
 
