@@ -296,9 +296,9 @@ def take_back(path: Path, model: Any, optimizers: Any, group: Any, *, strict: bo
     rest = read_rest(path)
     tensors = rest[TABLE]["tensors"]
     weights = of.get_model_state_dict(model)
-    wanted = {f"model/{name}": x for name, x in weights.items() if f"model/{name}" in tensors}
+    wanted: dict[str, Any] = {f"model/{name}": x for name, x in weights.items() if f"model/{name}" in tensors}
     absent = [name for name in weights if f"model/{name}" not in tensors and name not in rest[TABLE]["same"]]
-    states = [of.get_optimizer_state_dict(model, optimizer) for optimizer in optimizers]
+    states: list[Any] = [of.get_optimizer_state_dict(model, optimizer) for optimizer in optimizers]
     for i, state in enumerate(states):
         for name, of_weight in state["state"].items():
             wanted |= {f"optimizer{i}/{name}/{key}": x for key, x in of_weight.items() if isinstance(x, Tensor)}
@@ -330,7 +330,8 @@ def take_back_whole(checkpoint: Mapping[str, Any], model: Any, optimizers: Any, 
     options = of.StateDictOptions(full_state_dict=True, strict=strict)
     of.set_model_state_dict(model, dict(checkpoint["state_dict"]), options=options)
     for optimizer, kept in zip(optimizers, checkpoint["optimizer_states"], strict=True):
-        state, groups = {}, []
+        state: dict[str, Any] = {}
+        groups: list[dict[str, Any]] = []
         for own, group in zip(optimizer.param_groups, kept["param_groups"], strict=True):
             here = [names[id(p)] for p in own["params"]]  # as torch does: by their places in the groups
             groups.append({**group, "params": here})
@@ -347,7 +348,8 @@ def reader_of(folder: Path, tensors: Mapping[str, Any]) -> Any:
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
             from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-            found, places = {}, {}
+            found: dict[str, Any] = {}
+            places: dict[Any, Any] = {}
             for name, one in tensors.items():
                 pieces = [
                     of.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
