@@ -21,6 +21,7 @@ METHODS = {
     "SACN": "edac",
     "DecisionTransformer": "decision_transformer",
     "WorldModel": "world_model",
+    "FQE": "fqe",
     "TrajectoryDiffusion": "trajectory_diffusion",
     "OTA": "ota",
     "HIQL": "hiql",

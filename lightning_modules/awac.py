@@ -114,5 +114,8 @@ class AWAC(OfflineModule):
     def policy(self, obs: Tensor) -> Tensor:
         return self.actor(obs).clamp(-1.0, 1.0)
 
+    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        return self.actor.sample(obs, noise)
+
     def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.actor.log_prob(obs, action)

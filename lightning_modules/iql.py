@@ -172,6 +172,9 @@ class IQL(OfflineModule):
     def policy(self, obs: Tensor) -> Tensor:
         return self.actor(obs)
 
+    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        return super().sample_action(obs, noise) if self.hparams.deterministic else self.actor.sample(obs, noise)
+
     def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
         if self.hparams.deterministic:
             return super().log_density(obs, action)

@@ -232,6 +232,9 @@ class ODICE(OfflineModule):
     def policy(self, obs: Tensor) -> Tensor:
         return self.actor(obs)
 
+    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        return self.actor.sample(obs, noise)
+
     def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.actor.log_prob(obs, action)
 

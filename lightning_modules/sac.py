@@ -252,6 +252,9 @@ class SAC(OfflineModule):
     def policy(self, obs: Tensor) -> Tensor:
         return self.actor.mode(obs)
 
+    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        return self.actor.sample(obs, noise)[0]
+
     def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.actor.log_prob(obs, action)
 

@@ -49,6 +49,15 @@ class ActingModule(Module):
         """
         return normal_log_prob(action, self.policy(obs).clamp(-1.0, 1.0), action.new_zeros(()).expand_as(action))
 
+    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Action drawn from the policy by standard normal noise (B, A), for normalised observations (B, O).
+
+        Only a method with a stochastic actor defines it; its law is that of :meth:`log_density`.
+        """
+        raise UsageError(
+            f"{type(self).__name__} is deterministic, so no actions can be drawn from it; expected a stochastic policy."
+        )
+
     # -- construction --------------------------------------------------------------------------------------------------
 
     def initialize(self, sizes: Sizes, seed: int | None = None) -> Self:

@@ -31,6 +31,7 @@ SHOWN = (  # in the order of the bar, which takes the first five that exist; tho
     Shown("eval/order_consistency/high"),
     Shown("eval/success_rate", "success rate"),
     Shown("eval/return_mean", "return", "eval/return_std"),
+    Shown("eval/value"),
     Shown("train/critic_loss"),
     Shown("train/actor_loss"),
     Shown("train/q_mean"),

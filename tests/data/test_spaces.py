@@ -39,7 +39,7 @@ CONTROL = (
     "SACN",
     "DecisionTransformer",
 )
-OTHERS = ("WorldModel", "TrajectoryDiffusion", "HIQL", "OTA", "GCIVL", "GCIQL", "GCBC")
+OTHERS = ("WorldModel", "FQE", "TrajectoryDiffusion", "HIQL", "OTA", "GCIVL", "GCIQL", "GCBC")
 
 
 walks = partial(made_data.walks, N, episode_end=np.arange(N) % 10 == 9)

@@ -79,6 +79,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "GCIQL": ("GCIQL", {}),
     "GCBC": ("GCBC", {}),
     "WorldModel": ("WorldModel", {"members": 3, "elites": 2}),
+    "FQE": ("FQE", {"num_critics": 2, "holdout": 0.2}),
     "TrajectoryDiffusion": (
         "TrajectoryDiffusion",
         {"horizon": 6, "stride": 2, "num_features": 32, "num_blocks": 2, "ema_every": 3, "lr": 1e-4},

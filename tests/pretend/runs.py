@@ -206,7 +206,7 @@ def answers(place: Place) -> None:
 
 def acts(place: Place) -> None:
     """A trained policy acts there on arrays and on tensors."""
-    if place.kind.__name__ in ("TrajectoryDiffusion", "WorldModel"):
+    if place.kind.__name__ in ("TrajectoryDiffusion", "WorldModel", "FQE"):
         return
     method = offpolicy.load(place.root / place.name / "whole").to("cuda")
     obs, there = np.zeros((2, 3), np.float32), torch.zeros(2, 3, device="cuda")

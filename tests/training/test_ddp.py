@@ -26,7 +26,7 @@ from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pair")]  # all of them need the two processes, which run once
 
-PLAYLESS = ("TrajectoryDiffusion", "WorldModel")  # no policies: evaluated by the loss of held-out data
+PLAYLESS = ("TrajectoryDiffusion", "WorldModel", "FQE")  # no policies: evaluated by the loss of held-out data
 RESUMED = ("TD3BC", "IQL-dropout", "PRDC-cached", "DecisionTransformer", "HIQL", "TrajectoryDiffusion", "WorldModel")
 HALF, LAST = 8, 16  # updates: checkpoints and evaluations at both; rows of metrics at every 6
 
