@@ -187,8 +187,9 @@ class FQE(OfflineModule):
             for method in self.policies:
                 check_policy(method, sizes.obs_dim, sizes.action_dim, sampled=self.hparams.policy == "sample")
             found = self.actions(replay.next_obs(rows).cpu().numpy())
-            steps["policy_action"] = np.zeros((len(steps["action"]), *found.shape[1:]), np.float32)
-            steps["policy_action"][rows] = found
+            answers = np.zeros((len(steps["action"]), *found.shape[1:]), np.float32)
+            answers[rows] = found
+            steps["policy_action"] = answers
             action = self.actions(obs)
         times = self._drawn_episodes(replay.num_episodes)
         if self.hparams.resample:

@@ -29,7 +29,7 @@ Entropies are of actions scaled to [-1, 1], not of the environment's units.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -261,5 +261,6 @@ class SAC(OfflineModule):
 
 def start_by_width(net: MLP, bias: float) -> None:
     """Hidden layers U(±1/√out): rlkit's helper means 1/√in, and reads the wrong axis of torch's weights."""
-    for layer in list(net.layers)[:-1]:
+    layers: list[Any] = list(net.layers)
+    for layer in layers[:-1]:
         layer.reset_parameters(Init("uniform", layer.weight.shape[-1] ** -0.5, bias))

@@ -28,7 +28,7 @@ def checked_names(extra: Any) -> tuple[str, ...]:
     Raises:
         UsageError: they are no list or tuple of different names.
     """
-    names = list(extra) if isinstance(extra, (tuple, list)) else [None]
+    names: list[Any] = list(extra) if isinstance(extra, (tuple, list)) else [None]
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise UsageError(f'`extra` is {extra!r}; expected names of columns, each once, such as ("weight",).')
     return tuple(names)
@@ -59,7 +59,7 @@ class ExtraColumns:
         for name in names:
             column = _checked(name, replay)
             on_disk = replay.is_mapped
-            self.columns[name] = column if on_disk else self._cast(torch.as_tensor(column).to(where))
+            self.columns[name] = column if on_disk else self._cast(torch.as_tensor(column, device=where))
 
     def take(self, rows: Tensor, mask: Tensor | None = None) -> Extra | None:
         """The columns at replay rows (…), zero where the mask (…) is false; None where none were asked for."""

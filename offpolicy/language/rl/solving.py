@@ -42,7 +42,7 @@ def solve(
         engine.sync(model, iteration)
     usual = answering.sampling(0)
     h = answering.options
-    cut = {"top_p": getattr(h, "eval_top_p", 1.0), "top_k": getattr(h, "eval_top_k", 0)}
+    cut: dict[str, Any] = {"top_p": getattr(h, "eval_top_p", 1.0), "top_k": getattr(h, "eval_top_k", 0)}
     for count, temperature in ((1, 0.0), (samples, usual.temperature)):
         if not count:
             continue
