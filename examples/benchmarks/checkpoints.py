@@ -2,7 +2,7 @@
 
 usage: python examples/benchmarks/checkpoints.py [--layers 12] [--width 768] [--steps 12] [--every 4]
 
-SFT of a random Qwen2-shaped model (by default 110 million parameters, so checkpoints of 1.3 GB) on random texts,
+SFT of a random Qwen2-shaped model (by default 138 million parameters, so checkpoints of 1.65 GB) on random texts,
 float32, one thread. The run is made without checkpoints but the last, with one every few updates that it waits for, and
 with the same written beside training. Seconds are those from the first update to the last, the end of the run (which
 waits for its last checkpoint) by itself. Prints one JSON object.

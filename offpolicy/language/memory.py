@@ -233,7 +233,7 @@ def _as_on_cpu(model: nn.Module) -> None:
 
     def fake(p: Any) -> Any:
         if p is not None and id(p) not in made:
-            empty = torch.empty(p.shape, dtype=p.dtype)
+            empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
             trained = isinstance(p, nn.Parameter)
             made[id(p)] = nn.Parameter(empty, requires_grad=p.requires_grad) if trained else empty
         return None if p is None else made[id(p)]
@@ -306,7 +306,7 @@ def _followed(
     try:
         model = _bare_model(config, adapter, dtype, precision)
         base = policies.base_of(model)
-        with without_memory(), torch.device("cpu"), policies.silent():
+        with without_memory(), policies.silent():
             _as_on_cpu(model)
             base.train()
             if checkpointing:
@@ -315,8 +315,8 @@ def _followed(
                     model.enable_input_require_grads()
             for p in model.parameters():
                 p.grad = torch.zeros_like(p) if p.requires_grad else None  # counted apart
-            ids = torch.zeros(rows, length, dtype=torch.long)
-            mask = torch.ones(rows, 1, length, length, dtype=torch.bool) if own_mask else None
+            ids = torch.zeros(rows, length, dtype=torch.long, device="cpu")
+            mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="cpu") if own_mask else None
             layers = layers_of(base)
             depth, peaks = len(layers), {}
             for count in sorted({min(depth, d) for d in DEPTHS}, reverse=True):
