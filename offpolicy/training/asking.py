@@ -90,7 +90,7 @@ def _one(method: Any, obs: np.ndarray, how: How, samples: int, generator: torch.
     if how == "mean":
         return np.asarray(method.act(obs))[:, None]
     x = method.normalized(obs).repeat_interleave(samples, 0)
-    noise = torch.randn(len(x), method.sizes.action_dim, generator=generator).to(x)
+    noise = torch.randn(len(x), method.sizes.action_dim, generator=generator, device="cpu").to(x)
     with torch.no_grad():
         action = method.ask(lambda: method.normalizer.environment_action(method.sample_action(x, noise).clamp(-1, 1)))
     return action.float().cpu().numpy().reshape(len(obs), samples, -1)
