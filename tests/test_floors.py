@@ -44,6 +44,7 @@ FLOORS: list[set[str]] = [
         "offpolicy.report.__main__",
         "offpolicy.compare",
         "offpolicy.evaluate",
+        "offpolicy.ope",
         "offpolicy.export",
         "offpolicy.fit",
         "offpolicy.generate",

@@ -1,0 +1,103 @@
+"""The command that scores policies without an environment: its table, its file, its doubts and its refusals."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+
+from offpolicy.errors import UsageError
+from offpolicy.files import Table
+from offpolicy.ope import COLUMNS, Scored, checkpoints, doubt, lines, main
+
+FAST = ["--updates", "10", "--critics", "2", "--hidden_dims", "8"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data on disk, and two runs on them: one with evaluations of two updates, one of another method."""
+    root = tmp_path_factory.mktemp("ope")
+    toy.toy_replay().save(root / "data")
+    for name in ("BC", "IQL", "HIQL"):
+        toy.fit(toy.method(name), toy.toy_replay(), 90, folder=root / name)
+    return root
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "ope.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_policies_are_scored_and_compared(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(place / "BC"), str(place / "IQL"), "--data", str(place / "data"), *FAST]) == 0
+    text = capsys.readouterr().out
+    assert "they rank, and are no scores" in text and "2 policies with a score of an environment" in text
+    assert "too few updates for this discount: 60,000 or more" in text
+    for name in ("BC", "IQL"):
+        (row,) = rows_of(place / name)
+        assert tuple(row) == COLUMNS and row["checkpoint"] == "step=00000090.ckpt" and row["step"] == "90"
+        assert math.isfinite(float(row["value"])) and row["estimator"] == "fqe" and row["updates"] == "10"
+        assert f"{float(row['value']):.5g}" in text
+        assert "nearly the same policy" not in text
+        score = Table(place / name / "evals.csv").rows()[-1]["eval/return_mean"]
+        assert f"{score:.4g}" in text
+
+
+def test_a_value_is_that_of_fqe(place: Path) -> None:
+    import offpolicy as op
+    from lightning_modules.fqe import FQE
+
+    main([str(place / "BC"), "--data", str(place / "data"), "--discount", "0.9", *FAST])
+    data = op.load_data(str(place / "data"))
+    same = FQE.of([op.load(place / "BC")], discount=0.9, num_critics=2, hidden_dims=(8,)).prepare(data, 0)
+    same.run_block(0, 10)
+    assert float(rows_of(place / "BC")[0]["value"]) == pytest.approx(float(same.start_values().mean()), rel=1e-6)
+
+
+def test_all_checkpoints_of_one_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(place / "BC"), "--which", "all", "--data", str(place / "data"), *FAST])
+    found = rows_of(place / "BC")
+    assert [row["step"] for row in found] == [str(int(p.stem[5:])) for p in checkpoints(str(place / "BC"), "all")]
+    assert len(found) > 1 and "nearly the same policy" in capsys.readouterr().out
+
+
+def scored(value: float = 1.0, drift: float = 0.0, true: float | None = None, name: str = "a") -> Scored:
+    return Scored(Path(name) / "checkpoints" / "step=00000001.ckpt", 1, value, 0.1, drift, true)
+
+
+def test_doubts() -> None:
+    """3 / (1 - γ) rewards back, of which an update passes tau: 3 / (0.1·0.005) = 6,000 updates."""
+    assert doubt(scored(), 10.0, 0.9, 6_000, 0.005) == ""
+    assert doubt(scored(), 10.0, 0.9, 5_999, 0.005) == "too few updates for this discount: 6,000 or more"
+    assert doubt(scored(drift=0.6), 10.0, 0.9, 6_000, 0.005).startswith("did not settle: moved by 0.6")
+    assert doubt(scored(math.nan), 10.0, 0.9, 6_000, 0.005) == "not finite"
+
+
+def test_the_table_has_the_best_value_first_and_says_what_it_cannot_tell() -> None:
+    found = [scored(1.0, true=30.0, name="a"), scored(3.0, true=10.0, name="b"), scored(math.nan, name="c")]
+    text = lines(found, ["", "", "not finite"])
+    assert [line.split()[-1][0] for line in text[1:3]] == ["b", "a"] and "(not finite)" in text[3]
+    assert "Spearman -1.00; regret@1 20; 2 policies" in text[4]
+    assert "Fewer than two policies have a score" in lines([scored(true=1.0)], [""])[-1]
+    assert "not defined" in lines([scored(1.0, true=1.0), scored(1.0, true=2.0, name="b")], ["", ""])[3]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["HIQL", "--data", "data"], "HIQL acts by more than the observation"),
+        (["BC", "--data", "data", "--policy", "sample"], "BC is deterministic"),
+        (["BC"], "the data toy that BC was trained on cannot be opened.*Pass --data FILE"),
+        (["BC", "--data", "data", "--updates", "1"], "--updates"),
+        (["data", "--which", "all"], "has no checkpoints"),
+        (["nothing"], "nothing"),
+    ],
+)
+def test_refusals(place: Path, args: list[Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    with pytest.raises(UsageError, match=words):
+        main(args)
