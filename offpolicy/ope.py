@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     check_range("--updates", args.updates, 5)
 
-    from lightning_modules.fqe import FQE
+    from offpolicy.registry import find_method
     from offpolicy.training.asking import check_policy
     from offpolicy.training.opening import load
     from offpolicy.trust import trusting
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         check_policy(policy, *own_widths(policy), sampled=args.policy == "sample")
     with trusting(args.trust):
         data = opened(args.data, policies[0])
-    method = FQE.of(
+    method = find_method("FQE").of(
         policies,
         discount=args.discount,
         num_critics=args.critics,
@@ -94,12 +94,14 @@ def main(argv: list[str]) -> int:
     ]
     span = float(method.reward_high - method.reward_low) / (1.0 - args.discount)
     doubts = [doubt(one, span, args.discount, args.updates, method.hparams.tau) for one in found]
-    same = all(policy.data_fingerprint == data.load().fingerprint() for policy in policies)
+    same = any(trained_on(path) == data.load().fingerprint() for path in paths)
     print(f"fitted Q evaluation on {data.name}, {args.updates:,} updates on the CPU, {args.policy} actions")
     print(f"values are discounted returns from first states, discount {args.discount:g}; they rank, and are no scores")
     print("\n".join(lines(found, doubts)))
     if same:
-        print("The policies were trained on these episodes, which makes estimates favour what they exploit in them.")
+        print(
+            "Policies were trained on these episodes, which makes estimates favour those that exploit errors in them."
+        )
     for folder in dict.fromkeys(run_folder(path) for path in paths):
         rows = [
             (one.path.name, one.step, "fqe", *one[2:5], text, args.discount, args.updates, data.name)
@@ -149,6 +151,14 @@ def run_folder(path: Path) -> Path:
     from offpolicy.training.checkpoints import run_of
 
     return run_of(path)
+
+
+def trained_on(path: Path) -> str:
+    """The fingerprint of the data that the policy of a checkpoint was trained on."""
+    from offpolicy.training.checkpoints import read_checkpoint
+    from offpolicy.training.opening import own_state
+
+    return str(own_state(read_checkpoint(path), path)["data"]["fingerprint"])
 
 
 def true_score(path: Path, updates: int) -> float | None:

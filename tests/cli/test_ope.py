@@ -65,6 +65,13 @@ def test_all_checkpoints_of_one_run(place: Path, capsys: pytest.CaptureFixture[s
     assert len(found) > 1 and "nearly the same policy" in capsys.readouterr().out
 
 
+def test_it_says_whether_policies_have_seen_the_episodes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy.toy_replay(seed=5).save(place / "others")
+    for data, seen in (("data", True), ("others", False)):
+        main([str(place / "BC"), "--data", str(place / data), *FAST])
+        assert ("were trained on these episodes" in capsys.readouterr().out) == seen
+
+
 def scored(value: float = 1.0, drift: float = 0.0, true: float | None = None, name: str = "a") -> Scored:
     return Scored(Path(name) / "checkpoints" / "step=00000001.ckpt", 1, value, 0.1, drift, true)
 
