@@ -15,6 +15,7 @@ from offpolicy.errors import UsageError
 from offpolicy.files import WriteError
 from offpolicy.language.adapters import adapter_settings, merged
 from offpolicy.language.policy import base_of, save_tokenizer, silent, vocabulary_of
+from offpolicy.language.quantizing import is_quantized
 
 
 def export_model(
@@ -48,6 +49,11 @@ def export_model(
     """
     out = Path(folder)
     check_free(out, replace)
+    if merge and is_quantized(model):
+        raise UsageError(
+            "the policy's weights are kept in four bits, into which adapters are not merged; expected adapters alone. "
+            "Leave merging out here, and merge the adapters into the whole model."
+        )
     if merge and adapter_settings(model) is not None:
         model = merged(copy.deepcopy(model) if keep else model, vocabulary_of(model))
     base = base_of(model)

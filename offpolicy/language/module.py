@@ -43,10 +43,11 @@ from offpolicy.language.meters import Pace
 from offpolicy.language.noise import without_noise
 from offpolicy.language.opening import check_same_start, open_policy, policy_state, reopen_policy
 from offpolicy.language.optimisers import check_optimizer, check_sharding, make_optimizer
+from offpolicy.language.quantizing import check_quantize, numbers
 from offpolicy.language.room import Room, base_dtype, look_for_room, wanted_checkpointing
 from offpolicy.language.stepping import SCHEDULES, MicroBatches, rate_at
 from offpolicy.training.keeping import Spacing
-from offpolicy.training.lightning_private import trainer_of
+from offpolicy.training.lightning_private import FullySharded, trainer_of
 from offpolicy.training.module import Module
 from offpolicy.trust import names_of, trusting
 
@@ -79,6 +80,8 @@ class LanguageModule(Module):
         lora_alpha: their scale; None for twice the rank.
         lora_dropout: dropout in front of them, in [0, 1).
         lora_targets: names of layers that get one; None for all linear layers but the head.
+        quantize: "4bit" keeps the linear layers below adapters in four bits (QLoRA, arXiv:2305.14314; NF4, the extra
+            ``quantized``): a quarter of the memory of bfloat16. None keeps them whole.
         adapter: folder of a trained adapter to go on from; its starting point is the reference.
         gradient_checkpointing: recompute layers in the backward pass instead of keeping their activations: true, false,
             or "auto" where the device has too little memory otherwise. Does not change the result.
@@ -128,6 +131,7 @@ class LanguageModule(Module):
         lora_alpha: float | None = None,
         lora_dropout: float = 0.0,
         lora_targets: list[str] | None = None,
+        quantize: str | None = None,
         adapter: str | None = None,
         gradient_checkpointing: bool | str = "auto",
         check_memory: bool = True,
@@ -163,6 +167,7 @@ class LanguageModule(Module):
         if kernels is not None:
             check_choice("kernels", kernels, KERNELS)
         check_optimizer(optimizer, adam_betas)
+        check_quantize(quantize, has_adapters=bool(lora_rank or adapter), export=export)
         if adapter and lora_rank:
             raise UsageError(
                 "`adapter` and `lora_rank` were both given; expected one: go on with an adapter, or begin."
@@ -322,10 +327,11 @@ class LanguageModule(Module):
 
     def policy_fact(self) -> tuple[str, str]:
         """The line on the policy."""
-        numbers, trained = sum(p.numel() for p in self.model.parameters()), num_trained(self.model)
+        count, trained = sum(map(numbers, self.model.parameters())), num_trained(self.model)
         kind = policies.base_of(self.model).config.model_type
+        kept = ", linear layers in four bits (NF4)" if self.hparams.quantize else ""
         kernels = f", kernels {self.hparams.kernels}" if self.hparams.kernels else ""
-        return "policy", f"{self.hparams.policy} ({kind}), {numbers:,} parameters, {trained:,} trained{kernels}"
+        return "policy", f"{self.hparams.policy} ({kind}), {count:,} parameters, {trained:,} trained{kept}{kernels}"
 
     def memory_facts(self) -> list[tuple[str, str]]:
         """The lines on what the run takes of its device, and on the type of frozen weights."""
@@ -357,6 +363,11 @@ class LanguageModule(Module):
         data: Any = getattr(trainer, "datamodule", None)
         check_texts_given(data)
         refuse_half(trainer.precision)
+        if self.hparams.quantize and isinstance(trainer.strategy, FullySharded):
+            raise UsageError(
+                "`quantize` is '4bit', and weights of four bits are not cut by 'fsdp2'; expected whole weights. Leave "
+                "`quantize` out, or pass --trainer.strategy ddp."
+            )
         check_sharding(self.hparams.optimizer, self.hparams.offload_optimizer, trainer.strategy)
         if self.seed is None:
             self.seed = int(trainer.strategy.broadcast(torch.initial_seed())) % (1 << 63)

@@ -11,6 +11,7 @@ import torch
 from offpolicy.errors import UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.adapters import adapter_settings, lora_settings, same_settings
+from offpolicy.language.quantizing import is_quantized
 
 
 def open_policy(h: Any, seed: int, dtype: str) -> Any:
@@ -19,7 +20,7 @@ def open_policy(h: Any, seed: int, dtype: str) -> Any:
     Raises:
         UsageError: the model, or its adapter, cannot be opened.
     """
-    model = policies.open_model(h.policy, dtype=dtype, attn_implementation=h.attn_implementation)
+    model = policies.open_model(h.policy, dtype=dtype, attn_implementation=h.attn_implementation, quantize=h.quantize)
     if h.adapter:
         return policies.open_adapter(model, h.adapter)
     if not h.lora_rank:
@@ -41,6 +42,7 @@ def policy_state(model: Any, policy: str) -> dict[str, Any]:
         "policy_folder": os.path.abspath(policy) if os.path.isdir(policy) else None,
         "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
         "adapter": adapter_settings(model),
+        "quantize": "4bit" if is_quantized(base) else None,
         "eos": getattr(getattr(base, "generation_config", None), "eos_token_id", None),
     }
 
@@ -59,7 +61,8 @@ def reopen_policy(state: Mapping[str, Any], h: Any, seed: int) -> Any:
     else:
         folder = state.get("policy_folder")  # where the run was started from another one than now
         name = folder if folder and os.path.isdir(folder) else h.policy
-        model = policies.open_model(name, dtype=state["dtype"], attn_implementation=h.attn_implementation)
+        how = {"dtype": state["dtype"], "quantize": state.get("quantize")}
+        model = policies.open_model(name, attn_implementation=h.attn_implementation, **how)
         model = _adapted(model, state["adapter"], policies.same_adapter, seed)
     settings = getattr(policies.base_of(model), "generation_config", None)
     if settings is not None and state.get("eos") is not None:  # the policy's folder may name more than its config

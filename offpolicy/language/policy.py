@@ -19,11 +19,17 @@ from torch import nn
 from offpolicy.errors import UsageError
 from offpolicy.language import adapters
 from offpolicy.language.adapters import adapter_base
+from offpolicy.language.quantizing import quantization
 from offpolicy.trust import allows, words
 
 
 def open_model(
-    name: str, *, dtype: str = "float32", attn_implementation: str | None = None, option: str = "policy"
+    name: str,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    quantize: str | None = None,
+    option: str = "policy",
 ) -> Any:
     """A causal language model with its weights, on the CPU, without dropout.
 
@@ -31,6 +37,7 @@ def open_model(
         name: folder, or id of the Hugging Face hub.
         dtype: of the weights: "float32", "bfloat16" or "auto" (as stored).
         attn_implementation: as of ``transformers``.
+        quantize: "4bit" for linear layers of four bits, see :mod:`offpolicy.language.quantizing`; None for whole ones.
         option: what the name was given as, for messages.
 
     Raises:
@@ -44,7 +51,8 @@ def open_model(
             f"`{option}` is '{name}', which holds an adapter of {base}; expected a whole model. For a policy, pass "
             f"--model.policy {base} --model.adapter {name}, or merge them: python -m offpolicy.export RUN OUT --merge."
         )
-    settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    settings: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    settings |= quantization(quantize, dtype)
     try:
         with silent(), found(name, option):
             config = without_dropout(AutoConfig.from_pretrained(name, trust_remote_code=False))

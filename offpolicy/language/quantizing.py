@@ -4,10 +4,62 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+
+from offpolicy.errors import UsageError, check_choice
+from offpolicy.language.optimisers import import_bitsandbytes
 
 # a code of 4 bits, a byte of scale per 64 numbers, and the scale of 256 scales in float32
 QUANTIZED_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+
+
+KINDS = ("4bit",)
+
+
+def check_quantize(kind: str | None, *, has_adapters: bool, export: str = "auto") -> None:
+    """Raise :class:`UsageError` for weights of four bits that would be trained, or that nothing here can make."""
+    if kind is None:
+        return
+    check_choice("quantize", kind, KINDS)
+    if not has_adapters:
+        raise UsageError(
+            f"`quantize` is '{kind}', and weights of four bits cannot be trained; expected adapters above them. Pass "
+            "--model.lora_rank 16 too, or leave `quantize` out."
+        )
+    if export == "merged":
+        raise UsageError(
+            f"`quantize` is '{kind}' and `export` 'merged', and adapters are not merged into weights of four bits; "
+            "expected 'auto', which writes the adapters alone. Merge them into the whole model afterwards."
+        )
+    import_bitsandbytes(f"`quantize` is '{kind}'", "bfloat16 weights (--model.dtype bfloat16)")
+
+
+def quantization(kind: str | None, dtype: str) -> dict[str, Any]:
+    """Arguments with which ``transformers`` reads weights so; none where they stay as they are.
+
+    Args:
+        kind: "4bit" or None.
+        dtype: of products: weights are made numbers of this type for each.
+    """
+    if kind is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.float32 if dtype == "float32" else torch.bfloat16
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **settings)}
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some weights of a model are kept in four bits."""
+    return any(getattr(p, "quant_state", None) is not None for p in model.parameters())
+
+
+def numbers(p: torch.Tensor) -> int:
+    """How many numbers a weight has, of which one of four bits holds two to a byte."""
+    state = getattr(p, "quant_state", None)
+    return p.numel() if state is None else int(state.shape.numel())
 
 
 def quantizable(model: Any) -> list[nn.Linear]:

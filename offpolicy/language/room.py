@@ -89,6 +89,7 @@ def look_for_room(method: Any, trainer: Any, tokens: int, *, layers: bool | None
         dtype="bfloat16" if base_dtype(h, device) == "bfloat16" else "float32",
         precision=str(trainer.precision),
         adapter=_adapter(h),
+        quantize=h.quantize,
         optimizer=h.optimizer,
         offload=h.offload_optimizer,
         checkpointing=bool(layers),
@@ -122,6 +123,8 @@ def advice(config: Any, work: Workload, h: Any) -> list[tuple[str, MemoryEstimat
         found.append(("--model.dtype bfloat16", replace(work, dtype="bfloat16")))
     if not work.checkpointing:
         found.append(("--model.gradient_checkpointing true", replace(work, checkpointing=True)))
+    if work.adapter and not work.quantize and not work.sharded:
+        found.append(("--model.quantize 4bit", replace(work, quantize="4bit")))
     if work.rows > 1:
         found.append(("--model.micro_batch_size 1", replace(work, rows=1)))
     if work.adapter is None:
