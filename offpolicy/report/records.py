@@ -17,7 +17,7 @@ import numpy as np
 
 from offpolicy.compute.processes import LOCK
 from offpolicy.report.runs import Run, printable, versions_of
-from offpolicy.training.headlines import is_loss
+from offpolicy.training.headlines import is_loss_name
 
 MOST_ROWS = 500  # of metrics that are drawn of one run
 RATE, TOKENS, MEMORY = "perf/updates_per_s", "perf/tokens_per_s", "perf/peak_memory_mb"
@@ -80,7 +80,9 @@ def run_state(run: Run, columns: dict[str, Curve]) -> str:
     lock = run.folder / LOCK
     if lock.exists():
         return RUNNING if _alive(lock) else KILLED
-    if any(is_loss(name) and len(values) and not math.isfinite(values[-1]) for name, (_, values) in columns.items()):
+    if any(
+        is_loss_name(name) and len(values) and not math.isfinite(values[-1]) for name, (_, values) in columns.items()
+    ):
         return DIVERGED
     return FAILED if (run.folder / "evaluation-error.txt").exists() and run.failed_last else INTERRUPTED
 

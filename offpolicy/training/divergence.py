@@ -20,7 +20,7 @@ from torch import Tensor
 from offpolicy.compute.torch_private import foreach_norm
 from offpolicy.errors import DivergenceError
 from offpolicy.training.checkpoints import newest_checkpoint
-from offpolicy.training.headlines import is_loss
+from offpolicy.training.headlines import is_loss_name
 from offpolicy.training.lightning_private import trainer_of
 from offpolicy.training.run_log import due
 
@@ -33,7 +33,7 @@ def infinite_losses(row: Mapping[str, Any], seeds: tuple[int, ...] = ()) -> list
     found = []
     for name, value in row.items():
         numbers = value if isinstance(value, list) else [value]
-        for i, number in enumerate(numbers if is_loss(name) else []):
+        for i, number in enumerate(numbers if is_loss_name(name) else []):
             if not math.isfinite(number):
                 found.append(f"{name} is {number}" + (f" for seed {seeds[i]}" if i < len(seeds) else ""))
     return found
@@ -60,7 +60,7 @@ def check_finite(method: Any) -> None:
         DivergenceError: one of them is not finite.
     """
     losses = infinite_losses(method.run_log.metrics_at(method.updates), method.seeds)
-    since = {name: value for name, value in method.meter.by_name().items() if is_loss(name)}
+    since = {name: value for name, value in method.meter.by_name().items() if is_loss_name(name)}
     trained = {n: p for n, p in method.named_parameters() if p.requires_grad or not method.trains_on_texts}
     diverged = bool(losses) or not all_finite([*since.values(), *trained.values()])
     if not method.on_any_process(diverged):
@@ -105,8 +105,10 @@ def words_on_seeds(method: Any) -> str:
 def diverged_seeds(method: Any) -> list[int]:
     """Of several seeds those whose newest losses or weights are not finite."""
     row = method.run_log.metrics_at(method.updates).items()
-    losses = [torch.tensor(value, device="cpu") for name, value in row if is_loss(name) and isinstance(value, list)]
-    losses += [value for name, value in method.meter.by_name().items() if is_loss(name)]
+    losses = [
+        torch.tensor(value, device="cpu") for name, value in row if is_loss_name(name) and isinstance(value, list)
+    ]
+    losses += [value for name, value in method.meter.by_name().items() if is_loss_name(name)]
     bad = set()
     for tensor in [*losses, *method.parameters()] if method.seeds else []:
         finite = torch.isfinite(tensor.reshape(len(method.seeds), -1)).all(1).tolist()

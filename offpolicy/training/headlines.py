@@ -59,7 +59,7 @@ def judged_by(names: Iterable[str]) -> str | None:
     return headline(known) or ("eval/loss" if "eval/loss" in known else None)
 
 
-def is_loss(name: str) -> bool:
+def is_loss_name(name: str) -> bool:
     """Whether a metric of this name is a loss: "loss" or "…_loss" at its end."""
     last = name.rpartition("/")[2]
     return last == "loss" or last.endswith("_loss")

@@ -18,7 +18,7 @@ from toy import METHODS, Crash, differences, fit, method, run_files, toy_replay
 
 from offpolicy.data.replay import Replay
 from offpolicy.files import Table, is_stray
-from offpolicy.training import checkpoints as checkpoint_module
+from offpolicy.training import archives as checkpoint_module
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
 HALF, LAST = 45, 90  # updates: checkpoints at both; rows of metrics at every 20
@@ -90,7 +90,7 @@ def test_the_newest_two_checkpoints_and_the_best_stay(replay: Replay, tmp_path: 
     best = max(evals, key=lambda row: row["eval/return_mean"])
     assert state["best_path"] == f"step={best['step']:08d}.ckpt" and state["best_value"] == best["eval/return_mean"]
     kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
-    assert kept == {state["best_path"], "step=00000050.ckpt", "step=00000060.ckpt"}
+    assert kept == {"best", state["best_path"], "step=00000050.ckpt", "step=00000060.ckpt"}
     assert evals[-1]["eval/return_mean_best"] == best["eval/return_mean"]
     assert (tmp_path / "curves.png").stat().st_size > 1000
 

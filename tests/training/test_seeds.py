@@ -162,9 +162,7 @@ def test_one_seed_is_saved_opened_and_evaluated(replay: Replay, tmp_path: Path) 
     assert opened.seed == 3 and opened.updates == 6 and torch.equal(opened.act(obs), single.act(obs))
     assert torch.equal(opened.log_prob(obs, torch.zeros(4, 1)), single.log_prob(obs, torch.zeros(4, 1)))
     assert op.evaluate(opened, episodes=1) == op.evaluate(single, episodes=1)
-    with pytest.raises(
-        op.UsageError, match="holds weights alone, as `save` writes them; expected a checkpoint of a run"
-    ):
+    with pytest.raises(op.UsageError, match=r"holds weights alone, as `save` and --run.final weights_only write them"):
         op.fit(method("IQL"), replay, max_steps=9, ckpt_path=tmp_path / "policy.ckpt", verbose=False, root=tmp_path)
 
 
