@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from known_episodes import EPISODES, S2, A, R, S
 
 from offpolicy.errors import UsageError
 from offpolicy.evaluation.estimators import (
@@ -27,18 +28,6 @@ from offpolicy.evaluation.estimators import (
 GAMMA = 0.9
 TARGET, BEHAVIOUR = np.array([[0.2, 0.8], [0.4, 0.6]]), np.array([[0.5, 0.5], [0.7, 0.3]])
 Q = np.array([[1.0, 1.2], [0.8, 2.0]])
-# eight episodes of (s, a, r, s'), at most four steps; s' = 2 is terminal
-EPISODES = [
-    [(1, 0, -0.2, 2)],
-    [(0, 0, 0.5, 0)] * 4,
-    [(0, 0, 0.5, 1), (1, 0, -0.2, 2)],
-    [(1, 1, 2, 2)],
-    [(0, 0, 0.5, 0), (0, 1, 0, 1), (1, 0, -0.2, 1), (1, 0, -0.2, 0)],
-    [(0, 0, 0.5, 0), (0, 0, 0.5, 0), (0, 1, 0, 2)],
-    [(0, 0, 0.5, 0), (0, 1, 0, 1), (1, 0, -0.2, 0), (0, 1, 0, 1)],
-    [(0, 1, 0, 2)],
-]
-S, A, R, S2 = (np.array(x) for x in zip(*(step for episode in EPISODES for step in episode)))
 
 
 def logged(behaviour: np.ndarray = BEHAVIOUR, padding: float = 0.0) -> LoggedEpisodes:

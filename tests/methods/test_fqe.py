@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from known_episodes import EPISODES, S2, A, R, S
 from toy import differences, fit, method, toy_replay, weights
 
 import offpolicy as op
@@ -19,18 +20,6 @@ from offpolicy.training.asking import asked_actions, is_stochastic
 
 GAMMA = 0.9
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 16, "num_critics": 2}
-# the episodes of the known answers: (s, a, r, s'), s' = 2 is terminal; four steps at most
-EPISODES = [
-    [(1, 0, -0.2, 2)],
-    [(0, 0, 0.5, 0)] * 4,
-    [(0, 0, 0.5, 1), (1, 0, -0.2, 2)],
-    [(1, 1, 2, 2)],
-    [(0, 0, 0.5, 0), (0, 1, 0, 1), (1, 0, -0.2, 1), (1, 0, -0.2, 0)],
-    [(0, 0, 0.5, 0), (0, 0, 0.5, 0), (0, 1, 0, 2)],
-    [(0, 0, 0.5, 0), (0, 1, 0, 1), (1, 0, -0.2, 0), (0, 1, 0, 1)],
-    [(0, 1, 0, 2)],
-]
-S, A, R, S2 = (np.array(x) for x in zip(*(step for episode in EPISODES for step in episode)))
 
 
 def chain(terminated: np.ndarray = S2 == 2) -> Replay:

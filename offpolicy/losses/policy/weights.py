@@ -30,8 +30,19 @@ def importance(log_weight: Tensor, own: Tensor, mode: str, cap: float) -> Tensor
     return weight.clamp(max=cap) if action == "truncate" else torch.where(weight > cap, 0.0, weight)
 
 
+class Cut:
+    """What weights with a mode and a cap have in common."""
+
+    mode: str
+    cap: float
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, ENGINE_MODES)
+        check_range("cap", self.cap, 0.0, lower_open=True)
+
+
 @dataclass(frozen=True)
-class EngineWeight:
+class EngineWeight(Cut):
     """exp(ℓ_b − ℓ_sampler): what the engine's arithmetic makes of the policy, put right. 1 where they agree.
 
     Args:
@@ -43,10 +54,6 @@ class EngineWeight:
     mode: str = "sequence_mask"
     cap: float = 3.0
 
-    def __post_init__(self) -> None:
-        check_choice("mode", self.mode, ENGINE_MODES)
-        check_range("cap", self.cap, 0.0, lower_open=True)
-
     def __call__(self, tokens: Tokens) -> Tensor:
         if tokens.sampler_logp is None:
             return torch.ones_like(tokens.mask)
@@ -55,7 +62,7 @@ class EngineWeight:
 
 
 @dataclass(frozen=True)
-class AgeWeight:
+class AgeWeight(Cut):
     """exp(ℓ_k − ℓ_b): what π_k makes of answers that an earlier policy drew, for ratios to π_k. 1 for answers of π_k.
 
     With the ratio "decoupled", which has this weight itself, it would count twice.
@@ -67,10 +74,6 @@ class AgeWeight:
 
     mode: str = "sequence_truncate"
     cap: float = 3.0
-
-    def __post_init__(self) -> None:
-        check_choice("mode", self.mode, ENGINE_MODES)
-        check_range("cap", self.cap, 0.0, lower_open=True)
 
     def __call__(self, tokens: Tokens) -> Tensor:
         log_weight = difference(tokens.previous_logp, tokens.behavior_logp, tokens.own)
