@@ -79,8 +79,8 @@ def test_metrics_that_may_be_nan_do_not_stop_a_run(tmp_path: Path) -> None:
     update = module.update
     module.update = lambda batch, step: update(batch, step) | {"gap": nan, "loss_of_nobody": nan}  # type: ignore[method-assign]
     assert run(module, tmp_path).updates == 40
-    assert divergence.is_loss("train/critic_loss") and divergence.is_loss("loss")
-    assert not divergence.is_loss("train/loss/own") and not divergence.is_loss("train/closs")
+    assert divergence.is_loss_name("train/critic_loss") and divergence.is_loss_name("loss")
+    assert not divergence.is_loss_name("train/loss/own") and not divergence.is_loss_name("train/closs")
 
 
 def test_one_diverged_seed_is_named(tmp_path: Path) -> None:
