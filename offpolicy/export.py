@@ -7,6 +7,7 @@ opens, and so does everything that reads such folders. The policy of a control m
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="run folder or checkpoint file")
     parser.add_argument("out", help="folder to write; of a control method a file .onnx or .pt2; must not exist yet")
     parser.add_argument("--merge", action="store_true", help="add LoRA adapters to the weights instead of beside them")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; None for that of the policy's files")
     add_which(parser)
     add_trust(parser)
     args = parser.parse_args(argv)
@@ -34,13 +36,27 @@ def main(argv: list[str]) -> int:
     from offpolicy.training import screen
 
     if Path(args.out).suffix in (".onnx", ".pt2"):
+        if args.dtype is not None:
+            raise UsageError(f"--dtype is '{args.dtype}', and policies of control methods are float32. Leave it out.")
         return write_policy(args.run, Path(args.out), args.which, args.trust)
-    out = export(args.run, args.out, merge=args.merge, trust=args.trust, which=args.which)
+    out = export(args.run, args.out, merge=args.merge, trust=args.trust, which=args.which, dtype=args.dtype)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    kind = "adapter, which needs its base model" if (out / "adapter_config.json").is_file() else "whole model"
-    print(screen.line("written", f"{out}, {size / 1e6:,.1f} MB, {kind}"))
+    print(screen.line("written", f"{out}, {size / 1e6:,.1f} MB, {kind_of(out, asked=args.dtype is not None)}"))
     print(screen.line("open with", f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"))
     return 0
+
+
+def kind_of(out: Path, *, asked: bool) -> str:
+    """What a folder holds, in words.
+
+    Args:
+        out: the folder.
+        asked: whether the type of the weights was given.
+    """
+    if (out / "adapter_config.json").is_file():
+        return "adapter, which needs its base model"
+    dtype = json.loads((out / "config.json").read_text("utf-8")).get("dtype")
+    return f"whole model, {dtype} as {'asked' if asked else 'the files of the policy (another: --dtype)'}"
 
 
 def write_policy(run: str, out: Path, which: str, trust: Trust) -> int:
@@ -74,8 +90,11 @@ def export(
     replace: bool = False,
     trust: Trust = None,
     which: str | int = "last",
+    dtype: str | None = None,
 ) -> Path:
     """Write a tuned language model with its tokenizer. The folder is whole or absent.
+
+    Weights have the type of the policy's files, to which they are rounded where they were trained in another one.
 
     Args:
         method: a method for language models, or a run folder or checkpoint file of one.
@@ -84,12 +103,13 @@ def export(
             alone, which name their base model; they take a few megabytes. Without adapters there is no difference.
         replace: remove what the folder holds, once its successor is complete.
         trust, which: packages that the run may name, and its checkpoint, as of :func:`offpolicy.load`.
+        dtype: of the weights of a whole model: "float32", "bfloat16" or "float16"; None for that of the policy's files.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: the folder holds something, or the method is no language model.
+        UsageError: the folder holds something, the method is no language model, or `dtype` is given for adapters alone.
     """
     from offpolicy.language.export import check_free, export_model
     from offpolicy.language.module import LanguageModule
@@ -106,7 +126,8 @@ def export(
     if method.model is None:
         raise UsageError("the method has no model yet; expected a trained one. Fit it or load a checkpoint.")
     policy = method.hparams.policy
-    return export_model(method.model, method.tokenizer, out, merge, policy=policy, keep=not opened, replace=replace)
+    how: dict[str, Any] = {"policy": policy, "keep": not opened, "replace": replace, "dtype": dtype}
+    return export_model(method.model, method.tokenizer, out, merge, **how)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from offpolicy.errors import UsageError
 
@@ -215,10 +215,8 @@ def merged(model: Any, vocabulary: int) -> Any:
     Raises:
         UsageError: adapters of this kind cannot be merged, or the merged model gives other numbers.
     """
-    ids = (torch.arange(3, 11, device="cpu") % vocabulary)[None].to(model.device)
     kind, training = adapter_settings(model)["peft_type"], model.training  # type: ignore[index]
-    model.eval()
-    expected = model(input_ids=ids, use_cache=False).logits.float().softmax(-1)
+    expected = probabilities(model.eval(), vocabulary)
     base = model.get_base_model()
     first_layer, last = base.get_input_embeddings(), base.get_output_embeddings()
     if hasattr(first_layer, "base_layer") and getattr(last, "weight", None) is first_layer.base_layer.weight:
@@ -231,15 +229,34 @@ def merged(model: Any, vocabulary: int) -> Any:
         raise UsageError(
             f"adapters of the kind {kind} cannot be merged ({first(error)}) Export without merging."
         ) from None
-    found = whole(input_ids=ids, use_cache=False).logits.float().softmax(-1)
-    tolerance = 1e-3 if whole.dtype == torch.float32 else 0.1
-    if not (found - expected).abs().sum(-1).max() / 2 <= tolerance:
-        raise UsageError(
-            f"the model with its adapter merged gives other probabilities than with it beside (kind {kind}); expected "
-            "the same. Export without merging."
-        )
+    check_merged(probabilities(whole, vocabulary), expected, 1e-3 if whole.dtype == torch.float32 else 0.1)
     _untie(whole)
     return whole.train(training)
+
+
+@torch.no_grad()
+def probabilities(model: Any, vocabulary: int) -> Tensor:
+    """What a model gives for a few tokens, (1, 8, V), on the CPU; two models are compared by it."""
+    ids = (torch.arange(3, 11, device="cpu") % vocabulary)[None].to(model.device)
+    return model(input_ids=ids, use_cache=False).logits.float().softmax(-1).cpu()
+
+
+def check_merged(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Refuse a model with its adapters merged that gives other probabilities than with them beside.
+
+    Args:
+        found, expected: of the two, as of :func:`probabilities`.
+        tolerance: largest total variation distance at a place, in [0, 1].
+
+    Raises:
+        UsageError: they differ.
+    """
+    distance = float((found - expected).abs().sum(-1).max() / 2)
+    if not distance <= tolerance:
+        raise UsageError(
+            "the model with its adapter merged gives other probabilities than with it beside (they differ by "
+            f"{distance:.2g}); expected the same. Export without merging."
+        )
 
 
 def _untie(model: Any) -> None:

@@ -36,7 +36,7 @@ from offpolicy.language.checks import (
     prompt_is_shared,
     refuse_half_weights,
 )
-from offpolicy.language.export import export_model
+from offpolicy.language.export import export_dtype, export_model
 from offpolicy.language.head import check_head
 from offpolicy.language.kernels import KERNELS, use_kernels
 from offpolicy.language.meters import Pace
@@ -167,7 +167,7 @@ class LanguageModule(Module):
         if kernels is not None:
             check_choice("kernels", kernels, KERNELS)
         check_optimizer(optimizer, adam_betas)
-        check_quantize(quantize, has_adapters=bool(lora_rank or adapter), export=export)
+        check_quantize(quantize, has_adapters=bool(lora_rank or adapter))
         if adapter and lora_rank:
             raise UsageError(
                 "`adapter` and `lora_rank` were both given; expected one: go on with an adapter, or begin."
@@ -334,11 +334,19 @@ class LanguageModule(Module):
         return "policy", f"{self.hparams.policy} ({kind}), {count:,} parameters, {trained:,} trained{kept}{kernels}"
 
     def memory_facts(self) -> list[tuple[str, str]]:
-        """The lines on what the run takes of its device, and on the type of frozen weights."""
+        """The lines on what the run takes of its device, and on the types of frozen and exported weights."""
         h, found = self.hparams, [("memory", self._room.words)] if self._room is not None and self._room.words else []
         if h.dtype is None and base_dtype(h, self._training_device) == "bfloat16":
             found.append(("frozen", "weights below the adapters are bfloat16 on this device (--model.dtype float32)"))
-        return found
+        return found + self._export_facts()
+
+    def _export_facts(self) -> list[tuple[str, str]]:
+        """The line on the type of ``hf/``, where it is another one than that of training."""
+        how, base = self.hparams.export, policies.base_of(self.model)
+        dtype = export_dtype(self.model, self.hparams.policy)
+        if how == "none" or (self.has_adapters and how != "merged") or policies.dtype_of(dtype) == base.dtype:
+            return []
+        return [("export", f"weights in hf/ are made {dtype}, the type of the policy's files")]
 
     def padding_fact(self) -> tuple[str, str]:
         """The line on padding."""

@@ -41,6 +41,7 @@ def policy_state(model: Any, policy: str) -> dict[str, Any]:
         "policy_config": policies.describe_model(model),
         "policy_folder": os.path.abspath(policy) if os.path.isdir(policy) else None,
         "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
+        "source_dtype": getattr(base, "source_dtype", None),
         "adapter": adapter_settings(model),
         "quantize": "4bit" if is_quantized(base) else None,
         "eos": getattr(getattr(base, "generation_config", None), "eos_token_id", None),
@@ -58,6 +59,7 @@ def reopen_policy(state: Mapping[str, Any], h: Any, seed: int) -> Any:
     if state["adapter"] is None:
         dtype = policies.dtype_of(state["dtype"])
         model = policies.build_model(state["policy_config"], dtype=dtype, attn_implementation=h.attn_implementation)
+        model.source_dtype = state.get("source_dtype")
     else:
         folder = state.get("policy_folder")  # where the run was started from another one than now
         name = folder if folder and os.path.isdir(folder) else h.policy

@@ -59,9 +59,12 @@ def open_model(
             if getattr(config, "is_encoder_decoder", False):
                 raise ValueError(f"it is an encoder with a decoder ({config.model_type}), not a decoder alone")
             plain_attention(config, attn_implementation)
-            return AutoModelForCausalLM.from_pretrained(
+            source = stored_dtype(config)
+            model = AutoModelForCausalLM.from_pretrained(
                 name, config=config, dtype=dtype_of(dtype), trust_remote_code=False, **settings
             )
+            model.source_dtype = source  # an export has it again
+            return model
     except UsageError:
         raise
     except Exception as error:  # a damaged folder raises almost anything
@@ -79,6 +82,12 @@ def peek_config(name: str) -> Any:
             return config
     except Exception:  # a damaged folder raises almost anything
         return None
+
+
+def stored_dtype(config: Any) -> str | None:
+    """The type that a model's files have by its configuration, such as "bfloat16"; None where it does not tell."""
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return None if found is None else str(found).removeprefix("torch.")
 
 
 def build_model(config: str, *, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:

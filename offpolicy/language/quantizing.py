@@ -17,7 +17,7 @@ QUANTIZED_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 KINDS = ("4bit",)
 
 
-def check_quantize(kind: str | None, *, has_adapters: bool, export: str = "auto") -> None:
+def check_quantize(kind: str | None, *, has_adapters: bool) -> None:
     """Raise :class:`UsageError` for weights of four bits that would be trained, or that nothing here can make."""
     if kind is None:
         return
@@ -26,11 +26,6 @@ def check_quantize(kind: str | None, *, has_adapters: bool, export: str = "auto"
         raise UsageError(
             f"`quantize` is '{kind}', and weights of four bits cannot be trained; expected adapters above them. Pass "
             "--model.lora_rank 16 too, or leave `quantize` out."
-        )
-    if export == "merged":
-        raise UsageError(
-            f"`quantize` is '{kind}' and `export` 'merged', and adapters are not merged into weights of four bits; "
-            "expected 'auto', which writes the adapters alone. Merge them into the whole model afterwards."
         )
     import_bitsandbytes(f"`quantize` is '{kind}'", "bfloat16 weights (--model.dtype bfloat16)")
 

@@ -45,7 +45,7 @@ def exported(model: Any, adapter: str = "merge", dtype: torch.dtype | None = Non
     for name, tensor in base.state_dict(keep_vars=True).items():
         owner = next((prefix for prefix in prefixes(name) if prefix in adapted), None)
         if owner is None:
-            if not has_successor(base, name):
+            if not has_successor(base, name) and not describes_four_bits(base, name):
                 yield plain_name(name), cast(whole(tensor, base, name), dtype)
         elif owner not in done:
             done.add(owner)
@@ -68,6 +68,17 @@ def prefixes(name: str) -> Iterator[str]:
 def has_successor(base: nn.Module, name: str) -> bool:
     """Whether a tensor belongs to a layer of which ``peft`` trains a copy."""
     return "original_module" in name.split(".")
+
+
+def describes_four_bits(base: nn.Module, name: str) -> bool:
+    """Whether a tensor of the state is a scale or a code of a weight of four bits, which is made numbers by them."""
+    layer, marked, _ = name.rpartition(".weight.")
+    return bool(marked) and is_packed(base.get_submodule(layer))
+
+
+def is_packed(layer: Any) -> bool:
+    """Whether the weight of a layer is kept in four bits."""
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
 
 def plain_name(name: str) -> str:
@@ -104,9 +115,9 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def merged_layer(layer: Any) -> dict[str, Tensor]:
     """The state of a layer with its adapters added to its weights."""
     base = layer.get_base_layer()
-    if getattr(base.weight, "quant_state", None) is not None:
+    if is_packed(base):
         delta = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
-        return {"weight": (dequantized(base).float() + delta).to(base.weight.quant_state.dtype)}
+        return bare_layer(layer) | {"weight": (dequantized(base).float() + delta).to(base.weight.quant_state.dtype)}
     kept = {name: tensor.dtype for name, tensor in base.state_dict().items()}
     # a copy with whole weights, float32 at least, in place of the layer's own, which merging would change
     instead = {
@@ -127,7 +138,8 @@ def merged_layer(layer: Any) -> dict[str, Tensor]:
 def bare_layer(layer: Any) -> dict[str, Tensor]:
     """The state of a layer without its adapters."""
     base = layer.get_base_layer()
-    return {name: whole(tensor, base, name) for name, tensor in base.state_dict(keep_vars=True).items()}
+    state = base.state_dict(keep_vars=True).items()
+    return {name: whole(tensor, base, name) for name, tensor in state if not (is_packed(base) and "weight." in name)}
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:

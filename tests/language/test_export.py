@@ -101,6 +101,104 @@ def test_adapters_alone_or_merged(adapted: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(method.model), trained)  # the method at hand is left as it is
 
 
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a folder's file, which must be of the type that its configuration says."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    said = json.loads((folder / "config.json").read_text())["dtype"]
+    assert {str(value.dtype) for value in weights.values()} == {f"torch.{said}"}
+    return weights
+
+
+@pytest.fixture(scope="module")
+def halved(place: Path) -> Path:
+    """The policy with its files in bfloat16, its embeddings and its head being one weight."""
+    make_policy(place / "plain", tie_word_embeddings=True)
+    export_model(open_model(str(place / "plain")), None, place / "halved", dtype="bfloat16")
+    for file in (place / "plain").glob("tokenizer*"):
+        shutil.copy(file, place / "halved")
+    return place / "halved"
+
+
+def test_weights_are_written_in_the_type_of_the_policys_files(
+    halved: Path, place: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tuned(place, "from_half", policy=str(halved))
+    method: Any = op.load(run)
+    trained = method.model.state_dict()
+    assert method.model.dtype == torch.float32 and method._export_facts()[0][1].startswith("weights in hf/ are made bf")
+    written = stored(run / "hf")
+    assert written.keys() == stored(halved).keys() and "lm_head.weight" not in written  # one weight is written once
+    assert all(torch.equal(value, trained[name].bfloat16()) for name, value in written.items())
+    assert opened(run / "hf").dtype == torch.bfloat16
+    assert main([str(run), str(tmp_path / "whole"), "--dtype", "float32"]) == 0
+    assert "whole model, float32 as asked" in capsys.readouterr().out
+    assert all(torch.equal(value, trained[name]) for name, value in stored(tmp_path / "whole").items())
+    del method.model.source_dtype  # as of a checkpoint that an earlier version wrote
+    assert next(iter(stored(export(method, tmp_path / "again")).values())).dtype == torch.bfloat16
+    assert method.model.dtype == torch.float32
+    with pytest.raises(UsageError, match="`dtype` is 'int8'"):
+        export(method, tmp_path / "never", dtype="int8")
+
+
+@pytest.mark.parametrize("quantize", [None, "4bit"])
+def test_merged_adapters_are_written_in_the_type_of_the_policys_files(
+    quantize: str | None, halved: Path, tmp_path: Path
+) -> None:
+    """Four bits become the numbers they stand for, with the adapters added; adapters alone stay as they are."""
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    from safetensors.torch import load_file
+
+    model = with_adapters(open_model(str(halved), quantize=quantize))
+    expected = logits(model)
+    merged = export_model(model, None, tmp_path / "merged", merge=True)
+    assert stored(merged)["model.norm.weight"].dtype == torch.bfloat16
+    torch.testing.assert_close(logits(opened(merged)).float(), expected, rtol=0.1, atol=0.1)
+    exact = export_model(model, None, tmp_path / "exact", merge=True, dtype="float32")
+    torch.testing.assert_close(logits(opened(exact)), expected, rtol=1e-3, atol=1e-3)
+    alone = load_file(export_model(model, None, tmp_path / "alone") / "adapter_model.safetensors")
+    assert {value.dtype for value in alone.values()} == {torch.float32}
+    assert torch.equal(logits(model), expected)  # the model at hand is left as it is
+    with pytest.raises(UsageError, match="adapters alone are written as they were trained"):
+        export_model(model, None, tmp_path / "never", dtype="bfloat16")
+
+
+def with_adapters(model: Any, *targets: str) -> Any:
+    """A model with adapters that change it."""
+    from offpolicy.language.policy import add_adapter
+
+    wanted = {"r": 2, "lora_alpha": 4, "target_modules": list(targets) or "all-linear"}
+    model = add_adapter(model, wanted)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+def test_biases_and_layers_without_adapters_survive_four_bits(tmp_path: Path) -> None:
+    """Weights of an engine have the names of the whole model, no scales of four bits, and every bias."""
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    from offpolicy.language.weights import exported
+
+    make_policy(tmp_path / "policy", attention_bias=True)
+    plain = open_model(str(tmp_path / "policy"))
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            if name.endswith("bias"):
+                p.normal_()
+    plain.save_pretrained(tmp_path / "policy")
+    packed = open_model(str(tmp_path / "policy"), quantize="4bit")
+    model = with_adapters(packed, "q_proj")
+    for how in ("merge", "keep"):
+        found = dict(exported(model, how))
+        assert found.keys() == plain.state_dict().keys()
+        assert all(torch.equal(v, plain.state_dict()[n]) for n, v in found.items() if n.endswith("bias"))
+
+
 def test_an_adapter_is_no_policy_but_answers(adapted: Path, place: Path, tmp_path: Path, capsys: Any) -> None:
     from offpolicy.language.policy import open_model
 
