@@ -46,7 +46,7 @@ _NAMES = {
     "recipe": "offpolicy.recipes",
 }
 moved.install()
-startup.install()
+startup.install_late_finder()
 _COMMANDS = ("fit", "evaluate", "sample")  # modules behind `python -m`, callable as functions
 
 

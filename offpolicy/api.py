@@ -52,7 +52,7 @@ from offpolicy.training.run_folder import RunFolder
 from offpolicy.training.run_log import RunLog
 from offpolicy.training.seeds import chosen_seeds, over_seeds
 from offpolicy.training.trainer import clear_errors, clear_restoring, make_trainer, quiet
-from offpolicy.trust import Trust, names_in, names_of, trusting
+from offpolicy.trust import Trust, names_in, names_of_method, trusting
 
 Loadable = str | Path | Replay | Mapping[str, Any] | Sequence[Mapping[str, Any]] | DataModule
 __getattr__ = names_moved_from("offpolicy.api")  # what else stood here in version 0.1
@@ -118,7 +118,7 @@ def fit(
         )
         origin.lines += [screen.line("changed", begin.changed)] if begin.changed else []
         if begin.checkpoint is not None and begin.updates >= max_steps:
-            with trusting(names=names_of(method) | names_in(module.settings())):
+            with trusting(names=names_of_method(method) | names_in(module.settings())):
                 return already_done(method, begin.checkpoint, begin.updates, max_steps, verbose and is_first_process())
         if begin.checkpoint is not None:
             check_whole(begin.checkpoint)

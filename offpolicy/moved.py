@@ -104,9 +104,10 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.synthetic": ("offpolicy.diffusion.pool", "offpolicy.diffusion.drawing", "offpolicy.diffusion.opening"),
 }
 RENAMED = {  # name of version 0.1 → where it is now under another name
+    "offpolicy.cli.lines": "offpolicy.cli.parser.recipe_notes",
     "offpolicy.data.problems.select": "offpolicy.data.texts.problems.select_problems",
     "offpolicy.data.problems.sketch": "offpolicy.data.texts.problems.sketch_problems",
-    "offpolicy.data.rollouts.joined": "offpolicy.data.texts.rollouts.merged",
+    "offpolicy.data.rollouts.joined": "offpolicy.data.texts.rollouts.merged_answers",
     "offpolicy.data.rollouts.select": "offpolicy.data.texts.rollouts.select_answers",
     "offpolicy.data.sources.hf.select": "offpolicy.data.texts.parts.select_rows",
     "offpolicy.nn.critics.joined": "offpolicy.nn.critics.state_action",
@@ -114,11 +115,14 @@ RENAMED = {  # name of version 0.1 → where it is now under another name
     "offpolicy.language.engines.uniforms": "offpolicy.language.rl.engines.answer_uniforms",
     "offpolicy.language.layout.States": "offpolicy.language.head.FinalStates",
     "offpolicy.language.layout.states": "offpolicy.language.head.final_states",
+    "offpolicy.language.records.cut": "offpolicy.language.rl.records.cut_answer",
     "offpolicy.language.plan.Plan": "offpolicy.language.plan.RowPlan",
+    "offpolicy.language.reference.cache_folder": "offpolicy.language.reference_cache.references_folder",
     "offpolicy.language.reference.Table": "offpolicy.language.reference.ReferenceTable",
     "offpolicy.losses.policy_terms.TokenMean": "offpolicy.losses.policy.means.StepTokenMean",
     "offpolicy.losses.policy_terms.choose": "offpolicy.errors.check_choice",
     "offpolicy.synthetic.Plan": "offpolicy.diffusion.drawing.TrajectoryPlan",
+    "offpolicy.synthetic.opened": "offpolicy.diffusion.drawing.opened_replay",
     "offpolicy.synthetic.draw": "offpolicy.diffusion.drawing.draw_trajectories",
 }
 SPLIT = {  # class of version 0.1 that became several → the one that a class which extends it directly extends now

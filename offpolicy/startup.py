@@ -79,7 +79,7 @@ class LateFinder(MetaPathFinder):
         return spec
 
 
-def install() -> None:
+def install_late_finder() -> None:
     """Put off the loading of torchmetrics, unless it is loaded already."""
     if NAME not in sys.modules and not any(isinstance(finder, LateFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, LateFinder())

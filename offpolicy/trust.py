@@ -129,7 +129,7 @@ def names_in(value: Any) -> frozenset[str]:
     return frozenset()
 
 
-def names_of(method: Any) -> frozenset[str]:
+def names_of_method(method: Any) -> frozenset[str]:
     """The names that a method at hand consists of: its class, and what its options name."""
     return names_in(dict(method.hparams)) | {f"{type(method).__module__}.{type(method).__qualname__}"}
 

@@ -118,7 +118,7 @@ def _run(command: Command) -> int:
     origin = Origin(
         config=cli.settings_file(),
         command=shlex.join(["python", "-m", "offpolicy.fit", *sys.argv[1:]]),
-        lines=lines(command, cli.config) + ([screen.line("note", chosen)] if chosen else []),
+        lines=recipe_notes(command, cli.config) + ([screen.line("note", chosen)] if chosen else []),
     )
     options.pop("max_steps")
     options |= {"logger": cli.loggers} if cli.loggers else {}
@@ -382,7 +382,7 @@ PLAINLY = {  # option → what it takes, where its type would fill the screen
 }
 
 
-def lines(command: Command, config: Any) -> list[str]:
+def recipe_notes(command: Command, config: Any) -> list[str]:
     """Recipe and notes for the first screen."""
     if command.recipe is None:
         name = command.method.rpartition(".")[2]
@@ -391,5 +391,5 @@ def lines(command: Command, config: Any) -> list[str]:
     else:
         used = {f"model.{k}": v for k, v in config.model.init_args.items()}
         used |= {f"{group}.{k}": v for group in ("run", "data", "trainer") for k, v in config[group].items()}
-        shown = screen.recipe_lines(command.recipe, used)
+        shown = screen.recipe_notes(command.recipe, used)
     return shown + [screen.line("note", note) for note in command.notes]

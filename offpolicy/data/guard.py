@@ -78,7 +78,7 @@ def check_size(where: Path | str, key: str, size: int, stored: int | None = None
         )
 
 
-def unpacked(raw: bytes, path: Path) -> bytes:
+def gunzipped(raw: bytes, path: Path) -> bytes:
     """What gzip has packed, up to a size that texts can have.
 
     Raises:
@@ -202,7 +202,7 @@ def open_npy(path: Path, *, mapped: bool = False) -> np.ndarray:
         return np.load(path, mmap_mode="r" if mapped and 0 not in shape else None, allow_pickle=False)
 
 
-def read_npz(path: Path, *, skip: Collection[str] = ()) -> dict[str, np.ndarray]:
+def read_archive(path: Path, *, skip: Collection[str] = ()) -> dict[str, np.ndarray]:
     """All arrays of an archive but those to skip, by name, once their heads fit their sizes.
 
     Raises:

@@ -92,7 +92,7 @@ def check_suits(replay: Replay, method: str, *, discrete: bool = False, images: 
         return  # answered where the sizes are read
     obs, action, name = replay.steps["obs"], replay.steps["action"], replay.meta.get("name", "the replay")
     shape = tuple(obs.shape[1:])
-    check_widths(str(name), obs, action)
+    check_some_numbers(str(name), obs, action)
     if not discrete and ("action_n" in replay.meta or not is_float(action)):
         count = replay.meta.get("action_n")
         what = f"{count} discrete actions" if count else f"discrete actions ({action.dtype} {tuple(action.shape)})"
@@ -118,7 +118,7 @@ def check_suits(replay: Replay, method: str, *, discrete: bool = False, images: 
         )
 
 
-def check_widths(where: str, obs: Any, action: Any) -> None:
+def check_some_numbers(where: str, obs: Any, action: Any) -> None:
     """Refuse observations or actions without a number in them."""
     for name, column in (("observations", obs), ("actions", action)):
         if 0 in tuple(column.shape[1:]):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from offpolicy.data.columns import to_numpy
-from offpolicy.data.guard import faults, inside, open_npy, read_json, read_npz
+from offpolicy.data.guard import faults, inside, open_npy, read_archive, read_json
 from offpolicy.errors import DataError
 
 FORMAT = 1
@@ -111,7 +111,7 @@ def read_parts(path: Path, mmap: bool) -> tuple[dict[str, Any], str]:
             raise DataError(f"{path / 'meta.json'} has no fingerprint; expected a SHA-256. Make or convert it again.")
         folder = inside(path, "steps")
         steps = {name: open_npy(inside(folder, file), mapped=mmap) for name, file in names.items()}
-        small = read_npz(inside(path, "index.npz"))
+        small = read_archive(inside(path, "index.npz"))
         if not {"start", "length"} <= small.keys():
             raise DataError(f"{path / 'index.npz'} has no `start` and `length`; it is damaged. Make it again.")
         parts: dict[str, Any] = {

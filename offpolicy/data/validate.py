@@ -12,7 +12,7 @@ from offpolicy.data.doubts import next_obs_doubts, time_limit_doubts, whole_numb
 from offpolicy.data.raw import Raw, count_usable
 from offpolicy.data.replay import Replay
 from offpolicy.data.scan import CHUNK, Scan, drop_or_raise, numbers_text, range_text
-from offpolicy.data.spaces import check_widths
+from offpolicy.data.spaces import check_some_numbers
 from offpolicy.errors import DataError, UsageError
 from offpolicy.moved import names_of
 
@@ -39,7 +39,7 @@ def finish(raw: Raw, *, on_bad: str = "error", clip_actions: bool = False) -> Re
         raise UsageError(f"`on_bad` is {on_bad!r}; expected 'error' or 'drop_episode'. Pass one of them.")
     if not len(raw.start):
         raise DataError(f"{raw.where} holds no steps; expected at least one episode with a step.")
-    check_widths(raw.where, raw.steps["obs"], raw.steps["action"])
+    check_some_numbers(raw.where, raw.steps["obs"], raw.steps["action"])
     scan = Scan(raw, clip_actions)
     scan.run()
     if scan.faults:

@@ -127,7 +127,7 @@ def draw_trajectories(
         wait_for_all()
     if progress is not None:
         progress(plan.trajectories)
-    return opened(out)
+    return opened_replay(out)
 
 
 def _draw_piece(
@@ -190,7 +190,7 @@ def holds(out: Path, key: str) -> bool:
     return isinstance(drawn, dict) and drawn.get("key") == key
 
 
-def opened(folder: Path) -> Replay:
+def opened_replay(folder: Path) -> Replay:
     """A replay folder: in memory, or mapped where it is large."""
     replay = Replay.load(folder)
     return replay if replay.nbytes > IN_MEMORY else Replay.load(folder, mmap=False)

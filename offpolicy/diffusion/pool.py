@@ -15,7 +15,7 @@ from offpolicy.data.mixing import mixed
 from offpolicy.data.renewal import SyntheticOptions
 from offpolicy.data.replay import Replay
 from offpolicy.data.sizes import Sizes
-from offpolicy.diffusion.drawing import Progress, TrajectoryPlan, draw_trajectories, holds, opened
+from offpolicy.diffusion.drawing import Progress, TrajectoryPlan, draw_trajectories, holds, opened_replay
 from offpolicy.diffusion.measures import regeneration_metrics
 from offpolicy.diffusion.opening import check_guides, dims_text, has_law, open_model
 from offpolicy.diffusion.sampler import GuidanceOptions, SamplerOptions
@@ -99,7 +99,7 @@ class Pool:
                 if int(one.name[1:].split("-")[0]) <= version and one != named and not any(one.glob("step=*")):
                     shutil.rmtree(one, ignore_errors=True)
         wait_for_all()
-        found = opened(named)
+        found = opened_replay(named)
         found.version = version
         before, self.replay = self.replay, found
         policy.meter.add(self.news(before, policy))

@@ -49,7 +49,7 @@ from offpolicy.language.stepping import SCHEDULES, MicroBatches, rate_at
 from offpolicy.training.keeping import Spacing
 from offpolicy.training.lightning_private import FullySharded, trainer_of
 from offpolicy.training.module import Module
-from offpolicy.trust import names_of, trusting
+from offpolicy.trust import names_of_method, trusting
 
 DTYPES = ("float32", "bfloat16", "auto")
 EXPORTS = ("auto", "merged", "none")
@@ -310,7 +310,7 @@ class LanguageModule(Module):
         how = self.hparams.export
         if how == "none":
             return
-        with trusting(names=names_of(self)):
+        with trusting(names=names_of_method(self)):
             # a sharded model is whole in its checkpoint alone
             tuned = self if self.device_mesh is None else type(self).load_from_checkpoint(folder)
             export_model(

@@ -26,7 +26,7 @@ from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.generation import positions
 from offpolicy.language.layout import Layout
-from offpolicy.language.reference_cache import Cache, Columns, cache_folder, column_names, columns_of, texts_digest
+from offpolicy.language.reference_cache import Cache, Columns, column_names, columns_of, references_folder, texts_digest
 from offpolicy.language.room import base_dtype
 from offpolicy.moved import names_of
 
@@ -110,7 +110,7 @@ class Reference:
             model, name = self._open(h.reference), str(h.reference)
             self._check_other(model, name, tables)
             digest = policies.weights_digest(model)
-        began, folder = time.perf_counter(), cache_folder(h.ref_cache)
+        began, folder = time.perf_counter(), references_folder(h.ref_cache)
         rank, world = processes.rank(), processes.world_size()
         computed = 0
         for table in tables:
@@ -227,8 +227,8 @@ class Reference:
             if not (apart <= tolerance * (10.0 + part.sum_logps.detach().abs())).all():
                 raise UsageError(
                     "at the first step the policy is its own reference, but their log-probabilities differ by "
-                    f"{apart.max().item():.3g} nats. Remove {cache_folder(h.ref_cache)} (or set --model.ref_cache) to "
-                    "compute the reference again."
+                    f"{apart.max().item():.3g} nats. Remove {references_folder(h.ref_cache)} (or set --model.ref_cache)"
+                    " to compute the reference again."
                 )
 
 

@@ -66,7 +66,7 @@ class Cache:
         atomic_write(self.path / "manifest.json", json.dumps(self.parts, indent=2, sort_keys=True) + "\n")
 
 
-def cache_folder(option: str | None) -> Path:
+def references_folder(option: str | None) -> Path:
     """Where references are kept: the option, else ``$OFFPOLICY_REF_CACHE``, else below the user's caches."""
     return Path(option or os.environ.get("OFFPOLICY_REF_CACHE") or "~/.cache/offpolicy/references").expanduser()
 

@@ -1,7 +1,7 @@
 """FSDP2 (``strategy="fsdp2"``): every process keeps a part of each weight, and gathers a layer while it computes.
 
 A forward pass therefore takes all processes at once. Where they go through the model differently often, as they do
-while each draws its own answers, the whole model is gathered first (:func:`gathered`).
+while each draws its own answers, the whole model is gathered first (:func:`gathered_model`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def units(model: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gathered_model(model: nn.Module) -> Iterator[None]:
     """Within it, every process holds all weights of a sharded model, and goes through it by itself.
 
     That takes the memory of the whole model on each. A ``state_dict`` cuts the weights again: :func:`gather`.
@@ -59,7 +59,7 @@ def gather(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def cut(model: nn.Module) -> Iterator[None]:
-    """Within it, each process holds its parts alone, also inside of :func:`gathered`."""
+    """Within it, each process holds its parts alone, also inside of :func:`gathered_model`."""
     parts = units(model)
     whole = bool(parts) and not any(hasattr(p, "placements") for p in model.parameters())
     for part in parts:  # the outermost stays gathered after a forward pass

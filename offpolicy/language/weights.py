@@ -46,7 +46,7 @@ def exported(model: Any, adapter: str = "merge", dtype: torch.dtype | None = Non
         owner = next((prefix for prefix in prefixes(name) if prefix in adapted), None)
         if owner is None:
             if not has_successor(base, name) and not describes_four_bits(base, name):
-                yield plain_name(name), cast(whole(tensor, base, name), dtype)
+                yield plain_name(name), cast(whole_tensor(tensor, base, name), dtype)
         elif owner not in done:
             done.add(owner)
             layer = adapted[owner]
@@ -93,7 +93,7 @@ def gathered_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole(tensor: Tensor, base: nn.Module, name: str) -> Tensor:
+def whole_tensor(tensor: Tensor, base: nn.Module, name: str) -> Tensor:
     """A tensor of the state, gathered, and as numbers where it is kept in 4 bits."""
     if getattr(tensor, "quant_state", None) is None:
         return gathered_tensor(tensor)
@@ -139,7 +139,9 @@ def bare_layer(layer: Any) -> dict[str, Tensor]:
     """The state of a layer without its adapters."""
     base = layer.get_base_layer()
     state = base.state_dict(keep_vars=True).items()
-    return {name: whole(tensor, base, name) for name, tensor in state if not (is_packed(base) and "weight." in name)}
+    return {
+        name: whole_tensor(tensor, base, name) for name, tensor in state if not (is_packed(base) and "weight." in name)
+    }
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ def canvas(rows: int, columns: int, height: float) -> Iterator[tuple[Any, list[A
         yield figure, list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
 
 
-def keep(figure: Any, name: str, words: str, folder: Path) -> Drawn:
+def keep_figure(figure: Any, name: str, words: str, folder: Path) -> Drawn:
     """Write a figure as PNG and PDF, and give it as SVG; two builds of the same figure are equal byte by byte."""
     import matplotlib as mpl
 
@@ -171,7 +171,7 @@ def draw_panels(
                     place.set_axis_off()
                 _legend(figure, places)
                 words = f"{height} by {axis} for {listed_methods(chosen)}: {', '.join(title for title, _ in some)}."
-                drawn.append(keep(figure, f"{name}-{len(drawn) + 1}", words, folder))
+                drawn.append(keep_figure(figure, f"{name}-{len(drawn) + 1}", words, folder))
     return drawn
 
 
@@ -199,7 +199,7 @@ def draw_aggregates(
             place.set_yticklabels([label(method, 24) for method in methods] if first else [])
             place.grid(axis="x", alpha=0.25)
         words = f"{', '.join(aggregates)} over all tasks with 95 % intervals for {listed_methods(methods)}."
-        return keep(figure, name, words, folder)
+        return keep_figure(figure, name, words, folder)
 
 
 def draw_profiles(
@@ -215,7 +215,7 @@ def draw_profiles(
             places[0].grid(alpha=0.25)
             _legend(figure, places)
             words = f"Performance profiles: the share of runs with a score above τ, for {listed_methods(chosen)}."
-            found.append(keep(figure, f"{name}-{len(found) + 1}", words, folder))
+            found.append(keep_figure(figure, f"{name}-{len(found) + 1}", words, folder))
     return found
 
 
@@ -231,7 +231,7 @@ def draw_improvement(name: str, best: str, others: Mapping[str, Estimate], look:
         place.set(xlim=(0, 1), ylim=(len(others) - 0.5, -0.5), yticks=range(len(others)))
         place.set_yticklabels([label(other, 40) for other in others])
         place.set_xlabel(f"P({label(best, 30)} > other)")
-        return keep(figure, name, f"How likely a run of {best} beats a run of each other method.", folder)
+        return keep_figure(figure, name, f"How likely a run of {best} beats a run of each other method.", folder)
 
 
 def draw_histograms(
@@ -247,7 +247,7 @@ def draw_histograms(
                 place.hist(own, edges, histtype="step", density=True, color=look.colour, ls=look.dash, label=method)
             place.set(title=label(title), xlabel=height, ylabel="density")
         _legend(figure, places)
-        return keep(figure, name, f"Histograms of {height}.", folder)
+        return keep_figure(figure, name, f"Histograms of {height}.", folder)
 
 
 def pieces(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         print(f"{plan.search.trials} trials for each of {len(plan.methods)} methods on {len(plan.data)} data sets")
         return 0
     cells = cells_of(plan)
-    check(plan, cells)
+    check_cells(plan, cells)
     jobs = jobs_of(plan, cells, shares_seeds)
     if args.cell is not None:
         every = jobs_of(plan, cells, shares_seeds) if args.cell < 0 else slurm_jobs(plan, cells)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     done = run_all(jobs, plan, say, ray=args.ray)
     if any(job.state == STOPPED for job in done):
         return SIGNALLED
-    return finish(plan, cells, args.report)
+    return conclude(plan, cells, args.report)
 
 
 def arguments(argv: list[str]) -> Any:
@@ -131,7 +131,7 @@ def spanned(name: str, text: str) -> Any:
     return {"low": numbers[0], "high": numbers[1], "log": len(parts) == 3}
 
 
-def check(plan: Any, cells: Any) -> None:
+def check_cells(plan: Any, cells: Any) -> None:
     """Refuse settings that `fit` would refuse, before anything runs: each combination is read as `fit` reads it."""
     from offpolicy.cli.arguments import read_command
     from offpolicy.cli.parser import parse
@@ -209,10 +209,10 @@ def search(plan: Any, report: str) -> int:
 
     best = [one for data in plan.data for method in plan.methods for one in search_settings(plan, method, data, say)]
     say(f"Settings were chosen on seeds {plan.search.seeds}; report them on others.")
-    return finish(plan, best, report) if best else 1
+    return conclude(plan, best, report) if best else 1
 
 
-def finish(plan: Any, cells: Any, report: str) -> int:
+def conclude(plan: Any, cells: Any, report: str) -> int:
     """Say what is done and write the report; returns the exit code."""
     from offpolicy.report.build import write_report
     from offpolicy.sweep.jobs import has_begun, is_done

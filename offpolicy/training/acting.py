@@ -18,7 +18,7 @@ from offpolicy.errors import UsageError
 from offpolicy.nn.policies import normal_log_prob
 from offpolicy.training.checkpoints import write_checkpoint
 from offpolicy.training.module import Module
-from offpolicy.training.seeds import ask_each, build_stacked, taken
+from offpolicy.training.seeds import ask_each, build_stacked, method_of_seed
 
 
 class ActingModule(Module):
@@ -104,7 +104,7 @@ class ActingModule(Module):
             raise UsageError(
                 f"there is no seed {seed} to take: {type(self).__name__} holds {held}. Pass one of several."
             )
-        return taken(self, seed)
+        return method_of_seed(self, seed)
 
     def save(self, path: str | Path) -> None:
         """Write the weights and settings into a file that :func:`offpolicy.load` opens, as ``policy.ckpt``.

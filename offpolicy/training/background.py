@@ -77,21 +77,21 @@ def is_beside(choice: bool | str, tree: Any, free: Callable[[], int]) -> bool:
 
 def bytes_of(tree: Any) -> int:
     """Bytes of the tensors of a tree; what several of them share counts once."""
-    here = [x.to_local() if hasattr(x, "to_local") else x for x in tensors_of(tree)]  # this process's part
+    here = [x.to_local() if hasattr(x, "to_local") else x for x in tensors_in(tree)]  # this process's part
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in here}
     return sum(storages.values())
 
 
-def tensors_of(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> Iterator[Tensor]:
     """The tensors of a tree of mappings and sequences."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for item in tree.values():
-            yield from tensors_of(item)
+            yield from tensors_in(item)
     elif isinstance(tree, (list, tuple)):
         for item in tree:
-            yield from tensors_of(item)
+            yield from tensors_in(item)
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ class UpdateBar(ProgressBar):
         if self.run_log.failed:  # the numbers of an earlier one would mislead
             found = {name: value for name, value in found.items() if not name.startswith("eval/")}
         shown = [n for n in self.names if n in found][:5]
-        return "  ".join(f"{short(n)} {float(found[n]):.4g}{spread(found.get(f'{n}_seed_std'))}" for n in shown)
+        return "  ".join(f"{short(n)} {float(found[n]):.4g}{plus_minus(found.get(f'{n}_seed_std'))}" for n in shown)
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -101,7 +101,7 @@ class UpdateBar(ProgressBar):
         self._stop()
 
 
-def spread(std: Any) -> str:
+def plus_minus(std: Any) -> str:
     """The standard deviation of a number over seeds, to stand behind it; nothing for one seed."""
     return "" if std is None else f" ± {float(std):.3g}"
 

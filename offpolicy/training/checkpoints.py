@@ -257,13 +257,13 @@ def newest_run(
         if match and files:
             runs.append((max(file.stat().st_mtime_ns for file in files), int(match[1]), folder))
     folders = [folder for *_, folder in sorted(runs, reverse=True)]
-    if fingerprint is not None and len({trained_on(folder) for folder in folders}) > 1:
+    if fingerprint is not None and len({fingerprint_of_run(folder) for folder in folders}) > 1:
         wanted = fingerprint()
-        folders.sort(key=lambda folder: trained_on(folder) not in (wanted, None))  # stable: newest first
+        folders.sort(key=lambda folder: fingerprint_of_run(folder) not in (wanted, None))  # stable: newest first
     return next((folder for folder in folders if newest_checkpoint(folder)), None)
 
 
-def trained_on(folder: Path) -> str | None:
+def fingerprint_of_run(folder: Path) -> str | None:
     """The fingerprint of the data that a run was started with, None where its folder does not tell."""
     try:
         found = json.loads((folder / "versions.json").read_text())["data"]["fingerprint"]

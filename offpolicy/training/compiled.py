@@ -121,7 +121,7 @@ class CompiledUpdates:
         log.warning("Updates are not compiled: %s.", reason)
 
 
-def advice(method: Any, updates: int) -> list[str]:
+def compile_advice(method: Any, updates: int) -> list[str]:
     """A sentence for a run of so many updates that compiled ones would make shorter; none for others."""
     if method.run.compile or method.device.type != "cpu" or updates < LONG or why_not(method):
         return []

@@ -67,12 +67,12 @@ def check_finite(method: Any) -> None:
         return
     losses = losses or [f"{name} is not finite" for name, value in since.items() if not all_finite([value])]
     weights = [name for name, p in trained.items() if not all_finite([p])]
-    error = DivergenceError(message(method, losses, weights))
+    error = DivergenceError(divergence_message(method, losses, weights))
     error.together = True  # as the answer above is the same on every process
     raise error
 
 
-def message(method: Any, losses: list[str], weights: list[str]) -> str:
+def divergence_message(method: Any, losses: list[str], weights: list[str]) -> str:
     """What was found, where training was finite, and what to do."""
     found = list(losses[:SHOWN])
     if weights:
@@ -128,7 +128,9 @@ def named(step: Callable[..., Any]) -> Callable[..., Any]:
             weights = [name for name, p in self.named_parameters() if not all_finite([p])]
             if not weights or isinstance(error, DivergenceError):
                 raise
-            raise DivergenceError(message(self, [f"an update failed ({type(error).__name__})"], weights)) from error
+            raise DivergenceError(
+                divergence_message(self, [f"an update failed ({type(error).__name__})"], weights)
+            ) from error
 
     return stepping
 

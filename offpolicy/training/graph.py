@@ -35,7 +35,7 @@ NUMBER = (  # in words
 )
 
 
-class Recorder:
+class GraphRecorder:
     """Records work of a CUDA device as graphs, all in one pool of memory, as one is repeated at a time."""
 
     def __init__(self, device: torch.device) -> None:
@@ -102,7 +102,7 @@ class Blocks:
             finish_work(self.method.device)  # before graphs and their memory go
         self._repeated: dict[Hashable, Repeated] = {}
         self._seen: deque[Hashable] = deque(maxlen=LATELY)
-        self._recorder: Recorder | None = None
+        self._recorder: GraphRecorder | None = None
         self._settings = settings(self.method)
 
     def facts(self) -> list[tuple[str, str]]:
@@ -160,7 +160,7 @@ class Blocks:
             work()
             return
         if self._recorder is None:
-            self._recorder = Recorder(self.method.device)
+            self._recorder = GraphRecorder(self.method.device)
         self._recorder.warm(work)
 
     def _record(self, pattern: Hashable, t: int, k: int) -> None:
@@ -293,4 +293,4 @@ def plain_state(method: nn.Module) -> dict[str, Any]:
     return found
 
 
-__all__ = ["Blocks", "Recorder"]
+__all__ = ["Blocks", "GraphRecorder"]

@@ -31,7 +31,7 @@ from offpolicy.errors import UsageError, check_range
 from offpolicy.given import refuse_half
 from offpolicy.training import divergence
 from offpolicy.training.common import CommonOptions
-from offpolicy.training.compiled import CompiledUpdates, advice
+from offpolicy.training.compiled import CompiledUpdates, compile_advice
 from offpolicy.training.description import Description, origin
 from offpolicy.training.drawing import Counters, Draw, draw_batches, has_dropout, seed_dropout
 from offpolicy.training.graph import Blocks
@@ -337,7 +337,7 @@ class OfflineModule(SteppingModule):
             ],
             batch=batch,
             evaluates=f"{episodes} episodes of {env}{each}" if episodes and env else "",
-            notes=advice(self, self.trainer.max_steps - self.updates),
+            notes=compile_advice(self, self.trainer.max_steps - self.updates),
         )
 
     # -- Lightning: the loop -------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def ask_each(method: Any, question: Callable[[], Any]) -> Any:
     return None if answers[0] is None else torch.stack(answers)
 
 
-def taken(method: Any, seed: int) -> Any:
+def method_of_seed(method: Any, seed: int) -> Any:
     """A method of one seed with the weights of that seed; see :meth:`ActingModule.take_seed`."""
     index = method.seeds.index(seed)
     with speaking(method.words):

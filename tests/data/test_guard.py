@@ -59,7 +59,7 @@ def test_heads_of_arrays(content: bytes, tmp_path: Path) -> None:
         with pytest.raises(DataError):
             guard.open_npy(tmp_path / "a.npy", mapped=mapped)
     with pytest.raises(DataError):
-        guard.read_npz(tmp_path / "a.npz")
+        guard.read_archive(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])
@@ -71,7 +71,7 @@ def test_arrays_come_back(array: np.ndarray, version: int, tmp_path: Path) -> No
     (tmp_path / "a.npy").write_bytes(file.getvalue())
     np.savez_compressed(tmp_path / "a.npz", x=array, y=array)
     for found in (guard.open_npy(tmp_path / "a.npy"), guard.open_npy(tmp_path / "a.npy", mapped=True),
-                  guard.read_npz(tmp_path / "a.npz", skip=["y"])["x"]):  # fmt: skip
+                  guard.read_archive(tmp_path / "a.npz", skip=["y"])["x"]):  # fmt: skip
         assert found.dtype == array.dtype and found.flags.f_contiguous == array.flags.f_contiguous
         np.testing.assert_array_equal(found, array)
 
@@ -79,7 +79,7 @@ def test_arrays_come_back(array: np.ndarray, version: int, tmp_path: Path) -> No
 def test_an_archive_that_would_fill_the_memory(no_room: None, tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", x=np.zeros(1 << 20))
     with pytest.raises(DataError, match=r"`all arrays` needs 8,388,\d+ bytes, and 65,536 bytes of memory are free"):
-        guard.read_npz(tmp_path / "a.npz")
+        guard.read_archive(tmp_path / "a.npz")
     with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
         archive.writestr("x.npy", head((1 << 40,)))
     with pytest.raises(DataError):
@@ -91,7 +91,7 @@ def test_the_same_array_twice(tmp_path: Path) -> None:
         for _ in range(2):
             archive.writestr("x.npy", head((0,)))
     with pytest.raises(DataError, match="twice"):
-        guard.read_npz(tmp_path / "a.npz")
+        guard.read_archive(tmp_path / "a.npz")
 
 
 # -- gzip --------------------------------------------------------------------------------------------------------------
@@ -100,14 +100,14 @@ def test_the_same_array_twice(tmp_path: Path) -> None:
 def test_unpacking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for parts in ([b"abc"], [b"abc", b"de"], [b"x" * 10_000_000]):
         packed = b"".join(map(gzip.compress, parts))
-        assert guard.unpacked(packed, tmp_path) == gzip.decompress(packed) == b"".join(parts)
-    assert guard.unpacked(gzip.compress(b"abc") + bytes(20), tmp_path) == b"abc"
+        assert guard.gunzipped(packed, tmp_path) == gzip.decompress(packed) == b"".join(parts)
+    assert guard.gunzipped(gzip.compress(b"abc") + bytes(20), tmp_path) == b"abc"
     for wrong in (b"", b"\x1f\x8b", gzip.compress(b"abc")[:-6], b"abc", zlib.compress(b"abc")):
         with pytest.raises(DataError):
-            guard.unpacked(wrong, tmp_path)
+            guard.gunzipped(wrong, tmp_path)
     monkeypatch.setattr(guard, "SMALL", 1 << 10)
     with pytest.raises(DataError, match="expected texts, which do not shrink that much"):
-        guard.unpacked(gzip.compress(bytes(1 << 24)), tmp_path)
+        guard.gunzipped(gzip.compress(bytes(1 << 24)), tmp_path)
 
 
 # -- HDF5 --------------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def boolean_index(func: Any, args: Any) -> bool:
 
 
 class Recorder:
-    """In the place of :class:`offpolicy.training.graph.Recorder`."""
+    """In the place of :class:`offpolicy.training.graph.GraphRecorder`."""
 
     made: int = 0
     repeated: int = 0

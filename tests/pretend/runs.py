@@ -69,7 +69,7 @@ BLOCK: Counter[str] = Counter()  # reads of the host inside blocks of updates
 
 def watch_blocks() -> None:
     run_folder.plot_curves = lambda *_: None  # the picture costs more than the runs here
-    graph.Recorder = recorded.Recorder  # type: ignore[misc, assignment]
+    graph.GraphRecorder = recorded.Recorder  # type: ignore[misc, assignment]
     run_block = OfflineModule.run_block
 
     def watched(self: OfflineModule, t: int, k: int) -> None:

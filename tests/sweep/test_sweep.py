@@ -129,7 +129,7 @@ def test_settings_that_fit_refuses_are_refused_before_anything_runs(tmp_path: Pa
     for bad in ({"model.alhpa": 1}, {"model.alpha": "much"}, {"model.alpha": -1}):
         plan = plan_of(tmp_path, methods=["TD3BC"], set=bad)
         with pytest.raises(UsageError, match="alpha"):
-            command.check(plan, cells_of(plan))
+            command.check_cells(plan, cells_of(plan))
     assert not (tmp_path / "s").exists()
 
 

@@ -169,5 +169,5 @@ def test_the_code_generator_gives_the_same_run(replay: Replay) -> None:
 def test_long_runs_on_a_cpu_are_told_of_it(name: str, updates: int, how: Any, told: bool) -> None:
     module = method(name)
     module.run.compile, module.has_dropout = how, "dropout" in name
-    found = compiled.advice(module, updates)
+    found = compiled.compile_advice(module, updates)
     assert bool(found) is told and all("--run.compile update" in note for note in found)

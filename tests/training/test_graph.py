@@ -37,7 +37,7 @@ def replay() -> Replay:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> type[recorded.Recorder]:
     """The CPU as a device with graphs."""
     monkeypatch.setattr(graph, "DEVICES", ("cpu",))
-    monkeypatch.setattr(graph, "Recorder", recorded.Recorder)
+    monkeypatch.setattr(graph, "GraphRecorder", recorded.Recorder)
     recorded.Recorder.made = recorded.Recorder.repeated = 0
     return recorded.Recorder
 

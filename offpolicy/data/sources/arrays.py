@@ -11,12 +11,12 @@ import numpy as np
 
 from offpolicy.data import ends, validate
 from offpolicy.data.doubts import precision_doubts
-from offpolicy.data.guard import read_npz as read_npz_file
+from offpolicy.data.guard import read_archive
 from offpolicy.data.raw import NAMES, Raw, as_flag, check_structure, match
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.containers import plain_columns
 from offpolicy.data.sources.fetch import Lock, npz_names
-from offpolicy.data.spaces import bounds_meta, check_widths, environment_facts
+from offpolicy.data.spaces import bounds_meta, check_some_numbers, environment_facts
 from offpolicy.errors import DataError, UsageError, nearest
 from offpolicy.trust import take_environment
 
@@ -119,7 +119,7 @@ def load_npz(path: Path, skip: Iterable[str] = ()) -> dict[str, np.ndarray]:
         DataError: not an archive, truncated, or a damaged or pickled member.
     """
     npz_names(path)
-    return read_npz_file(path, skip=tuple(skip))
+    return read_archive(path, skip=tuple(skip))
 
 
 def check_columns(where: str, columns: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
@@ -169,7 +169,7 @@ def assemble(
     columns = dict(columns)
     shapes = {key: tuple(column.shape) for key, column in columns.items()}
     rows, keys = check_columns(where, columns, facts)
-    check_widths(where, columns[keys["obs"]], columns[keys["action"]])
+    check_some_numbers(where, columns[keys["obs"]], columns[keys["action"]])
     raw = Raw({}, np.zeros(0), np.zeros(0), where, meta=meta, keys=keys, facts=facts, owned=owned, notes=list(notes))
     marks = ends.take(where, columns, rows)
     if not marks.names:  # what had the name of a mark was something else

@@ -86,7 +86,7 @@ def as_array(name: str, value: Any, obs_keys: list[str] | None = None) -> np.nda
         return value.astype(value.dtype.newbyteorder("="), copy=False)
     parts = as_mapping(value)
     if parts is not None:
-        return side_by_side(name, parts, obs_keys)
+        return joined_parts(name, parts, obs_keys)
     value = _of_tensor(value)
     if isinstance(value, np.ma.MaskedArray):
         value = _unmasked(name, value)
@@ -162,7 +162,7 @@ def _of_objects(name: str, array: np.ndarray) -> np.ndarray:
     )
 
 
-def side_by_side(name: str, parts: Mapping[str, Any], obs_keys: list[str] | None) -> np.ndarray:
+def joined_parts(name: str, parts: Mapping[str, Any], obs_keys: list[str] | None) -> np.ndarray:
     """A dict of observations as one array: the chosen parts, each flattened per step."""
     leaves = dict(_leaves(parts))
     if name not in OBSERVATIONS:

@@ -25,7 +25,7 @@ from offpolicy.data.guard import check_dataset, check_heaps
 from offpolicy.data.raw import ALIASES, match
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.arrays import assemble, check_columns
-from offpolicy.data.sources.containers import side_by_side
+from offpolicy.data.sources.containers import joined_parts
 from offpolicy.data.sources.fetch import Lock, corrupt, facts, locate, open_hdf5
 from offpolicy.data.sources.hdf5 import datasets, group_per_episode, per_episode_recipe
 from offpolicy.errors import DataError, UsageError, listed
@@ -233,7 +233,7 @@ def _columns(
         parts = {k.removeprefix(f"{name}/"): steps.pop(k) for k in list(steps) if k.startswith(f"{name}/")}
         if parts:  # a group of parts is a dict of observations
             chosen = {k: _read(path, f"{name}/{k}", d) if k in (obs_keys or ()) else d for k, d in parts.items()}
-            steps[name] = side_by_side(name, chosen, obs_keys)
+            steps[name] = joined_parts(name, chosen, obs_keys)
     rows, keys = check_columns(str(path), steps, facts)
     wide = {k: steps[k] for n, k in keys.items() if n in ("obs", "action", "reward") and steps[k].dtype.kind == "f"}
     floats = {n: str(steps[k].dtype) for n, k in keys.items() if steps[k].dtype.kind == "f"}

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from offpolicy.compute.generators import isolated_rng
-from offpolicy.data.guard import faults, read_npz
+from offpolicy.data.guard import faults, read_archive
 from offpolicy.data.sources.fetch import facts, npz_names
 from offpolicy.environments.make import close_environment, make_environment
 from offpolicy.errors import DataError, UsageError, check_range
@@ -124,7 +124,7 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
     if "recipe" not in names:
         return None
     with faults(path):
-        recipe = json.loads(str(read_npz(path, skip=[name for name in names if name != "recipe"])["recipe"]))
+        recipe = json.loads(str(read_archive(path, skip=[name for name in names if name != "recipe"])["recipe"]))
         recipe.pop("part")
         return recipe
 

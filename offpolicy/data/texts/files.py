@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from offpolicy.data.guard import check_parquet, checked_table, unpacked
+from offpolicy.data.guard import check_parquet, checked_table, gunzipped
 from offpolicy.data.names import TABLES, file_type, shards
 from offpolicy.data.texts.formats import Source
 from offpolicy.data.texts.messages import WrongType, unpack
@@ -109,7 +109,7 @@ def _text(path: Path) -> str:
     """The text of a file in UTF-8, unpacked and without a byte order mark."""
     try:
         raw = path.read_bytes()
-        raw = unpacked(raw, path) if path.name.lower().endswith(".gz") else raw
+        raw = gunzipped(raw, path) if path.name.lower().endswith(".gz") else raw
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}. Make or download it again.") from None
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or raw[1:2] == b"\0" or raw[:1] == b"\0":

@@ -142,7 +142,7 @@ def select_answers(store: Replay, keep: np.ndarray) -> Replay | None:
     )
 
 
-def merged(first: Replay | None, second: Replay | None) -> Replay:
+def merged_answers(first: Replay | None, second: Replay | None) -> Replay:
     """The answers of both, one after the other; columns that one of them lacks are NaN there (0 for facts)."""
     parts = [one for one in (first, second) if one is not None]
     if len(parts) == 1:

@@ -180,7 +180,8 @@ class Ahead:
         """What is asked, with the answers of all processes, which are waited for."""
         self.collect()
         mine = {
-            k: packed(self.answering.requests(self.asked[k], self.seed()), some) for k, some in self._answers.items()
+            k: packed_answers(self.answering.requests(self.asked[k], self.seed()), some)
+            for k, some in self._answers.items()
         }
         parts = processes.gathered(mine)
         return [
@@ -193,7 +194,7 @@ class Ahead:
         self.asked, self._answers = {}, {}
         for state in states:
             one = Asked(**{name: value for name, value in state.items() if name != "answers"})
-            known = {number: some for part in state["answers"] for number, some in unpacked(part).items()}
+            known = {number: some for part in state["answers"] for number, some in unpacked_answers(part).items()}
             self.asked[one.iteration] = one
             if state["answers"]:
                 self._answers[one.iteration] = [known[r.number] for r in self.answering.requests(one, self.seed())]
@@ -214,7 +215,7 @@ def mean_age(store: Replay) -> float:
     return float((iteration_of(store) - store.episodes["policy_version"])[own].mean())
 
 
-def packed(requests: Sequence[Request], answers: Answers) -> dict[str, np.ndarray]:
+def packed_answers(requests: Sequence[Request], answers: Answers) -> dict[str, np.ndarray]:
     """Answers laid end to end, for a checkpoint."""
     flat = [one for some in answers for one in some]
     ends = [np.full(len(one[0]), -1) if len(one) < 4 or one[3] is None else one[3] for one in flat]
@@ -233,8 +234,8 @@ def packed(requests: Sequence[Request], answers: Answers) -> dict[str, np.ndarra
     }
 
 
-def unpacked(parts: Mapping[str, Any]) -> dict[int, list[Completion]]:
-    """The answers of :func:`packed`, by the number of their request."""
+def unpacked_answers(parts: Mapping[str, Any]) -> dict[int, list[Completion]]:
+    """The answers of :func:`packed_answers`, by the number of their request."""
     columns = {name: np.asarray(part) for name, part in parts.items()}
     last = np.cumsum(columns["length"])
     cut = {name: np.split(columns[name], last[:-1]) for name in ("token", "logp", "version")}

@@ -28,7 +28,7 @@ from offpolicy.language.rl.iteration import Course, Shape, replayed_now, sweeps_
 from offpolicy.language.rl.records import Recorder
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.tokens import batch_tokens
-from offpolicy.language.sharding import gathered
+from offpolicy.language.sharding import gathered_model
 from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
 from offpolicy.training import divergence
 
@@ -128,7 +128,7 @@ class IteratingModule(LanguageModule):
         seed, ahead = self.seed or 0, self.ahead
         fraction, sweeps = self.mixture(k)
         ahead.collect()  # before the engine gets other weights
-        with evaluating(self.model), self.precision_context(), gathered(self.model):
+        with evaluating(self.model), self.precision_context(), gathered_model(self.model):
             self.answering.sync(self.model, k)
             store = self.before_iteration(k, store)
             wanted = min(shape.replayed(fraction), shape.groups - ahead.groups_of(k))
@@ -144,7 +144,7 @@ class IteratingModule(LanguageModule):
             ahead.drop(k)
             if not self.objective.uses_critic:
                 fresh.episodes["advantage"] = from_groups(self.objective, fresh)
-            store = store_of.merged(store, fresh)
+            store = store_of.merged_answers(store, fresh)
             steps = self._plan_steps(store, k, sweeps_of(old, len(old[0]) > 0, fraction))
             bound = BoundRollouts(self.problems, store)
             store = self.scoring.score(bound, steps, k, base=self._wants_base(len(steps)))

@@ -134,7 +134,7 @@ def _asked(reference: str) -> str:
     return reference.strip() if mark is None else mark.content.strip()
 
 
-def same(text: str, reference: str) -> bool:
+def is_reference(text: str, reference: str) -> bool:
     """Whether a text is the reference itself, apart from white space that parts no digits or letters: 7 7 is not 77."""
     return _tight(text) == _tight(_asked(reference)) != ""
 

@@ -26,7 +26,7 @@ LEAST = {  # option → its least value
 }
 
 
-def check_options(given: Mapping[str, Any], batch_size: int, reference: str) -> None:
+def check_rollout_options(given: Mapping[str, Any], batch_size: int, reference: str) -> None:
     """Raise :class:`UsageError` for an option that is out of its range, or does not go with the others.
 
     Args:

@@ -102,7 +102,9 @@ class ReplayEngine:
                     f"{self.path} has no answer to the prompt {request.prompt.tolist()[:20]}; expected one for every "
                     "prompt. Record them, or train on the prompts of the file."
                 )
-            found.append([cut(known[(first + k) % len(known)], how.max_new_tokens) for k in range(request.samples)])
+            found.append(
+                [cut_answer(known[(first + k) % len(known)], how.max_new_tokens) for k in range(request.samples)]
+            )
         return found
 
 
@@ -113,7 +115,7 @@ def recorded(token: Any, logp: Any, ended: Any, version: int | None) -> Completi
     return Completion(ids, np.asarray(logp, dtype=np.float32), bool(ended), drew)
 
 
-def cut(answer: Completion, longest: int) -> Completion:
+def cut_answer(answer: Completion, longest: int) -> Completion:
     """An answer of at most so many tokens."""
     if len(answer.token) <= longest:
         return answer

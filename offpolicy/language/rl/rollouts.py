@@ -57,11 +57,11 @@ from offpolicy.language.rl.forward import Forward
 from offpolicy.language.rl.iterating import IteratingModule
 from offpolicy.language.rl.iteration import Shape
 from offpolicy.language.rl.objective import age_fact, composed, load_parts
-from offpolicy.language.rl.options import check_engine_lag, check_options, check_problems, check_strategy
+from offpolicy.language.rl.options import check_engine_lag, check_problems, check_rollout_options, check_strategy
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.solving import solve
 from offpolicy.language.room import base_dtype
-from offpolicy.language.sharding import gathered, shard
+from offpolicy.language.sharding import gathered_model, shard
 from offpolicy.losses.policy_gradient import Objective
 from offpolicy.training.description import Description
 from offpolicy.training.lightning_private import trainer_of
@@ -156,7 +156,7 @@ class RolloutModule(IteratingModule):
         **language: Any,
     ) -> None:
         super().__init__(lr=lr, lr_schedule=lr_schedule, warmup_ratio=warmup_ratio, **language)
-        check_options(locals(), self.hparams.batch_size, self.hparams.reference)
+        check_rollout_options(locals(), self.hparams.batch_size, self.hparams.reference)
         self.save_hyperparameters()
         if type(self).parts is RolloutModule.parts:
             self.objective = self.compose()
@@ -248,7 +248,7 @@ class RolloutModule(IteratingModule):
             return {}
         h = self.hparams
         self.ahead.collect()  # the engine gets other weights
-        with evaluating(self.model), self.precision_context(), gathered(self.model):
+        with evaluating(self.model), self.precision_context(), gathered_model(self.model):
             numbers = {"samples": h.eval_samples, "limit": h.eval_rows}
             return solve(self.eval_problems, self.answering, self.model, self.iteration, **numbers)
 

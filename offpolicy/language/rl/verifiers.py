@@ -125,7 +125,7 @@ def math(prompt: str, answer: str, reference: str, *, ended: bool = True, timeou
     text = final_part(answer, prompt, ended=ended) if mark is None else mark.content
     if expected is not None and number_of(text) == expected:  # saves milliseconds
         return 1.0
-    if mark is not None and mathematics.same(text, reference):
+    if mark is not None and mathematics.is_reference(text, reference):
         return 1.0
     shown = mathematics.readable(text, marked=mark is not None, reference=reference)
     if importlib.util.find_spec("math_verify") is not None:

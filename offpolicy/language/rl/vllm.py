@@ -36,8 +36,8 @@ from offpolicy.language.rl.vllm_checks import (
     check_version,
     interpreter,
 )
-from offpolicy.language.rl.vllm_files import adapter_rank, check_model, forget_weights, write_policy
-from offpolicy.language.rl.vllm_process import PrivateFolder, WorkerFault, WorkerProcess, end_all, last_lines
+from offpolicy.language.rl.vllm_files import adapter_rank, check_model, forget_weights, write_for_engine
+from offpolicy.language.rl.vllm_process import PrivateFolder, WorkerFault, WorkerProcess, end_all, end_of_log
 from offpolicy.language.weights import ADAPTER
 from offpolicy.trust import check_program
 
@@ -360,7 +360,7 @@ class VllmEngine:
                     yield self._request_message(ticket)
 
     def _give_up(self, what: str, advice: str) -> NoReturn:
-        tail, self._failed = last_lines(self.log), True
+        tail, self._failed = end_of_log(self.log), True
         self.close()
         raise UsageError(f"{what}. {advice} The end of {self.log}:\n{tail}" if tail else f"{what}. {advice}")
 
@@ -406,7 +406,7 @@ class VllmEngine:
         """The folder of the policy's weights, or adapters alone; one process of each machine writes for all of it."""
         writes = self.context.local_rank == 0
         place = self._folder.path / name
-        write_policy(model, place, adapter=self.adapter, dtype=self.dtype, writes=writes, alone=alone)
+        write_for_engine(model, place, adapter=self.adapter, dtype=self.dtype, writes=writes, alone=alone)
         host = socket.gethostname()
         everyone = processes.gathered((host, self.context.local_rank, str(self._folder.path)))
         return next(Path(path) for other, rank, path in everyone if other == host and rank == 0) / name

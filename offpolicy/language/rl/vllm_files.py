@@ -83,7 +83,7 @@ def write_adapter(model: Any, folder: Path, *, writes: bool = True) -> None:
     os.replace(temporary, folder)
 
 
-def write_policy(
+def write_for_engine(
     model: Any, folder: Path, *, adapter: str, dtype: torch.dtype, writes: bool = True, alone: bool = False
 ) -> None:
     """Write what an engine needs of a policy.

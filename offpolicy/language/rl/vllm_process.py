@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from offpolicy.language.rl.vllm_worker import FRAME, packed, unpacked
+from offpolicy.language.rl.vllm_worker import FRAME, message_bytes, message_of
 
 PATIENCE = 10.0  # seconds that a process has to end by itself
 MEMORY = Path("/dev/shm")  # a file system in memory
@@ -65,7 +65,7 @@ class WorkerProcess:
         Raises:
             WorkerFault: the process has ended, or does not read.
         """
-        rest, last = memoryview(packed(kind, dict(arrays or {}), **facts)), time.monotonic()
+        rest, last = memoryview(message_bytes(kind, dict(arrays or {}), **facts)), time.monotonic()
         while rest:
             _, ready, _ = select.select([], [self._write], [], 0.5)
             if ready:
@@ -86,7 +86,7 @@ class WorkerProcess:
         if not ready:
             return None
         head, body = FRAME.unpack(self._bytes(FRAME.size))
-        return unpacked(self._bytes(head), self._bytes(body))
+        return message_of(self._bytes(head), self._bytes(body))
 
     def _bytes(self, number: int) -> bytes:
         found = bytearray()
@@ -189,7 +189,7 @@ def _free(place: Path) -> int:
         return 0
 
 
-def last_lines(log: Path, number: int = 20) -> str:
+def end_of_log(log: Path, number: int = 20) -> str:
     """The end of a log, for errors."""
     try:
         lines = log.read_text(errors="replace").splitlines()

@@ -27,7 +27,7 @@ FRAME = struct.Struct("<QQ")  # bytes of the header, and of the arrays behind it
 SIGN_OF_LIFE = 1.0  # seconds between messages while answers are drawn
 
 
-def packed(kind: str, arrays: dict[str, np.ndarray] | None = None, **facts: Any) -> bytes:
+def message_bytes(kind: str, arrays: dict[str, np.ndarray] | None = None, **facts: Any) -> bytes:
     """A message as bytes."""
     parts = {name: np.ascontiguousarray(a) for name, a in (arrays or {}).items()}
     shapes = [[name, a.dtype.str, len(a)] for name, a in parts.items()]
@@ -36,7 +36,7 @@ def packed(kind: str, arrays: dict[str, np.ndarray] | None = None, **facts: Any)
     return FRAME.pack(len(head), len(body)) + head + body
 
 
-def unpacked(head: bytes, body: bytes) -> dict[str, Any]:
+def message_of(head: bytes, body: bytes) -> dict[str, Any]:
     """A message from its two parts: its facts, with its arrays among them."""
     message, place = json.loads(head), 0
     for name, dtype, length in message.pop("arrays"):
@@ -65,7 +65,7 @@ class Worker:
                 self.unsent.task_done()
 
     def send(self, kind: str, arrays: dict[str, np.ndarray] | None = None, **facts: Any) -> None:
-        self.unsent.put(packed(kind, arrays, **facts))
+        self.unsent.put(message_bytes(kind, arrays, **facts))
         self.told = time.monotonic()
 
     def run(self) -> None:
@@ -193,7 +193,7 @@ def read_messages(read: int, arrived: queue.Queue[dict[str, Any]]) -> None:
     with contextlib.suppress(BaseException), open(read, "rb") as pipe:
         while frame := pipe.read(FRAME.size):
             head, body = FRAME.unpack(frame)
-            arrived.put(unpacked(pipe.read(head), pipe.read(body)))
+            arrived.put(message_of(pipe.read(head), pipe.read(body)))
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

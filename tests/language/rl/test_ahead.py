@@ -15,7 +15,7 @@ from tiny_rl import fit, method, toy_problems
 from offpolicy.data.texts.sequences import spans, token_ids
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
-from offpolicy.language.rl.ahead import packed, unpacked
+from offpolicy.language.rl.ahead import packed_answers, unpacked_answers
 from offpolicy.language.rl.engine import Completion, Request
 from offpolicy.language.rl.engines import TransformersEngine
 from offpolicy.language.rl.objective import age_fact
@@ -133,14 +133,14 @@ def test_answers_come_back_from_a_checkpoint_as_they_were() -> None:
 
     answers = [[completion(3, 4), completion(1, 4)], [], [completion(5, None)]]
     requests = [Request(np.array([1]), number, len(some)) for number, some in zip((7, 2, 0), answers)]
-    found = unpacked(packed(requests, answers))
+    found = unpacked_answers(packed_answers(requests, answers))
     assert list(found) == [7, 2, 0]
     for some, ours in zip(answers, found.values(), strict=True):
         for a, b in zip(some, ours, strict=True):
             assert a.token.tolist() == b.token.tolist() and a.logp.tolist() == b.logp.tolist() and a.ended == b.ended
             assert (a.version is None) == (b.version is None)
             assert a.version is None or a.version.tolist() == b.version.tolist()
-    assert unpacked(packed([], [])) == {}
+    assert unpacked_answers(packed_answers([], [])) == {}
 
 
 def test_what_corrects_for_age(policy: Path) -> None:
