@@ -171,6 +171,11 @@ class FQE(OfflineModule):
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
+    @property
+    def held_out_episodes(self) -> Replay | None:
+        """The episodes that are not trained on, once the data are known; None where all are."""
+        return self._held_out
+
     def select(self, replay: Replay) -> Replay:
         """The episodes that are not held out, with what the policies do after every step as a column."""
         if self._asked is None or self._asked[0] is not replay:

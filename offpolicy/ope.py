@@ -1,115 +1,203 @@
 """Score trained policies without an environment: ``python -m offpolicy.ope RUN RUN…``.
 
-Fitted Q evaluation of all policies at once on the episodes of data, and how far its order agrees with the scores that
-the runs have from an environment.
+Fitted Q evaluation, importance sampling and doubly robust estimates of all policies on held-out episodes; how far each
+is to be trusted; and how far their order agrees with scores that the policies have from an environment.
+
+``ope.csv`` goes into the folder of each run, with a row for each policy and estimator (:data:`COLUMNS`). ``ope.json``
+goes into the nearest folder that holds all runs, and is for other programs. Numbers that do not exist are null there:
+
+- ``format`` 1; ``data``, ``fingerprint`` of the episodes, ``episodes`` and ``held_out`` of them (0: values come from
+  all), ``discount``, ``updates``, ``policy`` ("mean" or "sample"), ``seen`` (whether a policy was trained on them).
+- ``unit`` of scores: "score" (normalised), "return" or "success_rate"; ``behaviour_score`` of the data in that unit.
+- ``behaviour``: ``kind`` and ``likelihood`` of the estimated policy of the data, nats per held-out step, or ``column``.
+- ``policies``: a list of ``checkpoint`` (path from the file's folder), ``method``, ``step``, ``score``, ``near``,
+  ``outside``, ``episode_scores`` (null where single episodes are not known), and ``estimates`` by the name of the
+  estimator: ``value low high spread drift effective episodes doubt``.
+- ``rankings`` by the name of the estimator: ``policies`` with a score, ``spearman low high``, ``verdict``, and
+  ``chosen``, a list of ``k best worst mean std regret normalised_regret sharpe``.
+- ``budget``: what the policy chosen after so many evaluations is worth, by unifloral's protocol: ``pulls``, ``mean``,
+  ``low``, ``high`` (of the mean over trials), ``policies``, ``episodes`` of each; null where episodes are not known.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from offpolicy.cli import entry
 from offpolicy.cli.reader import Parser, add_trust
 from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.evaluation.verdicts import Scored, doubt
+from offpolicy.training.ranked import behaviour_facts, budget_lines, first_lines, lines, ranking, run_folder
 
-COLUMNS = ("checkpoint", "step", "estimator", "value", "spread", "drift", "doubt", "discount", "updates", "data")
-DRIFT = 0.05  # of the largest possible span of values, over the last fifth of the updates
-
-
-class Scored(NamedTuple):
-    """A policy and what it was found to collect.
-
-    Attributes:
-        path: of its checkpoint.
-        step: its updates.
-        value: mean discounted return from the first states of episodes, mean over critics.
-        spread: standard deviation over critics.
-        drift: change of the value over the last fifth of the updates.
-        true: what the run's own evaluation of this update gave; None where there is none.
-    """
-
-    path: Path
-    step: int
-    value: float
-    spread: float
-    drift: float
-    true: float | None
+COLUMNS = (
+    "checkpoint", "step", "estimator", "value", "low", "high", "spread", "drift", "effective", "near", "outside",
+    "doubt", "discount", "updates", "held_out", "data",
+)  # fmt: skip
+NAMED = {
+    "fqe": "fitted Q evaluation",
+    "is": "importance sampling",
+    "wis": "weighted importance sampling",
+    "pdis": "per-decision importance sampling",
+    "pdwis": "weighted per-decision importance sampling",
+    "dr": "doubly robust",
+    "wdr": "weighted doubly robust",
+}
 
 
 def main(argv: list[str]) -> int:
-    """Evaluate, print a table, and keep ``ope.csv`` in the folder of each run; returns the exit code."""
-    parser = Parser("python -m offpolicy.ope", description="Score policies by fitted Q evaluation, without playing.")
-    parser.add_argument("runs", nargs="+", help="run folders or checkpoint files of control methods")
-    parser.add_argument("--which", default="last", help="checkpoints of each run folder: all, last, best or an update")
-    parser.add_argument("--data", help="episodes to evaluate on (those that the first policy was trained on)")
-    parser.add_argument("--updates", type=int, default=100_000, help="of the fit, at least 5")
-    parser.add_argument("--discount", type=float, default=0.99, help="per environment step, in [0, 1)")
-    parser.add_argument("--critics", type=int, default=4, help="of each policy, at least 1")
-    parser.add_argument("--hidden_dims", type=int, nargs="+", default=[256, 256], help="widths of the critics")
-    parser.add_argument("--policy", choices=("mean", "sample"), default="mean", help="actions of stochastic policies")
-    parser.add_argument("--seed", type=int, default=0, help="of the fit")
-    add_trust(parser)
-    args = parser.parse_args(argv)
-    check_range("--updates", args.updates, 5)
+    """Estimate, print tables, and keep ``ope.csv`` and ``ope.json``; returns the exit code."""
+    args = asked(argv)
 
-    from offpolicy.registry import find_method
     from offpolicy.training.asking import check_policy
+    from offpolicy.training.estimating import checked_estimators, estimate_policies
+    from offpolicy.training.fitted_values import Fitting, share_held_out
     from offpolicy.training.opening import load
     from offpolicy.trust import trusting
 
+    names = checked_estimators([name for name in args.estimators.split(",") if name])
+    ks = numbers_of(args.k)
     paths = [path for run in args.runs for path in checkpoints(run, args.which)]
     policies = [load(path, trust=args.trust) for path in paths]
     for policy in policies:
-        check_policy(policy, *own_widths(policy), sampled=args.policy == "sample")
+        check_policy(policy, *own_widths(policy), sampled=args.policy == "sample" and names == ["fqe"])
     with trusting(args.trust):
         data = opened(args.data, policies[0])
-    method = find_method("FQE").of(
-        policies,
+    replay = data.load()
+    fitting = Fitting(
+        updates=args.updates,
         discount=args.discount,
-        num_critics=args.critics,
+        critics=args.critics,
         hidden_dims=tuple(args.hidden_dims),
-        policy=args.policy,
+        tau=args.tau,
+        holdout=share_held_out(replay, args.holdout),
+        refits=args.refits if args.intervals == "refits" else 0,
+        seed=args.seed,
     )
-    method.prepare(data, args.seed)
-    early = args.updates - args.updates // 5
-    method.run_block(0, early)
-    before = method.start_values().mean(-1)
-    method.run_block(early, args.updates - early)
-    after = method.start_values()
-    found = [
-        Scored(
-            path,
-            policy.updates,
-            float(values.mean()),
-            float(values.std(correction=0)),
-            abs(float(values.mean() - old)),
-            true_score(path, policy.updates),
-        )
-        for path, policy, values, old in zip(paths, policies, after, before, strict=True)
-    ]
-    span = float(method.reward_high - method.reward_low) / (1.0 - args.discount)
-    doubts = [doubt(one, span, args.discount, args.updates, method.hparams.tau) for one in found]
-    same = any(trained_on(path) == data.load().fingerprint() for path in paths)
-    print(f"fitted Q evaluation on {data.name}, {args.updates:,} updates on the CPU, {args.policy} actions")
-    print(f"values are discounted returns from first states, discount {args.discount:g}; they rank, and are no scores")
-    print("\n".join(lines(found, doubts)))
-    if same:
-        print(
-            "Policies were trained on these episodes, which makes estimates favour those that exploit errors in them."
-        )
-    for folder in dict.fromkeys(run_folder(path) for path in paths):
-        rows = [
-            (one.path.name, one.step, "fqe", *one[2:5], text, args.discount, args.updates, data.name)
-            for one, text in zip(found, doubts, strict=True)
-            if run_folder(one.path) == folder
-        ]
-        keep(folder / "ope.csv", rows)
+    how = args.policy or ("mean" if names == ["fqe"] else "sample")
+    fits = {"fqe", "dr", "wdr"} & set(names)
+    print(f"{listed_words([NAMED[name] for name in names])} on {data.name}, {how} actions of stochastic policies")
+    print(f"  {args.updates:,} updates of the critics on the CPU" if fits else "  no critics", flush=True)
+    true = TrueScores(paths, policies, args.play, args.trust)
+    found = estimate_policies(
+        policies,
+        replay,
+        estimators=names,
+        fitting=fitting,
+        how=args.policy,
+        intervals=args.intervals,
+        behaviour=args.behaviour,
+        paths=paths,
+        true=true.scores,
+    )
+    result = {
+        "format": 1,
+        "data": str(data.name),
+        "fingerprint": replay.fingerprint(),
+        "episodes": replay.num_episodes,
+        "held_out": found.held_out,
+        "discount": args.discount,
+        "updates": args.updates if fits else 0,
+        "policy": how,
+        "seen": any(replay.fingerprint() == trained_on(path) for path in paths),
+        "unit": true.unit,
+        "behaviour_score": true.of_data(replay),
+        "behaviour": behaviour_facts(found, args.behaviour),
+    }
+    result |= told(found, result, ks, true)
+    folder = args.out or common_folder(paths)
+    result["policies"] = policies_of(found, policies, paths, true, folder)
+    for place in dict.fromkeys(run_folder(path) for path in paths):
+        keep(place / "ope.csv", rows_of_run(found, place, result))
+    keep_json(folder / "ope.json", result)
     return 0
+
+
+def told(found: Any, result: Mapping[str, Any], ks: Sequence[int], true: TrueScores) -> dict[str, Any]:
+    """Print the tables and what they are worth; returns the rankings and the budget."""
+    from offpolicy.training.true_scores import budget_curve
+
+    print("\n".join(first_lines(result, found)))
+    rankings, behaviour = {}, result["behaviour_score"]
+    for name, values in found.values.items():
+        print(f"{NAMED[name]}:")
+        print("\n".join(lines(values, found.doubts[name], name, ks, behaviour)))
+        rankings[name] = ranking(values, found.doubts[name], ks, behaviour)
+        print(rankings[name]["verdict"])
+    budget = budget_curve(true.episodes)
+    print("\n".join(budget_lines(budget, found, true.unit)))
+    return {"rankings": rankings, "budget": budget}
+
+
+def asked(argv: list[str]) -> Any:
+    """The options of the command."""
+    parser = Parser("python -m offpolicy.ope", description="Score policies by the episodes of others, without playing.")
+    add = parser.add_argument
+    add("runs", nargs="+", help="run folders or checkpoint files of control methods")
+    add("--which", default="last", help="checkpoints of each run folder: all, last, best, selected or an update")
+    add("--data", help="episodes to evaluate on (those that the first policy was trained on)")
+    add("--estimators", default="fqe", help=f"with commas: {', '.join(NAMED)}; all but fqe need stochastic policies")
+    add("--behaviour", help="column of the steps with the behaviour's log-probabilities, nats (they are estimated)")
+    add(
+        "--intervals",
+        choices=("episodes", "refits", "none"),
+        default="episodes",
+        help="of 95 %%: by a bootstrap over episodes for all but fqe; refits: for fqe too, by fits on drawn episodes",
+    )
+    add("--refits", type=int, default=8, help="fits for --intervals refits, at least 2")
+    add(
+        "--holdout",
+        type=float,
+        help="share of the episodes held out of the fits, which give the values (0.2; 0 below 50)",
+    )
+    add("--k", default="1,3", help="of regret@k and SharpeRatio@k, with commas")
+    add("--play", type=int, default=0, help="episodes to play of each policy, for true scores and the budget; 0 none")
+    add("--updates", type=int, default=100_000, help="of the critics, at least 5")
+    add("--discount", type=float, default=0.99, help="per environment step, in [0, 1)")
+    add("--critics", type=int, default=4, help="of each policy, at least 1")
+    add("--hidden_dims", type=int, nargs="+", default=[256, 256], help="widths of the critics")
+    add("--tau", type=float, default=0.005, help="rate of their target networks, in (0, 1]")
+    add(
+        "--policy",
+        choices=("mean", "sample"),
+        help="actions of stochastic policies (mean with fqe alone)",
+    )
+    add("--seed", type=int, default=0, help="of the fits")
+    add("--out", type=Path, help="folder of ope.json (the nearest that holds all runs)")
+    add_trust(parser)
+    args = parser.parse_args(argv)
+    check_range("--updates", args.updates, 5)
+    check_range("--play", args.play, 0)
+    if args.intervals == "refits":
+        check_range("--refits", args.refits, 2)
+    return args
+
+
+def numbers_of(text: str) -> list[int]:
+    """The numbers of "1,3".
+
+    Raises:
+        UsageError: it holds something else, or a number below 1.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"`--k` is {text!r}; expected whole numbers ≥ 1 with commas, such as 1,3.")
+    return sorted({int(part) for part in parts})
+
+
+def listed_words(words: Sequence[str]) -> str:
+    """Words with commas and an "and", the first letter large."""
+    text = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return text[0].upper() + text[1:]
+
+
+# -- what is there -----------------------------------------------------------------------------------------------------
 
 
 def own_widths(policy: Any) -> tuple[int, int]:
@@ -146,13 +234,6 @@ def checkpoints(run: str, which: str) -> list[Path]:
     return found
 
 
-def run_folder(path: Path) -> Path:
-    """The folder of the run of a checkpoint."""
-    from offpolicy.training.checkpoints import run_of
-
-    return run_of(path)
-
-
 def trained_on(path: Path) -> str:
     """The fingerprint of the data that the policy of a checkpoint was trained on."""
     from offpolicy.training.checkpoints import read_checkpoint
@@ -161,59 +242,104 @@ def trained_on(path: Path) -> str:
     return str(own_state(read_checkpoint(path), path)["data"]["fingerprint"])
 
 
-def true_score(path: Path, updates: int) -> float | None:
-    """What the run's own evaluation of this update gave in an environment, None where there is none."""
-    from offpolicy.files import Table
-    from offpolicy.training.headlines import headline
-
-    for row in Table(run_folder(path) / "evals.csv").rows():
-        judge = headline(row)
-        if row.get("step") == updates and judge and isinstance(row[judge], (int, float)):
-            return float(row[judge])
-    return None
-
-
-def doubt(one: Scored, span: float, discount: float, updates: int, tau: float) -> str:
-    """Why a value is not to be trusted, empty where nothing speaks against it.
+class TrueScores:
+    """What policies have collected in an environment.
 
     Args:
-        one: the policy.
-        span: of possible values.
-        discount, updates, tau: of the fit. A target network that moves by tau passes about tau·updates rewards back.
+        paths: of the checkpoints.
+        policies: what they hold.
+        play: episodes of each to play now; 0 takes those that ``python -m offpolicy.evaluate`` has kept.
+        trust: as of ``load``.
+
+    Attributes:
+        episodes: the scores of single episodes of each policy, empty where they are not known.
+        scores: their mean, or what the run's own evaluation gave; None where there is none.
+        unit: "score", "return" or "success_rate"; empty where no policy has any.
     """
-    if not math.isfinite(one.value):
-        return "not finite"
-    needed = round(3.0 / ((1.0 - discount) * tau)) if tau else 0
-    if updates < needed:
-        return f"too few updates for this discount: {needed:,} or more"
-    if one.drift > DRIFT * span:
-        return f"did not settle: moved by {one.drift:.3g} in the last fifth"
-    return ""
+
+    def __init__(self, paths: Sequence[Path], policies: Sequence[Any], play: int, trust: Any) -> None:
+        from offpolicy import api
+        from offpolicy.training.true_scores import episode_scores, kept_returns, true_score, unit_of
+
+        self.episodes: list[list[float]] = []
+        self.scores: list[float | None] = []
+        self.unit = ""
+        for path, policy in zip(paths, policies, strict=True):
+            if play:
+                returns = api.evaluate(policy, episodes=play, trust=trust)["returns"]
+            else:
+                returns = kept_returns(path, policy.updates)
+            single = episode_scores(policy, returns)
+            self.episodes.append(single)
+            self.scores.append(sum(single) / len(single) if single else true_score(path, policy.updates))
+            self.unit = self.unit or unit_of(path, policy, single)
+
+    def of_data(self, replay: Any) -> float | None:
+        """What the episodes of the data collected on average, in the same unit; None where it has none."""
+        from offpolicy.training.true_scores import behaviour_score
+
+        return behaviour_score(replay, self.unit)
 
 
-def lines(found: Sequence[Scored], doubts: Sequence[str]) -> list[str]:
-    """The table, best value first, and how its order agrees with scores of an environment."""
-    from offpolicy.evaluation.ranking import chosen_policies, spearman, spearman_interval
+# -- files -------------------------------------------------------------------------------------------------------------
 
-    order = sorted(range(len(found)), key=lambda k: -found[k].value if math.isfinite(found[k].value) else math.inf)
-    text = [f"  {'value':>12}  {'over critics':>12}  {'score':>8}  checkpoint"]
-    for k in order:
-        one, told = found[k], f"  ({doubts[k]})" if doubts[k] else ""
-        true = "–" if one.true is None else f"{one.true:.4g}"
-        text.append(f"  {one.value:12.5g}  ± {one.spread:10.3g}  {true:>8}  {one.path}{told}")
-    known = [(one.true, one.value) for one in found if one.true is not None and math.isfinite(one.value)]
-    if len(known) < 2:
-        text.append("Fewer than two policies have a score of an environment, so the order is not compared with one.")
-        return text
-    true_values, estimates = zip(*known, strict=True)
-    rank, best = spearman(true_values, estimates), chosen_policies(true_values, estimates, 1)
-    low, high = spearman_interval(true_values, estimates)
-    told = "not defined, as all of one are equal" if math.isnan(rank) else f"{rank:.2f}"
-    told += "" if math.isnan(low) else f" (95 % interval over policies {low:.2f} to {high:.2f})"
-    text.append(f"Spearman {told}; regret@1 {best.regret:.4g}; {len(known)} policies with a score of an environment")
-    if len({run_folder(one.path) for one in found}) == 1:
-        text.append("All are checkpoints of one run and nearly the same policy: their order is mostly noise.")
-    return text
+
+def policies_of(
+    found: Any,
+    policies: Sequence[Any],
+    paths: Sequence[Path],
+    true: TrueScores,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """The policies as they stand in ``ope.json``."""
+    every = []
+    for path, policy, score, single in zip(paths, policies, true.scores, true.episodes, strict=True):
+        own = {
+            name: (one, text)
+            for name, values in found.values.items()
+            for one, text in zip(values, found.doubts[name], strict=True)
+            if one.path == path
+        }
+        some = next((one for one, _ in own.values()), None)
+        shown = ("value", "low", "high", "spread", "drift", "effective", "episodes")
+        every.append(
+            {
+                "checkpoint": os.path.relpath(path, folder),
+                "method": type(policy).__name__,
+                "step": policy.updates,
+                "score": score,
+                "near": some and some.near,
+                "outside": some and some.outside,
+                "episode_scores": list(single) or None,
+                "estimates": {
+                    name: {**{key: getattr(one, key) for key in shown}, "doubt": text}
+                    for name, (one, text) in own.items()
+                },
+            }
+        )
+    return every
+
+
+def rows_of_run(found: Any, place: Path, result: Mapping[str, Any]) -> list[list[Any]]:
+    """The rows of ``ope.csv`` of one run."""
+    rows = []
+    for name, values in found.values.items():
+        for one, text in zip(values, found.doubts[name], strict=True):
+            if run_folder(one.path) == place:
+                facts = one._asdict() | {key: result[key] for key in ("discount", "updates", "held_out", "data")}
+                facts |= {"checkpoint": one.path.name, "estimator": name, "doubt": text}
+                rows.append([blank_if_none(facts[column]) for column in COLUMNS])
+    return rows
+
+
+def blank_if_none(value: Any) -> Any:
+    """Nothing in place of a number that does not exist."""
+    return "" if isinstance(value, float) and math.isnan(value) else value
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """The nearest folder that holds the runs of all checkpoints."""
+    return Path(os.path.commonpath([run_folder(path).absolute() for path in paths]))
 
 
 def keep(path: Path, rows: Sequence[Sequence[Any]]) -> None:
@@ -225,6 +351,26 @@ def keep(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     atomic_write(path, buffer.getvalue())
     print(f"file  {path}")
 
+
+def keep_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Write what was found for other programs."""
+    from offpolicy.files import atomic_write
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
+    print(f"file  {path}")
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON has none of."""
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+__all__ = ["COLUMNS", "Scored", "checkpoints", "doubt", "lines", "main"]
 
 if __name__ == "__main__":
     entry.run(main)

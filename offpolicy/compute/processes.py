@@ -119,11 +119,27 @@ def joined_processes() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+_by_itself = False
+
+
+@contextlib.contextmanager
+def by_itself() -> Iterator[None]:
+    """Within it this process counts as the only one: for work of the first alone, after the run of all."""
+    global _by_itself
+    before, _by_itself = _by_itself, True
+    try:
+        yield
+    finally:
+        _by_itself = before
+
+
 def world_size() -> int:
     """The number of processes that work together, 1 alone."""
     from torch import distributed
 
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if _by_itself or not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size()
 
 
 def rank() -> int:

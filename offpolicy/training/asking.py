@@ -64,6 +64,44 @@ def is_stochastic(method: Any) -> bool:
     return True
 
 
+def check_density(method: Any) -> None:
+    """Whether a policy gives the density of its actions, without which it has no importance weights.
+
+    Raises:
+        UsageError: it is deterministic, or draws actions of unknown density.
+    """
+    name = type(method).__name__
+    if not is_stochastic(method):
+        raise UsageError(
+            f"{name} is deterministic, so its actions have no density and it has no importance weights; expected a "
+            "stochastic policy, such as IQL's. Take --estimators fqe."
+        )
+    if type(method).log_density is ActingModule.log_density:
+        raise UsageError(
+            f"{name} draws actions but does not give their density; expected it to define `log_density(obs, action)` "
+            "beside `sample_action`. Add it, or take --estimators fqe."
+        )
+
+
+def log_densities(method: Any, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
+    """log π(a|s) of a trained policy.
+
+    Args:
+        method: see :func:`check_density`.
+        obs: raw observations (n, O).
+        action: (n, A) in [-1, 1].
+
+    Returns:
+        Nats, float64 (n,), for the density of actions in [-1, 1].
+    """
+    found = []
+    with torch.no_grad():
+        for i in range(0, len(obs), CHUNK):
+            x, a = (torch.from_numpy(part[i : i + CHUNK]).to(method.device) for part in (obs, action))
+            found.append(method.log_prob(x, a).double().cpu().numpy())
+    return np.concatenate(found)
+
+
 def asked_actions(methods: Sequence[Any], obs: np.ndarray, how: How = "mean", samples: int = 1) -> np.ndarray:
     """What policies do in states.
 

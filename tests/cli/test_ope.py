@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,30 @@ def test_policies_are_scored_and_compared(place: Path, capsys: pytest.CaptureFix
         assert "nearly the same policy" not in text
         score = Table(place / name / "evals.csv").rows()[-1]["eval/return_mean"]
         assert f"{score:.4g}" in text
+
+
+def test_other_programs_read_what_was_found(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two policies with episodes of their own: a budget curve; weights only of the stochastic one."""
+    for name, returns in (("BC", [1.0, 2.0, 3.0]), ("IQL", [5.0, 6.0])):
+        kept = {"checkpoint": "step=00000090.ckpt", "updates": 90, "returns": returns}
+        (place / name / "evaluation-step00000090-seed9-episodes3.json").write_text(json.dumps(kept))
+    asked = ["--estimators", "fqe,wis", "--k", "2", "--out", str(place / "found")]
+    assert main([str(place / "BC"), str(place / "IQL"), "--data", str(place / "data"), *FAST, *asked]) == 0
+    text = capsys.readouterr().out
+    assert "BC is deterministic" in text and "the behaviour is estimated" in text and "of all 30 episodes" in text
+    assert "weighted importance sampling:" in text and "regret@2 0; SharpeRatio@2" in text
+    found = json.loads((place / "found" / "ope.json").read_text())
+    assert found["unit"] == "return" and found["behaviour"]["likelihood"] > -5 and found["seen"]
+    first, second = found["policies"]
+    assert (first["method"], first["score"], second["score"]) == ("BC", 2.0, 5.5)
+    assert second["episode_scores"] == [5.0, 6.0] and second["estimates"]["wis"]["effective"] > 0
+    assert list(first["estimates"]) == ["fqe"] and first["estimates"]["fqe"]["low"] is None
+    assert (place / "found" / first["checkpoint"]).resolve().exists()
+    assert found["budget"]["policies"] == 2 and found["budget"]["mean"][-1] == 5.5  # both episodes of the better one
+    assert found["rankings"]["fqe"]["chosen"][0]["k"] == 2 and "order" in found["rankings"]["wis"]["verdict"]
+    assert {row["estimator"] for row in rows_of(place / "IQL")} == {"fqe", "wis"}
+    for name in ("BC", "IQL"):
+        (place / name / "evaluation-step00000090-seed9-episodes3.json").unlink()
 
 
 def test_a_value_is_that_of_fqe(place: Path) -> None:
@@ -100,6 +125,8 @@ def test_the_table_has_the_best_value_first_and_says_what_it_cannot_tell() -> No
         (["BC", "--data", "data", "--policy", "sample"], "BC is deterministic"),
         (["BC"], "the data toy that BC was trained on cannot be opened.*Pass --data FILE"),
         (["BC", "--data", "data", "--updates", "1"], "--updates"),
+        (["BC", "--data", "data", "--k", "0,2"], "whole numbers ≥ 1 with commas"),
+        (["BC", "--data", "data", "--estimators", "wis"], "no density and it has no importance weights"),
         (["data", "--which", "all"], "has no checkpoints"),
         (["nothing"], "nothing"),
     ],
