@@ -9,6 +9,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from offpolicy.cli.reader import Parser
 from offpolicy.data.guard import read_json
 from offpolicy.data.names import Target, describe, known_names, resolve
 from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.files import WriteError
 from offpolicy.trust import trusting
 
 COMMANDS = ("make", "show", "convert", "compare")
@@ -38,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(3, error)
     except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter complains once more at exit
+    except WriteError as error:
+        return _fail(3, error)
     except OSError as error:
         return _fail(3, _write_fault(error))
     except KeyboardInterrupt:
@@ -60,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print the data report of a set; without a name, list the known names")
     show.add_argument("data", nargs="?", help="a known name, a file or a folder")
     show.add_argument("--no_download", action="store_true", help="do not fetch a set that is not on disk")
+    page = "write a page with figures (NAME-data.html unless FILE is given)"
+    show.add_argument("--html", nargs="?", const="", metavar="FILE", help=page)
+    show.add_argument("--eval_data", metavar="NAME", help="held-out texts whose prompts the page looks for in these")
     _add_text_options(show)
     show.set_defaults(run=_show)
     convert = commands.add_parser("convert", help="write a set in another format")
@@ -144,6 +151,10 @@ def _show(options: argparse.Namespace) -> None:
         print("\n".join(known_names()))
         return
     target = resolve(options.data, language=bool(options.tokenizer))  # before the imports, which take seconds
+    if options.eval_data and (options.html is None or not _is_text(target)):
+        raise UsageError(
+            "--eval_data was given, which the page on texts looks at; expected texts and --html. Leave it out."
+        )
     print(describe(target))
     if _is_text(target):
         _show_texts(target, options)
@@ -151,7 +162,20 @@ def _show(options: argparse.Namespace) -> None:
     from offpolicy.data.report import report
     from offpolicy.data.sources import open_source
 
-    print(report(open_source(target, download=not options.no_download), fingerprint=True))
+    replay = open_source(target, download=not options.no_download)
+    print(report(replay, fingerprint=True))
+    if options.html is not None:
+        from offpolicy.report.data_page import data_page_sections
+
+        _write_page(target, options, data_page_sections(replay))
+
+
+def _write_page(target: Target, options: argparse.Namespace, sections: Any) -> None:
+    from offpolicy.report.data_page import write_data_page
+
+    name = re.sub(r"[^\w.-]+", "-", target.name)
+    file = options.html or f"{name}-data.html"
+    print(f"  page         {write_data_page(file, target.name, sections)}")
 
 
 def _is_text(target: Target) -> bool:
@@ -177,6 +201,9 @@ def _show_texts(target: Target, options: argparse.Namespace) -> None:
     from offpolicy.data.texts.tokens import load_tokenizer
 
     given = _text_options(options) | {"download": not options.no_download}
+    if options.html is not None:
+        _show_text_page(target, options, given)
+        return
     if "hub" in target.info:  # problems, which are no texts to imitate
         from offpolicy.data.texts.problems import sketch_problems
 
@@ -192,6 +219,28 @@ def _show_texts(target: Target, options: argparse.Namespace) -> None:
     print(report(replay))
     if tokenizer is not None:
         print(samples(replay, tokenizer))
+
+
+def _show_text_page(target: Target, options: argparse.Namespace, given: dict[str, Any]) -> None:
+    """The page on texts; its warnings are printed as well."""
+    from offpolicy.data.replay import Replay
+    from offpolicy.data.texts.survey import survey_stored, survey_texts
+    from offpolicy.report.data_page import text_page_sections
+
+    if target.kind == "replay":
+        assert target.path is not None
+        if options.eval_data:
+            raise UsageError(
+                f"--eval_data was given, but {target.name} holds tokens. Show the texts they were made of."
+            )
+        found = survey_stored(Replay.load(target.path, mmap=True))
+    else:
+        given |= {name: getattr(options, name) for name in ("separator", "max_length", "eval_data", "tokenizer")}
+        found = survey_texts(target, **given)
+    print(f"  rows         {found.kept:,} of {found.rows:,}: {found.form}")
+    for doubt in found.doubts:
+        print(f"  warning      {doubt}")
+    _write_page(target, options, text_page_sections(found, options.tokenizer))
 
 
 def _convert_texts(target: Target, out: Path, options: argparse.Namespace) -> None:

@@ -52,11 +52,13 @@ class Drawn:
         name: of its files, without ending.
         svg: for the page, in the colour of its text.
         words: what it shows, in one sentence.
+        files: whether it lies beside the page as PNG and PDF.
     """
 
     name: str
     svg: str
     words: str
+    files: bool = True
 
 
 def looks_of(methods: Iterable[str]) -> dict[str, Look]:
@@ -86,20 +88,21 @@ def canvas(rows: int, columns: int, height: float) -> Iterator[tuple[Any, list[A
         yield figure, list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
 
 
-def keep_figure(figure: Any, name: str, words: str, folder: Path) -> Drawn:
-    """Write a figure as PNG and PDF, and give it as SVG; two builds of the same figure are equal byte by byte."""
+def keep_figure(figure: Any, name: str, words: str, folder: Path | None) -> Drawn:
+    """Write a figure as PNG and PDF where there is a folder, and give it as SVG; two builds are equal byte by byte."""
     import matplotlib as mpl
 
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # found once, for all files
-    for kind, more in (("png", {"dpi": 160, "metadata": {"Software": None}}), ("pdf", {"metadata": NO_DATE})):
-        picture = io.BytesIO()
-        figure.savefig(picture, format=kind, **more)
-        atomic_write(folder / f"{name}.{kind}", picture.getvalue())
+    if folder is not None:
+        for kind, more in (("png", {"dpi": 160, "metadata": {"Software": None}}), ("pdf", {"metadata": NO_DATE})):
+            picture = io.BytesIO()
+            figure.savefig(picture, format=kind, **more)
+            atomic_write(folder / f"{name}.{kind}", picture.getvalue())
     drawing = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Drawn(name, page_svg(drawing.getvalue(), words), words)
+    return Drawn(name, page_svg(drawing.getvalue(), words), words, folder is not None)
 
 
 NO_DATE = {"CreationDate": None, "ModDate": None, "Producer": None, "Creator": None}
@@ -235,19 +238,62 @@ def draw_improvement(name: str, best: str, others: Mapping[str, Estimate], look:
 
 
 def draw_histograms(
-    name: str, panels: Mapping[str, Mapping[str, np.ndarray]], looks: Mapping[str, Look], height: str, folder: Path
+    name: str,
+    panels: Mapping[str, Mapping[str, np.ndarray]],
+    looks: Mapping[str, Look],
+    across: str,
+    folder: Path | None,
+    *,
+    counts: bool = False,
 ) -> Drawn:
-    """Values of single rows as outlines of histograms, a panel per title and a colour per method."""
-    with canvas(1, len(panels), 2.3) as (figure, places):
+    """Values of single rows as outlines of histograms, at most three panels side by side and a colour per name.
+
+    Args:
+        name: of the files.
+        panels: titles, each with the values (n,) of every name.
+        looks: of the names.
+        across: what runs along x; empty where the titles say it.
+        folder: of the files; None for the page alone.
+        counts: how many rather than the density.
+    """
+    columns = min(3, len(panels))
+    with canvas(-(-len(panels) // columns), columns, 2.3) as (figure, places):
         for place, (title, values) in zip(places, panels.items()):
-            every = np.concatenate(list(values.values()))
-            edges = np.linspace(every.min(), every.max() or 1.0, 31) if np.ptp(every) else 10
-            for method, own in values.items():
-                look = looks[method]
-                place.hist(own, edges, histtype="step", density=True, color=look.colour, ls=look.dash, label=method)
-            place.set(title=label(title), xlabel=height, ylabel="density")
+            every = np.concatenate(list(values.values())).astype(np.float64)
+            edges = (
+                np.linspace(every.min(), every.max(), 31) if np.ptp(every) else every[0] + np.linspace(-0.5, 0.5, 12)
+            )
+            for one, own in values.items():
+                look, shown = looks[one], label(one) if len(looks) > 1 else None
+                drawn = {"histtype": "step", "density": not counts, "color": look.colour, "ls": look.dash}
+                place.hist(np.asarray(own, np.float64), edges, label=shown, **drawn)
+            place.set(title=label(title), xlabel=across, ylabel="number" if counts else "density")
+            place.locator_params(axis="x", nbins=5)
+        for place in places[len(panels) :]:
+            place.set_axis_off()
         _legend(figure, places)
-        return keep_figure(figure, name, f"Histograms of {height}.", folder)
+        return keep_figure(figure, name, f"Histograms of {across or ', '.join(panels)}.", folder)
+
+
+def draw_occupancy(name: str, plane: np.ndarray, axes: tuple[str, str], folder: Path | None) -> Drawn:
+    """Where points (n, 2) lie: how many in each cell of a grid, darker for more, empty for none."""
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+
+    count, x, y = np.histogram2d(plane[:, 0], plane[:, 1], bins=24)
+    ends = [(*_rgb(COLOURS[0]), 0.15), (*_rgb(COLOURS[0]), 1.0)]
+    shades = LinearSegmentedColormap.from_list("shades", ends, N=16)  # few enough to stay drawing, not picture
+    with canvas(1, 1, 3.2) as (figure, places):
+        shown = np.ma.masked_equal(count.T, 0)
+        mesh = places[0].pcolor(x, y, shown, cmap=shades, norm=LogNorm(1, max(2.0, count.max())), lw=0)
+        figure.colorbar(mesh, ax=places[0], label="states in a cell")
+        places[0].set(xlabel=axes[0], ylabel=axes[1])
+        filled = int((count > 0).sum())
+        words = f"Where the states lie: {filled} of {count.size} cells hold some, by {axes[0]} and {axes[1]}."
+        return keep_figure(figure, name, words, folder)
+
+
+def _rgb(colour: str) -> tuple[float, ...]:
+    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
 
 
 def pieces(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:

@@ -98,8 +98,9 @@ def notes(sentences: Sequence[str]) -> list[Markup]:
 
 def shown_figure(drawn: Drawn, words: str = "") -> Markup:
     """A figure with what it shows and where its files are."""
-    files = [tag("a", kind.upper(), href=f"figures/{drawn.name}.{kind}") for kind in ("png", "pdf")]
-    told = tag("figcaption", words or drawn.words, " ", files[0], " ", files[1])
+    kinds = ("png", "pdf") if drawn.files else ()
+    files = [part for kind in kinds for part in (" ", tag("a", kind.upper(), href=f"figures/{drawn.name}.{kind}"))]
+    told = tag("figcaption", words or drawn.words, *files)
     return tag("figure", tag("div", Markup(drawn.svg), class_="wide"), told)
 
 

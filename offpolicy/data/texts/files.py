@@ -313,7 +313,8 @@ def open_shards(path: Path, split: str | None) -> Source:
     digest = sha256("".join(_sha256(file) for file in chosen).encode()).hexdigest()
     meta = {"file": where, "sha256": digest, "files": len(chosen)}
     text_only = all(one.text_only for one in parts)
-    source = Source(where, sum(one.rows for one in parts), names, column, meta, text_only=text_only)
+    rows = sum(one.rows for one in parts)
+    source = Source(where, rows, names, column, meta, text_only=text_only, others=others)
     for one in parts:  # the same lists, as their columns are read later
         one.notes, one.doubts = source.notes, source.doubts
     if others:

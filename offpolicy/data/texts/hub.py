@@ -77,7 +77,7 @@ def _of_dataset(found: Any, where: str, split: str | None) -> Source:
         part = of_table(where, found.select_columns([name]).with_format("arrow")[:])
         return part.column(name)
 
-    source = source_of(where, found.num_rows, list(found.column_names), column, meta={"file": where})
+    source = source_of(where, found.num_rows, list(found.column_names), column, meta={"file": where}, others=others)
     source.notes += [split_note(str(chosen), others)] if others else []
     return source
 

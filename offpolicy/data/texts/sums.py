@@ -27,4 +27,5 @@ def addition(split: str | None = None) -> Source:
         "solution": answer,
         "carry": (a % 10 + b % 10 >= 10).tolist(),
     }
-    return Source("addition", len(chosen), list(columns), columns.__getitem__, {"file": "made here"})
+    others = ["train" if split == "test" else "test"]
+    return Source("addition", len(chosen), list(columns), columns.__getitem__, {"file": "made here"}, others=others)

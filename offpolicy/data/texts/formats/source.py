@@ -23,6 +23,7 @@ class Source:
         notes: what a person should know, filled while columns are read.
         doubts: what may be a mistake, filled while columns are read.
         text_only: whether all values are text, numbers too, as in CSV files.
+        others: names of further parts of the same set, which ``read`` takes as ``split``.
     """
 
     where: str
@@ -33,6 +34,7 @@ class Source:
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     text_only: bool = False
+    others: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
