@@ -38,7 +38,7 @@ from offpolicy.training.beginning import (
     forget_if_empty,
     open_folder,
 )
-from offpolicy.training.checkpoints import newest_checkpoint
+from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 from offpolicy.training.choosing import Which
 from offpolicy.training.goals import GoalModule
 from offpolicy.training.lightning_private import stop_watching
@@ -112,10 +112,12 @@ def fit(
         seed_everything(first % 2**32, workers=True, verbose=False)
         if is_first_process():
             module.load()  # before anything is written, as data may be faulty
-        max_steps = planned(method, module) if max_steps is None else max_steps
         begin = find_beginning(
             method, module, seed=first, folder=folder, root=root, ckpt_path=ckpt_path, seed_given=seed is not None
         )
+        saved = {} if begin.checkpoint is None else read_checkpoint(begin.checkpoint)
+        module.begin_at(begin.updates, saved.get(type(module).__qualname__), method.seed or 0)
+        max_steps = planned(method, module, max_steps)
         origin.lines += [screen.line("changed", begin.changed)] if begin.changed else []
         if begin.checkpoint is not None and begin.updates >= max_steps:
             with trusting(names=names_of_method(method) | names_in(module.settings())):
@@ -151,6 +153,11 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 def check_data_of_seeds(method: Module, data: DataModule) -> None:
     """Refuse data that change with the policy they are drawn for, where there are several policies."""
+    if method.seeds and data.online.env_steps:
+        raise UsageError(
+            f"`seeds` is {seeds_text(method.seeds)}, and each would collect data of its own "
+            "(`data.online.env_steps`); expected one seed. Start one process per seed."
+        )
     if method.seeds and data.change_every:
         raise UsageError(
             f"`seeds` is {seeds_text(method.seeds)}, and the data change in training (`data.source` is "
@@ -175,9 +182,19 @@ def data_of(method: Module, data: Loadable) -> DataModule:
     return renewable(kind.of(data) if isinstance(data, Replay) else load_data(data))
 
 
-def planned(method: Module, data: DataModule) -> int:
-    """The updates that a method plans by itself. Raises TypeError where the user has to say."""
-    steps = method.planned_steps(data)
+def planned(method: Module, data: DataModule, max_steps: int | None) -> int:
+    """The updates to make: those that the user asks for, or that the method plans by itself.
+
+    Raises:
+        TypeError: the user has to say.
+        UsageError: he says what the data say too.
+    """
+    steps = method.planned_steps(data) if max_steps is None or data.online.env_steps else max_steps
+    if max_steps is not None and max_steps != steps:
+        raise UsageError(
+            f"`max_steps` is {max_steps:,}, and {data.online.env_steps:,} environment steps (`data.online.env_steps`) "
+            f"make {steps:,} updates; expected one of the two. Leave `max_steps` out."
+        )
     if steps is None:
         raise TypeError("fit has no `max_steps`; expected the number of updates, e.g. max_steps=10000.")
     return steps

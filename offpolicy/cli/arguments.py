@@ -60,6 +60,8 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
   --data.OPTION X       reading the data: download, on_bad, clip_actions, timeout_step, sha256;
                         for your own files: env_id, env_kwargs, obs_keys, max_episode_steps
                         texts: columns, split, tokenizer, max_length, eval_data, eval_fraction, show
+  --data.online.X Y     collect while training: env (an environment), env_steps, round_steps, utd, random_steps,
+                        mix (with --data: union, half, none, a share), episodes (cut, whole, keep), ...
   --data.source WHAT    real, or mostly trajectories of a diffusion model: policy-guided, unguided
   --data.synthetic.X Y  of these trajectories: model (its run), guidance, trajectories, every, share, ...
   --trainer.OPTION X    Lightning's Trainer: accelerator, devices, strategy, precision, logger, ...
@@ -172,7 +174,7 @@ def _read(pairs: list[tuple[str, str | None]], last: dict[str, str | None]) -> C
         if class_path(layer.get("model", method)) != method and _drop(layer, "model."):
             notes.append(f"The settings of `model` in {source} are for {layer['model']} and were left out.")
     given = last.get("data.name") or in_files.get("data.name")
-    target = find_data(given or DEFAULT_DATA, method)
+    target = find_data(given, method, environment_of(last, in_files))
 
     chosen = last.get("recipe") or in_files.get("recipe") or "auto"
     short = method.rpartition(".")[2]
@@ -218,12 +220,26 @@ def merge(settings: dict[str, Any], layer: Mapping[str, Any], source: str) -> No
     settings |= layer
 
 
-def find_data(text: str, method: str) -> Target:
+def environment_of(last: Mapping[str, str | None], in_files: Mapping[str, Any]) -> str | None:
+    """The environment that data are collected in, where one is named."""
+    inner = in_files.get("data.online")
+    return last.get("data.online.env") or (inner.get("env") if isinstance(inner, Mapping) else None)
+
+
+def find_data(given: str | None, method: str, env: str | None = None) -> Target:
     """What data are meant; an id of the Hugging Face hub (org/name) only where the method trains on texts.
+
+    Args:
+        given: by the user; None for the default set, or none at all where data are collected.
+        method: import path of its class.
+        env: in which data are collected, which stands for a run without other data.
 
     Raises:
         UsageError: no such file or name.
     """
+    if env is not None and given in (None, env):
+        return Target("online", env)
+    text = given or DEFAULT_DATA
     if not HUB_ID.match(text):
         return resolve(text)
     from offpolicy.registry import import_class  # only now, as importing a method takes seconds

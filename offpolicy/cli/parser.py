@@ -114,6 +114,14 @@ def run_command(command: Command) -> int:
 def _run(command: Command) -> int:
     cli = parse(command)
     chosen = updates_for_own_data(command, cli)
+    collects = cli.datamodule.online.env_steps
+    if collects:
+        if "trainer.max_steps" in {name for name, _ in command.flags}:
+            raise UsageError(
+                "--trainer.max_steps and --data.online.env_steps were given; expected one of the two, as environment "
+                "steps say how many updates there are. Leave --trainer.max_steps out."
+            )
+        cli.config.trainer.max_steps = -1  # as the data plan
     options = dict(cli.config_init.trainer)
     origin = Origin(
         config=cli.settings_file(),

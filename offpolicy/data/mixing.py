@@ -18,6 +18,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError
 
 SHARE = "synthetic_share"
+SPLIT = "online_split"  # in meta: rows at the front that are offline, and their share of every batch, exactly
 
 
 def joined(parts: Sequence[Replay], folder: Path | None = None, meta: Mapping[str, Any] | None = None) -> Replay:
@@ -130,3 +131,16 @@ def mixture_weights(
         if total > 0:  # a filter may have left one kind only
             found[part] *= probability / total
     return found
+
+
+def split_items(replay: Replay, rows: np.ndarray | None) -> tuple[int, float] | None:
+    """How many of the items are offline ones, which come first, and their share of a batch; None without a share.
+
+    Args:
+        replay: of which ``meta`` may ask for one.
+        rows: replay row of each item; None for all rows.
+    """
+    if SPLIT not in replay.meta:
+        return None
+    front, share = replay.meta[SPLIT]
+    return int(front if rows is None else np.searchsorted(rows >= front, True)), float(share)

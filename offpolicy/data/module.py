@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
+from offpolicy.data.online import NOTHING, Collection, OnlineOptions
 from offpolicy.data.renewal import SOURCES, Renewal, Renewer, SyntheticOptions
 from offpolicy.data.replay import Replay
 from offpolicy.data.ring import Ring
@@ -51,6 +52,7 @@ class DataModule(LightningDataModule):
         source: "real" trains on the data alone; "policy-guided" mostly on trajectories of a diffusion model, drawn anew
             under the policy's guidance as it improves; "unguided" mostly on trajectories drawn once without a policy.
         synthetic: of "policy-guided" and "unguided": the model, and how it is used.
+        online: data collected in training. With ``name`` the id of ``online.env`` there are no other data.
 
     For data that change during training set ``change_every`` (updates) and override :meth:`on_block_start`. Where
     ``source`` asks for drawn data, ``renewer`` is what draws them; :func:`offpolicy.load_data` and
@@ -58,6 +60,10 @@ class DataModule(LightningDataModule):
     """
 
     change_every: int = 0
+    change_from: int = 0  # the update from which multiples are counted
+    online: OnlineOptions = NOTHING
+    collection: Collection | None = None  # made once the data are open, where there is something to collect
+    seed: int = 0  # of what is collected; a method sets it to its own
 
     def __init__(
         self,
@@ -75,6 +81,7 @@ class DataModule(LightningDataModule):
         extra_columns: list[str] | None = None,
         source: str = "real",
         synthetic: SyntheticOptions = NONE_DRAWN,
+        online: OnlineOptions = NOTHING,
     ) -> None:
         super().__init__()
         source = next((known for known in SOURCES if fold(known) == fold(source)), source)
@@ -86,7 +93,12 @@ class DataModule(LightningDataModule):
                 f"`data.synthetic.model` is {synthetic.model}, but `data.source` is 'real'; expected 'policy-guided' "
                 "or 'unguided'. Add --data.source policy-guided."
             )
-        self.name, self.source, self.synthetic = name, source, synthetic
+        if source != "real" and online.env_steps:
+            raise UsageError(
+                f"`data.source` is {source!r}, and `data.online.env_steps` {online.env_steps:,}; expected synthetic or "
+                "collected data, not both. Leave one out."
+            )
+        self.name, self.source, self.synthetic, self.online = name, source, synthetic, online
         max_episode_steps = None if max_episode_steps is None else whole("max_episode_steps", max_episode_steps, 1)
         self.options: dict[str, Any] = {
             "download": download,
@@ -106,6 +118,8 @@ class DataModule(LightningDataModule):
         self._saved_version = 0
         if source != "real":
             self.change_every = synthetic.every if source == "policy-guided" else sys.maxsize
+        if online.env_steps:
+            self.change_every = online.round_steps * online.utd
 
     @classmethod
     def of(cls, replay: Replay) -> DataModule:
@@ -129,10 +143,13 @@ class DataModule(LightningDataModule):
     def settings(self) -> dict[str, Any]:
         """The arguments this was made with, as plain values."""
         drawn = {} if self.source == "real" else {"source": self.source, "synthetic": asdict(self.synthetic)}
-        return {"name": self.name, **self.options, **drawn}
+        online = {"online": asdict(self.online)} if self.online.env_steps else {}
+        return {"name": self.name, **self.options, **drawn, **online}
 
     def load(self) -> Replay:
-        """Open the data if they are not open yet; downloads, makes, validates."""
+        """Open the data if they are not open yet; downloads, makes, collects, validates."""
+        if self.collection is None and self.online.env_steps:
+            self.replay = self._collecting().first()
         if self.replay is None:
             from offpolicy.data.sources import open_source
 
@@ -141,11 +158,49 @@ class DataModule(LightningDataModule):
             self.renewal = self.renewer(self.replay, self.source, self.synthetic)
         return self.replay
 
+    def _collecting(self) -> Collection:
+        """What collects, with the data that are there before it."""
+        if self.replay is None and self.name != self.online.env:
+            from offpolicy.data.sources import open_source
+
+            self.replay = open_source(str(self.name), **self.options)
+        kwargs = {name: self.options[name] for name in ("max_episode_steps", "obs_keys")}
+        self.collection = Collection(self.online, self.replay, self.seed, **kwargs)
+        return self.collection
+
+    def planned_updates(self) -> int | None:
+        """Updates of a run that ends when everything has been collected; None where nothing is."""
+        self.load()
+        return None if self.collection is None else self.collection.updates
+
+    def begin_at(self, updates: int, saved: Mapping[str, Any] | None, seed: int) -> None:
+        """Say where a run goes on: an offline one begins to collect there, one that collects keeps its beginning.
+
+        Args:
+            updates: made before.
+            saved: :meth:`state_dict` of the checkpoint, if there is one.
+            seed: of the run.
+        """
+        if self.online.env_steps:
+            self.load()
+            assert self.collection is not None
+            if seed != self.seed:  # the checkpoint has said it only now
+                self.seed = self.collection.seed = seed
+                self.replay = self.collection.first()
+            state = (saved or {}).get("online")
+            if state is not None:
+                self.collection.check_state(state)
+            self.collection.switch = updates if state is None else state["switch"]
+            self.change_from = self.collection.switch
+
     def prepare_data(self) -> None:
         self.load()  # on one process first, so that only one downloads
 
     def setup(self, stage: str) -> None:
         self.load()
+        if self.collection is not None and self.collection.rounds:  # as an earlier fit may have left it
+            self.collection.reset()
+            self.replay = self.collection.first()
         if self.renewal is not None:  # an earlier fit may have left its own
             self.replay, self.renewal.replay = self.renewal.real, None
         elif self.source != "real":
@@ -170,6 +225,8 @@ class DataModule(LightningDataModule):
         """
         if self.renewal is not None:
             self.replay = self.renewal.renew(policy, self._versions_folder())
+        if self.collection is not None:
+            self.replay = self.collection.collect(policy, self._versions_folder())
 
     # -- what a checkpoint knows of data that change -------------------------------------------------------------------
 
@@ -182,6 +239,8 @@ class DataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Version and fingerprint; the data of a changed replay are written beside the checkpoint first."""
         replay = self.load()
+        if self.collection is not None:  # its rounds lie on disk
+            return {"version": self.collection.rounds, "online": self.collection.state()}
         if self.renewal is not None and self.renewal.replay is not None:
             replay = self.renewal.replay  # the real data do not change
         drawn = {} if self.source == "real" else {"source": self.source}
@@ -221,6 +280,9 @@ class DataModule(LightningDataModule):
                 f"the checkpoint was trained with `data.source` {source!r}, which is {self.source!r} now; expected the "
                 f"same. Pass --data.source {source} and its options, or start a fresh run."
             )
+        if "online" in state_dict:
+            self._take_rounds(state_dict["online"])
+            return
         if version == 0:
             return
         replay = self._stored(state_dict)
@@ -229,6 +291,18 @@ class DataModule(LightningDataModule):
             return
         self.replay = Ring.reopen(replay, state_dict["head"]) if "head" in state_dict else replay
         self.replay.version = self._saved_version = version
+
+    def _take_rounds(self, state: Mapping[str, Any]) -> None:
+        self.load()
+        if self.collection is None:
+            raise UsageError(
+                "the checkpoint was trained on data that it collected, and `data.online.env_steps` is 0; expected the "
+                "options that it was collected with. Pass --data.online.env_steps N, or start a fresh run."
+            )
+        before = getattr(self.trainer, "ckpt_path", None)
+        folders = [self._versions_folder(), *([] if before is None else [Path(before).parent.parent / "replay"])]
+        self.replay = self.collection.restore(state, folders) or self.replay
+        self.change_from = self.collection.switch
 
     def _stored(self, state: Mapping[str, Any]) -> Replay:
         """The replay that lies on disk beside a checkpoint."""

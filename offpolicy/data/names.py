@@ -19,7 +19,7 @@ from typing import Literal
 from offpolicy.errors import UsageError, fold, nearest
 from offpolicy.given import expanded, place
 
-Kind = Literal["hdf5", "npz", "replay", "made", "d4rl", "minari", "ogbench", "language"]
+Kind = Literal["hdf5", "npz", "replay", "made", "d4rl", "minari", "ogbench", "language", "online"]
 
 FILES: dict[str, Kind] = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz"}
 TABLES = (".csv", ".tsv")

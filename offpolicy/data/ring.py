@@ -21,9 +21,12 @@ class Ring(Replay):
     Args:
         first: replay whose columns and content the ring starts with.
         capacity: rows, at least ``first.num_steps``.
+        keep: whether the content that it starts with never leaves.
     """
 
-    def __init__(self, first: Replay, capacity: int) -> None:
+    kept = 0  # rows at the front that no episode takes the place of
+
+    def __init__(self, first: Replay, capacity: int, *, keep: bool = False) -> None:
         if capacity < first.num_steps:
             raise UsageError(f"capacity is {capacity}; expected at least the {first.num_steps} rows to start with.")
         rows = first.rows
@@ -43,6 +46,7 @@ class Ring(Replay):
         )
         self.capacity = capacity
         self.head = first.num_steps
+        self.kept = first.num_steps if keep else 0
 
     @classmethod
     def reopen(cls, saved: Replay, head: int) -> Ring:
@@ -76,8 +80,10 @@ class Ring(Replay):
         shapes = [{k: v.shape[1:] for k, v in steps.items()} for steps in (self.steps, new.steps)]
         if shapes[0] != shapes[1]:
             raise DataError(f"the new steps have shapes {shapes[1]}; expected {shapes[0]}.")
-        if new.length.max() > self.capacity:
-            raise DataError(f"an episode has {new.length.max()} steps; expected at most {self.capacity} (the ring).")
+        if new.length.max() > self.capacity - self.kept:
+            raise DataError(
+                f"an episode has {new.length.max()} steps; expected at most {self.capacity - self.kept} (the ring)."
+            )
         for episode in range(new.num_episodes):
             self._append_one(new, episode)
         for name in [n for n in vars(self) if isinstance(getattr(type(self), n, None), cached_property)]:
@@ -86,9 +92,11 @@ class Ring(Replay):
 
     def _append_one(self, new: Replay, episode: int) -> None:
         length, source = int(new.length[episode]), int(new.start[episode])
-        first = self.head if self.head + length <= self.capacity else 0
+        first = self.head if self.head + length <= self.capacity else self.kept
         alive = (self.start >= first + length) | (self.start + self.length <= first)
-        if first == 0 and self.head != 0:  # the rows skipped at the end hold the oldest episodes of the last round
+        if (
+            first == self.kept and self.head != self.kept
+        ):  # the rows skipped at the end hold the oldest episodes of the last round
             alive &= self.start < self.head
         for name, column in self.steps.items():
             to_numpy(column)[first : first + length] = to_numpy(new.steps[name])[source : source + length]

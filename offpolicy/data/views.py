@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offpolicy.data.columns import is_float, row_width, to_numpy
 from offpolicy.data.extras import ExtraColumns, checked_names
-from offpolicy.data.mixing import mixture_weights
+from offpolicy.data.mixing import mixture_weights, split_items
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.replay import Replay
 from offpolicy.data.sampling import unit
@@ -79,14 +79,27 @@ class BoundView:
         rows: row of each item that can be drawn, int64; a number n stands for the rows 0 … n - 1.
         device: where item numbers live.
         weight: sampling weights of the items, ≥ 0; None for uniform.
+        split: how many items at the front are of the first kind, and the share of them in a batch; None for one kind.
 
     Where ``uniforms`` is not 0, ``gather`` takes that many random numbers in [0, 1) per item too.
     """
 
     uniforms: int = 0
 
-    def __init__(self, rows: np.ndarray | int, device: torch.device, weight: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        rows: np.ndarray | int,
+        device: torch.device,
+        weight: np.ndarray | None = None,
+        split: tuple[int, float] | None = None,
+    ) -> None:
         self.count = rows if isinstance(rows, int) else len(rows)
+        self.split = split
+        if split is not None and weight is not None:
+            raise UsageError(
+                "rows have weights, and offline and online ones a fixed share; expected one of the two. Pass "
+                "--data.online.mix union."
+            )
         if not self.count:
             raise DataError("no row can be drawn for training; expected at least one usable transition. See `show`.")
         self.rows = None if isinstance(rows, int) else torch.from_numpy(rows).to(device)
@@ -115,9 +128,20 @@ class BoundView:
         parts = [self.gather(part) for part in torch.arange(len(self), device=self.device).split(1 << 16)]
         return torch.cat([part.obs for part in parts]), torch.cat([part.action for part in parts])
 
-    def pick(self, word: Tensor) -> Tensor:
-        """Item numbers from 64 random bits each: uniform, or by weight."""
-        return self.items(unit(word))
+    def pick(self, word: Tensor, row: Tensor | None = None) -> Tensor:
+        """Item numbers (…, B) from 64 random bits each: uniform, by weight, or of two kinds by the row of the batch.
+
+        Args:
+            word: int64 (…, B).
+            row: the rows of the global batch, int64 (B,). With a share p of the first kind, row b is of it where
+                ⌊(b + 1)·p⌋ > ⌊b·p⌋: exactly ⌊B·p⌋ rows of any batch are.
+        """
+        if self.split is None or row is None:
+            return self.items(unit(word))
+        front, share = self.split
+        first = ((row + 1) * share).floor() > (row * share).floor()
+        count, start = torch.where(first, front, self.count - front), torch.where(first, 0, front)
+        return start + (unit(word) * count).long()
 
     def items(self, u: Tensor) -> Tensor:
         """The same from float64 uniforms in [0, 1)."""
@@ -239,7 +263,8 @@ class PackedTransitions(BoundView):
 
     def __init__(self, view: TransitionView, replay: Replay, normalizer: Normalizer, device: torch.device) -> None:
         rows = view.rows(replay)
-        super().__init__(replay.num_steps if rows is None else rows, device, view.weights(replay))
+        split = split_items(replay, rows)
+        super().__init__(replay.num_steps if rows is None else rows, device, view.weights(replay), split)
         obs, act = row_width(replay.steps["obs"]), row_width(replay.steps["action"])
         self.widths = {"obs": obs, "action": act, "next_obs": obs, "reward": 0, "terminated": 0}
         self.widths |= {"next_action": act} if view.next_action else {}
@@ -275,7 +300,8 @@ class ColumnTransitions(BoundView):
 
     def __init__(self, view: TransitionView, replay: Replay, normalizer: Normalizer, device: torch.device) -> None:
         rows = view.rows(replay)
-        super().__init__(replay.num_steps if rows is None else rows, torch.device("cpu"), view.weights(replay))
+        count, split = replay.num_steps if rows is None else rows, split_items(replay, rows)
+        super().__init__(count, torch.device("cpu"), view.weights(replay), split)
         self.view, self.replay, self.normalizer, self.target = view, replay, normalizer, device
         self.extra = ExtraColumns(view.extra, replay, self.device, device, normalizer.obs_scale.dtype)
 

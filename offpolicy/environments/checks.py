@@ -36,7 +36,13 @@ class Episode:
         width: numbers in an observation.
 
     All methods raise :class:`EnvironmentFailed` when the environment raises an error or answers in another form.
+
+    Attributes:
+        terminated: whether the newest step ended the episode by itself, not by a time limit alone.
     """
+
+    remedy = REMEDY
+    terminated = False
 
     def __init__(
         self, env: Any, env_id: str, number: int, seed: int, keys: Sequence[Sequence[str]], width: int
@@ -71,7 +77,8 @@ class Episode:
         if not math.isfinite(value):
             raise self.refuse(f"gave the reward {value}", "a finite number")
         self.put(observation, out)
-        over = bool(self.one_number("terminated", terminated)) or bool(self.one_number("truncated", truncated))
+        self.terminated = bool(self.one_number("terminated", terminated))
+        over = self.terminated or bool(self.one_number("truncated", truncated))
         return value, over, info or {}
 
     def success(self, info: Mapping[str, Any]) -> bool | None:
@@ -140,13 +147,13 @@ class Episode:
         return f"{where} episode {self.number + 1} (seed {self.seed})"
 
     def refuse(self, found: str, expected: str) -> EnvironmentFailed:
-        return EnvironmentFailed(f"{self.env_id} {found} in {self}; expected {expected}. {REMEDY}")
+        return EnvironmentFailed(f"{self.env_id} {found} in {self}; expected {expected}. {self.remedy}")
 
     def failed(self, error: BaseException, expected: str) -> EnvironmentFailed:
         """The error of an environment with its place; ``expected`` is told when the call itself did not fit."""
         misfit = "to unpack" in str(error) or (isinstance(error, TypeError) and "argument" in str(error))
         hint = f"; expected {expected}" if misfit else ""
-        return EnvironmentFailed(f"{self.env_id} failed in {self}: {described(error)}{hint}. {REMEDY}")
+        return EnvironmentFailed(f"{self.env_id} failed in {self}: {described(error)}{hint}. {self.remedy}")
 
 
 def reach(tree: Any, key: Sequence[str]) -> Any:

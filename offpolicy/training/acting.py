@@ -15,7 +15,7 @@ from torch import Tensor
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.sizes import Sizes
 from offpolicy.errors import UsageError
-from offpolicy.nn.policies import normal_log_prob
+from offpolicy.nn.policies import GaussianPolicy, TanhGaussianPolicy, normal_log_prob
 from offpolicy.training.checkpoints import write_checkpoint
 from offpolicy.training.module import Module
 from offpolicy.training.seeds import ask_each, build_stacked, method_of_seed
@@ -147,6 +147,32 @@ class ActingModule(Module):
         action = self.ask(lambda: self.normalizer.environment_action(self.policy(x).clamp(-1.0, 1.0)))
         action = action[..., 0, :] if np.ndim(obs) == 1 else action
         return action if isinstance(obs, Tensor) else action.float().cpu().numpy()
+
+    def explore(self, obs: Tensor, noise: Tensor, scale: float) -> Tensor:
+        """Action to collect data with, (…, B, A); the caller clamps it to [-1, 1].
+
+        A stochastic actor is sampled; a deterministic policy gets normal noise.
+
+        Args:
+            obs: normalised observations (…, B, O).
+            noise: standard normal (…, B, A).
+            scale: standard deviation of the noise on a deterministic action, ≥ 0.
+        """
+        actor = getattr(self, "actor", None)
+        if isinstance(actor, TanhGaussianPolicy):
+            return actor.sample(obs, noise)[0]
+        if isinstance(actor, GaussianPolicy):
+            return actor.sample(obs, noise)
+        return self.policy(obs) + scale * noise
+
+    def exploratory_action(self, obs: np.ndarray, noise: Tensor, scale: float) -> np.ndarray:
+        """:meth:`explore` in environment units: an observation (O,) and noise (A,) → action (A,) float32.
+
+        The method is in evaluation mode, and no gradient is wanted.
+        """
+        x = self.normalized(obs)
+        action = self.explore(x, noise.to(x)[None], scale).clamp(-1.0, 1.0)
+        return self.normalizer.environment_action(action)[0].float().cpu().numpy()
 
     def ask(self, question: Callable[[], Any]) -> Any:
         """The answer of the networks in evaluation mode; with seeds that of each, along a new first axis."""

@@ -58,7 +58,7 @@ def draw_batches(
     words = sampling.bits(sampling.keys(seeds, "index", updates), row)
     more = bound.uniforms
     uniforms = [sampling.uniforms(sampling.keys(seeds, "view", updates), row, (more,))] if more else []
-    batch = bound.gather(bound.pick(words), *uniforms)
+    batch = bound.gather(bound.pick(words, row), *uniforms)
     seeds = seeds.to(device) if isinstance(seeds, Tensor) else seeds
     noise = draw_noise(draws, seeds, updates.to(device), row.to(device), dtype)
     fields = {name: value.unbind(0) for name, value in batch._asdict().items() if isinstance(value, Tensor)}

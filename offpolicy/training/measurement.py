@@ -105,7 +105,7 @@ class Measurement(Callback):
         elif numbers:
             pl_module.log_dict(numbers, logger=False)
             pl_module.log_to_loggers(numbers, updates)
-            self.run_log.evaluation = {"step": updates, **numbers, **self.facts}
+            self.run_log.evaluation = {"step": updates, **pl_module.facts_of_update(), **numbers, **self.facts}
 
     def keep_best(self, numbers: dict[str, float], seeds: tuple[int, ...]) -> None:
         """Add the best so far to the numbers of an evaluation: of the mean over seeds, and of each seed by itself."""

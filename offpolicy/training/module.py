@@ -176,6 +176,10 @@ class Module(LightningModule):
         """What judges the method in training."""
         return HeldOut()
 
+    def facts_of_update(self) -> dict[str, float]:
+        """Numbers that stand in the row of an evaluation beside its update."""
+        return {}
+
     def held_out(self) -> dict[str, float]:
         """Numbers on data held out of training, for :class:`HeldOut`; none where nothing is held out."""
         return {}

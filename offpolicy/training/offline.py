@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -30,6 +31,7 @@ from offpolicy.data.views import BoundView, TransitionView
 from offpolicy.errors import UsageError, check_range
 from offpolicy.given import refuse_half
 from offpolicy.training import divergence
+from offpolicy.training.acting import ActingModule
 from offpolicy.training.common import CommonOptions
 from offpolicy.training.compiled import CompiledUpdates, compile_advice
 from offpolicy.training.description import Description, origin
@@ -125,6 +127,36 @@ class OfflineModule(SteppingModule):
         Statistics of observations, and scales of actions that no environment bounds, are those of the chosen episodes.
         """
         return replay
+
+    def bind_data(self, data: DataModule) -> None:
+        online = data.online
+        if not online.env_steps:
+            return
+        name, size = type(self).__name__, CommonOptions.of(self.hparams).batch_size
+        if type(self).policy is ActingModule.policy or type(self).agent is not ActingModule.agent:
+            raise UsageError(
+                f"{name} gives no action for one observation alone, and data are collected by such actions; expected "
+                "another method. Choose SAC, TD3, IQL or the like."
+            )
+        if not isinstance(self.view, TransitionView):
+            raise UsageError(
+                f"{name} draws {type(self.view).__name__}, and collected data are drawn as single transitions; "
+                "expected a method of transitions. Choose SAC, TD3, IQL or the like."
+            )
+        if online.capacity is not None and online.capacity < size:
+            raise UsageError(
+                f"`data.online.capacity` is {online.capacity:,} rows, and a batch has {size:,}; expected at least as "
+                "many. Raise it, or leave it out."
+            )
+        data.seed = self.seed or 0
+
+    def planned_steps(self, data: DataModule) -> int | None:
+        return data.planned_updates()
+
+    def finish_files(self, folder: Path) -> None:
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        if getattr(data, "collection", None) is not None:
+            data.collection.save(folder / "replay" / "collected")
 
     def check_data(self, replay: Replay) -> None:
         """Refuse observations and actions of kinds that the method does not declare to take (DataError)."""
@@ -238,12 +270,13 @@ class OfflineModule(SteppingModule):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
             self._undo.callback(partial(delattr, self, name))
 
-    def _intervals(self) -> set[int]:
-        """Every interval, in updates, at which a block must end."""
+    def _intervals(self) -> set[tuple[int, int]]:
+        """Every interval, in updates, at which a block must end, and the update that it is counted from."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        found = {self.run.log_every, self.eval_every, self.save_every, getattr(data, "change_every", 0)}
-        found |= {save_interval(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        return {n for n in found if isinstance(n, int) and n > 0}
+        found = {(n, 0) for n in (self.run.log_every, self.eval_every, self.save_every)}
+        found |= {(save_interval(callback), 0) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        found.add((getattr(data, "change_every", 0), getattr(data, "change_from", 0)))
+        return {(n, start) for n, start in found if isinstance(n, int) and n > 0}
 
     def bind(self, replay: Replay) -> None:
         """Put the episodes that are trained on where batches are gathered from."""
@@ -316,12 +349,12 @@ class OfflineModule(SteppingModule):
 
     def describe(self) -> Description:
         data, meta, sizes = self.trainer.datamodule, self.data_meta, self.sizes  # type: ignore[attr-defined]
-        renewal = getattr(data, "renewal", None)
+        renewal, collection = getattr(data, "renewal", None), getattr(data, "collection", None)
         replay = data.replay if renewal is None else renewal.real
         limits = f", {sizes.max_steps} steps at most" if sizes.max_steps else ""
         size = self.common.batch_size
         batch = f"batch size {size}"
-        if self.bound is not None and renewal is None:
+        if self.bound is not None and renewal is None and collection is None:
             epochs = self.trainer.max_steps * size / self.bound.count
             batch += f", {epochs:,.0f} epochs" if epochs >= 10 else f", {epochs:.2g} epochs"
         episodes, env, tasks = self.run.eval_episodes, meta.get("env_id"), meta.get("tasks")
@@ -332,6 +365,7 @@ class OfflineModule(SteppingModule):
                 ("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({origin(meta)})"),
                 ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
                 *([] if renewal is None else renewal.facts(self.trainer.max_steps)),
+                *([] if collection is None else collection.facts()),
                 *([] if self._blocks is None else self._blocks.facts()),
                 *([] if self._compiled is None else [("compile", self._compiled.fact())]),
             ],
@@ -344,7 +378,7 @@ class OfflineModule(SteppingModule):
 
     def block_length(self, t: int) -> int:
         """Updates until the next interval ends, at most ``run.block``; a function of the update count alone."""
-        return min([self.run.block, self.trainer.max_steps - t, *(n - t % n for n in self._cuts)])
+        return min([self.run.block, self.trainer.max_steps - t, *(n - (t - start) % n for n, start in self._cuts)])
 
     def draw(self, t: int, k: int) -> list[Any]:
         """The batches of updates t + 1 … t + k: this process's rows of each, with their noise."""
@@ -407,7 +441,7 @@ class OfflineModule(SteppingModule):
         t = self.global_step
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         change_every = getattr(data, "change_every", 0)
-        if change_every and t % change_every == 0:
+        if change_every and (t - getattr(data, "change_from", 0)) % change_every == 0:
             self.check_finite()  # before the data are changed by the policy
             self.stop_clock(wait=True)
             data.on_block_start(self)
@@ -429,7 +463,16 @@ class OfflineModule(SteppingModule):
         self.stop_clock(wait=True)
         means = self.meter.read(self.mean_over_processes)
         row: dict[str, Any] = {k if k.startswith("synthetic/") else f"train/{k}": v for k, v in means.items()}
-        self.log_row({"step": updates, **row, "perf/updates_per_s": self._watch.read()}, updates)
+        speed = self._watch.read()
+        self.log_row({"step": updates, **row, **self._collected(), "perf/updates_per_s": speed}, updates)
+
+    def _collected(self) -> dict[str, float]:
+        """Numbers of what the run has collected, for a row; none where it collects nothing."""
+        collection = getattr(self.trainer.datamodule, "collection", None)  # type: ignore[attr-defined]
+        return {} if collection is None else dict(collection.news)
+
+    def facts_of_update(self) -> dict[str, float]:
+        return {k: v for k, v in self._collected().items() if k == "env/steps"}
 
 
 __all__ = ["Draw", "Metrics", "OfflineModule", "Rate", "Sizes"]  # what the file of a method needs

@@ -1,0 +1,565 @@
+"""Data that are collected in an environment while a method trains: K steps, then K updates or a multiple, in rounds.
+
+Round r is collected with the weights at its start. Episode j is reset with a hash of the seed and j, and the action of
+environment step n takes its noise from a hash of the seed and n, so there is no generator to keep. Each round is a
+folder of its own, written before its first update: a checkpoint names the rounds and their hash, and a resumed run lays
+them out again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from offpolicy.compute.generators import isolated_rng
+from offpolicy.compute.processes import is_first_process, wait_for_all
+from offpolicy.data import sampling
+from offpolicy.data.columns import Column, to_numpy
+from offpolicy.data.mixing import SPLIT, joined
+from offpolicy.data.replay import Replay
+from offpolicy.data.ring import Ring
+from offpolicy.data.spaces import bounds_meta
+from offpolicy.environments.checks import Episode
+from offpolicy.environments.collecting import Simulator
+from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.given import whole_fields
+from offpolicy.trust import REFUSED, check_environment, environment_refusal
+
+log = logging.getLogger(__name__)
+ENDS = ("cut", "whole", "keep")
+RANDOM_STEPS = 10_000  # of a run from scratch, where nobody says
+CHUNK = 1024  # environment steps whose noise is drawn at once
+FIXED = ("env", "env_kwargs", "round_steps", "utd", "random_steps", "mix", "episodes", "capacity", "explore_noise")
+
+
+@dataclass(frozen=True)
+class OnlineOptions:
+    """Data collected in training (``--data.online.*``).
+
+    Args:
+        env: id of the gymnasium environment; None takes that of the data.
+        env_kwargs: its arguments.
+        env_steps: environment steps to collect in all, random ones included, > 0; 0 collects nothing.
+        round_steps: K, environment steps of a round, ≥ 1.
+        utd: updates per environment step, ≥ 1.
+        random_steps: environment steps with uniform actions first; before the first update when there are no other
+            data. None for 10,000 then, and 0 otherwise.
+        mix: what batches are drawn from: "union" (all alike), "half" (offline and online rows one for one), "none" (the
+            offline rows are left out), or the share of offline rows, in (0, 1). Counts are exact in every batch.
+        capacity: rows that are kept, the oldest collected ones leave first; None for all.
+        episodes: what becomes of an episode that runs when a round ends: "cut" (the next round starts a new one),
+            "whole" (it is played to its end before) or "keep" (it goes on in the next round).
+        explore_noise: standard deviation of the noise on actions of deterministic policies, of actions in [-1, 1], ≥ 0.
+    """
+
+    env: str | None = None
+    env_kwargs: dict[str, Any] | None = None
+    env_steps: int = 0
+    round_steps: int = 1000
+    utd: int = 1
+    random_steps: int | None = None
+    mix: str | float = "union"
+    capacity: int | None = None
+    episodes: str = "cut"
+    explore_noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        whole_fields(self, "data.online")
+        lows = {"env_steps": 0, "round_steps": 1, "utd": 1, "random_steps": 0, "capacity": 1, "explore_noise": 0.0}
+        for name, low in lows.items():
+            if getattr(self, name) is not None:
+                check_range(f"data.online.{name}", getattr(self, name), low)
+        if self.episodes not in ENDS:
+            raise UsageError(f"`data.online.episodes` is {self.episodes!r}; expected one of {', '.join(ENDS)}.")
+        self.share  # noqa: B018  # refuses what is none
+        if self.env and not self.env_steps:
+            raise UsageError(
+                f"`data.online.env` is {self.env}, and `data.online.env_steps` is 0; expected the number of "
+                "environment steps to collect. Add --data.online.env_steps N."
+            )
+
+    @property
+    def share(self) -> float | None:
+        """The share of offline rows in a batch where it is fixed; None where rows are drawn alike."""
+        if self.mix in ("union", "none"):
+            return None
+        try:
+            share = 0.5 if self.mix == "half" else float(self.mix)
+        except ValueError:
+            share = -1.0
+        if not 0.0 < share < 1.0:
+            raise UsageError(f"`data.online.mix` is {self.mix!r}; expected union, half, none or a share in (0, 1).")
+        return share
+
+
+NOTHING = OnlineOptions()
+
+
+class Collection:
+    """What is collected in a run, and the store of it and of the data that it started with.
+
+    Args:
+        options: what to collect.
+        offline: data to start with; None for a run from scratch.
+        seed: of resets and actions.
+        max_episode_steps, obs_keys: of the environment, for a run from scratch.
+
+    Attributes:
+        switch: the update at which collecting begins.
+        rounds, steps, played: rounds, environment steps and episodes so far.
+        news: numbers of the newest round, for a row of metrics.
+
+    Raises:
+        UsageError: an environment in which nothing can be collected, or options that do not fit it or the data.
+    """
+
+    def __init__(
+        self,
+        options: OnlineOptions,
+        offline: Replay | None,
+        seed: int,
+        *,
+        max_episode_steps: int | None = None,
+        obs_keys: list[str] | None = None,
+    ) -> None:
+        self.options, self.offline, self.seed, self.switch = options, offline, seed, 0
+        meta = {} if offline is None else dict(offline.meta)
+        if options.env and options.env != meta.get("env_id"):
+            meta = {"env_id": options.env, "obs_keys": obs_keys, "max_episode_steps": max_episode_steps}
+        if options.env_kwargs is not None:
+            meta["env_kwargs"] = options.env_kwargs
+        if not meta.get("env_id") and not meta.get(REFUSED):
+            raise UsageError(
+                "`data.online.env_steps` is given, and the data name no environment; expected one to collect in. Add "
+                "--data.online.env ID."
+            )
+        check_environment(meta, "data.online.env")
+        if meta.get(REFUSED):
+            raise UsageError(f"no data can be collected: {environment_refusal(meta[REFUSED])}.")
+        self.simulator = Simulator(meta)
+        self.env_id, self.env_kwargs = self.simulator.env_id, dict(meta.get("env_kwargs") or {})
+        random = RANDOM_STEPS if offline is None else 0
+        self.random_steps = random if options.random_steps is None else options.random_steps
+        self._check()
+        self.reset()
+
+    def _check(self) -> None:
+        o, sim = self.options, self.simulator
+        if o.episodes != "keep" and sim.limit > o.round_steps:
+            raise UsageError(
+                f"an episode of {self.env_id} has up to {sim.limit:,} steps and `data.online.round_steps` is "
+                f"{o.round_steps:,}, too few with `data.online.episodes` {o.episodes!r}; expected rounds of at "
+                f"least {sim.limit:,} steps, or --data.online.episodes keep."
+            )
+        if o.env_steps <= self.random_steps:
+            raise UsageError(
+                f"`data.online.env_steps` is {o.env_steps:,}, and {self.random_steps:,} of them are random ones "
+                "(`data.online.random_steps`); expected more, as updates begin after them. Lower random_steps."
+            )
+        if self.offline is None:
+            if o.mix != "union":
+                raise UsageError(
+                    f"`data.online.mix` is {o.mix!r}, and there are no offline data to mix; expected them. Pass --data."
+                )
+            if self.random_steps < 1:
+                raise UsageError("`data.online.random_steps` is 0, and there are no other data; expected at least 1.")
+            least = self.random_steps + o.round_steps + sim.limit
+            if o.capacity is not None and o.capacity < least:
+                raise UsageError(
+                    f"`data.online.capacity` is {o.capacity:,} rows; expected at least {least:,}, the random steps, a "
+                    "round and an episode. Raise it, or leave it out."
+                )
+            return
+        for what, found, column in (("observations", sim.obs_dim, "obs"), ("actions", sim.action_dim, "action")):
+            width = self.offline.steps[column].shape[1:]
+            if tuple(width) != (found,):
+                raise UsageError(
+                    f"{self.env_id} has {what} of width {found}, and the data of shape {tuple(width)}; expected the "
+                    "same. Choose the environment of the data."
+                )
+        kept = 0 if o.mix == "none" else self.offline.num_steps
+        if o.capacity is not None and o.capacity < kept + o.round_steps:  # offline rows would be the first to leave
+            raise UsageError(
+                f"`data.online.capacity` is {o.capacity:,} rows, and {kept:,} offline rows stay beside rounds of "
+                f"{o.round_steps:,}; expected at least {kept + o.round_steps:,}. Raise it, or leave it out."
+            )
+
+    # -- where the run stands ------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Back to the beginning, as nothing had been collected."""
+        self.rounds = self.steps = self.played = 0
+        self.hash, self.news = "", dict[str, float]()
+        self.ring: Ring | None = None
+        self.random_part: Replay | None = None  # what a run from scratch begins with
+        self._episode: Episode | None = None
+        self._obs = np.zeros(self.simulator.obs_dim, np.float32)
+        self._return, self._length = 0.0, 0
+        self._uniform = _Noise("random", self.seed, self.simulator.action_dim, sampling.uniforms)
+
+    @property
+    def updates(self) -> int:
+        """Updates of the run when everything has been collected."""
+        return self.switch + (self.options.env_steps - self.random_steps) * self.options.utd
+
+    def first(self) -> Replay:
+        """What a run begins with: the offline data, or the random steps of a run from scratch, collected now."""
+        if self.offline is not None:
+            return self.offline
+        self.reset()
+        self.random_part = self._play(self._random, self.random_steps)
+        return self.random_part
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Lines of the first screen."""
+        o, random = self.options, ""
+        if self.random_steps:
+            random = f", the first {self.random_steps:,} with uniform actions"
+        rest = {"cut": "an episode is cut where a round ends", "whole": "whole episodes", "keep": "episodes go on"}
+        mix = {"union": "all rows alike", "half": "half of each batch offline", "none": "without the offline rows"}
+        drawn = mix.get(str(o.mix), f"{o.share} of each batch offline" if o.share else "")
+        began = f"from update {self.switch:,} on: " if self.switch else ""
+        return [
+            (
+                "online",
+                f"{began}{o.env_steps:,} steps of {self.env_id}{random}" + (f"; {drawn}" if self.offline else ""),
+            ),
+            ("", f"rounds of {o.round_steps:,} steps and {o.round_steps * o.utd:,} updates; {rest[o.episodes]}"),
+        ]
+
+    # -- collecting ----------------------------------------------------------------------------------------------------
+
+    def collect(self, policy: Any, folder: Path) -> Replay:
+        """Collect the round that is due into a folder of rounds; returns what is trained on."""
+        folder = Path(policy.trainer.strategy.broadcast(str(folder)))
+        began, place = time.perf_counter(), folder / f"round-{self.rounds + 1:06d}"
+        last = self.options.env_steps
+        until = min(self.random_steps + (self.rounds + 1) * self.options.round_steps, last)
+        wait_for_all()
+        if is_first_process():
+            self._segment(policy, until).save(place, overwrite=True)
+        wait_for_all()
+        self.take(Replay.load(place, mmap=False))
+        self.news |= {"env/seconds": time.perf_counter() - began}
+        assert self.ring is not None
+        return self.ring
+
+    def _segment(self, policy: Any, until: int) -> Replay:
+        noise = _Noise("explore", self.seed, self.simulator.action_dim)
+        scale = self.options.explore_noise
+
+        def choose(obs: np.ndarray, step: int) -> np.ndarray:
+            if step < self.random_steps:
+                return self._random(obs, step)
+            action = policy.exploratory_action(obs, noise.of(step), scale)
+            if not np.isfinite(action).all():
+                raise UsageError(f"the policy gave {action} at environment step {step:,}; expected finite numbers.")
+            return action
+
+        training = policy.training
+        policy.eval()
+        try:
+            with torch.no_grad(), torch.autocast(policy.device.type, enabled=False):
+                found = self._play(choose, until)
+        finally:
+            policy.train(training)
+        found.meta["updates"] = policy.global_step
+        return found
+
+    def _random(self, obs: np.ndarray, step: int) -> np.ndarray:
+        sim = self.simulator
+        return sim.low + self._uniform.of(step).numpy().astype(np.float32) * (sim.high - sim.low)
+
+    def _play(self, choose: Callable[[np.ndarray, int], np.ndarray], until: int) -> Replay:
+        """Play until there are this many environment steps in all; with whole episodes, until the next end."""
+        sim, steps, keep = self.simulator, _Steps(), self.options.episodes == "keep"
+        ends: list[tuple[float, int]] = []
+        with isolated_rng(self._number("round", self.steps)):
+            while self.steps < until or (self.options.episodes == "whole" and self._episode is not None):
+                if self._episode is None:
+                    self._episode = sim.begin(self.played, self._number("reset", self.played), self._obs)
+                    self._return, self._length = 0.0, 0
+                obs = self._obs.copy()
+                action = sim.playable(choose(obs, self.steps))
+                reward, over, _ = self._episode.step(action, self._obs)
+                steps.add(obs, action, reward, self._episode.terminated)
+                self._return, self._length, self.steps = self._return + reward, self._length + 1, self.steps + 1
+                if over:
+                    ends.append((self._return, self._length))
+                if over or (self.steps >= until and self.options.episodes != "whole"):
+                    self._episode.check_finite(self._obs)
+                    steps.end(self._obs, self.played, self._episode.seed)
+                    if over or not keep:
+                        self._episode, self.played = None, self.played + 1
+        means = np.mean(ends, 0).tolist() if ends else [None, None]
+        return steps.replay(
+            {
+                **self._meta(),
+                "online": {
+                    "steps": self.steps,
+                    "episodes": self.played,
+                    "open": self._episode is not None,
+                    "ended": len(ends),
+                    "return_mean": means[0],
+                    "length_mean": means[1],
+                },
+            }
+        )
+
+    def _meta(self) -> dict[str, Any]:
+        sim = self.simulator
+        space = sim.action_space
+        return {
+            "name": self.env_id,
+            "source": "collected",
+            "env_id": self.env_id,
+            "env_kwargs": self.env_kwargs,
+            **({"obs_keys": ["/".join(key) for key in sim.keys]} if sim.keys else {}),
+            **({"max_episode_steps": sim.limit} if sim.limit else {}),
+            **bounds_meta(space.low, space.high, "environment"),
+        }
+
+    def _number(self, stream: str, count: int) -> int:
+        """A seed below 2³¹ that is a hash of the run's seed and a count."""
+        word = sampling.keys(self.seed, stream, torch.tensor([count], device="cpu"))[0]
+        return int(word) & 0x7FFFFFFF
+
+    # -- the store -----------------------------------------------------------------------------------------------------
+
+    def take(self, segment: Replay) -> None:
+        """Add a round to the store, and go on counting from it."""
+        if self.ring is None:
+            self._make_ring(segment)
+        else:
+            self.ring.append(self._fitting(segment))
+        found = segment.meta["online"]
+        self.rounds, self.steps, self.played = self.rounds + 1, found["steps"], found["episodes"]
+        self.hash = hashlib.sha256(f"{self.hash}{segment.fingerprint()}".encode()).hexdigest()
+        assert self.ring is not None
+        self.ring.version = self.rounds
+        self.news = {"env/steps": float(self.steps), "env/episodes": float(self.played)}
+        if found["ended"]:
+            self.news |= {"env/return_mean": found["return_mean"], "env/length_mean": found["length_mean"]}
+
+    def _make_ring(self, segment: Replay) -> None:
+        o = self.options
+        if self.offline is None or o.mix == "none":
+            assert self.random_part is not None or self.offline is not None
+            random = self.random_part
+            start = segment if random is None else joined([random, segment], meta=random.meta)
+            room = o.env_steps + (self.simulator.limit if o.episodes == "whole" else 0)
+            self.ring = Ring(start, o.capacity or room)
+            return
+        names = [
+            n for n in ("obs", "action", "reward", "terminated", "next_obs", "valid_td") if n in self.offline.steps
+        ]
+        none = np.full(self.offline.num_episodes, -1)
+        plain = Replay(
+            {name: self.offline.steps[name] for name in names},
+            start=self.offline.start,
+            length=self.offline.length,
+            tail=self.offline.tail,
+            episodes={"episode": none, "seed": none},
+            meta=self.offline.meta,
+        )
+        rows = plain.num_steps
+        room = rows + o.env_steps + (self.simulator.limit if o.episodes == "whole" else 0)
+        self.ring = Ring(plain, o.capacity or room, keep=True)
+        if o.share is not None:
+            self.ring.meta = {**self.ring.meta, SPLIT: [rows, o.share]}
+        self.ring.append(self._fitting(segment))
+
+    def _fitting(self, segment: Replay) -> Replay:
+        """A round with the columns of the store."""
+        ring = self.ring
+        assert ring is not None
+        steps: dict[str, Column] = {k: v for k, v in segment.steps.items() if k in ring.steps}
+        if "next_obs" in ring.steps:
+            steps["next_obs"] = to_numpy(segment.next_obs(segment.rows))
+        if "valid_td" in ring.steps:
+            steps["valid_td"] = np.ones(segment.num_steps, bool)
+        tail = {"obs": segment.tail["obs"], "valid": np.ones(segment.num_episodes, bool)}
+        return Replay(
+            steps,
+            start=segment.start,
+            length=segment.length,
+            tail={k: v for k, v in tail.items() if k in ring.tail},
+            episodes=segment.episodes,
+            meta=segment.meta,
+        )
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: counts, and the hash of all rounds, whose rows lie on disk."""
+        return {"switch": self.switch, "rounds": self.rounds, "hash": self.hash, "options": self._fixed()}
+
+    def _fixed(self) -> dict[str, Any]:
+        options = {**asdict(self.options), "random_steps": self.random_steps, "env": self.env_id}
+        return {name: options[name] for name in FIXED}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse options that differ from those the run was begun with, as its rounds would be others (UsageError)."""
+        for name, value in self._fixed().items():
+            before = state["options"].get(name, value)
+            if before != value:
+                raise UsageError(
+                    f"`data.online.{name}` is {value!r}, and was {before!r} when collecting began; expected the same. "
+                    f"Pass --data.online.{name} {before}, or start a fresh run."
+                )
+
+    def restore(self, state: Mapping[str, Any], folders: list[Path]) -> Replay | None:
+        """Lay out again what a checkpoint was trained on; None where it had collected nothing.
+
+        Args:
+            state: of :meth:`state`.
+            folders: of rounds, that of the run first; rounds that lie in another are copied there.
+        """
+        self.check_state(state)
+        self.switch = state["switch"]
+        segment = None
+        for number in range(1, state["rounds"] + 1):
+            segment = Replay.load(self._found(f"round-{number:06d}", folders), mmap=False)
+            self.take(segment)
+        if self.hash != state["hash"]:
+            raise DataError(f"the rounds in {folders[0]} are not those of the checkpoint. Restore that folder.")
+        self._episode = None
+        if segment is not None and segment.meta["online"]["open"]:
+            self._revive()
+        return self.ring
+
+    def _found(self, name: str, folders: list[Path]) -> Path:
+        for folder in folders:
+            if (folder / name / "meta.json").is_file():
+                if folder != folders[0] and is_first_process():
+                    shutil.copytree(folder / name, folders[0] / name, dirs_exist_ok=True)
+                return folder / name
+        raise DataError(
+            f"the checkpoint was trained on {folders[0] / name}, which does not exist. Resume in the folder of the "
+            "run, or start a fresh one."
+        )
+
+    def _revive(self) -> None:
+        """Bring the environment to where the newest episode stands: from its seed, by its actions."""
+        ring, sim = self.ring, self.simulator
+        assert ring is not None
+        pieces = np.flatnonzero(ring.episodes["episode"] == self.played)
+        rows = np.concatenate([np.arange(ring.start[i], ring.start[i] + ring.length[i]) for i in pieces])
+        reward, obs = 0.0, np.zeros_like(self._obs)
+        with isolated_rng(self._number("round", self.steps)):
+            episode = sim.begin(self.played, self._number("reset", self.played), obs)
+            same = bool((to_numpy(ring.steps["obs"])[rows[0]] == obs).all())
+            for row in rows if same else ():
+                gain, over, _ = episode.step(sim.playable(to_numpy(ring.steps["action"])[row]), obs)
+                reward += gain
+                same = same and not over
+        if same and (to_numpy(ring.tail["obs"])[pieces[-1]] == obs).all():
+            self._episode, self._obs, self._return, self._length = episode, obs, reward, len(rows)
+            return
+        self.played += 1
+        log.warning(
+            "%s does not repeat an episode from its seed and its actions, so the one that ran when the checkpoint was "
+            "written is cut, and a new one begins: the run goes on, but not bit for bit.",
+            self.env_id,
+        )
+
+    def save(self, folder: Path) -> Path | None:
+        """Write what was collected as a data set of its own; pieces of one episode become one again."""
+        ring = self.ring
+        if ring is None:
+            return None
+        own = np.flatnonzero(ring.episodes["episode"] >= 0)
+        whole = joined([ring.filter(own)], meta={**self._meta(), "notes": [self._told()]})
+        number = whole.episodes["episode"]
+        last = np.append(number[1:] != number[:-1], True)
+        group = np.cumsum(np.append(0, last[:-1]))
+        length = np.bincount(group, weights=whole.length).astype(np.int64)
+        kept: dict[str, Column] = {k: to_numpy(v)[last] for k, v in whole.tail.items() if k == "obs"}
+        steps = {k: v for k, v in whole.steps.items() if k != "valid_td"}
+        found = Replay(
+            steps,
+            start=np.cumsum(length) - length,
+            length=length,
+            tail=kept,
+            episodes={k: v[last] for k, v in whole.episodes.items()},
+            meta=whole.meta,
+        )
+        return found.save(folder, overwrite=True)
+
+    def _told(self) -> str:
+        o = self.options
+        return (
+            f"collected in training, {self.steps:,} steps of {self.env_id}: {self.random_steps:,} with uniform "
+            f"actions, then rounds of {o.round_steps:,} steps; episodes that ran when a round ended: {o.episodes}"
+        )
+
+
+class _Noise:
+    """Noise of environment steps, drawn for many of them at once: a function of the seed and the step alone."""
+
+    def __init__(self, stream: str, seed: int, width: int, law: Callable[..., torch.Tensor] = sampling.normals) -> None:
+        self.stream, self.seed, self.width, self.law = stream, seed, width, law
+        self.chunk, self.drawn = -1, torch.zeros(0)
+
+    def of(self, step: int) -> torch.Tensor:
+        """The noise of a step, (A,) on the host."""
+        if step // CHUNK != self.chunk:
+            self.chunk = step // CHUNK
+            steps = torch.arange(self.chunk * CHUNK, (self.chunk + 1) * CHUNK, device="cpu")
+            row = torch.zeros(1, dtype=torch.int64, device="cpu")
+            self.drawn = self.law(sampling.keys(self.seed, self.stream, steps), row, (self.width,))[:, 0]
+        return self.drawn[step % CHUNK]
+
+
+class _Steps:
+    """Steps as they come, and the episodes that they make up."""
+
+    def __init__(self) -> None:
+        self.obs: list[np.ndarray] = []
+        self.action: list[np.ndarray] = []
+        self.reward: list[float] = []
+        self.terminated: list[bool] = []
+        self.ends: list[tuple[int, np.ndarray, int, int]] = []
+
+    def add(self, obs: np.ndarray, action: np.ndarray, reward: float, terminated: bool) -> None:
+        self.obs.append(obs)
+        self.action.append(action.reshape(-1))
+        self.reward.append(reward)
+        self.terminated.append(terminated)
+
+    def end(self, obs: np.ndarray, number: int, seed: int) -> None:
+        """The newest step was the last of its episode, or of its part in this round; ``obs`` followed it."""
+        self.ends.append((len(self.obs), obs.copy(), number, seed))
+
+    def replay(self, meta: Mapping[str, Any]) -> Replay:
+        obs = np.stack(self.obs)
+        bad = np.flatnonzero(~np.isfinite(obs).all(1))
+        if len(bad):
+            raise UsageError(f"{meta['env_id']} gave an observation that is not finite; expected finite numbers.")
+        stop = np.array([end[0] for end in self.ends], np.int64)
+        start = np.append(0, stop[:-1])
+        return Replay(
+            {
+                "obs": obs,
+                "action": np.stack(self.action).astype(np.float32),
+                "reward": np.array(self.reward, np.float32),
+                "terminated": np.array(self.terminated, bool),
+            },
+            start=start,
+            length=stop - start,
+            tail={"obs": np.stack([end[1] for end in self.ends])},
+            episodes={
+                "episode": np.array([end[2] for end in self.ends], np.int64),
+                "seed": np.array([end[3] for end in self.ends], np.int64),
+            },
+            meta=meta,
+        )
