@@ -6,10 +6,12 @@ import inspect
 import re
 from dataclasses import fields
 
+import gymnasium
 import pytest
 from lightning.pytorch import Trainer
 
 from offpolicy.data.names import known_names
+from offpolicy.data.online import OnlineOptions
 from offpolicy.data.texts.module import TextData
 from offpolicy.errors import UsageError
 from offpolicy.language.module import LanguageModule
@@ -30,14 +32,19 @@ def test_every_recipe_fits_its_method(one: Recipe) -> None:
     RunOptions(**one.group("run"))
     assert set(one.group("trainer")) <= set(inspect.signature(Trainer).parameters)
     language = issubclass(cls, LanguageModule)
+    online = one.group("data") if not language else {}
     assert {key.partition(".")[0] for key in one.settings} <= {
         "model",
         "trainer",
         "run",
-        *(["data"] if language else []),
+        *(["data"] if language or online else []),
     }
-    assert set(one.group("data")) <= set(inspect.signature(TextData).parameters)
-    assert one.settings["model.epochs" if language else "trainer.max_steps"] > 0
+    if online:
+        OnlineOptions(**{key.removeprefix("online."): value for key, value in online.items()})
+    else:
+        assert set(one.group("data")) <= set(inspect.signature(TextData).parameters)
+    length = "data.online.env_steps" if online else "model.epochs" if language else "trainer.max_steps"
+    assert one.settings[length] > 0
     assert all(
         isinstance(v, (bool, int, float, str, list)) for v in one.settings.values()
     )  # 1e-3 is a text in YAML 1.1
@@ -55,10 +62,11 @@ def test_every_value_says_where_it_is_from(one: Recipe) -> None:
 def test_every_pattern_means_known_tasks_and_no_two_recipes_compete() -> None:
     for one in ALL:
         for pattern in one.tasks:
-            assert any(Recipe("", (pattern,)).specificity(name) >= 0 for name in known_names()), (one.name, pattern)
+            names = gymnasium.registry if "data.online.env_steps" in one.settings else known_names()
+            assert any(Recipe("", (pattern,)).specificity(name) >= 0 for name in names), (one.name, pattern)
     for method in {one.name.partition("/")[0] for one in ALL}:
         own = [one for one in ALL if one.name.startswith(f"{method}/")]
-        for task in known_names():
+        for task in [*known_names(), *gymnasium.registry]:
             ranks = sorted(one.specificity(task) for one in own)
             assert len(ranks) < 2 or ranks[-1] == -1 or ranks[-1] > ranks[-2], (method, task)
 

@@ -180,6 +180,8 @@ def _read(pairs: list[tuple[str, str | None]], last: dict[str, str | None]) -> C
     short = method.rpartition(".")[2]
     ours = method.startswith("lightning_modules.")  # a user's class of the same name has other options
     found = recipe(short, target.name) if chosen == "auto" and ours else None
+    if found and target.kind == "online" and not any(key.startswith("data.online.") for key in found.settings):
+        found = None  # one for data of the same task
     if chosen not in ("auto", "none"):
         found = named_recipe(short, chosen)
     settings = dict(found.settings) if found else {}
@@ -222,8 +224,7 @@ def merge(settings: dict[str, Any], layer: Mapping[str, Any], source: str) -> No
 
 def environment_of(last: Mapping[str, str | None], in_files: Mapping[str, Any]) -> str | None:
     """The environment that data are collected in, where one is named."""
-    inner = in_files.get("data.online")
-    return last.get("data.online.env") or (inner.get("env") if isinstance(inner, Mapping) else None)
+    return last.get("data.online.env") or in_files.get("data.online.env")
 
 
 def find_data(given: str | None, method: str, env: str | None = None) -> Target:
@@ -363,13 +364,21 @@ def flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
             value = {k: v for k, v in {**value, **inner}.items() if k != "init_args"}
             if "class_path" in value:
                 flat["model"] = value.pop("class_path")
-        elif key == "data" and value is not None and not isinstance(value, Mapping):
-            value = {"name": value}
+        elif key == "data" and value is not None:
+            value = grouped(value) if isinstance(value, Mapping) else {"name": value}
         if isinstance(value, Mapping):
             flat |= {f"{key}.{option}": _local(option, v) for option, v in value.items()}
         elif value is not None:
             flat[key] = _local(key, value)
     return flat
+
+
+def grouped(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the data with those of ``online`` by themselves, as ``online.env``."""
+    inner = data.get("online")
+    if not isinstance(inner, Mapping):
+        return dict(data)
+    return {k: v for k, v in data.items() if k != "online"} | {f"online.{k}": v for k, v in inner.items()}
 
 
 def _local(option: str, value: Any) -> Any:
@@ -384,6 +393,8 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         group, dot, option = key.partition(".")
         if dot:
             part = tree["model"]["init_args"] if group == "model" else tree.setdefault(group, {})
+            if key.startswith("data.online."):
+                part, option = part.setdefault("online", {}), option.partition(".")[2]
             part[option] = value
         elif key != "model":
             tree[key] = value

@@ -19,10 +19,13 @@ class Stopwatch:
 
     On the CPU the time of the updates counts. An accelerator works on while the host does other things, so there the
     clock runs from a block of updates until the device has been waited for.
+
+    Attributes:
+        updates, seconds: since the last :meth:`read`.
     """
 
     def __init__(self) -> None:
-        self.updates, self._seconds = 0, 0.0
+        self.updates, self.seconds = 0, 0.0
         self._began: float | None = None
 
     def start(self) -> None:
@@ -34,13 +37,13 @@ class Stopwatch:
         if wait:
             finish_work(device)
         if self._began is not None and (wait or device.type == "cpu"):
-            self._seconds += time.perf_counter() - self._began
+            self.seconds += time.perf_counter() - self._began
             self._began = None
 
     def read(self) -> float:
         """Updates per second since the last call; starts anew."""
-        speed = self.updates / max(self._seconds, 1e-9)
-        self.updates, self._seconds = 0, 0.0
+        speed = self.updates / max(self.seconds, 1e-9)
+        self.updates, self.seconds = 0, 0.0
         return speed
 
 

@@ -184,10 +184,14 @@ class DataModule(LightningDataModule):
         if self.online.env_steps:
             self.load()
             assert self.collection is not None
-            if seed != self.seed:  # the checkpoint has said it only now
-                self.seed = self.collection.seed = seed
-                self.replay = self.collection.first()
-            state = (saved or {}).get("online")
+            state, collection = (saved or {}).get("online"), self.collection
+            random = collection.random_steps
+            if state is not None and self.online.random_steps is None:
+                random = state["options"]["random_steps"]
+            if (seed, random) != (self.seed, collection.random_steps):  # the checkpoint has said it only now
+                self.seed = collection.seed = seed
+                collection.random_steps = random
+                self.replay = collection.first()
             if state is not None:
                 self.collection.check_state(state)
             self.collection.switch = updates if state is None else state["switch"]

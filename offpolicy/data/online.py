@@ -23,10 +23,11 @@ import torch
 from offpolicy.compute.generators import isolated_rng
 from offpolicy.compute.processes import is_first_process, wait_for_all
 from offpolicy.data import sampling
-from offpolicy.data.columns import Column, to_numpy
+from offpolicy.data.columns import to_numpy
 from offpolicy.data.mixing import SPLIT, joined
 from offpolicy.data.replay import Replay
 from offpolicy.data.ring import Ring
+from offpolicy.data.rounds import StepNoise, Steps, fitted, pieces_joined
 from offpolicy.data.spaces import bounds_meta
 from offpolicy.environments.checks import Episode
 from offpolicy.environments.collecting import Simulator
@@ -36,8 +37,7 @@ from offpolicy.trust import REFUSED, check_environment, environment_refusal
 
 log = logging.getLogger(__name__)
 ENDS = ("cut", "whole", "keep")
-RANDOM_STEPS = 10_000  # of a run from scratch, where nobody says
-CHUNK = 1024  # environment steps whose noise is drawn at once
+RANDOM_STEPS = 10_000  # of a run from scratch, where nobody says; a tenth of all where that is less
 FIXED = ("env", "env_kwargs", "round_steps", "utd", "random_steps", "mix", "episodes", "capacity", "explore_noise")
 
 
@@ -52,7 +52,7 @@ class OnlineOptions:
         round_steps: K, environment steps of a round, ≥ 1.
         utd: updates per environment step, ≥ 1.
         random_steps: environment steps with uniform actions first; before the first update when there are no other
-            data. None for 10,000 then, and 0 otherwise.
+            data. None for 10,000 then, but at most a tenth of ``env_steps``, and 0 otherwise.
         mix: what batches are drawn from: "union" (all alike), "half" (offline and online rows one for one), "none" (the
             offline rows are left out), or the share of offline rows, in (0, 1). Counts are exact in every batch.
         capacity: rows that are kept, the oldest collected ones leave first; None for all.
@@ -104,6 +104,11 @@ class OnlineOptions:
 NOTHING = OnlineOptions()
 
 
+def round_name(number: int) -> str:
+    """The folder of a round, from 1 on; number 0 has the random steps of a run from scratch."""
+    return f"round-{number:06d}"
+
+
 class Collection:
     """What is collected in a run, and the store of it and of the data that it started with.
 
@@ -117,6 +122,7 @@ class Collection:
         switch: the update at which collecting begins.
         rounds, steps, played: rounds, environment steps and episodes so far.
         news: numbers of the newest round, for a row of metrics.
+        seconds: spent on collecting since :meth:`row` was last asked.
 
     Raises:
         UsageError: an environment in which nothing can be collected, or options that do not fit it or the data.
@@ -147,7 +153,7 @@ class Collection:
             raise UsageError(f"no data can be collected: {environment_refusal(meta[REFUSED])}.")
         self.simulator = Simulator(meta)
         self.env_id, self.env_kwargs = self.simulator.env_id, dict(meta.get("env_kwargs") or {})
-        random = RANDOM_STEPS if offline is None else 0
+        random = max(1, min(RANDOM_STEPS, options.env_steps // 10)) if offline is None else 0
         self.random_steps = random if options.random_steps is None else options.random_steps
         self._check()
         self.reset()
@@ -198,13 +204,13 @@ class Collection:
     def reset(self) -> None:
         """Back to the beginning, as nothing had been collected."""
         self.rounds = self.steps = self.played = 0
-        self.hash, self.news = "", dict[str, float]()
+        self.hash, self.news, self.seconds = "", dict[str, float](), 0.0
         self.ring: Ring | None = None
         self.random_part: Replay | None = None  # what a run from scratch begins with
         self._episode: Episode | None = None
         self._obs = np.zeros(self.simulator.obs_dim, np.float32)
         self._return, self._length = 0.0, 0
-        self._uniform = _Noise("random", self.seed, self.simulator.action_dim, sampling.uniforms)
+        self._uniform = StepNoise("random", self.seed, self.simulator.action_dim, sampling.uniforms)
 
     @property
     def updates(self) -> int:
@@ -218,6 +224,12 @@ class Collection:
         self.reset()
         self.random_part = self._play(self._random, self.random_steps)
         return self.random_part
+
+    def row(self, updates: int, training: float) -> dict[str, float]:
+        """Numbers for a row of metrics after ``updates``, with the seconds of training since the last row."""
+        collecting, self.seconds = self.seconds, 0.0
+        made = {"env/updates_per_step": (updates - self.switch) / max(1, self.steps - self.random_steps)}
+        return self.news | made | {"perf/collecting_share": collecting / max(collecting + training, 1e-9)}
 
     def facts(self) -> list[tuple[str, str]]:
         """Lines of the first screen."""
@@ -241,20 +253,28 @@ class Collection:
     def collect(self, policy: Any, folder: Path) -> Replay:
         """Collect the round that is due into a folder of rounds; returns what is trained on."""
         folder = Path(policy.trainer.strategy.broadcast(str(folder)))
-        began, place = time.perf_counter(), folder / f"round-{self.rounds + 1:06d}"
-        last = self.options.env_steps
-        until = min(self.random_steps + (self.rounds + 1) * self.options.round_steps, last)
-        wait_for_all()
-        if is_first_process():
-            self._segment(policy, until).save(place, overwrite=True)
-        wait_for_all()
-        self.take(Replay.load(place, mmap=False))
-        self.news |= {"env/seconds": time.perf_counter() - began}
+        began, o = time.perf_counter(), self.options
+        if self.ring is not None and self.steps >= o.env_steps:  # a Trainer of the user's own goes on
+            return self.ring
+        until = min(self.random_steps + (self.rounds + 1) * o.round_steps, o.env_steps)
+        if self.rounds == 0 and self.random_part is not None:
+            random = self.random_part
+            self.random_part = self._of_all(folder / round_name(0), lambda: random)
+        self.take(self._of_all(folder / round_name(self.rounds + 1), lambda: self._segment(policy, until)))
+        self.seconds += time.perf_counter() - began
         assert self.ring is not None
         return self.ring
 
+    def _of_all(self, place: Path, collected: Callable[[], Replay]) -> Replay:
+        """What the first process collects, on all processes by way of the folder that keeps it."""
+        wait_for_all()
+        if is_first_process():
+            collected().save(place, overwrite=True)
+        wait_for_all()
+        return Replay.load(place, mmap=False)
+
     def _segment(self, policy: Any, until: int) -> Replay:
-        noise = _Noise("explore", self.seed, self.simulator.action_dim)
+        noise = StepNoise("explore", self.seed, self.simulator.action_dim)
         scale = self.options.explore_noise
 
         def choose(obs: np.ndarray, step: int) -> np.ndarray:
@@ -281,7 +301,7 @@ class Collection:
 
     def _play(self, choose: Callable[[np.ndarray, int], np.ndarray], until: int) -> Replay:
         """Play until there are this many environment steps in all; with whole episodes, until the next end."""
-        sim, steps, keep = self.simulator, _Steps(), self.options.episodes == "keep"
+        sim, steps, keep = self.simulator, Steps(), self.options.episodes == "keep"
         ends: list[tuple[float, int]] = []
         with isolated_rng(self._number("round", self.steps)):
             while self.steps < until or (self.options.episodes == "whole" and self._episode is not None):
@@ -338,9 +358,10 @@ class Collection:
     def take(self, segment: Replay) -> None:
         """Add a round to the store, and go on counting from it."""
         if self.ring is None:
+            self.hash = "" if self.random_part is None else self.random_part.fingerprint()
             self._make_ring(segment)
         else:
-            self.ring.append(self._fitting(segment))
+            self.ring.append(fitted(segment, self.ring))
         found = segment.meta["online"]
         self.rounds, self.steps, self.played = self.rounds + 1, found["steps"], found["episodes"]
         self.hash = hashlib.sha256(f"{self.hash}{segment.fingerprint()}".encode()).hexdigest()
@@ -376,26 +397,7 @@ class Collection:
         self.ring = Ring(plain, o.capacity or room, keep=True)
         if o.share is not None:
             self.ring.meta = {**self.ring.meta, SPLIT: [rows, o.share]}
-        self.ring.append(self._fitting(segment))
-
-    def _fitting(self, segment: Replay) -> Replay:
-        """A round with the columns of the store."""
-        ring = self.ring
-        assert ring is not None
-        steps: dict[str, Column] = {k: v for k, v in segment.steps.items() if k in ring.steps}
-        if "next_obs" in ring.steps:
-            steps["next_obs"] = to_numpy(segment.next_obs(segment.rows))
-        if "valid_td" in ring.steps:
-            steps["valid_td"] = np.ones(segment.num_steps, bool)
-        tail = {"obs": segment.tail["obs"], "valid": np.ones(segment.num_episodes, bool)}
-        return Replay(
-            steps,
-            start=segment.start,
-            length=segment.length,
-            tail={k: v for k, v in tail.items() if k in ring.tail},
-            episodes=segment.episodes,
-            meta=segment.meta,
-        )
+        self.ring.append(fitted(segment, self.ring))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -427,8 +429,10 @@ class Collection:
         self.check_state(state)
         self.switch = state["switch"]
         segment = None
+        if self.random_part is not None and state["rounds"]:
+            self.random_part = Replay.load(self._found(round_name(0), folders), mmap=False)
         for number in range(1, state["rounds"] + 1):
-            segment = Replay.load(self._found(f"round-{number:06d}", folders), mmap=False)
+            segment = Replay.load(self._found(round_name(number), folders), mmap=False)
             self.take(segment)
         if self.hash != state["hash"]:
             raise DataError(f"the rounds in {folders[0]} are not those of the checkpoint. Restore that folder.")
@@ -479,87 +483,11 @@ class Collection:
             return None
         own = np.flatnonzero(ring.episodes["episode"] >= 0)
         whole = joined([ring.filter(own)], meta={**self._meta(), "notes": [self._told()]})
-        number = whole.episodes["episode"]
-        last = np.append(number[1:] != number[:-1], True)
-        group = np.cumsum(np.append(0, last[:-1]))
-        length = np.bincount(group, weights=whole.length).astype(np.int64)
-        kept: dict[str, Column] = {k: to_numpy(v)[last] for k, v in whole.tail.items() if k == "obs"}
-        steps = {k: v for k, v in whole.steps.items() if k != "valid_td"}
-        found = Replay(
-            steps,
-            start=np.cumsum(length) - length,
-            length=length,
-            tail=kept,
-            episodes={k: v[last] for k, v in whole.episodes.items()},
-            meta=whole.meta,
-        )
-        return found.save(folder, overwrite=True)
+        return pieces_joined(whole).save(folder, overwrite=True)
 
     def _told(self) -> str:
         o = self.options
         return (
             f"collected in training, {self.steps:,} steps of {self.env_id}: {self.random_steps:,} with uniform "
             f"actions, then rounds of {o.round_steps:,} steps; episodes that ran when a round ended: {o.episodes}"
-        )
-
-
-class _Noise:
-    """Noise of environment steps, drawn for many of them at once: a function of the seed and the step alone."""
-
-    def __init__(self, stream: str, seed: int, width: int, law: Callable[..., torch.Tensor] = sampling.normals) -> None:
-        self.stream, self.seed, self.width, self.law = stream, seed, width, law
-        self.chunk, self.drawn = -1, torch.zeros(0)
-
-    def of(self, step: int) -> torch.Tensor:
-        """The noise of a step, (A,) on the host."""
-        if step // CHUNK != self.chunk:
-            self.chunk = step // CHUNK
-            steps = torch.arange(self.chunk * CHUNK, (self.chunk + 1) * CHUNK, device="cpu")
-            row = torch.zeros(1, dtype=torch.int64, device="cpu")
-            self.drawn = self.law(sampling.keys(self.seed, self.stream, steps), row, (self.width,))[:, 0]
-        return self.drawn[step % CHUNK]
-
-
-class _Steps:
-    """Steps as they come, and the episodes that they make up."""
-
-    def __init__(self) -> None:
-        self.obs: list[np.ndarray] = []
-        self.action: list[np.ndarray] = []
-        self.reward: list[float] = []
-        self.terminated: list[bool] = []
-        self.ends: list[tuple[int, np.ndarray, int, int]] = []
-
-    def add(self, obs: np.ndarray, action: np.ndarray, reward: float, terminated: bool) -> None:
-        self.obs.append(obs)
-        self.action.append(action.reshape(-1))
-        self.reward.append(reward)
-        self.terminated.append(terminated)
-
-    def end(self, obs: np.ndarray, number: int, seed: int) -> None:
-        """The newest step was the last of its episode, or of its part in this round; ``obs`` followed it."""
-        self.ends.append((len(self.obs), obs.copy(), number, seed))
-
-    def replay(self, meta: Mapping[str, Any]) -> Replay:
-        obs = np.stack(self.obs)
-        bad = np.flatnonzero(~np.isfinite(obs).all(1))
-        if len(bad):
-            raise UsageError(f"{meta['env_id']} gave an observation that is not finite; expected finite numbers.")
-        stop = np.array([end[0] for end in self.ends], np.int64)
-        start = np.append(0, stop[:-1])
-        return Replay(
-            {
-                "obs": obs,
-                "action": np.stack(self.action).astype(np.float32),
-                "reward": np.array(self.reward, np.float32),
-                "terminated": np.array(self.terminated, bool),
-            },
-            start=start,
-            length=stop - start,
-            tail={"obs": np.stack([end[1] for end in self.ends])},
-            episodes={
-                "episode": np.array([end[2] for end in self.ends], np.int64),
-                "seed": np.array([end[3] for end in self.ends], np.int64),
-            },
-            meta=meta,
         )

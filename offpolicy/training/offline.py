@@ -24,6 +24,7 @@ from offpolicy.compute.optim import num_trained
 from offpolicy.data.batches import check_rows
 from offpolicy.data.mixing import SHARE
 from offpolicy.data.module import DataModule
+from offpolicy.data.online import Collection
 from offpolicy.data.replay import Replay
 from offpolicy.data.sizes import Sizes
 from offpolicy.data.spaces import check_suits
@@ -199,6 +200,7 @@ class OfflineModule(SteppingModule):
         replay = self.select(data.replay)
         self.data_meta, self.data_fingerprint = dict(data.replay.meta), data.replay.fingerprint()
         self.initialize(Sizes.of(replay))
+        self.constant_rates = self._collection is not None and self._collection.switch > 0
         self.plan_rates(self.trainer.max_steps)
         self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self.fit_normalizer(replay)
@@ -366,6 +368,7 @@ class OfflineModule(SteppingModule):
                 ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
                 *([] if renewal is None else renewal.facts(self.trainer.max_steps)),
                 *([] if collection is None else collection.facts()),
+                *self._facts_of_rates(),
                 *([] if self._blocks is None else self._blocks.facts()),
                 *([] if self._compiled is None else [("compile", self._compiled.fact())]),
             ],
@@ -373,6 +376,12 @@ class OfflineModule(SteppingModule):
             evaluates=f"{episodes} episodes of {env}{each}" if episodes and env else "",
             notes=compile_advice(self, self.trainer.max_steps - self.updates),
         )
+
+    def _facts_of_rates(self) -> list[tuple[str, str]]:
+        """What becomes of rates that fell in the offline part of a run."""
+        fell = [name for name, rate in self.learning_rates().items() if self.constant_rates and callable(rate)]
+        told = ", ".join(f"{name} {self.rates()[name]:g}" for name in fell)
+        return [("rates", f"{told}, constant from here on")] if fell else []
 
     # -- Lightning: the loop -------------------------------------------------------------------------------------------
 
@@ -463,16 +472,17 @@ class OfflineModule(SteppingModule):
         self.stop_clock(wait=True)
         means = self.meter.read(self.mean_over_processes)
         row: dict[str, Any] = {k if k.startswith("synthetic/") else f"train/{k}": v for k, v in means.items()}
-        speed = self._watch.read()
-        self.log_row({"step": updates, **row, **self._collected(), "perf/updates_per_s": speed}, updates)
+        if self._collection is not None:
+            row |= self._collection.row(updates, self._watch.seconds)
+        self.log_row({"step": updates, **row, "perf/updates_per_s": self._watch.read()}, updates)
 
-    def _collected(self) -> dict[str, float]:
-        """Numbers of what the run has collected, for a row; none where it collects nothing."""
-        collection = getattr(self.trainer.datamodule, "collection", None)  # type: ignore[attr-defined]
-        return {} if collection is None else dict(collection.news)
+    @property
+    def _collection(self) -> Collection | None:
+        """What collects data in this run, if anything does."""
+        return getattr(self.trainer.datamodule, "collection", None)  # type: ignore[attr-defined]
 
     def facts_of_update(self) -> dict[str, float]:
-        return {k: v for k, v in self._collected().items() if k == "env/steps"}
+        return {} if self._collection is None else {"env/steps": self._collection.steps}
 
 
 __all__ = ["Draw", "Metrics", "OfflineModule", "Rate", "Sizes"]  # what the file of a method needs

@@ -45,6 +45,7 @@ class SteppingModule(ActingModule):
         self._planned: dict[str, tuple[Tensor, ...]] = {}  # rates of the updates of a block that follow a schedule
         self._planned_from = 0  # the first update of the block
         self._decay_steps: int | None = None  # of a run that has begun
+        self.constant_rates = False  # as in a run that collects data after an offline one, whose rates had fallen
 
     @property
     def updates(self) -> int:
@@ -73,13 +74,18 @@ class SteppingModule(ActingModule):
         return super().initialize(sizes, seed)
 
     def configure_optimizers(self) -> list[Optimizer]:
-        self._rates = self.learning_rates()
+        self._rates = self.rates()
         for name, rate in self._rates.items():
             if not callable(rate):
                 check_range(f"{name} learning rate", rate, 0.0)
         self._params.clear()
         self._optimizers = {name: self.make_optimizer(name, self.params(name)) for name in self._rates}
         return list(self._optimizers.values())
+
+    def rates(self) -> dict[str, Rate]:
+        """Those of :meth:`learning_rates`; where rates are constant, what each is at the first update."""
+        found = self.learning_rates()
+        return {name: rate(1) if self.constant_rates and callable(rate) else rate for name, rate in found.items()}
 
     def no_optimizers(self) -> UsageError:
         """The error of a step before there are optimisers."""
@@ -122,7 +128,7 @@ class SteppingModule(ActingModule):
         fallen = self.decay_steps
         if not fallen or fallen >= max_steps or not processes.is_first_process():
             return
-        names = [name for name, rate in self.learning_rates().items() if callable(rate) and not rate(max_steps)]
+        names = [name for name, rate in self.rates().items() if callable(rate) and not rate(max_steps)]
         if names:
             log.warning(
                 "The learning rate of %s falls to 0 over %s updates, and the run has %s: after update %s it trains "

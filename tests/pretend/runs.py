@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import inspect  # noqa: E402
 
+import counting  # noqa: E402
 import numpy as np  # noqa: E402
 import recorded  # noqa: E402
 import tiny  # noqa: E402
@@ -258,11 +259,28 @@ def options(place: Place) -> None:
         place.fit(f"options{i}", place.method(**those), *place.short)
 
 
+def collects(place: Place) -> None:
+    """Data are collected by the policy there, and a run goes on bit by bit in the middle of a round."""
+    if place.name != "SAC":
+        return
+    BLOCK.clear()
+    found, half = {}, None
+    for part in ("collected", "on"):
+        folder = place.root / place.name / part
+        run = counting.collect(
+            None if half else folder, counting.scratch(episodes="keep"), place.method(), ckpt_path=half
+        )
+        half = run.folder / "checkpoints" / "step=00000015.ckpt"
+        found[part] = state(run.folder / "checkpoints" / "step=00000040.ckpt")
+    assert not BLOCK, dict(BLOCK)
+    assert not toy.differences(*found.values())
+
+
 def checks(place: Place) -> list[Callable[[Place], None]]:
     if place.kind.trains_on_texts:
         more = [low, adapters, answers, options] if place.name in WHOLE else []
         return [on_device, mixed, *more, *([live] if place.name == "DPO" else [])]
-    return [on_device, mixed, low, acts, seeds, draws, options]
+    return [on_device, mixed, low, acts, seeds, draws, options, collects]
 
 
 def tried(check: Callable[[Place], None], place: Place) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import Counting, scratch
 from forks import run_pair
 from toy import METHODS, differences, fit, method, run_files, toy_replay, weights
 from toy_generator import pool, toy_model, versions
@@ -85,6 +86,9 @@ def main(root: Path) -> None:
     own = {k: v.tolist() for k, v in weights(module).items()}
     calls = data.renewal.model.calls, generator.calls
     found["pool"] = {"weights": own, "calls": calls, "drawn": drawn.fingerprint()}
+    module = method("SAC")  # the first process collects
+    fit(module, scratch(), 40, root / "collected", precision="64-true", **two)
+    found["collected"] = {"weights": {k: v.tolist() for k, v in weights(module).items()}}
     (root / f"rank{rank}.json").write_text(json.dumps(found))
 
 
@@ -149,6 +153,17 @@ def test_trajectories_are_drawn_by_both(pair: tuple[Path, list[dict[str, Any]]],
     module = fit(method("TD3BC"), pool(root / "generator"), 90, tmp_path / "one", precision="64-true")
     for name, value in weights(module).items():  # generated numbers are float32
         torch.testing.assert_close(torch.tensor(first["weights"][name], dtype=value.dtype), value, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_collected_is_the_same(
+    pair: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (found["collected"]["weights"] for found in pair[1])
+    assert first == second
+    monkeypatch.setattr(Counting, "starts", {})
+    module = fit(method("SAC"), scratch(), 40, tmp_path, precision="64-true")
+    for key, value in weights(module).items():  # what is collected is float32
+        torch.testing.assert_close(torch.tensor(first[key], dtype=value.dtype), value, rtol=1e-6, atol=1e-6)
 
 
 def test_the_global_batch_must_split_evenly(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,114 +2,108 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
-from toy import Crash, differences, run_files
+import torch
+from counting import Counting, collect, online, scratch
+from forks import run_copy
+from lightning.pytorch import Callback
+from toy import Crash, differences, run_files, toy_replay
 
 import offpolicy as op
+from offpolicy.data import sampling
 from offpolicy.data.module import DataModule
-from offpolicy.data.online import OnlineOptions
 from offpolicy.data.replay import Replay
+from offpolicy.data.ring import Ring
+from offpolicy.data.views import BoundView
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
 
-SMALL: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 16}
+
+class Kill(Callback):
+    """Ends the process before the first block that starts at or after an update, without a word."""
+
+    def __init__(self, update: int) -> None:
+        self.update = update
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step >= self.update:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Counting(gymnasium.Env):
-    """Its observation is (episode, t). Episodes end by themselves at t = 3, 5 or 7 in turn, the limit is 6."""
-
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-    action_space = gymnasium.spaces.Box(-2.0, 2.0, (1,), np.float32)
-    starts: dict[int, int] = {}
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        self.episode, self.t = self.starts.setdefault(int(seed or 0), len(self.starts)), 0
-        return np.array([self.episode, 0], np.float32), {}
-
-    def step(self, action: Any) -> Any:
-        self.t += 1
-        ended = self.t == 3 + 2 * (self.episode % 3)
-        return np.array([self.episode, self.t], np.float32), float(self.t), ended, False, {}
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, op.FitResult]:
+    """A run of each kind of rounds."""
+    root = tmp_path_factory.mktemp("runs")
+    return {kind: collect(root / kind, scratch(episodes=kind)) for kind in ("cut", "keep", "whole")}
 
 
-for name, cls in (("CountingOnline-v0", Counting),):
-    gymnasium.register(name, cls, max_episode_steps=6)
-
-
-def data(env: str = "CountingOnline-v0", **options: Any) -> DataModule:
-    given = {"env_steps": 60, "round_steps": 10, "random_steps": 20, **options}
-    return DataModule(env, online=OnlineOptions(env=env, **given))
-
-
-def train(folder: Path, callbacks: Any = (), ckpt_path: Any = None, **options: Any) -> Any:
-    method = op.SAC(**SMALL)
-    return op.fit(
-        method,
-        data(**options),
-        folder=folder if ckpt_path is None else None,
-        ckpt_path=ckpt_path,
-        eval_every=15,
-        log_every=10,
-        eval_episodes=1,
-        verbose=False,
-        callbacks=list(callbacks),
-        matmul="mkl",
-    )
+def collected(result: op.FitResult | Path) -> Replay:
+    folder = result if isinstance(result, Path) else result.folder
+    return Replay.load(folder / "replay" / "collected")
 
 
 @pytest.mark.parametrize("episodes", ["cut", "keep", "whole"])
-def test_every_transition_is_right(tmp_path: Path, episodes: str) -> None:
+def test_every_transition_is_right(runs: dict[str, op.FitResult], episodes: str) -> None:
     """s' is (episode, t + 1) always; only an end by itself is terminated, a limit and a cut are not."""
-    result = train(tmp_path / "run", episodes=episodes)
+    result = runs[episodes]
+    found = collected(result)
     assert result.updates == 40
-    found = Replay.load(result.folder / "replay" / "collected")
     assert found.num_steps == 60 if episodes != "whole" else 60 <= found.num_steps <= 66
     obs, following = found.steps["obs"], found.next_obs(np.arange(found.num_steps)).numpy()
     assert (following[:, 0] == obs[:, 0]).all() and (following[:, 1] == obs[:, 1] + 1).all()
     assert (found.steps["reward"] == following[:, 1]).all()
     assert (found.steps["terminated"] == (following[:, 1] == 3 + 2 * (obs[:, 0] % 3))).all()
     assert (obs[found.start, 1] == 0).all()
-    complete = [3, 5, 6]
     if episodes != "cut":
         lengths = found.length if episodes == "whole" else found.length[:-1]
         number = obs[found.start, 0].astype(int) % 3
-        assert [complete[i] for i in number[: len(lengths)]] == lengths.tolist()
+        assert [(3, 5, 6)[i] for i in number[: len(lengths)]] == lengths.tolist()
     assert len(np.unique(found.episodes["seed"])) == found.num_episodes
     rows = Table(result.folder / "metrics.csv").rows()
     assert [row["env/steps"] for row in rows] == [30, 40, 50, 60] or episodes == "whole"
+    assert all(0.0 < row["perf/collecting_share"] < 1.0 for row in rows)
+    assert rows[-1]["env/updates_per_step"] == 1.0 or episodes == "whole"
+    assert Table(result.folder / "evals.csv").rows()[0]["env/steps"] == 40 or episodes == "whole"
 
 
-@pytest.mark.parametrize("episodes", ["cut", "keep"])
-@pytest.mark.parametrize("crash", [20, 30])
-def test_a_run_that_was_ended_goes_on_bit_for_bit(tmp_path: Path, episodes: str, crash: int) -> None:
-    """At the boundary of a round and inside of one, with an episode that runs on."""
-    whole = train(tmp_path / "whole", episodes=episodes)
+def test_a_run_that_was_killed_goes_on_bit_for_bit(runs: dict[str, op.FitResult], tmp_path: Path) -> None:
+    """In the middle of a round, with an episode that runs on; then at the boundary of one. It evaluates less often."""
+    folder, whole = tmp_path / "parts", runs["keep"]
+    options: dict[str, Any] = {"eval_every": 0, "save_every": 5}
+    first = run_copy(lambda: collect(folder, scratch(episodes="keep"), callbacks=[Kill(15)], **options))
+    assert first.returncode == -signal.SIGKILL, first.output
     with pytest.raises(ZeroDivisionError):
-        train(tmp_path / "parts", [Crash(crash)], episodes=episodes)
-    train(tmp_path / "parts", ckpt_path=tmp_path / "parts", episodes=episodes)
-    ours, theirs = run_files(tmp_path / "parts", whole.updates), run_files(whole.folder, whole.updates)
-    for one in (ours, theirs):
-        for row in one["metrics"]:
-            row.pop("env/seconds", None)
+        collect(None, scratch(episodes="keep"), ckpt_path=folder, callbacks=[Crash(20)], **options)
+    collect(None, scratch(episodes="keep"), ckpt_path=folder, **options)
+    ours, theirs = (run_files(f, whole.updates) for f in (folder, whole.folder))
+    for part in ("evals", "offpolicy"):
+        del ours[part], theirs[part]
     assert not differences(ours, theirs)
-    one, other = (Replay.load(f / "replay" / "collected").fingerprint() for f in (whole.folder, tmp_path / "parts"))
-    assert one == other
+    assert collected(folder).fingerprint() == collected(whole).fingerprint()
+    rounds = sorted(p.name for p in (folder / "replay").iterdir())
+    assert rounds == ["collected", *(f"round-{i:06d}" for i in range(5))]
+    (folder / "replay" / "round-000002" / "meta.json").unlink()
+    with pytest.raises(op.DataError, match="round-000002"):
+        collect(None, scratch(episodes="keep", env_steps=80), ckpt_path=folder, **options)
 
 
-def test_evaluation_changes_no_training(tmp_path: Path) -> None:
-    runs = []
-    for name, every in (("often", 10), ("never", 0)):
-        result = op.fit(
-            op.SAC(**SMALL), data(), folder=tmp_path / name, eval_every=every, eval_episodes=1, verbose=False
-        )
-        runs.append(result.method.state_dict())
-    assert not differences(*map(dict, runs))
+def test_an_environment_that_does_not_repeat_itself_is_cut(
+    runs: dict[str, op.FitResult], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on, and says that it does not bit for bit; more steps than before are allowed."""
+    with pytest.raises(ZeroDivisionError):
+        collect(tmp_path / "run", scratch(episodes="keep", random_steps=None), callbacks=[Crash(20)])
+    monkeypatch.setattr(Counting, "starts", {})
+    collect(None, scratch(episodes="keep", random_steps=None, env_steps=75), ckpt_path=tmp_path / "run")
+    assert "does not repeat an episode" in caplog.text
+    found = collected(tmp_path / "run")
+    assert found.num_steps == 75 and (found.next_obs(found.rows).numpy()[:, 1] == found.steps["obs"][:, 1] + 1).all()
 
 
 @pytest.mark.parametrize(
@@ -125,16 +119,65 @@ def test_evaluation_changes_no_training(tmp_path: Path) -> None:
         ({"mix": "half"}, "offline"),
         ({"mix": "third"}, "mix"),
         ({"episodes": "all"}, "episodes"),
+        ({"utd": 0}, "utd"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_collected(
     tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        train(tmp_path / "run", **options)
+        collect(tmp_path / "run", scratch(**options))
     assert not (tmp_path / "run" / "replay").exists()
 
 
-def test_methods_that_do_not_act_on_one_observation_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected"):
-        op.fit(op.DecisionTransformer(), data(), folder=tmp_path / "run", verbose=False)
+def test_what_cannot_collect_is_refused(tmp_path: Path) -> None:
+    for method, options, said in (
+        (op.DecisionTransformer(), {}, "expected another method"),
+        (op.SAC(), {"seeds": (0, 1)}, "one seed"),
+        (op.SAC(), {"max_steps": 7}, "make 40 updates"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            collect(tmp_path / "run", method=method, **options)
+
+
+def test_an_offline_run_goes_on_online(
+    runs: dict[str, op.FitResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its folder, with its networks; what had fallen along a cosine learns on at the rate that it began with."""
+    data = runs["cut"].folder / "replay" / "collected"
+    small: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 10}
+    offline = collect(tmp_path / "run", DataModule(str(data)), op.IQL(**small), max_steps=20)
+    before = {k: v.clone() for k, v in offline.method.actor.state_dict().items()}
+    for mix, ring in (("union", 60 + 20), ("half", 60 + 20), ("none", 20), ("0.3", 60 + 20)):
+        method = op.IQL(**small)
+        options = online(None, env_steps=20, mix=mix, capacity=ring)
+        found = collect(
+            tmp_path / mix,
+            DataModule(str(data), online=options),
+            method,
+            ckpt_path=offline.folder / "checkpoints" / "step=00000020.ckpt",
+            verbose=mix == "union",
+        )
+        assert found.updates == 40 and method.rates()["actor"] == 3e-4
+        assert differences(before, dict(method.actor.state_dict())), "the actor has not moved"
+        assert collected(found).num_steps == 20
+        rows = Table(found.folder / "metrics.csv").rows()
+        assert [row["env/steps"] for row in rows if row["step"] > 20] == [10, 20]
+    said = capsys.readouterr().out
+    assert "from update 20 on: 20 steps" in said and "actor 0.0003, constant from here on" in said
+
+
+def test_shares_of_offline_rows_are_exact_and_offline_rows_stay() -> None:
+    """Seven rows at 0.3: ⌊7·0.3⌋ = 2 offline ones, the same ones whatever the random numbers."""
+    view = BoundView(9, torch.device("cpu"), split=(4, 0.3))
+    words = sampling.bits(sampling.keys(0, "index", torch.arange(50)), torch.arange(7))
+    found = view.pick(words, torch.arange(7))
+    assert ((found < 4) == torch.tensor([0, 0, 0, 1, 0, 0, 1], dtype=torch.bool)).all()
+    assert set(found.unique().tolist()) == set(range(9))
+    assert torch.equal(view.pick(words[:, 3:], torch.arange(3, 7)), found[:, 3:])  # as a second process draws them
+
+    ring = Ring(toy_replay((3, 2)), 12, keep=True)
+    for seed, lengths in enumerate(((4, 3), (5,), (7,))):  # 7 rows are free: full, one too many, exactly full
+        ring.append(toy_replay(lengths, seed=seed + 1))
+        assert ring.length[:2].tolist() == [3, 2] and ring.length[2:].tolist() == list(lengths)
+        assert (ring.start[2:] >= 5).all() and (ring.steps["obs"][:5] == toy_replay((3, 2)).steps["obs"]).all()
