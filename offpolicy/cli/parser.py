@@ -399,5 +399,5 @@ def recipe_notes(command: Command, config: Any) -> list[str]:
     else:
         used = {f"model.{k}": v for k, v in config.model.init_args.items()}
         used |= {f"{group}.{k}": v for group in ("run", "data", "trainer") for k, v in config[group].items()}
-        shown = screen.recipe_notes(command.recipe, used)
+        shown = screen.recipe_lines(command.recipe, used)
     return shown + [screen.line("note", note) for note in command.notes]

@@ -38,7 +38,7 @@ def answers(version: int, groups: int = 4, size: int = 3, seed: int = 0, **colum
 def test_old_versions_and_demonstrations_leave_by_whole_groups() -> None:
     source = np.zeros(12, np.uint8)
     source[::3] = r.DEMONSTRATION
-    store = r.merged(r.merged(answers(1), answers(2)), answers(3, source=source))
+    store = r.merged_answers(r.merged_answers(answers(1), answers(2)), answers(3, source=source))
     left = r.recent(store, 2)
     assert left is not None and left.episodes["policy_version"].tolist() == [2] * 12 + [3] * 8
     rows = np.flatnonzero((store.episodes["policy_version"] >= 2) & (store.episodes["source"] == 0))
@@ -54,15 +54,15 @@ def test_columns_of_an_iteration_do_not_outlive_it() -> None:
     first.steps["previous_logp"] = np.ones(first.num_steps, np.float32)
     kept = r.select_answers(first, np.ones(12, bool))
     assert kept is not None and set(kept.steps) == {"token", "logp"}
-    whole = r.merged(first, answers(2))
+    whole = r.merged_answers(first, answers(2))
     assert np.isnan(whole.steps["previous_logp"][first.num_steps :]).all()
     assert (whole.steps["previous_logp"][: first.num_steps] == 1).all()
 
 
 def test_replayed_groups_depend_on_their_numbers_alone() -> None:
-    store = r.merged(answers(1), answers(2))
+    store = r.merged_answers(answers(1), answers(2))
     some = r.drawn(store, 3, 2, seed=5, iteration=3)
-    again = r.drawn(r.merged(answers(2), answers(1)), 3, 2, seed=5, iteration=3)
+    again = r.drawn(r.merged_answers(answers(2), answers(1)), 3, 2, seed=5, iteration=3)
     assert [a.tolist() for a in some] == [b.tolist() for b in again] and len(set(some[0])) == 3
     assert some[0].tolist() != some[1].tolist()  # drawn anew in every sweep
     longer = r.drawn(store, 5, 2, seed=5, iteration=3)
@@ -76,7 +76,7 @@ def test_replayed_groups_depend_on_their_numbers_alone() -> None:
 
 
 def test_steps_take_every_chosen_group_once_per_sweep_and_whole() -> None:
-    store = r.merged(answers(1), answers(2))
+    store = r.merged_answers(answers(1), answers(2))
     old = r.drawn(r.select_answers(store, store.episodes["policy_version"] < 2), 2, 3, seed=1, iteration=2)
     steps = r.steps_of(store, old, minibatches=2, seed=1, iteration=2)
     assert len(steps) == 6
@@ -96,7 +96,7 @@ def test_repeated_answers_of_replayed_groups_may_be_left_out() -> None:
     token = old.steps["token"]
     store = r.make_store([token[:2], token[:3], token[:2], token[:2]], {"logp": [np.zeros(n) for n in (2, 3, 2, 2)]},
                          {k: v for k, v in old.episodes.items() if k != "digest"}, np.uint8)  # fmt: skip
-    store = r.merged(store, answers(2, groups=1, size=4))
+    store = r.merged_answers(store, answers(2, groups=1, size=4))
     chosen = [np.array([1 << 32])]
     all_rows = r.steps_of(store, chosen, minibatches=1, seed=0, iteration=2)[0]
     fewer = r.steps_of(store, chosen, minibatches=1, seed=0, iteration=2, drop_duplicates=True)[0]
@@ -106,7 +106,7 @@ def test_repeated_answers_of_replayed_groups_may_be_left_out() -> None:
 
 @pytest.mark.parametrize("longest", [0, 8, 1000])
 def test_batches_hold_what_the_store_holds(longest: int) -> None:
-    known, store = problems(), r.merged(answers(1), answers(2))
+    known, store = problems(), r.merged_answers(answers(1), answers(2))
     rows = np.random.default_rng(0).permutation(24)[:17]
     batch = r.BoundRollouts(known, store).gather(rows, longest)
     assert sorted(batch.row.tolist()) == sorted(rows.tolist())
@@ -143,7 +143,7 @@ def _bounds(store: Replay, rows: list[int]) -> tuple[list[int], list[int]]:
 
 def test_answers_belong_to_the_iteration_that_asked_for_them() -> None:
     """Drawn by π_1 and asked for by iteration 2: kept, taken and forgotten as those of iteration 2."""
-    store = r.merged(answers(1, iteration=np.full(12, 1)), answers(2, iteration=np.full(12, 2)))
+    store = r.merged_answers(answers(1, iteration=np.full(12, 1)), answers(2, iteration=np.full(12, 2)))
     store.episodes["policy_version"][:] = 1
     left = r.recent(store, 2)
     assert left is not None and (left.episodes["iteration"] == 2).all() and left.num_episodes == 12
@@ -152,7 +152,7 @@ def test_answers_belong_to_the_iteration_that_asked_for_them() -> None:
 
 
 def test_stores_of_version_0_1_are_told_the_iterations() -> None:
-    old = r.merged(answers(1), answers(2))
+    old = r.merged_answers(answers(1), answers(2))
     old.version = 2
     told = r.told_iterations(old)
     assert told.version == 2 and (told.episodes["iteration"] == old.episodes["policy_version"]).all()
