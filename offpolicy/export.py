@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="run folder or checkpoint file")
     parser.add_argument("out", help="folder to write; of a control method a file .onnx or .pt2; must not exist yet")
     parser.add_argument("--merge", action="store_true", help="add LoRA adapters to the weights instead of beside them")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; None for that of the policy's files")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (that of the policy's files)")
     add_which(parser)
     add_trust(parser)
     args = parser.parse_args(argv)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 NO_LIMIT = 1 << 62
-CGROUPS = (  # limit and use of the container that this process runs in, of version 2 and 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+# where control groups of containers and of schedulers say their limits, and which this process is in
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_memory() -> int:
@@ -43,7 +42,30 @@ def _of_machine() -> int:
 
 
 def _of_container() -> int:
-    for limit, use in CGROUPS:
+    """What the tightest of the groups of this process leaves; pages of files that were read can be had again."""
+    least = NO_LIMIT
+    for folder, limit, use, reclaimable in _groups():
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            return max(int(Path(limit).read_text()) - int(Path(use).read_text()), 0)
-    return NO_LIMIT
+            left = int((folder / limit).read_text()) - int((folder / use).read_text())
+            least = min(least, max(left + _stat(folder / "memory.stat", reclaimable), 0))
+    return least
+
+
+def _groups() -> Iterator[tuple[Path, str, str, str]]:
+    """Folder of each group from the process's own up to the root, and its names of limit, use and pages of files."""
+    paths = {"": "/", "memory": "/"}  # by controller; version 2 has none
+    with contextlib.suppress(OSError):
+        for line in OWN_CGROUPS.read_text().splitlines():
+            controllers, _, path = line.partition(":")[2].partition(":")
+            paths |= {name: path for name in controllers.split(",") if name in paths}
+    for own in (Path(paths[""]), *Path(paths[""]).parents):
+        yield CGROUPS / own.relative_to("/"), "memory.max", "memory.current", "inactive_file"
+    for own in (Path(paths["memory"]), *Path(paths["memory"]).parents):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        yield CGROUPS / "memory" / own.relative_to("/"), *names
+
+
+def _stat(file: Path, name: str) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return next((int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[0] == name), 0)
+    return 0

@@ -5,7 +5,9 @@ A test asks for every one of them, so that a version of torch without it is noti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,11 +52,22 @@ def cpu_attention_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, T
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args, **kwargs)
 
 
-def without_memory() -> Any:
-    """Within it tensors have shapes, types and places, and no memory; operations on them compute nothing else."""
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Within it tensors have shapes, types and places, and no memory; operations on them compute nothing else.
+
+    Operations that cannot be done so raise, and torch does not write its own pages about them.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode  # here, as it takes a while to import
 
-    return FakeTensorMode()
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def state_notes(state: Any) -> Any:

@@ -179,7 +179,23 @@ def adapter_settings(model: Any) -> dict[str, Any] | None:
     configs = getattr(model, "peft_config", None)
     if configs is None:
         return None
-    config = configs["default"]
+    return _kept(configs["default"])
+
+
+def folder_settings(folder: str) -> dict[str, Any]:
+    """What :func:`adapter_settings` gives of the adapter in a folder, or of the hub, once it is on a model.
+
+    Raises:
+        UsageError: peft is not installed, or a field would be lost.
+        Exception: of almost any kind, from a damaged folder.
+    """
+    config = import_peft().PeftConfig.from_pretrained(folder)
+    check(config, f"`adapter` is '{folder}', which ")
+    return _kept(config)
+
+
+def _kept(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that rebuild its adapters."""
     settings = {k: v for k, v in _plain(config).items() if k not in ABOUT and k not in ("inference_mode", "eva_config")}
     if settings["peft_type"] == "LORA":
         settings = {k: v for k, v in settings.items() if k in LORA or k == "peft_type"}

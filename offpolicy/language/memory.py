@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ from offpolicy.compute.room import NO_LIMIT
 from offpolicy.compute.torch_private import without_memory
 from offpolicy.errors import UsageError
 from offpolicy.language import policy as policies
+from offpolicy.language.adapters import first
 from offpolicy.language.optimisers import moment_bytes
 from offpolicy.language.quantizing import QUANTIZED_BYTES, quantizable
 from offpolicy.training.seed_room import size
 
 DEPTHS = (2, 3)  # layers of the models whose passes are followed, where a model has more
+ALL = 1 << 30  # layers
 CPU_TILE = 2**20  # logits of a tile there, see `token_logps`
 
 
@@ -80,13 +82,18 @@ class MemoryEstimate:
 
     Attributes:
         parts: on the device, by name. ``answers`` exist while no activations do.
-        host: kept on the host.
-        known: whether the activations are among them; they are not where a model cannot be followed.
+        host: kept on the host; 0 on a CPU, where the host is the device.
+        fault: why the activations are not among them, where a model cannot be followed.
     """
 
     parts: dict[str, int]
     host: int = 0
-    known: bool = True
+    fault: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether the activations are among the parts."""
+        return not self.fault
 
     @property
     def total(self) -> int:
@@ -100,7 +107,7 @@ class MemoryEstimate:
         parts = sorted(self.parts.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} {size(count)}" for name, count in parts if count * 1000 >= self.total)
         more = f"; {size(self.host)} on the host" if self.host else ""
-        unknown = "" if self.known else ", activations not known for this model"
+        unknown = "" if self.known else f", activations not known, as the model cannot be followed ({self.fault})"
         return f"about {size(self.total)}: {shown}{more}{unknown}"
 
 
@@ -117,9 +124,9 @@ def estimate_memory(config: Any, work: Workload) -> MemoryEstimate:
     text = config.to_json_string(use_diff=False)
     counts = _counts(text, _key(work.adapter), work.dtype, work.quantize, work.precision)
     share = work.processes if work.sharded else 1
-    moments, masters = counts.moments(work.optimizer, work.offload), counts.trained * 4 if work.offload else 0
+    kept = counts.moments(work.optimizer, work.offload)
+    kept += counts.trained * 8 if work.offload else 0  # masters, and gradients that are brought to them
     parts = {"weights": counts.weights // share, "gradients": counts.gradients // share}
-    parts["optimizer"] = 0 if work.offload else moments // share
     if work.sharded:
         parts["gathered"] = counts.weights if work.cached_rows else counts.gathered  # drawing takes all
     elif work.processes > 1:
@@ -130,20 +137,28 @@ def estimate_memory(config: Any, work: Workload) -> MemoryEstimate:
     if work.critic:
         decoder = counts.decoder if work.critic == "model" else width * width
         weight = 2 if work.precision == "bf16-true" else _width(work.dtype)
-        moments += decoder * 2 * (4 if work.offload else weight)
+        kept += decoder * 16 if work.offload else 0
         parts["critic"] = decoder * weight * (2 if work.offload else 4)
     follows = _followed(text, _key(work.adapter), work.dtype, work.precision, work.rows, work.length, work.own_mask,
                         work.checkpointing)  # fmt: skip
     passes = 2 if work.critic == "model" else 1
-    parts["activations"] = (follows or 0) * passes + counts.unpacked
+    parts["activations"] = (follows.count or 0) * passes + counts.unpacked
     parts["logits"] = _logits(config, work, counts.head_trained)
     if work.cached_rows:
         parts["answers"] = _cache(config, work)
-    host = moments + masters + counts.trained * 4 if work.offload else 0  # gradients are brought there too
-    return MemoryEstimate({name: int(count) for name, count in parts.items()}, host, follows is not None)
+    on_host = work.offload and work.device != "cpu"
+    parts["optimizer"] = 0 if on_host else kept // share
+    host = kept if on_host else 0
+    return MemoryEstimate({name: int(count) for name, count in parts.items()}, host, follows.fault)
 
 
-def check_memory(estimate: MemoryEstimate, free: int, advice: list[tuple[str, MemoryEstimate]], device: str) -> None:
+def check_memory(
+    estimate: MemoryEstimate,
+    free: int,
+    advice: list[tuple[str, MemoryEstimate]],
+    device: str,
+    host_free: int = NO_LIMIT,
+) -> None:
     """Refuse training that cannot fit.
 
     Args:
@@ -151,10 +166,17 @@ def check_memory(estimate: MemoryEstimate, free: int, advice: list[tuple[str, Me
         free: bytes that the device has; ``NO_LIMIT`` where it does not tell, and nothing is refused.
         advice: options that would save memory, and what is needed with each.
         device: in words.
+        host_free: bytes of the machine that each of its processes may take.
 
     Raises:
         UsageError: it cannot fit; names the options, and what each saves.
     """
+    if estimate.host > host_free:
+        raise UsageError(
+            f"`offload_optimizer` needs {size(estimate.host)} on the host for each process, and {size(host_free)} are "
+            "free there. Pass --model.lora_rank 16 or --model.optimizer adafactor with it, or train a smaller model. "
+            "--model.check_memory false tries it all the same."
+        )
     if estimate.total <= free or free >= NO_LIMIT:
         return
     saving = [(words, other.total) for words, other in advice if other.total < 0.97 * estimate.total]
@@ -193,12 +215,13 @@ class _Counts:
 
 @lru_cache(maxsize=32)
 def _counts(config: str, adapter: str, dtype: str, quantize: str | None, precision: str) -> _Counts:
+    plain = _bare_model(config, "", dtype, precision)
+    numbers, decoder = (sum(p.numel() for p in m.parameters()) for m in (plain, plain.get_decoder()))
     model = _bare_model(config, adapter, dtype, precision)
     base = policies.base_of(model)
     packed = {id(layer.weight) for layer in quantizable(base)} if quantize else set()
     params = list(model.parameters())
     trained = tuple(p for p in params if p.requires_grad)
-    own = {id(p) for name, p in model.named_parameters() if "lora_" in name}
     layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers_of(base)]
     weights = sum(int(p.numel() * (QUANTIZED_BYTES if id(p) in packed else p.element_size())) for p in params)
     head = base.get_output_embeddings()
@@ -207,8 +230,8 @@ def _counts(config: str, adapter: str, dtype: str, quantize: str | None, precisi
         weights=weights,
         gradients=sum(p.numel() * p.element_size() for p in trained),
         trained=sum(p.numel() for p in trained),
-        numbers=sum(p.numel() for p in params if id(p) not in own),
-        decoder=sum(p.numel() for p in base.get_decoder().parameters() if id(p) not in own),
+        numbers=numbers,
+        decoder=decoder,
         gathered=2 * max(layers, default=0) + weights - sum(layers),
         unpacked=max((2 * p.numel() for p in params if id(p) in packed), default=0),
         head_trained=bool(head.weight.requires_grad),
@@ -216,15 +239,27 @@ def _counts(config: str, adapter: str, dtype: str, quantize: str | None, precisi
     )
 
 
-def _bare_model(config: str, adapter: str, dtype: str, precision: str) -> Any:
-    """A model with its adapters on the meta device."""
+def _bare_model(config: str, adapter: str, dtype: str, precision: str, depth: int = ALL) -> Any:
+    """A model with its adapters on the meta device.
+
+    Args:
+        depth: repeated layers that are kept.
+    """
+    settings = json.loads(adapter) if adapter else None
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = policies.build_model(config, dtype=policies.dtype_of(dtype))
-        if adapter:
-            settings = json.loads(adapter)
+        del layers_of(model)[depth:]  # before adapters are added, which takes long
+        if settings is not None:
             add = policies.same_adapter if "peft_type" in settings else policies.add_adapter
             model = add(model, settings)
     return model.to(torch.bfloat16) if precision == "bf16-true" else model
+
+
+def _names_layers(settings: Mapping[str, Any]) -> bool:
+    """Whether adapters are told by which of the repeated layers get them, which have to be there then."""
+    targets = settings.get("target_modules") or []
+    names = [targets] if isinstance(targets, str) else targets
+    return settings.get("layers_to_transform") is not None or any("." in name for name in names)
 
 
 def _as_on_cpu(model: nn.Module) -> None:
@@ -291,42 +326,57 @@ class _Peak(TorchDispatchMode):
         self.now -= count
 
 
+class _Followed(NamedTuple):
+    """Bytes of activations, and of their gradients, at the peak; None where the model cannot be followed, and why."""
+
+    count: int | None
+    fault: str = ""
+
+
 @lru_cache(maxsize=64)
 def _followed(
-    config: str,
-    adapter: str,
-    dtype: str,
-    precision: str,
-    rows: int,
-    length: int,
-    own_mask: bool,
-    checkpointing: bool,
-) -> int | None:
-    """Bytes of activations, and of their gradients, at the peak; None where the model cannot be followed."""
-    try:
-        model = _bare_model(config, adapter, dtype, precision)
-        base = policies.base_of(model)
-        with without_memory(), policies.silent():
-            _as_on_cpu(model)
-            base.train()
-            if checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-                if adapter:
-                    model.enable_input_require_grads()
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p) if p.requires_grad else None  # counted apart
-            ids = torch.zeros(rows, length, dtype=torch.long, device="cpu")
-            mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="cpu") if own_mask else None
-            layers = layers_of(base)
-            depth, peaks = len(layers), {}
-            for count in sorted({min(depth, d) for d in DEPTHS}, reverse=True):
-                del layers[count:]
-                peaks[count] = _pass(base, ids, mask, precision)
-            most = max(peaks)
-            step = peaks[most] - peaks[most - 1] if depth > most and most - 1 in peaks else 0
-            return peaks[most] + step * (depth - most)
-    except Exception:  # a model of a kind that needs numbers, or its own kernels
-        return None
+    config: str, adapter: str, dtype: str, precision: str, rows: int, length: int, own_mask: bool, checkpointing: bool
+) -> _Followed:
+    """Go through a model of a few layers without numbers."""
+    depth = len(layers_of(_bare_model(config, "", dtype, precision)))
+    names_layers = bool(adapter) and _names_layers(json.loads(adapter))
+    depths = {depth} if names_layers else {min(depth, d) for d in DEPTHS}
+    fault = ""
+    # experts in float32 cannot be passed so: numbers of twice the bytes of bfloat16
+    for kind, times in ((dtype, 1), ("bfloat16", 2))[: 2 if dtype == "float32" else 1]:
+        model = _bare_model(config, adapter, kind, precision, max(depths))
+        try:
+            peaks = _peaks(model, depths, rows, length, own_mask, checkpointing, precision)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # it needs numbers, or other arguments
+            fault = fault or f"{type(error).__name__}: {first(error, 120)}"
+            continue
+        most = max(peaks)
+        step = peaks[most] - peaks[most - 1] if depth > most and most - 1 in peaks else 0
+        return _Followed(times * (peaks[most] + step * (depth - most)))
+    return _Followed(None, fault)
+
+
+def _peaks(
+    model: Any, depths: set[int], rows: int, length: int, own_mask: bool, checkpointing: bool, precision: str
+) -> dict[int, int]:
+    """The peak of a pass by number of layers, which are taken off the model."""
+    base = policies.base_of(model)
+    with without_memory(), policies.silent():
+        _as_on_cpu(model)
+        base.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            if base is not model:
+                model.enable_input_require_grads()
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None  # counted apart
+        ids = torch.zeros(rows, length, dtype=torch.long, device="cpu")
+        mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="cpu") if own_mask else None
+        peaks = {}
+        for count in sorted(depths, reverse=True):
+            del layers_of(base)[count:]
+            peaks[count] = _pass(base, ids, mask, precision)
+    return peaks
 
 
 def _pass(model: Any, ids: Tensor, mask: Tensor | None, precision: str) -> int:

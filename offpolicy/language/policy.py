@@ -84,6 +84,15 @@ def peek_config(name: str) -> Any:
         return None
 
 
+def peek_adapter(folder: str) -> dict[str, Any] | None:
+    """The settings of a trained adapter without its weights; None where they cannot be had, as opening it will say."""
+    try:
+        with silent(), found(folder, "adapter"):
+            return adapters.folder_settings(folder)
+    except Exception:  # a damaged folder raises almost anything
+        return None
+
+
 def stored_dtype(config: Any) -> str | None:
     """The type that a model's files have by its configuration, such as "bfloat16"; None where it does not tell."""
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
@@ -96,9 +105,14 @@ def build_model(config: str, *, dtype: torch.dtype, attn_implementation: str | N
 
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with silent(), torch.random.fork_rng(devices=[]):
-        found = AutoConfig.for_model(**json.loads(config))
+        found = AutoConfig.for_model(**json.loads(config, object_hook=_with_infinity))
         plain_attention(found, attn_implementation)
         return AutoModelForCausalLM.from_config(found, dtype=dtype, trust_remote_code=False, **settings).eval()
+
+
+def _with_infinity(value: dict[str, Any]) -> Any:
+    """What a part of a configuration in JSON stands for, as ``transformers`` writes numbers that JSON has not."""
+    return float(value["__float__"]) if set(value) == {"__float__"} else value
 
 
 def plain_attention(config: Any, wanted: str | None) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import platform
+from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from offpolicy.compute.room import NO_LIMIT, free_memory
+from offpolicy.compute.processes import gathered
+from offpolicy.compute.room import NO_LIMIT, available_memory, free_memory
 from offpolicy.errors import check_choice
 from offpolicy.language import policy as policies
 from offpolicy.language.adapters import lora_settings
@@ -99,9 +100,10 @@ def look_for_room(method: Any, trainer: Any, tokens: int, *, layers: bool | None
         **more,
     )
     config = policies.peek_config(h.policy)
-    if config is None or numbers_of(config) < SMALL:
+    known = config is not None and (work.adapter is not None or not h.adapter)  # else opening says what is wrong
+    if not known or numbers_of(config) < SMALL:
         return Room(work)
-    free = free_memory(device)
+    free, of_host = shared_room(device)
     usable = free if free >= NO_LIMIT else int(USABLE * free)
     if base_dtype(h, device) == "auto":
         work = replace(work, dtype="bfloat16" if "bfloat16" in str(getattr(config, "dtype", "")) else "float32")
@@ -112,8 +114,21 @@ def look_for_room(method: Any, trainer: Any, tokens: int, *, layers: bool | None
         note = f"; layers are computed again in the backward pass (gradient_checkpointing), else {size(estimate.total)}"
         work, estimate = again, less
     if h.check_memory and estimate.known:
-        check_memory(estimate, usable, advice(config, work, h), str(device))
+        instead = advice(config, work, h) if estimate.total > usable else []  # an estimate each, which takes a while
+        check_memory(estimate, usable, instead, str(device), int(USABLE * of_host))
     return Room(work, estimate, free, note)
+
+
+def shared_room(device: Any) -> tuple[int, int]:
+    """Bytes that every process may take of its device, and of its machine; all processes ask, and get the same.
+
+    Processes on one machine share it, and the one with the least decides for all.
+    """
+    found = gathered((platform.node(), free_memory(device), available_memory()))
+    here = Counter(node for node, _, _ in found)
+    host = min(left // here[node] for node, _, left in found)
+    least = min(left // here[node] if device.type == "cpu" else left for node, left, _ in found)
+    return least, host
 
 
 def advice(config: Any, work: Workload, h: Any) -> list[tuple[str, MemoryEstimate]]:
@@ -157,11 +172,7 @@ def numbers_of(config: Any) -> int:
 
 
 def _adapter(h: Any) -> dict[str, Any] | None:
-    """Settings of the adapters of a run."""
+    """Settings of the adapters of a run; None also where those of a folder cannot be had."""
     if h.lora_rank:
         return lora_settings(h.lora_rank, h.lora_alpha, h.lora_dropout, h.lora_targets)
-    if not h.adapter:
-        return None
-    path = Path(h.adapter) / "adapter_config.json"
-    rank = json.loads(path.read_text("utf-8")).get("r", 16) if path.is_file() else 16
-    return lora_settings(rank, None, 0.0, None)
+    return policies.peek_adapter(h.adapter) if h.adapter else None

@@ -17,7 +17,7 @@ from offpolicy.data.texts.sequences import Ragged
 from offpolicy.errors import UsageError
 from offpolicy.language.generation import positions
 from offpolicy.language.layout import group_layout
-from offpolicy.language.policy import open_model, without_dropout
+from offpolicy.language.policy import build_model, describe_model, open_model, without_dropout
 from offpolicy.language.rl.critic import Critic
 
 
@@ -50,6 +50,11 @@ def test_no_part_drops_out() -> None:
 def test_positions_wherever_they_are_said() -> None:
     assert positions(families.make("gpt2")) == 128
     assert positions(families.make("mpt", max_seq_len=96, n_heads=4, d_model=32, n_layers=2)) == 96
+
+
+def test_a_configuration_with_infinite_numbers_is_built_again() -> None:
+    model = families.make("mamba2")
+    assert build_model(describe_model(model), dtype=torch.float32).config.time_step_limit[1] == float("inf")
 
 
 # -- the reference -----------------------------------------------------------------------------------------------------
