@@ -99,7 +99,11 @@ class BoundRollouts:
 
 
 def make_store(
-    tokens: Sequence[np.ndarray], steps: Mapping[str, Sequence[np.ndarray]], episodes: Mapping[str, Any], dtype: Any
+    tokens: Sequence[np.ndarray],
+    steps: Mapping[str, Sequence[np.ndarray]],
+    episodes: Mapping[str, Any],
+    dtype: Any,
+    floats: Any = np.float32,
 ) -> Replay:
     """A store of answers.
 
@@ -108,6 +112,7 @@ def make_store(
         steps: float columns by name, an array per answer.
         episodes: columns by name, (E,) each.
         dtype: of the ids.
+        floats: type of the float columns.
 
     Raises:
         DataError: an answer without a token.
@@ -116,7 +121,7 @@ def make_store(
     if not len(length) or length.min() < 1:
         raise DataError("an engine returned an answer without a token; expected at least the one that ends it.")
     columns: dict[str, Column] = {"token": np.concatenate(tokens).astype(dtype)}
-    columns |= {name: np.concatenate(parts).astype(np.float32) for name, parts in steps.items()}
+    columns |= {name: np.concatenate(parts).astype(floats) for name, parts in steps.items()}
     episodes = {name: np.asarray(values) for name, values in episodes.items()}
     pairs = zip(episodes["prompt"].tolist(), tokens)
     episodes["digest"] = np.asarray([_digest(prompt, one.astype(dtype)) for prompt, one in pairs], dtype=np.int64)

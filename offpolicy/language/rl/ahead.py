@@ -54,6 +54,7 @@ class Ahead:
         self._waited = self._drew = 0.0  # seconds since the last look at the clocks
         self._since = time.perf_counter()
         self._drawn_before: float | None = None
+        self._mark: float | None = None  # seconds that the engine had drawn before it was asked for what is open
 
     @property
     def concurrent(self) -> bool:
@@ -105,6 +106,7 @@ class Ahead:
             Stopped: the user wants to stop; nothing of it is asked.
         """
         if self.concurrent:
+            self._mark = self._drawing_seconds()
             for one in asked:
                 how = self.answering.sampling(one.iteration, self.seed())
                 self.answering.engine.submit(one.iteration, self.answering.requests(one, self.seed()), how)
@@ -118,10 +120,17 @@ class Ahead:
         """Wait until everything that was asked is drawn."""
         if self.reads:
             return
-        began = time.perf_counter()
-        for k in sorted(self.asked.keys() - self._answers.keys()):
+        began, drawn = time.perf_counter(), sorted(self.asked.keys() - self._answers.keys())
+        for k in drawn:
             self._answers[k] = self.answering.engine.collect(k, self._patient)
         self._waited += time.perf_counter() - began
+        if drawn and self._mark is not None:
+            seconds = self._drawing_seconds() - self._mark
+            self.answering.note_drawn([some for k in drawn for some in self._answers[k]], seconds)
+
+    def _drawing_seconds(self) -> Any:
+        """How long an engine that draws beside the trainer has drawn so far; None where it does not count that."""
+        return getattr(self.answering.engine, "drawing_seconds", None)
 
     def _patient(self) -> bool:
         """Never stops drawing: the checkpoint of a run that is stopped needs the answers. Says so once."""
@@ -162,7 +171,7 @@ class Ahead:
         now = time.perf_counter()
         drew: float | None = self._drew
         if self.concurrent:
-            total = getattr(self.answering.engine, "drawing_seconds", None)
+            total = self._drawing_seconds()
             drew = None if total is None or self._drawn_before is None else total - self._drawn_before
             self._drawn_before = total
         found = {
@@ -229,7 +238,7 @@ def packed_answers(requests: Sequence[Request], answers: Answers) -> dict[str, n
         "length": np.asarray([len(one[0]) for one in flat], np.int64),
         "ended": np.asarray([one[2] for one in flat], bool),
         "token": joined([one[0] for one in flat], np.int64),
-        "logp": joined([one[1] for one in flat], np.float32),
+        "logp": joined([one[1] for one in flat], np.float64),
         "version": joined(ends, np.int64),  # −1 where an engine does not say
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,7 @@ class Answering:
         self.engine: Any = None
         self.dtype: Any = torch.float32  # that the policy computes in
         self.probed: dict[str, float] = {}  # how far the engine was off at the last sync
+        self._drew, self._drew_seconds = 0, 0.0  # tokens, and the time that took, since the last store
         self.length = 0
         self.stops: Sequence[int] = ()  # tokens that end an answer
 
@@ -226,11 +228,13 @@ class Answering:
         self.rest()
         made = [row for one, answers in drawn for row in self._rows(one, answers, seed)]
         self._judge(made)
-        parts = processes.gathered((made, self.rewards.tallies))
-        self.rewards.check([tallies for _, tallies in parts])
-        everyone = [row for rows, _ in parts for row in rows]
+        parts = processes.gathered((made, self.rewards.tallies, self._speed()))
+        self.rewards.check([tallies for _, tallies, _ in parts])
+        everyone = [row for rows, _, _ in parts for row in rows]
         everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
         store, facts = self._store(everyone, k)
+        speeds = [speed for _, _, speed in parts if speed is not None]
+        facts |= {"perf/engine_tokens_per_s": sum(speeds)} if speeds else {}
         return store, facts | self.probed | (self.engine.facts() if hasattr(self.engine, "facts") else {})
 
     def _problems_of(self, asked: Asked, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -255,11 +259,23 @@ class Answering:
             Stopped: the user wants to stop.
         """
         wants_to_stop, on_any_process = stop
-        how = self.sampling(asked.iteration, seed)
-        answers = self.engine.generate(self.requests(asked, seed), how, wants_to_stop)
+        how, requests, began = self.sampling(asked.iteration, seed), self.requests(asked, seed), time.perf_counter()
+        answers = self.engine.generate(requests, how, wants_to_stop)
+        self.note_drawn(answers, time.perf_counter() - began)
         if on_any_process(wants_to_stop()):
             raise Stopped
         return answers
+
+    def note_drawn(self, answers: Answers, seconds: float) -> None:
+        """Count answers that the engine of this process has drawn, and the seconds in which it drew them."""
+        self._drew += sum(len(one[0]) for some in answers for one in some)
+        self._drew_seconds += seconds
+
+    def _speed(self) -> float | None:
+        """Tokens that this process drew in a second since the last call; None where it drew none."""
+        tokens, seconds = self._drew, self._drew_seconds
+        self._drew, self._drew_seconds = 0, 0.0
+        return tokens / seconds if tokens and seconds > 0 else None
 
     def _rows(self, asked: Asked, answers: Answers, seed: int) -> Iterator[dict[str, Any]]:
         """The answers of this process and the demonstrations beside them, group by group."""
@@ -292,13 +308,15 @@ class Answering:
         }
         for name in made[0]["parts"]:
             episodes[f"reward/{name}"] = np.asarray([row["parts"][name] for row in made], np.float32)
-        logp = column["logp"]
-        steps = {"logp": logp, "sampler_logp": logp}
-        store = store_of.make_store(column["token"], steps, episodes, self.problems.steps["token"].dtype)
+        steps = {name: column[name] for name in ("logp", "sampler_logp")}
+        floats = np.float64 if self.dtype == torch.float64 else np.float32
+        store = store_of.make_store(column["token"], steps, episodes, self.problems.steps["token"].dtype, floats)
         mine = np.flatnonzero(source == OWN)
+        cut_short = ~episodes["ended"][mine] & (store.length[mine] < self.length)
         facts = group_metrics(rewards, torch.from_numpy(group), own) | {
             "answers/length": float(store.length[mine].mean()),
             "answers/ended": float(episodes["ended"][mine].mean()),
+            "answers/aborted": float(cut_short.mean()),
             "answers/empty": float((store.length[mine] == 1).mean()),
             "answers/duplicates": store_of.duplicates(store, mine),
             "reward/problems": float(sum(row["problem_with_reward"] for row in made)),
@@ -379,11 +397,10 @@ class Answering:
 
 def _row(slot: int, problem: int, source: int, answer: Completion, version: int) -> dict[str, Any]:
     """A row of the store; ``version``: whose weights drew it, unless the engine says so."""
-    token, logp, ended = answer[:3]
-    told = answer[3] if len(answer) > 3 else None
+    token, logp, ended, told, said = (*answer, None, None)[:5]
     drew = version if told is None else int(np.min(told))  # the oldest weights that drew some of it
-    text = {"token": token, "logp": logp, "ended": ended, "version": drew}
-    return {"slot": slot, "problem": problem, "source": source, **text}
+    text = {"token": token, "logp": logp, "sampler_logp": logp if said is None else said, "ended": ended}
+    return {"slot": slot, "problem": problem, "source": source, "version": drew, **text}
 
 
 def _reference(kept: str) -> str | list[str] | None:

@@ -72,15 +72,18 @@ class Completion(NamedTuple):
 
     Attributes:
         token: ids, int64 (n,), with the stop token if it ``ended`` with one.
-        logp: of each token under the distribution it was drawn from, nats, float32 (n,).
+        logp: of each token under the distribution it was drawn from, nats, float32 or float64 (n,).
         ended: whether it stopped by itself.
         version: of the weights that drew each token, int64 (n,); None for those of the last sync before the request.
+        sampler_logp: what the engine that drew a recorded answer had said, where ``logp`` is what training took for it;
+            None for ``logp``.
     """
 
     token: np.ndarray
     logp: np.ndarray
     ended: bool
     version: np.ndarray | None = None
+    sampler_logp: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,8 @@ class ConcurrentEngine(Protocol):
     (weights, seed, iteration, request), so tickets that a crash has lost are drawn again with the same result.
 
     An attribute ``shares_card`` that is true says that it draws on the trainer's device, where nothing would overlap;
-    ``drawing_seconds`` counts the time in which it had something to draw, for ``perf/engine_idle_share``. Both may be
-    missing.
+    ``drawing_seconds`` counts the time in which it drew, for ``perf/engine_idle_share`` and the speed of what was
+    submitted in ``perf/engine_tokens_per_s``. Both may be missing.
     """
 
     def submit(self, ticket: int, requests: Sequence[Request], how: Sampling) -> None:

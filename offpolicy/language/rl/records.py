@@ -3,7 +3,8 @@
 A line is the answers to one prompt: ``{"prompt": [ids], "completions": [[ids], …], "ended": [true, …], "logps": [[…],
 …]}``. Prompt and completions may be texts instead, as :mod:`offpolicy.generate` writes them, and ``logps``, under the
 policy that drew them, may be missing: then they count as drawn by the policy that learns. A prompt may have several
-lines. Recorded runs also say ``iteration`` and ``request`` (which problem of the iteration), and the ``rewards``.
+lines. Recorded runs also say ``iteration`` and ``request`` (which problem of the iteration), the ``rewards``, the
+``versions`` of the weights that drew, and ``sampler_logps``, as the engine had said them (null where it did not).
 """
 
 from __future__ import annotations
@@ -60,19 +61,18 @@ class ReplayEngine:
             row = json.loads(line)
             texts = [self._ids(text, end) for text, end in zip(row["completions"], row["ended"], strict=True)]
             logps = row.get("logps") or [[np.nan] * len(text) for text in texts]
+            said = row.get("sampler_logps") or [None] * len(texts)
             versions = [v if v is None else int(v) for v in row.get("versions") or [None] * len(texts)]
             prompt = prompt_ids(row["prompt"], self.tokenizer) if isinstance(row["prompt"], str) else row["prompt"]
-            answers = [
-                recorded(token, logp, ended, version)
-                for token, logp, ended, version in zip(texts, logps, row["ended"], versions, strict=True)
-            ]
+            answers = [recorded(*one) for one in zip(texts, logps, row["ended"], versions, said, strict=True)]
             key = tuple(int(i) for i in prompt)
         except Exception as error:  # a record can be wrong in many ways
             raise DataError(
                 f"{where} is no record ({type(error).__name__}: {error}); expected prompt, completions and ended, and "
                 "logps of equal length if any."
             ) from None
-        if any(not len(a.token) or a.token.shape != a.logp.shape for a in answers):
+        shapes = [{one.shape for one in (a.token, a.logp, a.sampler_logp) if one is not None} for a in answers]
+        if any(not len(a.token) or len(shape) > 1 for a, shape in zip(answers, shapes)):
             raise DataError(f"{where}: an answer has no token, or another number of logps. Correct the record.")
         self.records.setdefault(key, []).extend(answers)
         if "iteration" in row and "request" in row:
@@ -108,19 +108,26 @@ class ReplayEngine:
         return found
 
 
-def recorded(token: Any, logp: Any, ended: Any, version: int | None) -> Completion:
-    """An answer as a record has it; ``version``: of the weights that drew it, where the record says."""
+def recorded(token: Any, logp: Any, ended: Any, version: int | None, said: Any) -> Completion:
+    """An answer as a record has it.
+
+    Args:
+        token, logp, ended: ids, log-probabilities in training, and whether it stopped by itself.
+        version: of the weights that drew it; None where the record does not say.
+        said: log-probabilities as the engine that drew it reported them; None where the record does not say.
+    """
     ids = np.asarray(token, dtype=np.int64)
     drew = None if version is None else np.full(len(ids), version, np.int64)
-    return Completion(ids, np.asarray(logp, dtype=np.float32), bool(ended), drew)
+    sampler_logp = None if said is None else np.asarray(said, dtype=np.float64)
+    return Completion(ids, np.asarray(logp, dtype=np.float64), bool(ended), drew, sampler_logp)
 
 
 def cut_answer(answer: Completion, longest: int) -> Completion:
     """An answer of at most so many tokens."""
     if len(answer.token) <= longest:
         return answer
-    version = None if answer.version is None else answer.version[:longest]
-    return Completion(answer.token[:longest], answer.logp[:longest], False, version)
+    cut = {name: part[:longest] for name, part in answer._asdict().items() if isinstance(part, np.ndarray)}
+    return answer._replace(**cut, ended=False)
 
 
 class Recorder:
@@ -153,6 +160,7 @@ class Recorder:
                 "completions": [token_ids(store, row).tolist() for row in rows],
                 "ended": store.episodes["ended"][rows].tolist(),
                 "logps": [step_column(store, row, "logp").tolist() for row in rows],
+                "sampler_logps": [without_nan(step_column(store, row, "sampler_logp")) for row in rows],
                 "rewards": store.episodes["reward"][rows].tolist(),
                 "versions": store.episodes["policy_version"][rows].tolist(),
                 "iteration": iteration,
@@ -162,3 +170,8 @@ class Recorder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
+
+
+def without_nan(values: np.ndarray) -> list[float | None]:
+    """Numbers as JSON has them, which has no NaN."""
+    return [None if np.isnan(one) else one for one in values.tolist()]

@@ -141,7 +141,7 @@ class VllmEngine:
         self.tensor_parallel, self.memory, self.eager = tensor_parallel, memory, eager
         self.lora_rank = adapter_rank(context.model) if adapter == "keep" else 0
         self.more = dict(options or {})
-        self.restarts, self.sync_seconds = 0, 0.0
+        self.restarts, self.sync_seconds, self.drawing_seconds = 0, 0.0, 0.0
         self._syncs, self._acknowledged, self._faults, self._own = 0, 0, 0, 0
         self._weights: Path | None = None
         self._tickets: dict[int, _Ticket] = {}
@@ -263,6 +263,10 @@ class VllmEngine:
             "top_k": how.top_k,
             "max_tokens": how.max_new_tokens,
             "stop_token_ids": sorted(set(how.stop)),
+            "ignore_eos": True,  # the stop ids alone decide
+            "logprobs": 0,  # that of the drawn token
+            "flat_logprobs": True,
+            "detokenize": False,
         }
         return "generate", arrays, {"ticket": ticket, "sampling": sampling}
 
@@ -297,7 +301,12 @@ class VllmEngine:
             self._give_up(f"vLLM cannot run this policy so: {message['text']}", START_ADVICE)
         elif kind == "error":
             raise WorkerFault(f"{message['text']}, while it was told to {message['during']}")
-        elif kind == "drawn" and message["ticket"] in self._tickets:
+        elif kind == "drawn":
+            self.drawing_seconds += message["seconds"]
+            self._take_answers(message)
+
+    def _take_answers(self, message: dict[str, Any]) -> None:
+        if message["ticket"] in self._tickets:  # else given up
             found, end = self._tickets[message["ticket"]].found, np.cumsum(message["length"])
             for number, ended, last, length in zip(message["number"], message["ended"], end, message["length"]):
                 token, logp = (message[name][last - length : last].copy() for name in ("token", "logp"))

@@ -17,6 +17,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from importlib import metadata
 from typing import Any
@@ -29,10 +30,10 @@ SIGN_OF_LIFE = 1.0  # seconds between messages while answers are drawn
 
 def message_bytes(kind: str, arrays: dict[str, np.ndarray] | None = None, **facts: Any) -> bytes:
     """A message as bytes."""
-    parts = {name: np.ascontiguousarray(a) for name, a in (arrays or {}).items()}
-    shapes = [[name, a.dtype.str, len(a)] for name, a in parts.items()]
+    arrays = arrays or {}
+    shapes = [[name, a.dtype.str, len(a)] for name, a in arrays.items()]
     head = json.dumps({"kind": kind, **facts, "arrays": shapes}).encode()
-    body = b"".join(a.tobytes() for a in parts.values())
+    body = b"".join(a.tobytes() for a in arrays.values())
     return FRAME.pack(len(head), len(body)) + head + body
 
 
@@ -55,6 +56,7 @@ class Worker:
         self.adapter: Any = None
         self.asked: dict[str, tuple[int, int]] = {}  # request → ticket and number of the answer
         self.asleep, self.weights, self.adapters = False, "", ""
+        self.drew = 0.0  # seconds that drawing took, since it was told
         threading.Thread(target=self._write, args=(write,), daemon=True).start()
 
     def _write(self, write: int) -> None:
@@ -82,15 +84,13 @@ class Worker:
                 message = later.popleft()
                 self.told_of(message["kind"], message)
             if self.asked:
-                self.told_of("step", None)
+                self.told_of("step")
 
-    def told_of(self, kind: str, message: dict[str, Any] | None) -> None:
+    def told_of(self, kind: str, *message: dict[str, Any]) -> None:
         """Do what a message asks for; an error ends the process, as an engine is of no use after one."""
         try:
-            getattr(self, kind)(*([] if message is None else [message]))
+            getattr(self, kind)(*message)
         except Exception as error:
-            import traceback
-
             traceback.print_exc()
             self.send("error", during=kind, text=f"{type(error).__name__}: {error}")
             self.unsent.join()
@@ -104,10 +104,9 @@ class Worker:
 
     def sync(self, message: dict[str, Any]) -> None:
         """Take weights, or adapters to the weights there are."""
-        began = time.monotonic()
         self.weights, self.adapters = message["weights"] or self.weights, message["adapter"]
         self.load(weights=bool(message["weights"]) or self.asleep)
-        self.send("synced", number=message["number"], seconds=time.monotonic() - began)
+        self.send("synced", number=message["number"])
 
     def load(self, weights: bool = True) -> None:
         """What the folders given last hold; where the engine sleeps its memory is had again first."""
@@ -140,15 +139,7 @@ class Worker:
         prompts = np.split(message["prompt"], np.cumsum(message["length"])[:-1])
         for number, (prompt, seed) in enumerate(zip(message["row"].tolist(), message["seed"].tolist())):
             # one request an answer: the samples of one request have the seeds s, s + 1, …
-            params = SamplingParams(
-                **message["sampling"],
-                seed=seed,
-                logprobs=0,
-                flat_logprobs=True,
-                ignore_eos=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
+            params = SamplingParams(**message["sampling"], seed=seed, output_kind=RequestOutputKind.FINAL_ONLY)
             name, text = f"{message['ticket']}:{number}", {"prompt_token_ids": prompts[prompt].tolist()}
             self.asked[name] = message["ticket"], number
             self.llm.llm_engine.add_request(name, text, params, lora_request=self.adapter)
@@ -163,7 +154,10 @@ class Worker:
     def step(self) -> None:
         """Draw a token of every answer, and tell the answers that are finished."""
         found: dict[int, list[tuple[int, Any]]] = {}
-        for output in self.llm.llm_engine.step():
+        began = time.monotonic()
+        outputs = self.llm.llm_engine.step()
+        self.drew += time.monotonic() - began
+        for output in outputs:
             if output.finished and output.request_id in self.asked:
                 ticket, number = self.asked.pop(output.request_id)
                 found.setdefault(ticket, []).append((number, output.outputs[0]))
@@ -175,7 +169,8 @@ class Worker:
                 "token": np.concatenate([np.asarray(answer.token_ids, np.int64) for _, answer in some]),
                 "logp": np.concatenate([np.asarray(answer.logprobs.logprobs, np.float32) for _, answer in some]),
             }
-            self.send("drawn", arrays, ticket=ticket)
+            self.send("drawn", arrays, ticket=ticket, seconds=self.drew)
+            self.drew = 0.0
         if time.monotonic() - self.told > SIGN_OF_LIFE:
             self.send("alive")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_rl import fit, method, toy_problems
+from tiny_rl import ThreadEngine, fit, method, toy_problems
 
 from offpolicy.data.texts.sequences import spans, token_ids
 from offpolicy.errors import UsageError
@@ -89,6 +89,33 @@ def test_an_engine_beside_the_trainer_gives_the_same(name: str, policy: Path, tm
     assert beside.answering.engine.most_open == 1
     row = Table(tmp_path / "beside" / "metrics.csv").rows()[-1]
     assert 0 <= row["perf/engine_idle_share"] <= 1 and row["perf/engine_wait_seconds"] >= 0
+
+
+class CountedEngine(ThreadEngine):
+    """Gives back the first two tokens of answers, and counts two seconds for what it draws beside the trainer."""
+
+    def submit(self, ticket: int, requests: Any, how: Any) -> None:
+        super().submit(ticket, requests, how)
+        self.open[ticket][0].join()
+        self.drawing_seconds = round(self.drawing_seconds) + 2.0
+
+    def collect(self, ticket: int, stopped: Any = None) -> Any:
+        found = super().collect(ticket, stopped)
+        return [[Completion(one.token[:2], one.logp[:2], False) for one in some] for some in found]
+
+    def generate(self, requests: Any, how: Any, stopped: Any = None) -> Any:
+        self.drawing_seconds += 1000.0  # evaluations and probes are not answers of training
+        return super().generate(requests, how, stopped)
+
+
+def test_the_speed_of_an_engine_and_what_it_gives_up(policy: Path, tmp_path: Path) -> None:
+    """The second iteration learns from what was drawn beside the trainer, the first from what `generate` gave."""
+    fit(method("GRPO", policy, engine="test_ahead.CountedEngine", lag=1), 4, tmp_path)
+    first, second = Table(tmp_path / "metrics.csv").rows()
+    assert first["train/answers/aborted"] == 0.0 and first["train/answers/length"] > 2.0
+    assert first["perf/engine_tokens_per_s"] > 0.0
+    assert second["train/answers/aborted"] == 1.0 and second["train/answers/length"] == 2.0
+    assert second["perf/engine_tokens_per_s"] == 16 * 2.0 / 2.0
 
 
 def test_a_lag_changes_what_is_learned(policy: Path) -> None:

@@ -15,23 +15,38 @@ from offpolicy.data.texts.sequences import token_ids
 from offpolicy.files import Table
 from offpolicy.language.rl.records import Recorder
 
-CASES: dict[str, dict[str, Any]] = {"GRPO": {}, "ReMix": {"reincarnation": 3}, "RLPlus": {"micro_batch_size": 3}}
+INEXACT = {"engine": "tiny_rl.InexactEngine", "objective": {"weight": [{"name": "engine", "mode": "token_truncate"}]}}
+CASES: dict[str, dict[str, Any]] = {"GRPO": INEXACT, "ReMix": {"reincarnation": 3}, "RLPlus": {"micro_batch_size": 3}}
 LATE = {"GRPO-late": {"lag": 1}, "ReMix-late": {"lag": 2}}
-SAME = ("loss", "reward/own", "ratio/ess", "ratio/clipped", "kl/behavior", "kl/base", "entropy", "answers/length")
+GAPS = ("engine/gap_mean", "engine/gap_max", "answers/aborted")
+SAME = (
+    *GAPS,
+    "loss",
+    "reward/own",
+    "ratio/ess",
+    "ratio/clipped",
+    "kl/behavior",
+    "kl/base",
+    "entropy",
+    "answers/length",
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, *LATE])
 def test_a_recorded_run_is_trained_again(case: str, policy: Path, tmp_path: Path) -> None:
-    """GRPO takes more iterations than a pass over the problems, so that a prompt has answers of several policies."""
+    """GRPO takes more iterations than a pass over the problems, so that a prompt has answers of several policies. It
+    does so in 64 bits, and its loss weighs by what an inexact engine said.
+    """
     name, options = case.split("-")[0], (CASES | LATE)[case]
-    first = fit(method(name, policy, record=True, **options), 8, tmp_path / "first", held_out=False)
+    how: dict[str, Any] = {"held_out": False, "precision": "64-true" if case == "GRPO" else "32-true"}
+    first = fit(method(name, policy, record=True, **options), 8, tmp_path / "first", **how)
     records = tmp_path / "first" / "records.jsonl"
     rows = [json.loads(line) for line in records.read_text().splitlines()]
     assert {row["iteration"] for row in rows} == set(range(1, first.iteration + 1))
     assert sum(len(row["completions"]) for row in rows) == first.generated
-    again = method(name, policy, engine="replay", records=str(records), **options)
-    again = fit(again, 8, tmp_path / "again", held_out=False)
+    again = method(name, policy, **{**options, "engine": "replay", "records": str(records)})
+    again = fit(again, 8, tmp_path / "again", **how)
     for ours, theirs in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
     tables = [Table(tmp_path / folder / "metrics.csv").rows() for folder in ("first", "again")]
@@ -56,6 +71,8 @@ def test_what_a_record_says(policy: Path, tmp_path: Path) -> None:
         for one, logps in zip(mine, row["logps"]):
             span = slice(store.start[one], store.start[one] + store.length[one])
             assert logps == store.steps["logp"][span].tolist() == store.steps["previous_logp"][span].tolist()
+        for one, said in zip(mine, row["sampler_logps"]):
+            assert said == store.steps["sampler_logp"][store.start[one] :][: len(said)].tolist()
 
 
 def test_what_a_run_writes_again_is_removed_first(tmp_path: Path) -> None:

@@ -412,6 +412,7 @@ def test_a_run(kind: str, clean: None, tmp_path: Path, monkeypatch: pytest.Monke
     files = run_files(tmp_path / "run", 4)
     row = files["metrics"][-1]
     assert float(row["train/engine/gap"]) < 1e-4 and float(row["train/engine/outside"]) == 0.0
+    assert float(row["train/answers/aborted"]) == 0.0 and done.answering.engine.drawing_seconds > 0.0
     assert float(row["train/engine/gap_max"]) < 1e-3 and float(row["train/engine/restarts"]) == 0.0
     if kind != "vllm":  # its starts take long; two processes are compared with one below
         run(kind, tmp_path, "again", monkeypatch)
