@@ -51,6 +51,15 @@ from offpolicy.training.origin import Origin, Start, resume_words
 from offpolicy.training.run_folder import RunFolder
 from offpolicy.training.run_log import RunLog
 from offpolicy.training.seeds import chosen_seeds, over_seeds
+from offpolicy.training.selecting import (
+    check_held_out,
+    check_select,
+    hold_out_for,
+    is_selected,
+    select_checkpoint,
+    selected_path,
+    selection_words,
+)
 from offpolicy.training.trainer import clear_errors, clear_restoring, make_trainer, quiet
 from offpolicy.trust import Trust, names_in, names_of_method, trusting
 
@@ -106,6 +115,8 @@ def fit(
     origin, module = origin or Origin(), data_of(method, data)
     method.run, method.seed = RunOptions(**method.run_defaults | run), first
     check_data_of_seeds(method, module)
+    selecting = check_select(method, module)
+    hold_out_for(method, module)
     method.bind_data(module)
 
     with trusting(trust), quiet(), forget_if_empty() as made, contextlib.ExitStack() as running:
@@ -119,9 +130,13 @@ def fit(
         module.begin_at(begin.updates, saved.get(type(module).__qualname__), method.seed or 0)
         max_steps = planned(method, module, max_steps)
         origin.lines += [screen.line("changed", begin.changed)] if begin.changed else []
+        if is_first_process():
+            check_held_out(method, module, begin.data_meta)
+            origin.lines += [screen.line("select", selection_words(method, module))] if selecting else []
         if begin.checkpoint is not None and begin.updates >= max_steps:
             with trusting(names=names_of_method(method) | names_in(module.settings())):
-                return already_done(method, begin.checkpoint, begin.updates, max_steps, verbose and is_first_process())
+                done = already_done(method, begin.checkpoint, begin.updates, max_steps, verbose and is_first_process())
+                return selected_late(done, module, verbose) if is_first_process() else done
         if begin.checkpoint is not None:
             check_whole(begin.checkpoint)
         files = open_folder(begin, method, module, root, running, made, named=folder is not None)
@@ -132,7 +147,21 @@ def fit(
         trainer = make_trainer(files.folder, max_steps, options, [start, files], bar=False)
         began = time.perf_counter()
         train(trainer, method, module, begin, files, origin)
-    return finished(trainer, method, files.folder, start, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        selects = method.run.select != "none" and trainer.is_global_zero and not method.interrupted_by
+        selected = select_checkpoint(method, module, files, trainer.global_step) if selects else ""
+    return finished(trainer, method, files.folder, start, seconds, selected)
+
+
+def selected_late(done: FitResult, data: DataModule, verbose: bool) -> FitResult:
+    """A finished run with the selection that it may still owe."""
+    method = done.method
+    if method.run.select != "none" and not is_selected(done.folder, done.updates):
+        words = select_checkpoint(method, data, RunFolder(done.folder), done.updates)
+        if verbose:
+            print(screen.line("selected", words))
+    done.selected = selected_path(done.folder)
+    return done
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -247,11 +276,14 @@ def leave_together(error: UsageError) -> bool:
     return error.together
 
 
-def finished(trainer: Trainer, method: Module, folder: Path, start: Start, seconds: float) -> FitResult:
-    """The result of a run that has ended, by itself or by a signal; tells it to the user."""
+def finished(
+    trainer: Trainer, method: Module, folder: Path, start: Start, seconds: float, selected: str = ""
+) -> FitResult:
+    """The result of a run that has ended, by itself or by a signal; tells it to the user, with what was selected."""
     found = method.run_log
     folders = {seed: part.folder for seed, part in getattr(found.files, "parts", {}).items()}
-    result = FitResult(method, folder, found.scores(), trainer.global_step, found.interrupted_by, folders)
+    chosen = selected_path(folder) if selected else None
+    result = FitResult(method, folder, found.scores(), trainer.global_step, found.interrupted_by, folders, chosen)
     if trainer.is_global_zero and not result.interrupted:
         method.finish_files(folder)
     if start.verbose and trainer.is_global_zero:
@@ -259,7 +291,7 @@ def finished(trainer: Trainer, method: Module, folder: Path, start: Start, secon
         look = start.look.format(folder=shlex.quote(str(folder)))
         best = "" if found.files is None else found.files.best_words()
         said = screen.last_lines(
-            folder, result.scores, result.updates, seconds, resume_or_none, look, found.failed, best
+            folder, result.scores, result.updates, seconds, resume_or_none, look, found.failed, best, selected
         )
         print(said, flush=True)
     if result.interrupted:

@@ -7,7 +7,8 @@ is to be trusted; and how far their order agrees with scores that the policies h
 goes into the nearest folder that holds all runs, and is for other programs. Numbers that do not exist are null there:
 
 - ``format`` 1; ``data``, ``fingerprint`` of the episodes, ``episodes`` and ``held_out`` of them (0: values come from
-  all), ``discount``, ``updates``, ``policy`` ("mean" or "sample"), ``seen`` (whether a policy was trained on them).
+  all), ``discount``, ``updates``, ``policy`` ("mean" or "sample"), ``seen`` (whether a policy was trained on all of
+  them), ``unseen`` (whether training has held out those that give the values).
 - ``unit`` of scores: "score" (normalised), "return" or "success_rate"; ``behaviour_score`` of the data in that unit.
 - ``behaviour``: ``kind`` and ``likelihood`` of the estimated policy of the data, nats per held-out step, or ``column``.
 - ``policies``: a list of ``checkpoint`` (path from the file's folder), ``method``, ``step``, ``score``, ``near``,
@@ -70,13 +71,14 @@ def main(argv: list[str]) -> int:
     with trusting(args.trust):
         data = opened(args.data, policies[0])
     replay = data.load()
+    unseen = held_out_by(policies, replay.fingerprint()) if args.holdout is None else None
     fitting = Fitting(
         updates=args.updates,
         discount=args.discount,
         critics=args.critics,
         hidden_dims=tuple(args.hidden_dims),
         tau=args.tau,
-        holdout=share_held_out(replay, args.holdout),
+        holdout=unseen or share_held_out(replay, args.holdout),
         refits=args.refits if args.intervals == "refits" else 0,
         seed=args.seed,
     )
@@ -106,6 +108,7 @@ def main(argv: list[str]) -> int:
         "updates": args.updates if fits else 0,
         "policy": how,
         "seen": any(replay.fingerprint() == trained_on(path) for path in paths),
+        "unseen": unseen is not None,
         "unit": true.unit,
         "behaviour_score": true.of_data(replay),
         "behaviour": behaviour_facts(found, args.behaviour),
@@ -240,6 +243,13 @@ def trained_on(path: Path) -> str:
     from offpolicy.training.opening import own_state
 
     return str(own_state(read_checkpoint(path), path)["data"]["fingerprint"])
+
+
+def held_out_by(policies: Sequence[Any], fingerprint: str) -> float | None:
+    """The share of these episodes that no policy has seen in training; None where they do not agree on any."""
+    known = [policy.data_meta.get("held_out") or {} for policy in policies]
+    shares = {float(one["share"]) for one in known if one.get("of") == fingerprint}
+    return shares.pop() if len(shares) == 1 and all(one.get("of") == fingerprint for one in known) else None
 
 
 class TrueScores:

@@ -59,4 +59,4 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 def add_which(parser: argparse.ArgumentParser) -> None:
     """The option of the commands that open one checkpoint of a run."""
-    parser.add_argument("--which", default="last", help="checkpoint of a run folder: last, best or an update")
+    parser.add_argument("--which", default="last", help="checkpoint of a run folder: last, best, selected or an update")

@@ -17,11 +17,12 @@ from offpolicy.data.online import NOTHING, Collection, OnlineOptions
 from offpolicy.data.renewal import SOURCES, Renewal, Renewer, SyntheticOptions
 from offpolicy.data.replay import Replay
 from offpolicy.data.ring import Ring
-from offpolicy.errors import DataError, UsageError, fold, nearest
+from offpolicy.errors import DataError, UsageError, check_range, fold, nearest
 from offpolicy.given import whole
 from offpolicy.moved import names_of
 
 NONE_DRAWN = SyntheticOptions()
+HELD_OUT, FEW = 0.1, 50  # share of the episodes where it is asked for without a number; of fewer than so many none
 
 
 class Ticks(IterableDataset[int]):
@@ -49,6 +50,8 @@ class DataModule(LightningDataModule):
         obs_keys: parts of a dict observation that ``obs`` consists of, in order.
         max_episode_steps: its step limit; in files without end marks, longer episodes are cut there.
         extra_columns: columns of HDF5 files that are not read unless named, such as [infos/weight].
+        holdout: share of the episodes, chosen by a hash, that no update sees, in [0, 1), for ``run.select``; None is
+            0.1, and 0 of fewer than 50 episodes.
         source: "real" trains on the data alone; "policy-guided" mostly on trajectories of a diffusion model, drawn anew
             under the policy's guidance as it improves; "unguided" mostly on trajectories drawn once without a policy.
         synthetic: of "policy-guided" and "unguided": the model, and how it is used.
@@ -64,6 +67,9 @@ class DataModule(LightningDataModule):
     online: OnlineOptions = NOTHING
     collection: Collection | None = None  # made once the data are open, where there is something to collect
     seed: int = 0  # of what is collected; a method sets it to its own
+    holdout: float | None = 0.0
+    whole: Replay | None = None  # with the episodes that are held out
+    held_out: Replay | None = None  # those alone
 
     def __init__(
         self,
@@ -79,6 +85,7 @@ class DataModule(LightningDataModule):
         obs_keys: list[str] | None = None,
         max_episode_steps: int | None = None,
         extra_columns: list[str] | None = None,
+        holdout: float | None = 0.0,
         source: str = "real",
         synthetic: SyntheticOptions = NONE_DRAWN,
         online: OnlineOptions = NOTHING,
@@ -99,6 +106,14 @@ class DataModule(LightningDataModule):
                 "collected data, not both. Leave one out."
             )
         self.name, self.source, self.synthetic, self.online = name, source, synthetic, online
+        if holdout is not None:
+            check_range("data.holdout", holdout, 0.0, 1.0, upper_open=True)
+        self.holdout = holdout
+        if holdout and online.env_steps:
+            raise UsageError(
+                f"`data.holdout` is {holdout}, and `data.online.env_steps` {online.env_steps:,}; expected no holdout of "
+                "data that are collected. Leave one out."
+            )
         max_episode_steps = None if max_episode_steps is None else whole("max_episode_steps", max_episode_steps, 1)
         self.options: dict[str, Any] = {
             "download": download,
@@ -144,7 +159,8 @@ class DataModule(LightningDataModule):
         """The arguments this was made with, as plain values."""
         drawn = {} if self.source == "real" else {"source": self.source, "synthetic": asdict(self.synthetic)}
         online = {"online": asdict(self.online)} if self.online.env_steps else {}
-        return {"name": self.name, **self.options, **drawn, **online}
+        kept = {} if self.holdout == 0.0 else {"holdout": self.holdout}
+        return {"name": self.name, **self.options, **kept, **drawn, **online}
 
     def load(self) -> Replay:
         """Open the data if they are not open yet; downloads, makes, collects, validates."""
@@ -154,6 +170,8 @@ class DataModule(LightningDataModule):
             from offpolicy.data.sources import open_source
 
             self.replay = open_source(str(self.name), **self.options)
+        if self.holdout != 0.0 and self.held_out is None:
+            self._hold_out(self.replay)
         if self.source != "real" and self.renewal is None and self.renewer is not None:
             self.renewal = self.renewer(self.replay, self.source, self.synthetic)
         return self.replay
@@ -196,6 +214,15 @@ class DataModule(LightningDataModule):
                 self.collection.check_state(state)
             self.collection.switch = updates if state is None else state["switch"]
             self.change_from = self.collection.switch
+
+    def _hold_out(self, whole: Replay) -> None:
+        """Keep some episodes from training; what remains says so in its facts."""
+        if self.holdout is None:
+            self.holdout = HELD_OUT if whole.num_episodes >= FEW else 0.0
+        if self.holdout:
+            self.whole = whole
+            self.replay, self.held_out = whole.split(self.holdout)
+            self.replay.meta = whole.meta | {"held_out": {"share": self.holdout, "of": whole.fingerprint()}}
 
     def prepare_data(self) -> None:
         self.load()  # on one process first, so that only one downloads

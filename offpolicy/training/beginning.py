@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from offpolicy.compute.processes import claimed, is_first_process
 from offpolicy.data.module import DataModule
@@ -50,6 +51,7 @@ class Beginning:
         changed: the settings of the method that differ from those of the checkpoint, in words.
         folders: of each seed of several, once they are chosen.
         notes: sentences about them.
+        data_meta: facts about the data of the checkpoint; None for a new run.
     """
 
     folder: Path | None
@@ -58,6 +60,7 @@ class Beginning:
     changed: str = ""
     folders: dict[int, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    data_meta: dict[str, Any] | None = None
 
 
 @dataclass
@@ -72,6 +75,7 @@ class FitResult:
         updates: trained in all.
         interrupted: the signal that ended the run early, 0 when none did.
         folders: of several seeds the run folder of each, on the first process; ``folder`` is that of the joint run.
+        selected: the checkpoint that ``run.select`` chose, on the first process; None without.
     """
 
     method: Module
@@ -80,6 +84,7 @@ class FitResult:
     updates: int
     interrupted: int = 0
     folders: dict[int, Path] = field(default_factory=dict)
+    selected: Path | None = None
 
 
 def find_beginning(
@@ -136,7 +141,9 @@ def find_beginning(
             f"`folder` is {folder}, which holds another run than {checkpoint}; expected a new folder. "
             "Pass one, or leave it out."
         )
-    return Beginning(folder or own_folder(checkpoint), checkpoint, updates, changed)
+    found = Beginning(folder or own_folder(checkpoint), checkpoint, updates, changed)
+    found.data_meta = own_state(read_checkpoint(checkpoint, weights=False), checkpoint)["data"]["meta"]
+    return found
 
 
 def open_folder(

@@ -1,7 +1,9 @@
-"""Which checkpoint of a run is meant: the last, the best, or that of an update."""
+"""Which checkpoint of a run is meant: the last, the best, the one selected without an environment, or that of an
+update."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from offpolicy.training.checkpoints import checkpoint_name, is_checkpoint, newes
 from offpolicy.training.headlines import judged_by
 
 Which = str | int
-WHICH = "last, best, or an update such as 5000"
+WHICH = "last, best, or an update such as 5000 (or selected, where --run.select chose one)"
+SELECTED = "selected.json"  # in a run folder: the checkpoint that was selected, and by what
 
 
 def chosen_checkpoint(run_or_checkpoint: str | Path, which: Which = "last") -> Path:
@@ -21,7 +24,8 @@ def chosen_checkpoint(run_or_checkpoint: str | Path, which: Which = "last") -> P
     Args:
         run_or_checkpoint: a run folder; or a checkpoint file, which stands for itself and takes no other choice.
         which: "last", the newest that opens; "best", that of the best evaluation of the run by the number it is judged
-            by (held-out loss where there is no other, and then the lowest); or the number of an update.
+            by (held-out loss where there is no other, and then the lowest); "selected", the one that ``run.select``
+            chose without an environment; or the number of an update.
 
     Raises:
         UsageError: there is no such checkpoint, or the run has no evaluation to choose by.
@@ -35,7 +39,8 @@ def chosen_checkpoint(run_or_checkpoint: str | Path, which: Which = "last") -> P
         )
     if newest_checkpoint(folder) is None:
         resolve_checkpoint(folder)  # says what is missing
-    wanted = best_update(folder) if which == "best" else _update(which)
+    named = {"best": best_update, "selected": selected_update}
+    wanted = named[str(which)](folder) if which in named else _update(which)
     for path in (folder / "checkpoints" / checkpoint_name(wanted), folder / checkpoint_name(wanted)):
         if path.exists():
             return resolve_checkpoint(path)
@@ -44,6 +49,31 @@ def chosen_checkpoint(run_or_checkpoint: str | Path, which: Which = "last") -> P
         f"{folder} keeps no checkpoint of update {wanted:,}; expected one of {', '.join(f'{n:,}' for n in kept)}. "
         "--run.keep says which a run keeps, the newest two and the best by default."
     )
+
+
+def selected_update(folder: Path) -> int:
+    """The update of the checkpoint that ``run.select`` chose in a run folder.
+
+    Raises:
+        UsageError: none was chosen.
+    """
+    found = selection_of(folder)
+    if not found:
+        raise UsageError(
+            f"{folder} has no selected checkpoint; expected a finished run with --run.select fqe or loss. Take the "
+            "last, or compare its checkpoints: python -m offpolicy.ope RUN --which all."
+        )
+    return int(found["step"])
+
+
+def selection_of(folder: Path) -> dict[str, Any]:
+    """What :mod:`offpolicy.training.selecting` has left in a run folder; empty where there is nothing of that kind."""
+    try:
+        found = json.loads((folder / SELECTED).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    usable = isinstance(found, dict) and isinstance(found.get("step"), int) and isinstance(found.get("updates"), int)
+    return found if usable else {}
 
 
 def best_update(folder: Path) -> int:

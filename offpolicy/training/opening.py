@@ -31,7 +31,8 @@ def load(
         method: the class, when it is one of your own.
         trust: packages or modules of yours or others that the checkpoint may name (its class, rewards, components, its
             environment), as a list or a text with commas; True for all.
-        which: checkpoint of a run folder: "last", "best" (by the run's own evaluations) or the number of an update.
+        which: checkpoint of a run folder: "last", "best" (by the run's own evaluations), "selected" (by ``run.select``,
+            without an environment) or the number of an update.
 
     Returns:
         The method on the CPU, ready for ``act``; a language model with its ``tokenizer``.

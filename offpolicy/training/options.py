@@ -8,8 +8,17 @@ from offpolicy.errors import UsageError, check_choice, check_range
 from offpolicy.given import whole_fields
 from offpolicy.training.keeping import Keeping
 
-LEAST = {"block": 1, "eval_every": 0, "eval_episodes": 0, "save_every": 0, "log_every": 1, "threads": 1}
+LEAST = {
+    "block": 1,
+    "eval_every": 0,
+    "eval_episodes": 0,
+    "save_every": 0,
+    "log_every": 1,
+    "threads": 1,
+    "select_updates": 5,
+}
 FINAL = ("whole", "weights_only")
+SELECT = ("none", "fqe", "loss")
 
 
 @dataclass
@@ -29,6 +38,11 @@ class RunOptions:
             best so far.
         keep: which checkpoints stay: "best" (the newest and the best), "last" (the newest alone), "all", "every:N"
             (multiples of N updates, the newest and the best), or a number: the newest so many and the best.
+        select: how a checkpoint is chosen without an environment, once training has ended: "none"; "fqe", by fitted Q
+            evaluation of every checkpoint; "loss", of methods that read no rewards, by the error to the actions of
+            held-out episodes. A tenth of the episodes is held out of training for it where there are 50 or more
+            (``data.holdout`` says another share). Until then all checkpoints stay.
+        select_updates: of fitted Q evaluation, ≥ 5; None for as many as pass rewards back over three horizons.
         final: what the checkpoint of the last update holds: "whole", from which training can go on to more updates, or
             "weights_only", without the state of the optimisers, from which it cannot.
         async_save: whether a checkpoint is copied in memory and written by a thread while training goes on: true,
@@ -52,6 +66,8 @@ class RunOptions:
     eval_errors: str = "stop"
     save_every: int | None = None
     keep: int | str = 2
+    select: str = "none"
+    select_updates: int | None = None
     final: str = "whole"
     async_save: bool | str = "auto"
     log_every: int = 500
@@ -68,6 +84,7 @@ class RunOptions:
                 check_range(f"run.{name}", getattr(self, name), low)
         Keeping.of(self.keep)
         check_choice("run.final", self.final, FINAL)
+        check_choice("run.select", self.select, SELECT)
         if self.eval_errors not in ("stop", "skip"):
             raise UsageError(f"`run.eval_errors` is {self.eval_errors!r}; expected 'stop' or 'skip'.")
         if self.matmul not in ("auto", "mkl", "onednn", "bf16"):

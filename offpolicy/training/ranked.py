@@ -40,6 +40,8 @@ def first_lines(result: Mapping[str, Any], found: Any) -> list[str]:
             f"(the other kind: {behaviour['other']:.4g}; actions in [-1, 1])"
         )
     text += [*found.notes, *dict.fromkeys(found.without)]
+    if result["unseen"]:
+        text.append("Training has held these episodes out too, so that no policy has seen them.")
     if result["seen"]:
         text.append(
             "Policies were trained on these episodes, which makes estimates favour those that exploit errors in them."

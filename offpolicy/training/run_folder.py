@@ -20,6 +20,7 @@ from offpolicy.files import Table, WriteError, atomic_write
 from offpolicy.training.background import Writing
 from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 from offpolicy.training.checkpoints import checkpoint_name
+from offpolicy.training.choosing import SELECTED, selection_of
 from offpolicy.training.curves import plot_curves
 from offpolicy.training.headlines import is_better_by, judged_by
 from offpolicy.training.keeping import Keeping
@@ -35,8 +36,9 @@ class RunFolder(Checkpoint):
 
     Checkpoints are written before every evaluation (and after it, see ``Module.saved_again``) or every
     ``run.save_every`` updates and after the best evaluation, at the last update, on interruption and when the method
-    asks. ``run.keep`` says which stay; ``checkpoints/best`` is a link to the one with the best evaluation. Rows beyond
-    the checkpoint that a run continues from are cut, never others, and checkpoints beyond it are set aside as
+    asks. ``run.keep`` says which stay; ``checkpoints/best`` is a link to the one with the best evaluation, and
+    ``checkpoints/selected`` to the one that ``run.select`` chose, until which all stay. Rows beyond the
+    checkpoint that a run continues from are cut, never others, and checkpoints beyond it are set aside as
     ``….ckpt.replaced``: "last" means the last of the run as it goes on.
     Lightning runs this callback after all others, so that files hold what the others found.
     """
@@ -62,7 +64,7 @@ class RunFolder(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.run_log = pl_module.run_log
         self.run_log.files, self.seeds = self, pl_module.seeds
-        self.keeping = Keeping.of(pl_module.run.keep)
+        self.keeping = Keeping.of(pl_module.run.keep if pl_module.run.select == "none" else "all")
         io: Any = trainer.strategy.checkpoint_io
         if isinstance(io, AtomicCheckpointIO):  # under a plain Trainer it can be another
             self.writing, io.beside = io.writing, self.beside(pl_module.run.async_save)
@@ -111,6 +113,9 @@ class RunFolder(Checkpoint):
         for path in self.folder.glob("checkpoints/step=*.ckpt"):
             if path.name > checkpoint_name(updates):
                 path.rename(path.with_name(path.name + ".replaced"))
+        if selection_of(self.folder).get("step", 0) > updates:  # it was one of those
+            for left in (self.folder / SELECTED, self.folder / "checkpoints" / "selected"):
+                left.unlink(missing_ok=True)
 
     def keep_settings(self, config: str, versions: Mapping[str, Any], command: str) -> None:
         """Write what repeats the run, and add the command that it starts with now."""
@@ -207,18 +212,24 @@ class RunFolder(Checkpoint):
     def prune(self) -> None:
         """Remove the checkpoints that nobody needs any more, and let the link lead to the best."""
         lying = {path.name: path for path in self.folder.glob("checkpoints/step=*.ckpt")}
-        for name in lying.keys() - self.keeping.kept(lying, self.best_path):
+        selected = selection_of(self.folder)
+        stays = {checkpoint_name(selected["step"])} if selected else set()
+        for name in lying.keys() - self.keeping.kept(lying, self.best_path) - stays:
             remove(lying[name])
         self.link_best()
 
     def link_best(self) -> None:
         """Let ``best`` lead to the checkpoint with the best evaluation; none where that does not lie there."""
-        link, target = self.folder / "checkpoints" / "best", self.best_path or "none"
+        self.link("best", self.best_path or "none")
+
+    def link(self, name: str, target: str) -> None:
+        """Let a name lead to a checkpoint, or to none where that does not lie there."""
+        link = self.folder / "checkpoints" / name
         with contextlib.suppress(OSError):  # a file system without links
             if not link.with_name(target).exists():
                 link.unlink(missing_ok=True)
             elif not link.is_symlink() or os.readlink(link) != target:
-                temporary = link.with_name(f".best.{os.getpid()}.tmp")
+                temporary = link.with_name(f".{name}.{os.getpid()}.tmp")
                 temporary.symlink_to(target)
                 os.replace(temporary, link)
 

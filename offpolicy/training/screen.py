@@ -85,10 +85,12 @@ def saved(method: Any) -> str:
     if run.save_every is not None:
         when = f"every {run.save_every:,} updates" if run.save_every else "after the last update"
     last = "; the last holds weights alone, so that the run cannot go on from it" * (run.final != "whole")
+    kept = Keeping.of(run.keep).words
+    kept = kept if run.select == "none" else f"all until one is selected, then {kept} and the selected"
     room = checkpoint_bytes(method)
     beside = run.async_save is True or (run.async_save == "auto" and room >= LEAST and not method.seeds)
     copy = f"; written while training goes on, out of a copy of about {size(room)} on the host" * beside
-    return f"{when}, kept: {Keeping.of(run.keep).words}{last}{copy}"
+    return f"{when}, kept: {kept}{last}{copy}"
 
 
 def checkpoint_bytes(method: Any) -> int:
@@ -144,10 +146,12 @@ def last_lines(
     look: str,
     failed: bool = False,
     best: str = "",
+    selected: str = "",
 ) -> str:
     """Scores, files, and the commands to go on: ``resume`` after an interruption, else ``look``.
 
     ``failed``: the last evaluation raised an error, so that it has no scores. ``best``: the best checkpoint.
+    ``selected``: the one selected without an environment.
     """
     known = ("metrics.csv", "evals.csv", "curves.png", "checkpoints/", "hf/")
     files = [name for name in known if (folder / name).exists()]
@@ -156,6 +160,7 @@ def last_lines(
         ("Interrupted" if resume else "Done") + f" at update {updates:,} after {seconds:,.0f} s. {found}",
         line("files", f"{folder}/: {', '.join(files)}"),
         *([line("best", best)] if best else []),
+        *([line("selected", selected)] if selected else []),
         line("resume", resume) if resume else line("evaluate" if "offpolicy.evaluate" in look else "next", look),
     ]
     if (folder / "hf").is_dir() and not resume:
