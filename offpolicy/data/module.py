@@ -111,8 +111,8 @@ class DataModule(LightningDataModule):
         self.holdout = holdout
         if holdout and online.env_steps:
             raise UsageError(
-                f"`data.holdout` is {holdout}, and `data.online.env_steps` {online.env_steps:,}; expected no holdout of "
-                "data that are collected. Leave one out."
+                f"`data.holdout` is {holdout}, and `data.online.env_steps` {online.env_steps:,}; expected one of them, "
+                "as nothing is held out of data that are collected. Leave one out."
             )
         max_episode_steps = None if max_episode_steps is None else whole("max_episode_steps", max_episode_steps, 1)
         self.options: dict[str, Any] = {

@@ -114,7 +114,7 @@ def check_held_out(method: Any, data: DataModule, checkpoint_meta: dict[str, Any
         )
     if method.run.select == "fqe" and "reward" not in replay.steps:
         raise UsageError("`run.select` is 'fqe', and the data have no `reward`; expected 'loss', or data with rewards.")
-    if checkpoint_meta is not None:
+    if checkpoint_meta is not None and not data.change_every:
         before, now = ((meta.get("held_out") or {}).get("share", 0.0) for meta in (checkpoint_meta, replay.meta))
         if before != now:
             other = "Leave `run.select` out, and compare its checkpoints: python -m offpolicy.ope RUN --which all."
