@@ -7,18 +7,16 @@ Both terms are means, the second over batch and action dimensions, as in the aut
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from lightning_modules.td3 import TD3
 from offpolicy.data.views import Transitions
-from offpolicy.errors import check_range, check_widths
-from offpolicy.losses.td import mean_squared_action, smoothed_action, squared_td, td_target
-from offpolicy.nn.critics import EnsembleCritic
-from offpolicy.nn.policies import DeterministicPolicy
-from offpolicy.training.offline import Draw, Metrics, OfflineModule, Rate, Sizes
+from offpolicy.errors import check_range
+from offpolicy.losses.td import mean_squared_action
+from offpolicy.training.offline import Metrics
 
 
-class TD3BC(OfflineModule):
+class TD3BC(TD3):
     """TD3 with a behaviour-cloning term.
 
     Args:
@@ -38,8 +36,6 @@ class TD3BC(OfflineModule):
         max_grad_norm: limit on each network's gradient norm, > 0; None for no limit.
     """
 
-    compiled = ("critic_loss", "actor_loss")
-
     def __init__(
         self,
         *,
@@ -58,39 +54,22 @@ class TD3BC(OfflineModule):
         reward_transform: str = "r",
         max_grad_norm: float | None = None,
     ) -> None:
-        super().__init__()
         check_range("alpha", alpha, 0.0)
-        check_range("discount", discount, 0.0, 1.0, upper_open=True)
-        check_range("tau", tau, 0.0, 1.0)
-        check_range("policy_noise", policy_noise, 0.0)
-        check_range("noise_clip", noise_clip, 0.0)
-        check_range("policy_freq", policy_freq, 1)
-        check_range("num_critics", num_critics, 1)
-        check_widths("hidden_dims", hidden_dims)
-        self.save_hyperparameters()
-
-    def build(self, sizes: Sizes) -> None:
-        h = self.hparams
-        self.actor = DeterministicPolicy(sizes.obs_dim, sizes.action_dim, h.hidden_dims)
-        self.critic = EnsembleCritic(sizes.obs_dim, sizes.action_dim, h.num_critics, h.hidden_dims)
-        self.target_actor, self.target_critic = self.target_of(self.actor), self.target_of(self.critic)
-
-    def learning_rates(self) -> dict[str, Rate]:
-        return {"critic": self.hparams.critic_lr, "actor": self.hparams.actor_lr}
-
-    def draws(self) -> dict[str, Draw]:
-        return {"target": Draw((self.sizes.action_dim,))}
-
-    def critic_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
-        h = self.hparams
-        with torch.no_grad():
-            next_action = self.target_actor(batch.next_obs)
-            next_action = smoothed_action(next_action, batch.noise.target, h.policy_noise, h.noise_clip)
-            next_q = self.target_critic(batch.next_obs, next_action).amin(-2)
-            target_q = td_target(batch.reward, batch.terminated, next_q, h.discount)
-        q = self.critic(batch.obs, batch.action)
-        loss = squared_td(q, target_q)
-        return loss, {"critic_loss": loss.detach(), "q_mean": q.detach().mean((-2, -1))}
+        super().__init__(
+            discount=discount,
+            tau=tau,
+            policy_noise=policy_noise,
+            noise_clip=noise_clip,
+            policy_freq=policy_freq,
+            num_critics=num_critics,
+            hidden_dims=hidden_dims,
+            actor_lr=actor_lr,
+            critic_lr=critic_lr,
+            batch_size=batch_size,
+            normalize_obs=normalize_obs,
+            reward_transform=reward_transform,
+            max_grad_norm=max_grad_norm,
+        )
 
     def actor_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         action = self.actor(batch.obs)
@@ -99,21 +78,3 @@ class TD3BC(OfflineModule):
         bc_loss = mean_squared_action(action, batch.action)
         loss = bc_loss - lambda_ * q.mean(-1)
         return loss, {"actor_loss": loss.detach(), "bc_loss": bc_loss.detach()}
-
-    def phase(self, step: int) -> bool:
-        """Whether actor and targets move."""
-        return step % self.hparams.policy_freq == 0
-
-    def update(self, batch: Transitions, step: int) -> Metrics:
-        loss, metrics = self.critic_loss(batch)
-        self.step("critic", loss)
-        if step % self.hparams.policy_freq == 0:
-            loss, actor_metrics = self.actor_loss(batch)
-            self.step("actor", loss)
-            self.track("critic", self.hparams.tau)
-            self.track("actor", self.hparams.tau)
-            metrics |= actor_metrics
-        return metrics
-
-    def policy(self, obs: Tensor) -> Tensor:
-        return self.actor(obs)

@@ -86,6 +86,14 @@ class ActingModule(Module):
                 "call `prepare(replay)`."
             )
 
+    def check_one_seed(self) -> None:
+        """Raise :class:`UsageError` where there are several seeds, each a policy of its own."""
+        if self.seeds:
+            raise UsageError(
+                f"{type(self).__name__} holds the seeds {', '.join(map(str, self.seeds))}, each a policy of its own; "
+                f"expected one. Pass the folder of one seed, or take one out: take_seed({self.seeds[0]})."
+            )
+
     def take_seed(self, seed: int) -> Self:
         """A method of one seed alone, out of a method of several.
 
@@ -197,11 +205,7 @@ class ActingModule(Module):
         Raises:
             UsageError: the method is no policy of one observation, or holds several seeds.
         """
-        if self.seeds:
-            raise UsageError(
-                f"the method holds {len(self.seeds)} seeds, each a policy of its own; expected one. Take one out: "
-                f"take_seed({self.seeds[0]})."
-            )
+        self.check_one_seed()
         x = self.normalized(obs.reshape(-1, obs.shape[-1]))
         training = self.training
         self.eval()

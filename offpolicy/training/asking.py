@@ -31,11 +31,7 @@ def check_policy(method: Any, obs_dim: int, action_dim: int, *, sampled: bool = 
     if not isinstance(method, ActingModule):
         raise UsageError(f"{name} is no policy of states and actions; expected a control method, such as TD3BC.")
     method.check_built()
-    if method.seeds:
-        raise UsageError(
-            f"{name} holds the seeds {', '.join(map(str, method.seeds))}, each a policy of its own; expected one. Pass "
-            f"the folder of one seed, or take one out: take_seed({method.seeds[0]})."
-        )
+    method.check_one_seed()
     if type(method).agent is not ActingModule.agent:
         raise UsageError(
             f"{name} acts by more than the observation (a goal, or the history of an episode); expected a policy of "

@@ -95,11 +95,7 @@ def check_deployable(method: Any, path: Path) -> None:
     if not isinstance(method, ActingModule):
         raise UsageError(f"{name} is no control method; expected one, such as TD3BC. Language models go to a folder.")
     method.check_built()
-    if method.seeds:
-        raise UsageError(
-            f"the method holds {len(method.seeds)} seeds, each a policy of its own; expected one. Export the run of a "
-            "seed, or take one out: take_seed(…)."
-        )
+    method.check_one_seed()
     single = type(method).act is ActingModule.act and type(method).agent is ActingModule.agent
     if not (single or isinstance(method, GoalModule)):
         raise UsageError(

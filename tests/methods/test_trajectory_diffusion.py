@@ -210,7 +210,7 @@ def test_guidance_needs_one_policy(model: TrajectoryDiffusion) -> None:
     several = method("TD3BC")
     several.seeds = (0, 1)
     several.prepare(toy_replay())
-    with pytest.raises(UsageError, match="the method holds 2 seeds, each a policy of its own; expected one"):
+    with pytest.raises(UsageError, match="holds the seeds 0, 1, each a policy of its own; expected one"):
         model.generate(2, policy=several, guidance=GuidanceOptions(coefficient=1.0))
 
 

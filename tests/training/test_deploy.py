@@ -106,7 +106,7 @@ def test_refusals(replay: Replay, tmp_path: Path) -> None:
         deploy(sequence, tmp_path / "p.pt2")
     several = offpolicy.TD3BC(hidden_dims=(8, 8))
     several.seeds = (0, 1)
-    with pytest.raises(UsageError, match="holds 2 seeds"):
+    with pytest.raises(UsageError, match="holds the seeds"):
         deploy(several.initialize(sizes), tmp_path / "p.pt2")
     with pytest.raises(UsageError, match=r"ending in .onnx or .pt2"):
         deploy(made("BC", replay), tmp_path / "p.bin")
