@@ -7,7 +7,8 @@ r = π_θ/π_k. A token of a demonstration counts as drawn from π_k or from its
     r^m = 2π_θ/(π_k + ½π_k + ½U)  (Eq. 4),     A^c = A·(1 − π_θ)^γ,  the weight without gradient.
 
 A is R − μ over the whole group, the demonstration included; it is judged by the same reward as the others. Nothing is
-clipped, and there is no divergence.
+clipped, and there is no divergence. The authors' runs have 7 own answers and 1 whole demonstration (``group_size`` 8);
+of an answer that goes on from a part of one (``demonstration_share``) each token has the ratio of its kind.
 
 Where the paper and the authors' code (commit eb4aa4d) differ, the options say which is meant:
 

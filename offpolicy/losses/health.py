@@ -89,8 +89,9 @@ def table(tokens: Tokens, log_ratio: Tensor, ratio: Ratio, surrogate: Surrogate)
     x = torch.where(own, log_ratio, x.clamp(max=LARGEST_LOG_RATIO))
     histogram(kind, x, value, tokens.kept)
     add(kind, BINS + 1, surrogate.clipped & own)
-    add(by_row, BINS + 2, own.any(-1))
-    add(by_row, BINS + 3, own.sum(-1))
+    whole = own.any(-1) & ~outside.any(-1)  # what goes on from a demonstration has no length of its own
+    add(by_row, BINS + 2, whole)
+    add(by_row, BINS + 3, torch.where(whole, own.sum(-1), 0))
     if tokens.sampler_logp is not None:
         gap = difference(tokens.behavior_logp, tokens.sampler_logp, own).abs()
         histogram(torch.full_like(kind, engine), gap, gap, own)
@@ -150,6 +151,7 @@ def _of_table(found: Tensor) -> dict[str, float]:
         metrics[f"ratio/mean_{name}"] = ratio / count
         if name != "external":
             metrics[f"ratio/clipped_{name}"] = clipped / count
+        if answers:
             metrics[f"length/{name}"] = length / answers
     if count := engine[:BINS].sum().item():
         metrics["engine/gap_mean"] = engine[BINS].item() / count

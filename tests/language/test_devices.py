@@ -98,6 +98,7 @@ def rollouts() -> Any:
         "group": np.array([7, 7, 8, 8]),
         "prompt": np.array([0, 0, 1, 1]),
         "source": np.zeros(4, np.uint8),
+        "given": np.zeros(4, np.int64),
         "advantage": np.zeros(4),
     }
     columns = {"logp": [np.zeros(len(text), np.float32) for text in texts]}

@@ -102,6 +102,7 @@ def test_external_ratio_is_that_of_the_objective() -> None:
     assert found["ratio/mean_external"] == pytest.approx(0.8)
     assert found["ratio/q50_external"] == pytest.approx(0.8, rel=0.03)
     assert found["loss/external"] == pytest.approx(-1.6) and found["loss/own"] == pytest.approx(-2.5)
+    assert "length/lag0" not in found  # one own token behind a beginning is no answer of that length
 
 
 def test_sums_of_nothing_and_without_health() -> None:

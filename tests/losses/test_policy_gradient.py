@@ -186,6 +186,25 @@ def test_gradient_of_the_external_term(uniform: str) -> None:
     assert (found[4, :2] != 0).all() and (found[1, :3] != 0).all()
 
 
+def test_the_loss_of_an_answer_that_goes_on_from_a_beginning() -> None:
+    """Two tokens given and two own, A = 2, probabilities .5, .2 | .4, .9 now, .4, .1 | .5, .6 before, V = 10.
+
+    RL-PLUS, γ = ½: 2p/(1.5p_k + .05)·√(1 − p) is 1/.65·√.5 = 1.08786 and .4/.2·√.8 = 1.78885; own .4/.5 = .8 and
+    .9/.6 = 1.5. GRPO: 1 and 1 for what is given; own .8 and, clipped, 1.2. Means over all four tokens, times −A.
+    """
+    now, before = f64([0.5, 0.2, 0.4, 0.9]).log(), f64([math.nan, math.nan, 0.5, 0.6]).log()
+    start = f64([0.4, 0.1, 0.5, 0.6]).log()
+    external = torch.tensor([[True, True, False, False]])
+    given = Tokens(now.requires_grad_(), f64([1, 1, 1, 1]), f64(2.0), before, start, external=external)
+    plus = Objective(ratio={"name": "mis", "vocabulary": 10}, trust="none", weight=("focal",))
+    assert loss_of(plus, given).item() == pytest.approx(
+        -2 * (math.sqrt(0.5) / 0.65 + 2 * math.sqrt(0.8) + 0.8 + 1.5) / 4
+    )
+    assert loss_of(Objective(), given).item() == pytest.approx(-2 * (1 + 1 + 0.8 + 1.2) / 4)
+    slopes = gradient(Objective(), given)
+    torch.testing.assert_close(slopes, f64([-0.5, -0.5, -0.4, 0.0]))  # −A/4·ρ, 0 where it is clipped
+
+
 def test_without_demonstrations_rl_plus_is_grpo_without_clipping() -> None:
     plus = Objective(ratio={"name": "mis", "uniform": "one"}, trust="none", weight=("focal",))
     plain = Objective(trust="none")

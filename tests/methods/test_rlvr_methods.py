@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch
 from lightning.pytorch import Callback
 from tiny_rl import SMALL, fit, method, toy_problems
 
-from offpolicy.data.texts.rollouts import DEMONSTRATION, OWN
+from offpolicy.data.texts.rollouts import CONTINUED, DEMONSTRATION, OWN
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
+from offpolicy.language.rl.engine import CONTINUES, Request
+from offpolicy.language.rl.engines import TransformersEngine
+from offpolicy.training.checkpoints import newest_checkpoint
 
 
 class Stores(Callback):
@@ -31,6 +35,17 @@ class Stores(Callback):
         k = pl_module.iteration
         self.seen[k], self.taken[k] = trainer.datamodule.rollouts, list(pl_module.course.steps)
         self.begins[k] = pl_module.course.first_step
+
+
+class Weights(Callback):
+    """Keeps the policy at the start of every iteration."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Any] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if pl_module.course.is_over(pl_module.global_step):
+            self.seen[pl_module.iteration + 1] = copy.deepcopy(pl_module.model).eval()
 
 
 def reference_policy(policy: Path) -> Any:
@@ -72,6 +87,7 @@ def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores,
             base = whole_of(start[1], prompt, token, module.hparams.temperature)
             drawn = whole_of(start[store.episodes["policy_version"][row]], prompt, token, 1.0)
         previous, behavior = chosen(old, token), chosen(drawn, token)
+        external = torch.arange(len(token)) < int(store.episodes["given"][row])
         group = store.episodes["group"] == store.episodes["group"][row]
         rewards = store.episodes["reward"][group]
         centred = store.episodes["reward"][row] - rewards.mean()
@@ -79,6 +95,7 @@ def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores,
             a, ratio = centred / (rewards.std(ddof=1) + 1e-4), (logp - previous).exp()
             gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
             gain = gain * ((previous - behavior).exp().clamp(max=3.0) if module.hparams.lag else 1.0)
+            gain = torch.where(external, (logp - logp.detach()).exp() * a, gain)
             total = total - (gain - 0.1 * kl_of(kl, whole, base, token)).mean() / len(rows)
         elif name == "ReMix":
             a, ratio = centred / (rewards.std(ddof=1) + 1e-4), (logp - behavior).exp()
@@ -89,10 +106,8 @@ def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores,
             convex = share * kl_of(kl, whole, base, token) + (1 - share) * kl_of(kl, whole, old, token)
             total = total - (gain - module.hparams.beta * convex + 1e-3 * entropy).mean() / len(rows)
         else:
-            external = store.episodes["source"][row] == DEMONSTRATION
-            ratio = (logp - previous).exp()
-            if external:
-                ratio = 2 * logp.exp() / (1.5 * previous.exp() + 0.5 / 64) * (1 - logp.detach().exp()) ** 0.5
+            mixed = 2 * logp.exp() / (1.5 * previous.exp() + 0.5 / 64) * (1 - logp.detach().exp()) ** 0.5
+            ratio = torch.where(external, mixed, (logp - previous).exp())
             longest = module.hparams.max_new_tokens
             total = total - (ratio * centred).sum() / (len(rows) * longest)
             total = total - 1e-3 * entropy.sum() / store.length[rows].sum()
@@ -102,11 +117,12 @@ def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores,
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("GRPO", {"beta": 0.1, "temperature": 0.7}),
     ("GRPO", {"beta": 0.1, "temperature": 0.7, "kl": "full"}),
-    ("GRPO", {"beta": 0.1, "lag": 1}),
+    ("GRPO", {"beta": 0.1, "lag": 1, "demonstrations": 1, "demonstration_share": 0.5}),
     ("ReMix", {"kl_start": 1, "kl_every": 1, "beta": 1e-3}),
     ("ReMix", {"kl_start": 1, "kl_every": 1, "beta": 1e-3, "lag": 2}),
     ("ReMix", {"kl_start": 1, "kl_every": 1, "beta": 0.3, "kl": "full", "chunk": 9}),
     ("RLPlus", {}),
+    ("RLPlus", {"demonstration_share": 0.5}),
 ]
 
 
@@ -214,6 +230,68 @@ def test_groups_of_rl_plus(policy: Path) -> None:
     assert whole and cut
     written = sum(int((s.episodes["source"] == OWN).sum()) for s in stores.seen.values())
     assert module.generated == written < 16 * len(stores.seen)
+
+
+def test_groups_that_go_on_from_a_beginning(policy: Path, tmp_path: Path) -> None:
+    """Half of a demonstration, rounded down, is given: ⌊n/2⌋ tokens, at least 1 and at most one less than there are and
+    than an answer may have. What follows is what π_v says to prompt and beginning, never longer than an answer."""
+    problems, stores, weights = toy_problems(), Stores(), Weights()
+    table = problems.tables["problems"]
+    table[0, 1] = -1
+    problems.length[table[1:4, 1]] = 1, 2, 3
+    module = method("RLPlus", policy, max_new_tokens=3, demonstration_share=0.5, lag=1, micro_batch_size=5)
+    module = fit(module, 8, tmp_path, callbacks=[stores, weights], problems=problems, held_out=False)
+    engine, seen = TransformersEngine(), set()
+    for k, store in stores.seen.items():
+        facts = store.episodes
+        assert set(facts["source"].tolist()) <= {OWN, CONTINUED} and (facts["policy_version"] == max(1, k - 1)).all()
+        for group in np.unique(facts["group"]):
+            rows = np.flatnonzero(facts["group"] == group)
+            prompt, solution = (token_ids(problems, i) if i >= 0 else [] for i in table[facts["prompt"][rows[0]]])
+            begun = rows[facts["source"][rows] == CONTINUED]
+            m = 0 if len(solution) < 2 else min(max(1, len(solution) // 2), 2)
+            assert len(rows) == 4 and len(begun) == (m > 0)
+            assert facts["given"][rows].tolist() == [0] * 3 + [m]
+            np.testing.assert_allclose(
+                facts["advantage"][rows], facts["reward"][rows] - facts["reward"][rows].mean(), atol=1e-6
+            )
+            seen.add((len(solution), m))
+            if not m:
+                continue
+            token = token_ids(store, begun[0])
+            engine.sync(weights.seen[max(1, k - 1)], k)
+            asked = Request(np.append(prompt, solution[:m]), (group & 0xFFFFFFFF) + CONTINUES, 1, room=3 - m)
+            ((drawn,),) = engine.generate([asked], module.answering.sampling(k, 0))
+            assert token.tolist() == [*solution[:m].tolist(), *drawn.token.tolist()] and len(token) <= 3
+            logp = store.steps["sampler_logp"][store.start[begun[0]] :][: len(token)]
+            assert np.isnan(logp[:m]).all() and np.allclose(logp[m:], drawn.logp, atol=1e-6)
+            assert facts["ended"][begun[0]] == drawn.ended
+    assert seen >= {(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)}
+    assert module.generated == 16 * len(stores.seen)
+    fact = dict(module.describe().facts)["share"]
+    assert "from the first 50 % of a demonstration" in fact and "1 are too short" in fact
+    row = Table(tmp_path / "metrics.csv").rows()[-1]
+    assert 1 <= row["train/answers/length"] <= 3 and row["train/reward/external"] >= 0
+    assert 1 <= row["train/length/lag1"] <= 3  # of answers that are the policy's from their first token
+    with pytest.raises(UsageError, match=r"asked for with another `group_size`, `demonstrations` or"):
+        changed = method("RLPlus", policy, max_new_tokens=3, lag=1, micro_batch_size=5)
+        fit(changed, 9, ckpt_path=newest_checkpoint(tmp_path), problems=problems, held_out=False)
+
+
+def test_shares_of_demonstrations_that_cannot_be(policy: Path) -> None:
+    for share in (0, -0.5, 1.5):
+        with pytest.raises(UsageError, match="`demonstration_share`"):
+            method("RLPlus", policy, demonstration_share=share)
+    with pytest.raises(UsageError, match=r"`demonstrations` 0.*demonstrations 1"):
+        method("GRPO", policy, demonstration_share=0.5)
+    with pytest.raises(DataError, match=r"5 token\(s\) and answers have 1 at most.*max_new_tokens"):
+        fit(method("RLPlus", policy, demonstration_share=0.5, max_new_tokens=1), 1)
+    with pytest.raises(DataError, match="learns from demonstrations"):
+        fit(
+            method("ReMix", policy, demonstrations=1, demonstration_share=0.5),
+            1,
+            problems=toy_problems(demonstrations=False),
+        )
 
 
 def test_a_lone_right_demonstration() -> None:

@@ -24,7 +24,7 @@ from offpolicy.data.texts.hub import read
 from offpolicy.data.texts.numbers import MARK
 from offpolicy.data.texts.problem_rows import Problem, problem_columns, question_hash, read_problems
 from offpolicy.data.texts.rendering import Row
-from offpolicy.data.texts.rollouts import told_iterations
+from offpolicy.data.texts.rollouts import told_columns
 from offpolicy.data.texts.stops import TurnEnd, turn_end
 from offpolicy.data.texts.tokenised import TokenisedData
 from offpolicy.data.texts.tokens import Limits, encode, fingerprint, load_tokenizer, tokenise
@@ -149,7 +149,7 @@ class ProblemData(TokenisedData):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.rollouts = None
         if state_dict["version"]:
-            self.rollouts = told_iterations(self._stored(state_dict))
+            self.rollouts = told_columns(self._stored(state_dict))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ as the engine reported it; ``previous_logp`` and ``base_logp``, under the policy
 and under the base of the divergence (NaN where nobody asked); with a critic also ``old_value``, ``advantage`` and
 ``returns``. Episode columns: ``iteration`` (which asked for it, and learned from it first), ``policy_version`` (whose
 weights drew it: those at the start of that iteration), ``group`` (answers to one prompt drawn together), ``prompt``
-(row of the problems), ``source`` (0 own, 1 demonstration), ``reward``, ``reward/<part>``, ``advantage``, ``ended``,
+(row of the problems), ``source`` (0 own, 1 demonstration, 2 the beginning of one that the policy went on from),
+``given`` (how many of its first tokens are a demonstration's), ``reward``, ``reward/<part>``, ``advantage``, ``ended``,
 ``digest`` (of prompt and tokens; equal for equal answers).
 
 Groups are whole, always: they are drawn, kept and evicted together. Which answers a step takes is a pure function of
@@ -25,10 +26,10 @@ from torch import Tensor
 from offpolicy.data import sampling
 from offpolicy.data.columns import Column, to_numpy
 from offpolicy.data.replay import Replay
-from offpolicy.data.texts.sequences import Ragged, spans, texts
+from offpolicy.data.texts.sequences import Ragged, runs, spans, texts
 from offpolicy.errors import DataError
 
-OWN, DEMONSTRATION = 0, 1
+OWN, DEMONSTRATION, CONTINUED = 0, 1, 2
 DERIVED = ("previous_logp", "old_value", "advantage", "returns")  # of the current iteration alone
 
 
@@ -176,21 +177,30 @@ def iteration_of(store: Replay) -> np.ndarray:
     return store.episodes.get("iteration", store.episodes["policy_version"])
 
 
-def told_iterations(store: Replay) -> Replay:
-    """The store with the column ``iteration``, which stores of version 0.1 do not have."""
-    if "iteration" in store.episodes:
+def told_columns(store: Replay) -> Replay:
+    """The store with the columns ``iteration`` and ``given``, which stores of version 0.1 do not have."""
+    lacking = {"iteration", "given"} - store.episodes.keys()
+    if not lacking:
         return store
-    episodes = {**store.episodes, "iteration": iteration_of(store)}
+    shown = np.where(store.episodes["source"] == DEMONSTRATION, store.length, 0)
+    known = {"iteration": iteration_of(store), "given": shown}
+    episodes = {**store.episodes, **{name: known[name] for name in lacking}}
     told = Replay(store.steps, start=store.start, length=store.length, episodes=episodes)
     told.version = store.version
     return told
 
 
 def recent(store: Replay | None, oldest: int) -> Replay | None:
-    """Own answers that iterations ≥ ``oldest`` asked for; demonstrations never stay."""
+    """Own answers that iterations ≥ ``oldest`` asked for; what has tokens of a demonstration never stays."""
     if store is None:
         return None
     return select_answers(store, (iteration_of(store) >= oldest) & (store.episodes["source"] == OWN))
+
+
+def external_tokens(store: Replay) -> np.ndarray:
+    """Which tokens are a demonstration's, (tokens of the store,) bool."""
+    place = runs(np.zeros_like(store.length), store.length)
+    return place < np.repeat(store.episodes["given"], store.length)
 
 
 def group_rows(store: Replay) -> dict[int, np.ndarray]:

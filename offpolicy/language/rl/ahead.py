@@ -27,6 +27,7 @@ import numpy as np
 from offpolicy.compute import processes
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.rollouts import OWN, iteration_of
+from offpolicy.errors import UsageError
 from offpolicy.language.rl.answering import Answering, Answers, Asked, Stop
 from offpolicy.language.rl.engine import Completion, ConcurrentEngine, Request, engine_name
 from offpolicy.language.rl.iteration import Shape
@@ -206,7 +207,14 @@ class Ahead:
             known = {number: some for part in state["answers"] for number, some in unpacked_answers(part).items()}
             self.asked[one.iteration] = one
             if state["answers"]:
-                self._answers[one.iteration] = [known[r.number] for r in self.answering.requests(one, self.seed())]
+                requests = self.answering.requests(one, self.seed())
+                if {r.number: r.samples for r in requests} != {number: len(some) for number, some in known.items()}:
+                    raise UsageError(
+                        f"the checkpoint holds answers for iteration {one.iteration} that were asked for with another "
+                        "`group_size`, `demonstrations` or `demonstration_share`; expected the same while `lag` is "
+                        "above 0. Go on with those of the run."
+                    )
+                self._answers[one.iteration] = [known[r.number] for r in requests]
 
 
 def fresh_groups(store: Replay | None) -> dict[int, int]:

@@ -15,13 +15,22 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.sampling import permutation
 from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.answers import alternatives
-from offpolicy.data.texts.problems import Problems, step_column
-from offpolicy.data.texts.rollouts import DEMONSTRATION, OWN
+from offpolicy.data.texts.problems import Problems
+from offpolicy.data.texts.rollouts import CONTINUED, DEMONSTRATION, OWN
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.generation import prompt_text, stop_ids, unended
-from offpolicy.language.rl.engine import Completion, EngineContext, Request, Sampling, close_engine, engine_name
+from offpolicy.language.rl.demonstrations import Demonstrations
+from offpolicy.language.rl.engine import (
+    CONTINUES,
+    Completion,
+    EngineContext,
+    Request,
+    Sampling,
+    close_engine,
+    engine_name,
+)
 from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, make_engine, room
 from offpolicy.language.rl.probing import PROMPTS, probe
 from offpolicy.language.rl.rewards import Rewards, Scored
@@ -70,6 +79,7 @@ class Answering:
         rewards: what judges.
         engine: what answers, once the policy is open.
         length: longest answer in tokens, once the policy is open.
+        demonstrations: what is given of them, once the policy is open.
     """
 
     def __init__(
@@ -92,6 +102,7 @@ class Answering:
         self.probed: dict[str, float] = {}  # how far the engine was off at the last sync
         self._drew, self._drew_seconds = 0, 0.0  # tokens, and the time that took, since the last store
         self.length = 0
+        self.demonstrations: Demonstrations = None  # type: ignore[assignment]
         self.stops: Sequence[int] = ()  # tokens that end an answer
 
     def _check_answers(self, problems: Replay) -> None:
@@ -119,9 +130,13 @@ class Answering:
         prompts = self.problems.length[self.problems.tables["problems"][:, 0]]
         self.length = room(policies.base_of(model), int(prompts.max()), h.max_new_tokens)
         self.stops = tuple(stop_ids(model, self.tokenizer))
+        self.demonstrations = Demonstrations(
+            self.problems, wanted=h.demonstrations > 0, share=float(h.demonstration_share), length=self.length
+        )
         context = EngineContext(
-            longest_prompt=self.longest_prompt(),
+            longest_prompt=max(self.longest_prompt(), self.demonstrations.longest_request()),
             longest_answer=self.length,
+            longest=self.longest_prompt() + self.length,
             answers_at_once=h.generation_batch,
             model=model,
             temperature=h.temperature,
@@ -188,6 +203,7 @@ class Answering:
         return [
             ("problems", f"{meta.get('problems', 0):,}, {meta.get('demonstrations', 0):,} with a demonstration"),
             ("tokens", f"{lengths} (median/95 %/largest), answers up to {self.length}"),
+            *self.demonstrations.facts(),
             ("reward", ", ".join(self.rewards.names)),
             *([("answers", f"by {by}")] if by else []),
         ]
@@ -237,20 +253,23 @@ class Answering:
         facts |= {"perf/engine_tokens_per_s": sum(speeds)} if speeds else {}
         return store, facts | self.probed | (self.engine.facts() if hasattr(self.engine, "facts") else {})
 
-    def _problems_of(self, asked: Asked, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Which groups this process answers, (n,) of what is asked; the problem of each, and whether it is shown."""
+    def _problems_of(self, asked: Asked, seed: int) -> Iterator[tuple[int, int, int]]:
+        """Of each group that this process answers its number, its problem, and how many tokens are given."""
         problems = self._next_problems(asked.groups, asked.seen, seed)
-        shown = (self.problems.tables["problems"][problems, 1] >= 0) & (self.options.demonstrations > 0)
         mine = np.arange(processes.rank(), asked.groups, processes.world_size())
-        return mine, problems[mine], shown[mine]
+        given = self.demonstrations.given[problems[mine]]
+        return zip((asked.first + mine).tolist(), problems[mine].tolist(), given.tolist())
 
     def requests(self, asked: Asked, seed: int) -> list[Request]:
-        """What this process asks the engine."""
+        """What this process asks the engine: answers to problems, then what goes on from demonstrations."""
         table, size = self.problems.tables["problems"], self.options.group_size
-        return [
-            Request(token_ids(self.problems, table[problem, 0]), int(asked.first + i), size - int(shown))
-            for i, problem, shown in zip(*self._problems_of(asked, seed))
-        ]
+        plain, begun = [], []
+        for slot, problem, given in self._problems_of(asked, seed):
+            plain.append(Request(token_ids(self.problems, table[problem, 0]), slot, size - int(given > 0)))
+            if given and self.demonstrations.continued:
+                text, left = self.demonstrations.request(problem)
+                begun.append(Request(text, slot + CONTINUES, 1, left))
+        return [*plain, *begun]
 
     def draw(self, asked: Asked, seed: int, stop: Stop) -> Answers:
         """Answers to the requests of this process, by the weights that the engine has.
@@ -278,18 +297,17 @@ class Answering:
         return tokens / seconds if tokens and seconds > 0 else None
 
     def _rows(self, asked: Asked, answers: Answers, seed: int) -> Iterator[dict[str, Any]]:
-        """The answers of this process and the demonstrations beside them, group by group."""
-        for i, problem, shown, some in zip(*self._problems_of(asked, seed), answers):
-            slot = int(asked.first + i)
+        """The answers of this process, and what begins with a demonstration beside them, group by group."""
+        groups = list(self._problems_of(asked, seed))
+        begun = iter(answers[len(groups) :])
+        for (slot, problem, given), some in zip(groups, answers):
             for answer in some:
-                yield _row(slot, int(problem), OWN, answer, asked.version)
-            if shown:
-                given = self.problems.tables["problems"][problem, 1]
-                token = token_ids(self.problems, given)[: self.length]
-                logp = step_column(self.problems, given, "logp")[: self.length]
-                whole = len(token) == self.problems.length[given]
-                answer = Completion(token, logp, bool(whole))
-                yield _row(slot, int(problem), DEMONSTRATION, answer, asked.iteration)
+                yield _row(slot, problem, OWN, answer, asked.version)
+            if given and self.demonstrations.continued:
+                answer = self.demonstrations.answer(problem, Completion(*next(begun)[0]))
+                yield _row(slot, problem, CONTINUED, answer, asked.version, given)
+            elif given:
+                yield _row(slot, problem, DEMONSTRATION, self.demonstrations.answer(problem), asked.iteration, given)
 
     def _store(self, made: list[dict[str, Any]], k: int) -> tuple[Replay, dict[str, float]]:
         column = {name: [row[name] for row in made] for name in made[0]}
@@ -303,6 +321,7 @@ class Answering:
             "group": group,
             "prompt": np.asarray(column["problem"], np.int64),
             "source": source,
+            "given": np.asarray(column["given"], np.int64),
             "reward": rewards.numpy(),
             "ended": np.asarray(column["ended"], bool),
         }
@@ -395,12 +414,12 @@ class Answering:
             row["problem_with_reward"] = problems / len(made)
 
 
-def _row(slot: int, problem: int, source: int, answer: Completion, version: int) -> dict[str, Any]:
+def _row(slot: int, problem: int, source: int, answer: Completion, version: int, given: int = 0) -> dict[str, Any]:
     """A row of the store; ``version``: whose weights drew it, unless the engine says so."""
     token, logp, ended, told, said = (*answer, None, None)[:5]
     drew = version if told is None else int(np.min(told))  # the oldest weights that drew some of it
     text = {"token": token, "logp": logp, "sampler_logp": logp if said is None else said, "ended": ended}
-    return {"slot": slot, "problem": problem, "source": source, "version": drew, **text}
+    return {"slot": slot, "problem": problem, "source": source, "given": given, "version": drew, **text}
 
 
 def _reference(kept: str) -> str | list[str] | None:

@@ -19,14 +19,17 @@ import numpy as np
 import torch
 from torch import nn
 
+CONTINUES = 1 << 31  # added to the number of a group for the request that goes on from its demonstration
+
 
 @dataclass(frozen=True)
 class EngineContext:
     """What an engine may know when it is made; a class gets it if it takes an argument ``context``.
 
     Attributes:
-        longest_prompt: tokens of the longest prompt of training.
+        longest_prompt: tokens of the longest prompt, with the beginning of an answer where that is given.
         longest_answer: tokens of the longest answer.
+        longest: tokens of the longest prompt with its answer; None for both added.
         answers_at_once: answers that one process draws at once.
         temperature: that answers are drawn at in training.
         device: the trainer's, of this process.
@@ -51,20 +54,28 @@ class EngineContext:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    longest: int | None = None
 
 
 class Request(NamedTuple):
     """A prompt to be answered.
 
     Attributes:
-        prompt: token ids, (n,), n ≥ 1.
+        prompt: token ids, (n,), n ≥ 1, with the beginning of the answer where that is given.
         number: of the request among all of the iteration, over all processes; decides its random numbers.
         samples: answers wanted, ≥ 0.
+        room: tokens that these answers may have at most, ≥ 1; None for as many as others. What an engine draws beyond
+            them is cut.
     """
 
     prompt: np.ndarray
     number: int
     samples: int
+    room: int | None = None
+
+    def most(self, how: Sampling) -> int:
+        """Tokens of the longest answer."""
+        return how.max_new_tokens if self.room is None else min(self.room, how.max_new_tokens)
 
 
 class Completion(NamedTuple):

@@ -100,17 +100,21 @@ class TransformersEngine(LocalEngine):
         rows, device = len(logits), logits.device
         uniform = answer_uniforms(requests, how).to(device)
         stops = torch.tensor(sorted(set(how.stop)), dtype=torch.int64, device=device)
+        most = [r.most(how) for r in requests for _ in range(r.samples)]
+        limit, limits = torch.tensor(most, device=device), set(most)
         alive = torch.arange(rows, device=device)  # answers that are not finished
         table = torch.zeros(rows, how.max_new_tokens, dtype=torch.int64, device=device)
         logps = torch.zeros(rows, how.max_new_tokens, dtype=torch.float32, device=device)
-        length = torch.full((rows,), how.max_new_tokens, device=device)
-        for t in range(how.max_new_tokens):
+        length = limit.clone()
+        for t in range(max(limits)):
             token, logp = draw_scored(logits, uniform[alive, t], how.temperature, how.top_k, how.top_p)
             table[alive, t], logps[alive, t] = token, logp
             ended = torch.isin(token, stops)
             length[alive[ended]] = t + 1
-            if t + 1 == how.max_new_tokens:
+            if t + 1 == max(limits):
                 break
+            if t + 1 in limits:
+                ended = ended | (limit[alive] == t + 1)
             going = (~ended).nonzero()[:, 0]
             if not len(going):
                 break
@@ -140,8 +144,9 @@ class TinyEngine(LocalEngine):
         alive, way = list(range(len(texts))), way_of(self.model, keeps=False)
         table = torch.zeros(len(texts), how.max_new_tokens, dtype=torch.int64, device=device)
         logps = torch.zeros(len(texts), how.max_new_tokens, dtype=torch.float32, device=device)
-        length = torch.full((len(texts),), how.max_new_tokens, device=device)
-        for t in range(how.max_new_tokens):
+        most = [r.most(how) for r in requests for _ in range(r.samples)]
+        length = torch.tensor(most, device=device)
+        for t in range(max(most)):
             if not alive or (stopped is not None and stopped()):
                 break
             distinct = {text: i for i, text in enumerate(dict.fromkeys(texts[i] for i in alive))}
@@ -161,7 +166,7 @@ class TinyEngine(LocalEngine):
             going = []
             for i, one, end in zip(alive, token.tolist(), ended.tolist()):
                 texts[i] += (one,)
-                going += [] if end else [i]
+                going += [] if end or t + 1 == most[i] else [i]
             alive = going
         return completions(table, logps, length, stops, samples)
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
-from offpolicy.data.texts.rollouts import OWN, BoundRollouts, Rollouts
+from offpolicy.data.texts.rollouts import DEMONSTRATION, BoundRollouts, Rollouts
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.advantages import from_groups
@@ -149,7 +149,7 @@ class IteratingModule(LanguageModule):
             bound = BoundRollouts(self.problems, store)
             store = self.scoring.score(bound, steps, k, base=self._wants_base(len(steps)))
         store.version = k
-        written = int((fresh.episodes["source"] == OWN).sum())
+        written = int((fresh.episodes["source"] != DEMONSTRATION).sum())
         course.problems_seen, course.generated = course.problems_seen + groups, course.generated + written
         course.iteration, course.first_step = k, self.global_step
         course.lay_out(steps, BoundRollouts(self.problems, store))

@@ -42,6 +42,7 @@ def check_rollout_options(given: Mapping[str, Any], batch_size: int, reference: 
     check_range("min_ess", given["min_ess"], 0.0, 1.0)
     check_choice("critic", given["critic"], CRITICS)
     check_range("demonstrations", given["demonstrations"], 0, 1)
+    check_share(given["demonstration_share"], given["demonstrations"])
     check_groups(
         batch_size,
         given["group_size"],
@@ -54,6 +55,16 @@ def check_rollout_options(given: Mapping[str, Any], batch_size: int, reference: 
     if reference != "auto":
         raise UsageError(
             "`reference` is for preference methods; here the base is the policy as it was at its start. Leave it out."
+        )
+
+
+def check_share(share: float, demonstrations: int) -> None:
+    """Raise :class:`UsageError` for a share of demonstrations that is out of range, or of none."""
+    check_range("demonstration_share", share, 0.0, 1.0, lower_open=True)
+    if share < 1 and not demonstrations:
+        raise UsageError(
+            f"`demonstration_share` is {share} and `demonstrations` 0, so there is none to give a part of; expected 1. "
+            "Pass --model.demonstrations 1."
         )
 
 

@@ -5,6 +5,7 @@ A line is the answers to one prompt: ``{"prompt": [ids], "completions": [[ids], 
 policy that drew them, may be missing: then they count as drawn by the policy that learns. A prompt may have several
 lines. Recorded runs also say ``iteration`` and ``request`` (which problem of the iteration), the ``rewards``, the
 ``versions`` of the weights that drew, and ``sampler_logps``, as the engine had said them (null where it did not).
+Where an answer went on from the beginning of a demonstration, this stands behind the prompt, on a line of its own.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from torch import nn
 from offpolicy.data.guard import faults
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.problems import step_column
-from offpolicy.data.texts.rollouts import OWN, group_rows, iteration_of
+from offpolicy.data.texts.rollouts import CONTINUED, OWN, group_rows, iteration_of
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.data.texts.tokens import prompt_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import atomic_write
-from offpolicy.language.rl.engine import Completion, Request, Sampling
+from offpolicy.language.rl.engine import CONTINUES, Completion, Request, Sampling
 
 
 class ReplayEngine:
@@ -103,7 +104,7 @@ class ReplayEngine:
                     "prompt. Record them, or train on the prompts of the file."
                 )
             found.append(
-                [cut_answer(known[(first + k) % len(known)], how.max_new_tokens) for k in range(request.samples)]
+                [cut_answer(known[(first + k) % len(known)], request.most(how)) for k in range(request.samples)]
             )
         return found
 
@@ -148,28 +149,32 @@ class Recorder:
 
     def write(self, problems: Replay, store: Replay, iteration: int) -> None:
         """Add the policy's answers of an iteration, once their log-probabilities are known."""
-        fresh = (iteration_of(store) == iteration) & (store.episodes["source"] == OWN)
+        fresh, source = iteration_of(store) == iteration, store.episodes["source"]
         lines = []
         for group, rows in group_rows(store).items():
-            rows = rows[fresh[rows]]
-            if not len(rows):
-                continue
-            prompt = problems.tables["problems"][store.episodes["prompt"][rows[0]], 0]
-            line = {
-                "prompt": token_ids(problems, prompt).tolist(),
-                "completions": [token_ids(store, row).tolist() for row in rows],
-                "ended": store.episodes["ended"][rows].tolist(),
-                "logps": [step_column(store, row, "logp").tolist() for row in rows],
-                "sampler_logps": [without_nan(step_column(store, row, "sampler_logp")) for row in rows],
-                "rewards": store.episodes["reward"][rows].tolist(),
-                "versions": store.episodes["policy_version"][rows].tolist(),
-                "iteration": iteration,
-                "request": group & 0xFFFFFFFF,
-            }
-            lines.append(json.dumps(line) + "\n")
+            for kind, number in ((OWN, group & 0xFFFFFFFF), (CONTINUED, (group & 0xFFFFFFFF) + CONTINUES)):
+                drawn = rows[fresh[rows] & (source[rows] == kind)]
+                if len(drawn):
+                    line = {**_line(problems, store, drawn), "iteration": iteration, "request": number}
+                    lines.append(json.dumps(line) + "\n")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
+
+
+def _line(problems: Replay, store: Replay, rows: np.ndarray) -> dict[str, Any]:
+    """What was drawn behind one prompt, with as many tokens of a demonstration behind it as were given."""
+    facts, given = store.episodes, int(store.episodes["given"][rows[0]])
+    prompt = token_ids(problems, problems.tables["problems"][facts["prompt"][rows[0]], 0])
+    return {
+        "prompt": [*prompt.tolist(), *token_ids(store, rows[0])[:given].tolist()],
+        "completions": [token_ids(store, row)[given:].tolist() for row in rows],
+        "ended": facts["ended"][rows].tolist(),
+        "logps": [step_column(store, row, "logp")[given:].tolist() for row in rows],
+        "sampler_logps": [without_nan(step_column(store, row, "sampler_logp")[given:]) for row in rows],
+        "rewards": facts["reward"][rows].tolist(),
+        "versions": facts["policy_version"][rows].tolist(),
+    }
 
 
 def without_nan(values: np.ndarray) -> list[float | None]:

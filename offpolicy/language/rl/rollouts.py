@@ -105,6 +105,8 @@ class RolloutModule(IteratingModule):
             number, is below this, in [0, 1].
         drop_duplicates: leave out replayed answers that repeat another one of their group.
         demonstrations: answers of each group that are demonstrations of the data, where there is one: 0 or 1.
+        demonstration_share: of a demonstration that is given, in (0, 1]: below 1 the policy goes on from its first
+            tokens (a share of them, rounded down; at least one, never the last).
         base_kl: measure the divergence from the base at every row of metrics even where the loss does not need it.
         eval_samples: answers per held-out problem for mean@k and pass@k, ≥ 0; 0 for the most likely answer alone.
         eval_top_p: drawn answers to held-out problems take the likeliest tokens of this share, in (0, 1]; 1 for all.
@@ -143,6 +145,7 @@ class RolloutModule(IteratingModule):
         min_ess: float = 0.0,
         drop_duplicates: bool = False,
         demonstrations: int = 0,
+        demonstration_share: float = 1.0,
         base_kl: bool = True,
         eval_samples: int = 4,
         eval_top_p: float = 1.0,

@@ -13,7 +13,7 @@ from torch import Tensor
 from offpolicy.compute import processes
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
-from offpolicy.data.texts.rollouts import OWN, BoundRollouts, Rollouts
+from offpolicy.data.texts.rollouts import BoundRollouts, Rollouts, external_tokens
 from offpolicy.data.texts.sequences import runs, spans
 from offpolicy.language.head import FinalStates
 from offpolicy.language.reference import evaluating
@@ -141,7 +141,7 @@ class Scoring:
 
         Decided per answer, by its version; an engine that never draws from the weights it is given says so.
         """
-        fresh = np.repeat((store.episodes["policy_version"] == k) & (store.episodes["source"] == OWN), store.length)
+        fresh = np.repeat(store.episodes["policy_version"] == k, store.length) & ~external_tokens(store)
         if self.on_policy:
             return fresh
         return fresh & np.isnan(np.asarray(store.steps["logp"]))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.compute.devices import send
-from offpolicy.data.texts.rollouts import DEMONSTRATION, Rollouts
+from offpolicy.data.texts.rollouts import Rollouts
 from offpolicy.data.texts.sequences import spread
 from offpolicy.language.head import TokenScores
 from offpolicy.losses.tokens import Tokens
@@ -34,7 +34,7 @@ def batch_tokens(
         iteration: k.
         first: whether this is the first step of the iteration, so that the policy is still π_k.
         real: false where the batch only fills up; then all of it is padding.
-        demonstrations: whether some answers may be demonstrations.
+        demonstrations: whether some tokens may be of demonstrations.
     """
     device, length = scores.logps.device, batch.answer.length
     size, width = len(length), int(length.max())
@@ -46,7 +46,7 @@ def batch_tokens(
 
     steps = {name: padded(send(values.to(scores.logps.dtype), device)) for name, values in batch.steps.items()}
     facts = {name: send(values, device) for name, values in batch.facts.items()}
-    external = (facts["source"] == DEMONSTRATION)[:, None].expand(size, width)
+    external = torch.arange(width, device=device) < facts["given"][:, None]
     advantage = steps["advantage"] if "advantage" in steps else facts["advantage"].to(scores.logps)
     behavior, previous, logp = steps["logp"], steps["previous_logp"], padded(scores.logps)
     if first:  # the policy still is π_k, whose log-probabilities nobody may have asked for before

@@ -133,7 +133,7 @@ class VllmEngine:
         own = "float32" if context.dtype == torch.float64 else str(context.dtype).removeprefix("torch.")
         self.dtype_name = own if dtype == "auto" else dtype
         self.dtype = DTYPES[self.dtype_name]
-        self.longest = context.longest_prompt + context.longest_answer
+        self.longest = context.longest or context.longest_prompt + context.longest_answer
         check_model(context.model, longest=self.longest, on_cpu=self.on_cpu)
         self.cards = [] if self.on_cpu else cards_of(context, devices, tensor_parallel)
         self.vocabulary = policies.base_of(context.model).config.get_text_config().vocab_size
@@ -256,12 +256,12 @@ class VllmEngine:
             "length": np.array([len(r.prompt) for r in requests], np.int64),
             "row": np.repeat(np.arange(len(requests)), [r.samples for r in requests]).astype(np.int64),
             "seed": np.array(seeds, np.int64),
+            "most": np.array([r.most(how) for r in requests for _ in range(r.samples)], np.int64),
         }
         sampling = {
             "temperature": how.temperature,
             "top_p": how.top_p,
             "top_k": how.top_k,
-            "max_tokens": how.max_new_tokens,
             "stop_token_ids": sorted(set(how.stop)),
             "ignore_eos": True,  # the stop ids alone decide
             "logprobs": 0,  # that of the drawn token
@@ -426,9 +426,9 @@ class VllmEngine:
         """Refuse what vLLM would change in silence, or die of."""
         check_temperature(how.temperature)
         for r in requests:
-            if len(r.prompt) + how.max_new_tokens > self.longest:
+            if len(r.prompt) + r.most(how) > self.longest:
                 raise UsageError(
-                    f"request {r.number} has {len(r.prompt)} tokens and asks for {how.max_new_tokens} more; expected "
+                    f"request {r.number} has {len(r.prompt)} tokens and asks for {r.most(how)} more; expected "
                     f"{self.longest} at most together, for which the engine was made."
                 )
             if int(np.max(r.prompt)) >= self.vocabulary or int(np.min(r.prompt)) < 0:

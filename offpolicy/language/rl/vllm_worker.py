@@ -137,9 +137,12 @@ class Worker:
         if self.asleep:
             self.load()
         prompts = np.split(message["prompt"], np.cumsum(message["length"])[:-1])
-        for number, (prompt, seed) in enumerate(zip(message["row"].tolist(), message["seed"].tolist())):
+        columns = (message[name].tolist() for name in ("row", "seed", "most"))
+        for number, (prompt, seed, most) in enumerate(zip(*columns)):
             # one request an answer: the samples of one request have the seeds s, s + 1, …
-            params = SamplingParams(**message["sampling"], seed=seed, output_kind=RequestOutputKind.FINAL_ONLY)
+            params = SamplingParams(
+                **message["sampling"], seed=seed, max_tokens=most, output_kind=RequestOutputKind.FINAL_ONLY
+            )
             name, text = f"{message['ticket']}:{number}", {"prompt_token_ids": prompts[prompt].tolist()}
             self.asked[name] = message["ticket"], number
             self.llm.llm_engine.add_request(name, text, params, lora_request=self.adapter)

@@ -151,9 +151,10 @@ def test_answers_belong_to_the_iteration_that_asked_for_them() -> None:
     assert sorted(step) == list(range(12, 24))
 
 
-def test_stores_of_version_0_1_are_told_the_iterations() -> None:
+def test_stores_of_version_0_1_are_told_what_they_lack() -> None:
     old = r.merged_answers(answers(1), answers(2))
-    old.version = 2
-    told = r.told_iterations(old)
+    old.version, old.episodes["source"][3] = 2, r.DEMONSTRATION
+    told = r.told_columns(old)
     assert told.version == 2 and (told.episodes["iteration"] == old.episodes["policy_version"]).all()
-    assert r.told_iterations(told) is told and (r.iteration_of(old) == r.iteration_of(told)).all()
+    assert r.external_tokens(told).sum() == told.length[3] == told.episodes["given"].sum()
+    assert r.told_columns(told) is told and (r.iteration_of(old) == r.iteration_of(told)).all()

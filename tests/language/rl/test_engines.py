@@ -45,7 +45,7 @@ def slow(model: Any, asked: list[Request], how: Sampling) -> list[list[tuple[lis
             row = torch.tensor([request.number * 2**20 + k])
             uniform = sampling.uniforms(key, row, (how.max_new_tokens,))[0]
             ids, logps, ended = request.prompt.tolist(), [], False
-            while len(logps) < how.max_new_tokens and not ended:
+            while len(logps) < request.most(how) and not ended:
                 logits = model(torch.tensor([ids])).logits[0, -1]
                 p = (logits / (how.temperature or 1.0)).softmax(-1)
                 likely = int(logits.argmax())
@@ -61,11 +61,12 @@ def slow(model: Any, asked: list[Request], how: Sampling) -> list[list[tuple[lis
 @pytest.mark.parametrize("temperature", [0.8, 0.0])
 def test_answers_are_those_of_the_definition(engine: Any, temperature: float, model: Any) -> None:
     how = Sampling(HOW.stop, HOW.max_new_tokens, temperature, HOW.seed, HOW.iteration)
-    asked = [*requests(), Request(np.array([7, 8]), 77, 1), Request(np.array([9]), 78, 0)]
+    asked = [*requests(), Request(np.array([7, 8]), 77, 4, room=2), Request(np.array([9]), 78, 0)]
     engine.sync(model, 1)
     expected, found = slow(model, asked, how), engine.generate(asked, how)
     lengths = {len(answer.token) for some in found for answer in some}
-    assert [len(some) for some in found] == [3] * 5 + [1, 0] and (temperature == 0 or len(lengths) > 2)
+    assert [len(some) for some in found] == [3] * 5 + [4, 0] and (temperature == 0 or len(lengths) > 2)
+    assert max(len(answer.token) for answer in found[5]) <= 2 < max(lengths)
     for ours, theirs in zip(found, expected):
         for answer, (ids, logps, ended) in zip(ours, theirs):
             assert answer.token.tolist() == ids and answer.ended == ended

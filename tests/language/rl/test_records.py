@@ -16,7 +16,11 @@ from offpolicy.files import Table
 from offpolicy.language.rl.records import Recorder
 
 INEXACT = {"engine": "tiny_rl.InexactEngine", "objective": {"weight": [{"name": "engine", "mode": "token_truncate"}]}}
-CASES: dict[str, dict[str, Any]] = {"GRPO": INEXACT, "ReMix": {"reincarnation": 3}, "RLPlus": {"micro_batch_size": 3}}
+CASES: dict[str, dict[str, Any]] = {
+    "GRPO": INEXACT,
+    "ReMix": {"reincarnation": 3},
+    "RLPlus": {"micro_batch_size": 3, "demonstration_share": 0.5},
+}
 LATE = {"GRPO-late": {"lag": 1}, "ReMix-late": {"lag": 2}}
 GAPS = ("engine/gap_mean", "engine/gap_max", "answers/aborted")
 SAME = (

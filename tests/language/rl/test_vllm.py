@@ -81,9 +81,10 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 0.0])
 def test_log_probabilities_are_the_trainers(drawing: Any, temperature: float) -> None:
     engine, model = drawing
-    asked, how = requests(8, 4), replace(HOW, max_new_tokens=16, temperature=temperature)
+    short = Request(np.array([7, 8, 9]), 99, 3, room=2)
+    asked, how = [*requests(8, 4), short], replace(HOW, max_new_tokens=16, temperature=temperature)
     found = engine.generate(asked, how)
-    assert [len(some) for some in found] == [4] * 8
+    assert [len(some) for some in found] == [4] * 8 + [3] and all(len(answer.token) <= 2 for answer in found[-1])
     assert largest_gap(model, asked, found, temperature) < 1e-4
 
 
