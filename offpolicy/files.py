@@ -19,6 +19,7 @@ from offpolicy.errors import DataError
 from offpolicy.moved import names_of
 
 Value = int | float | str
+MARGINS = "margins.csv"  # of a run on pairs: the margin of each at the newest evaluation
 PLACES = "seeds.json"  # in a joint folder: seed → its folder, as seen from there
 __getattr__ = names_of("offpolicy.files")  # what stood here in version 0.1
 

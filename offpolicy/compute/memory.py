@@ -1,4 +1,4 @@
-"""Keep freed memory, so that the temporaries of the next update find it mapped.
+"""Memory of this process: the most it has held, and freed memory kept, so that the next update finds it mapped.
 
 The C library of Linux gives large blocks back to the system as soon as they are freed, and an update of batch 256 or
 more frees megabytes many times. Every page must then be mapped again at its next use, which can cost as much as a fifth
@@ -8,7 +8,10 @@ of an update. No effect on results.
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
+
+import torch
 
 # parameters of mallopt, from <malloc.h>
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -30,3 +33,14 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and all(
         mallopt(name, size) == 1 for name, size in ((M_MMAP_THRESHOLD, LARGEST_KEPT), (M_TRIM_THRESHOLD, TOTAL_KEPT))
     )
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory this process has held so far, MiB: on the GPU, else in all; NaN where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return math.nan
+    import resource  # Unix alone has it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -30,7 +30,7 @@ LANGUAGE = (
 )
 NO_TEXTS = re.compile(  # JSON and caches that stand beside data, models and runs
     r"[._].*|cache-.*|(dataset_infos?|dataset_dict|state|versions|vocab|package|tokenizer.*|special_tokens_map|"
-    r"added_tokens|.*config|.*\.index|.*metadata|.*croissant)\.json|(metrics|evals)\.csv"
+    r"added_tokens|.*config|.*\.index|.*metadata|.*croissant)\.json|(metrics|evals|margins)\.csv"
 )
 ROOTS = {
     "d4rl": ("D4RL_DATASET_DIR", "~/.d4rl/datasets"),

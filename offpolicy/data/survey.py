@@ -16,7 +16,7 @@ NEAR_BOUND = 1e-3  # of half the range of an action
 
 
 @dataclass(frozen=True)
-class Coverage:
+class StateCoverage:
     """Where the states lie.
 
     Attributes:
@@ -65,7 +65,7 @@ class Survey:
     constant: list[int]
     repeated_rows: int
     repeated_episodes: int
-    coverage: Coverage | None
+    coverage: StateCoverage | None
     doubts: list[str] = field(default_factory=list)
 
 
@@ -141,7 +141,7 @@ def _on_bounds(replay: Replay, action: np.ndarray) -> tuple[np.ndarray | None, n
     return (action <= low + slack).mean(0), (action >= high - slack).mean(0)
 
 
-def _coverage(obs: np.ndarray, owner: np.ndarray) -> Coverage | None:
+def _coverage(obs: np.ndarray, owner: np.ndarray) -> StateCoverage | None:
     """How far states are from those of other episodes, and where they lie; None of images, text and single episodes."""
     if obs.dtype.kind != "f" or obs.shape[1] > WIDEST or owner[-1] == 0:
         return None
@@ -162,7 +162,7 @@ def _coverage(obs: np.ndarray, owner: np.ndarray) -> Coverage | None:
         nearest[low : low + 250] = np.sqrt(np.maximum(distance.min(1), 0.0) / some.shape[1])
     values, axes = np.linalg.eigh(np.cov(some.T).reshape(some.shape[1], -1))
     plane = some @ axes[:, ::-1][:, :2].astype(np.float32)
-    return Coverage(nearest[np.isfinite(nearest)], len(some), plane, float(values[::-1][:2].sum() / values.sum()))
+    return StateCoverage(nearest[np.isfinite(nearest)], len(some), plane, float(values[::-1][:2].sum() / values.sum()))
 
 
 def _doubts(found: Survey, replay: Replay) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offpolicy.compute.memory import peak_memory
 from offpolicy.losses.health import summarise
 from offpolicy.losses.scores import TokenMean
 
@@ -151,10 +150,3 @@ class Pace:
         }
         self._clear()
         return row
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory this process has held so far, MiB: on the GPU, else in all."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

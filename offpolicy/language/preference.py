@@ -28,6 +28,7 @@ from offpolicy.language.head import Answers, score
 from offpolicy.language.layout import Layout, pair_layout, single_layout
 from offpolicy.language.meters import RowMeter
 from offpolicy.language.module import LanguageModule
+from offpolicy.language.pair_margins import keep_pair_margins
 from offpolicy.language.plan import RowPlan, previous_of_other_prompt
 from offpolicy.language.reference import Passes, Reference, ReferenceTable, evaluating
 from offpolicy.language.room import base_dtype
@@ -367,15 +368,21 @@ class PreferenceModule(LanguageModule):
             return {}
         rows = table.needed[np.argsort(-table.texts.lengths[table.needed].sum(1), kind="stable")]
         beta = self.hparams.get("beta") if self.uses_reference else None
+        margins: list[tuple[np.ndarray, Tensor]] = []
 
         def judge(some: np.ndarray) -> tuple[Tensor, Metrics]:
             scores = self.scores(table, some, means, stats=True)
             loss, metrics = self.loss(scores)
+            if "rewards/margins" in metrics:
+                margins.append((some, metrics["rewards/margins"]))
             return loss, metrics | idealised(scores, beta)
 
         with evaluating(self.model), self.precision_context():
             means = self.step_means(table, rows)
-            return evaluate(table.texts, rows, judge, self.micro.rows, self.device)
+            numbers = evaluate(table.texts, rows, judge, self.micro.rows, self.device)
+        if margins and self.run_log.files is not None:
+            keep_pair_margins(self.run_log.files.folder, self.global_step, margins)
+        return numbers
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)

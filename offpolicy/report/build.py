@@ -7,7 +7,7 @@ from pathlib import Path
 
 from offpolicy.errors import UsageError, check_choice
 from offpolicy.files import atomic_write
-from offpolicy.report import language_section, runs_section, scores_section
+from offpolicy.report import language_section, offline_section, runs_section, scores_section
 from offpolicy.report.curves import AXES, check_axis
 from offpolicy.report.figures import looks_of
 from offpolicy.report.page import Section, notes, page
@@ -42,12 +42,14 @@ def write_report(
     out = Path(out).expanduser()
     if out.exists() and not out.is_dir():
         raise UsageError(f"`out` is {out}, which is a file; expected a folder for the report. Pass another.")
+    places = list(places)
     records = [read_record(run) for run in find_runs(places)]
     check_axis(records, x)
     labels = variants([one.run for one in records])
-    looks = looks_of(sorted(set(labels.values())))
+    methods = [one for one in records if not one.run.estimates]
+    looks = looks_of(sorted({labels[one.run.folder] for one in methods}))
     files: dict[str, str] = {}
-    material = scores_section.Material(records, labels, looks, x, out / "figures", files)
+    material = scores_section.Material(methods, labels, looks, x, out / "figures", files)
     runs = [one.run for one in records]
     last, best = compare_runs(runs), {one.column: one for one in compare_runs(runs, "best")}
     judged = [one for one in last if one.column]
@@ -56,6 +58,7 @@ def write_report(
         sections += scores_section.score_sections(found, best[found.column], found.column, material, len(judged) == 1)
     sections += [language_section.goals(material), language_section.preference(material)]
     sections += [language_section.rollouts(material)]
+    sections += [offline_section.offline(records, offline_section.find_files(places, runs), material)]
     fast, speeds = runs_section.speed(records, labels)
     sections += [fast, runs_section.settings_section(records, labels), not_known(last, records)]
     sections += [runs_section.provenance(records, labels)]

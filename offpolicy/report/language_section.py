@@ -11,7 +11,7 @@ import numpy as np
 from offpolicy.report.curves import Line, MeanCurve, line_of, mean_curve
 from offpolicy.report.figures import draw_histograms, draw_panels
 from offpolicy.report.page import Section, shown_figure
-from offpolicy.report.records import RunRecord
+from offpolicy.report.records import RunRecord, read_margins
 from offpolicy.report.runs_section import by_cell
 from offpolicy.report.scores_section import FEW, Material, newest
 from offpolicy.report.writing import Markup, html_table, tag
@@ -65,12 +65,29 @@ def preference(material: Material) -> Section:
     )
     found.parts.append(tag("p", f"{words} {FEW}"))
     found.parts += panels_by_task(records, PREFERENCE, "preference", material)
-    found.parts += margins(records, material)
+    found.parts += pair_margins(records, material) or margins(records, material)
     return found
 
 
+def pair_margins(records: Sequence[RunRecord], material: Material) -> list[Markup]:
+    """Histograms of the margins of single pairs at the last evaluation, over the seeds of each method."""
+    panels: dict[str, dict[str, np.ndarray]] = {}
+    for (task, method), some in by_cell(records, material.labels).items():
+        every = np.concatenate([read_margins(one.run.folder) for one in newest(some)])
+        if len(every):
+            panels.setdefault(task, {})[method] = every
+    if not panels:
+        return []
+    words = (
+        "Margins of single held-out pairs at the last evaluation of each run, all seeds of a method together. Above 0 "
+        "the chosen answer has the larger reward."
+    )
+    looks = {name: look for name, look in material.looks.items() if any(name in methods for methods in panels.values())}
+    return [shown_figure(draw_histograms("pair-margins", panels, looks, "margin of a pair", material.figures), words)]
+
+
 def margins(records: Sequence[RunRecord], material: Material) -> list[Markup]:
-    """Histograms of what each run measured at its evaluations; of single pairs runs keep nothing."""
+    """Histograms of what each run measured at its last evaluation, where runs keep nothing of single pairs."""
     panels: dict[str, dict[str, np.ndarray]] = {}
     for title, reader in list(PREFERENCE.items())[:2]:
         for method in material.looks:
@@ -79,9 +96,9 @@ def margins(records: Sequence[RunRecord], material: Material) -> list[Markup]:
             if len(ends):
                 panels.setdefault(title, {})[method] = ends
     if not panels or all(len(values) < 3 for methods in panels.values() for values in methods.values()):
-        return [tag("p", "Runs keep means over pairs, so there are histograms over runs alone, from three on.")]
+        return [tag("p", "These runs keep means over pairs, so there are histograms over runs alone, from three on.")]
     drawn = draw_histograms("preference-histograms", panels, material.looks, "last value of a run", material.figures)
-    return [shown_figure(drawn, "Accuracy and margin at the end, over runs: of single pairs runs keep means alone.")]
+    return [shown_figure(drawn, "Accuracy and margin at the end, over runs: of pairs these keep means alone.")]
 
 
 def rollouts(material: Material) -> Section:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -16,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from offpolicy.compute.processes import LOCK
+from offpolicy.files import MARGINS
 from offpolicy.report.runs import Run, printable, versions_of
 from offpolicy.training.headlines import is_loss_name
 
 MOST_ROWS = 500  # of metrics that are drawn of one run
+MOST_TEXT = 1 << 20  # characters of a file of margins
 RATE, TOKENS, MEMORY = "perf/updates_per_s", "perf/tokens_per_s", "perf/peak_memory_mb"
 Curve = tuple[np.ndarray, np.ndarray]  # updates (T,) and values (T,)
 
@@ -71,6 +74,17 @@ def read_record(run: Run) -> RunRecord:
     text = _text(run.folder / "command.txt")
     commands = tuple(printable(line) for line in text.splitlines() if line.strip())
     return RunRecord(run, run_state(run, columns), columns, clock, versions_of(run.folder), commands)
+
+
+def read_margins(folder: Path) -> np.ndarray:
+    """The finite margins of single pairs at the newest evaluation of a run, (n,); empty where it keeps none."""
+    rows = csv.reader(io.StringIO(_text(folder / MARGINS)[:MOST_TEXT]))
+    try:
+        values = [_number(row, 2) for row in rows if row and row[0].isdigit()]
+    except csv.Error:
+        return np.empty(0)
+    known = np.array([value for value in values if value is not None], np.float64)
+    return known[np.isfinite(known)]
 
 
 def run_state(run: Run, columns: dict[str, Curve]) -> str:

@@ -50,6 +50,11 @@ class Run:
     failed_last: bool = False
 
     @property
+    def estimates(self) -> bool:
+        """Whether it scores policies of others (fitted Q evaluation), and so is no method to compare."""
+        return self.method == "FQE" or any("eval/value" in row for row in self.rows)
+
+    @property
     def finished(self) -> bool:
         """Whether all updates were made, as far as its files say how many there were to be."""
         return self.planned is None or self.updates >= self.planned

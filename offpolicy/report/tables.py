@@ -78,7 +78,10 @@ def compare_runs(runs: Sequence[Run], which: str = "last") -> list[Comparison]:
     """
     labels, tables = variants(runs), []
     by_measure: dict[str, list[Run]] = {}
+    scoring = _of_runs([run for run in runs if run.estimates], "of fitted Q evaluation, which is no method to compare")
     for run in runs:
+        if run.estimates:
+            continue
         by_measure.setdefault(run.judged_by() or "", []).append(run)
     without = by_measure.pop("", [])
     for column, members in by_measure.items():
@@ -100,9 +103,8 @@ def compare_runs(runs: Sequence[Run], which: str = "last") -> list[Comparison]:
         found = Comparison(measure, which, tasks, methods, cells, notes, column)
         found.notes += _unlike(found)
         tables.append(found)
-    if without:
-        tables.append(Comparison("", which, [], [], {}, _of_runs(without, "without an evaluation and left out")))
-    return tables
+    told = [*_of_runs(without, "without an evaluation and left out"), *scoring]
+    return [*tables, Comparison("", which, [], [], {}, told)] if told else tables
 
 
 def _cells(runs: Sequence[Run], labels: Mapping[Path, str]) -> tuple[dict[tuple[str, str], Cell], list[Run]]:

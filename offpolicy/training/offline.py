@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from offpolicy.compute.casts import fresh_casts
 from offpolicy.compute.devices import Stopwatch
-from offpolicy.compute.memory import keep_freed_memory
+from offpolicy.compute.memory import keep_freed_memory, peak_memory
 from offpolicy.compute.optim import num_trained
 from offpolicy.data.batches import check_rows
 from offpolicy.data.mixing import SHARE
@@ -474,7 +474,8 @@ class OfflineModule(SteppingModule):
         row: dict[str, Any] = {k if k.startswith("synthetic/") else f"train/{k}": v for k, v in means.items()}
         if self._collection is not None:
             row |= self._collection.row(updates, self._watch.seconds)
-        self.log_row({"step": updates, **row, "perf/updates_per_s": self._watch.read()}, updates)
+        row |= {"perf/updates_per_s": self._watch.read(), "perf/peak_memory_mb": peak_memory(self.device)}
+        self.log_row({"step": updates, **row}, updates)
 
     @property
     def _collection(self) -> Collection | None:

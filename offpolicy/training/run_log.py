@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from lightning.pytorch import Callback
@@ -23,6 +24,7 @@ from lightning.pytorch import Callback
 class Files(Protocol):
     """What keeps a run on disk, as others see it: :class:`offpolicy.training.run_folder.RunFolder`."""
 
+    folder: Path
     earlier: dict[str, Any]  # the evaluation of the update that the run goes on from, where it was made
 
     def before_evaluation(self, trainer: Any, pl_module: Any) -> None:

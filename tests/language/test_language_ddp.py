@@ -15,6 +15,7 @@ from toy import differences, run_files
 
 import offpolicy as op
 from offpolicy.language.reference import Cache
+from offpolicy.report.records import read_margins
 from offpolicy.training.checkpoints import read_checkpoint
 from offpolicy.training.lightning_private import FullySharded
 
@@ -94,6 +95,9 @@ def test_two_processes_equal_one(name: str, pair: tuple[Path, list[dict[str, Any
             skip = "accuracies" if ours["step"] == 2 else "nothing"  # all rewards are 0 in the first step
             ours, theirs = ({k: v for k, v in row.items() if skip not in k} for row in (ours, theirs))
             assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+    margins = read_margins(tmp_path)  # each process has every other pair
+    assert read_margins(root / name / "whole") == pytest.approx(margins, rel=1e-5, abs=max(tolerance, 1e-6))
+    assert len(margins) == (0 if name in ("KTO", "SFT") else 5)
 
 
 def test_a_run_of_two_processes_opens_and_goes_on_in_one(

@@ -16,6 +16,7 @@ from toy import differences, run_files
 import offpolicy as op
 from offpolicy.errors import DataError
 from offpolicy.files import Table
+from offpolicy.report.records import read_margins
 from offpolicy.training import measurement, run_folder
 from offpolicy.training.checkpoints import newest_checkpoint
 
@@ -53,7 +54,12 @@ def test_crash_and_resume_equals_an_uninterrupted_run(name: str, policy: Path, t
     torch.manual_seed(99)
     fit(resumed, max_steps=LAST, folder=two, ckpt_path=path)
     assert not differences(run_files(one, LAST), run_files(two, LAST))
-    assert [row["step"] for row in Table(two / "evals.csv").rows()] == [3, 6, 7]
+    evaluations = Table(two / "evals.csv").rows()
+    assert [row["step"] for row in evaluations] == [3, 6, 7]
+    margins = read_margins(two)  # of the last evaluation; methods on single answers have none
+    assert margins.tolist() == read_margins(one).tolist() and len(margins) == (0 if name in ("KTO", "SFT") else 5)
+    if len(margins):
+        assert margins.mean() == pytest.approx(evaluations[-1]["eval/rewards/margins"], abs=1e-5)
 
 
 @pytest.mark.slow

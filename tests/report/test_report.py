@@ -27,7 +27,7 @@ from offpolicy.report.__main__ import main
 from offpolicy.report.build import write_report
 from offpolicy.report.curves import Line, mean_curve, on_grid, suite_curve
 from offpolicy.report.published import published_for, published_scores, published_seed_scores
-from offpolicy.report.records import MOST_ROWS, read_metrics, read_record
+from offpolicy.report.records import MOST_ROWS, read_margins, read_metrics, read_record
 from offpolicy.report.runs import newest_step, read_run
 from offpolicy.report.writing import csv_cell, csv_text, latex_table, latex_text, tag
 
@@ -285,6 +285,62 @@ def test_preference_runs(tmp_path: Path) -> None:
     for one in (dpo, simpo):
         assert per_answer(one, "chosen", "updates", per_token=True).y.tolist() == [-2.0, -2.0]
         assert per_answer(one, "chosen", "updates", per_token=False).y.tolist() == [-8.0, -8.0]
+
+
+def test_margins_of_single_pairs(tmp_path: Path) -> None:
+    """Kept by two of three seeds; rows that hold no number and what is not finite do not count."""
+    for seed in range(3):
+        folder = made_run(tmp_path / "runs" / str(seed), "DPO", "pairs", seed, (0.1,), "eval/rewards/margins")
+        if seed:
+            (folder / "margins.csv").write_text("step,row,margin\n10,0,0.5\n10,1,-1\n10,2,nan\n10,3,=x\n10,4")
+    assert read_margins(folder).tolist() == [0.5, -1.0] and not len(read_margins(tmp_path))
+    text, out = report(tmp_path / "runs")
+    assert "Margins of single held-out pairs" in text and (out / "figures" / "pair-margins.pdf").exists()
+    assert not (out / "figures" / "preference-histograms.pdf").exists()
+
+
+def test_offline_evaluations_are_no_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of fitted Q evaluation and a file of the command: a section of their own, and no column of any table."""
+    three(tmp_path / "runs", "BC", [10.0, 12.0, 14.0])
+    folder = made_run(tmp_path / "runs" / "FQE", "FQE", "maze", 0, (-3.25, -2.5), "eval/value", runs=["a/b"])
+    Table(folder / "evals.csv").append({"step": 30, "eval/value": -2.5, "eval/value_spread": 0.75, "eval/loss": 0.1})
+    estimate = {"value": -7.5, "low": -9.0, "high": -6.0, "spread": 0.1, "effective": None, "doubt": HOSTILE}
+    policies = [
+        {
+            "checkpoint": f"BC/{i}",
+            "method": "BC",
+            "step": 10,
+            "score": score,
+            "estimates": {"fqe": estimate | {"value": i}},
+        }
+        for i, score in enumerate((30.0, 20.0))
+    ]
+    chosen = [{"k": 1, "best": 20.0, "regret": 10.0, "sharpe": None}]
+    ranking = {"policies": 2, "spearman": -1.0, "low": None, "high": None, "verdict": "Do not.", "chosen": chosen}
+    budget = {"pulls": [1, 2], "mean": [20.0, 25.0], "low": [18, 22], "high": [22, 28], "policies": 2, "episodes": 5}
+    content = {"format": 1, "data": "maze", "episodes": 100, "held_out": 20, "discount": 0.99, "policy": "mean",
+               "seen": True, "unit": "score", "policies": policies, "rankings": {"fqe": ranking},
+               "budget": budget}  # fmt: skip
+    (tmp_path / "runs" / "ope.json").write_text(json.dumps(content))
+    (tmp_path / "runs" / "BC").mkdir()
+    for name, bad in (("a", "[" * 100_000), ("b", json.dumps(content | {"policies": 10**400}))):
+        (tmp_path / "runs" / "BC" / name).mkdir()
+        (tmp_path / "runs" / "BC" / name / "ope.json").write_text(bad)
+    text, out = report(tmp_path / "runs")
+    words = " ".join(" ".join(Reader(text).words).split())
+    for wanted in ("-2.5", "0.75", "a/b", "20 held out of 100 episodes", "[-9, -6]", "fqe: Do not.",
+                   "k = 1: best 20, regret 10", "Without an episode, fqe chooses a policy of 20.",
+                   "What so many episodes in the environment buy",
+                   "cannot be read", "is not as python -m offpolicy.ope writes it"):  # fmt: skip
+        assert wanted in words, wanted
+    assert HOSTILE not in text
+    assert len(list((out / "figures").glob("budget-*.pdf"))) == 1
+    assert "FQE" not in (out / "tables" / "score.csv").read_text() and not (out / "tables" / "value.csv").exists()
+    from offpolicy.compare import main as compare
+
+    assert compare([str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr().out
+    assert "1 run is of fitted Q evaluation, which is no method to compare" in shown and "12.0 ± 5.0" in shown
 
 
 def test_runs_that_learn_from_own_answers(tmp_path: Path) -> None:

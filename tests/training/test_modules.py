@@ -137,6 +137,7 @@ def test_learning_curves_reach_the_trainer(replay: Replay) -> None:
     module = fit(method("TD3BC"), replay, 45)
     assert {"train/critic_loss", "train/q_mean", "eval/return_mean"} <= module.trainer.callback_metrics.keys()
     assert module.metric_row["step"] == module.eval_row["step"] == 45 and module.metric_row["perf/updates_per_s"] > 0
+    assert module.metric_row["perf/peak_memory_mb"] > 10
 
 
 def test_metrics_are_means_over_their_own_updates_and_keep_no_graph() -> None:

@@ -182,10 +182,10 @@ def _of_records(
         found.wanted = sum(bool(one.facts["label"]) for one in made)
     if form.kind.name == "lists":
         found.first = _places(source, form)
-    return found, [Item(plain(one.prompt), tuple(map(plain, one.answers))) for one in made]
+    return found, [Item(compared_text(one.prompt), tuple(map(compared_text, one.answers))) for one in made]
 
 
-def plain(text: Text) -> str:
+def compared_text(text: Text) -> str:
     """What is said, without white space at the ends."""
     return text.strip() if isinstance(text, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
 
@@ -296,7 +296,7 @@ def _prompts(source: Source, target: Target, columns: Mapping[str, str | None] |
         rows = read_problems(source, problem_columns(source, dict(columns or {})))
         yield from (problem.text.strip() for problem in rows if problem.fault is None)
     else:
-        yield from (plain(one.prompt) for one in _read(source, detect(source, columns), "")[0])
+        yield from (compared_text(one.prompt) for one in _read(source, detect(source, columns), "")[0])
 
 
 def _add_doubts(found: TextSurvey, items: Sequence[Item]) -> None:
