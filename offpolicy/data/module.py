@@ -49,7 +49,7 @@ class DataModule(LightningDataModule):
         env_kwargs: its arguments.
         obs_keys: parts of a dict observation that ``obs`` consists of, in order.
         max_episode_steps: its step limit; in files without end marks, longer episodes are cut there.
-        extra_columns: columns of HDF5 files that are not read unless named, such as [infos/weight].
+        extra_columns: columns of HDF5 files and Minari data that are not read unless named, such as [infos/weight].
         holdout: share of the episodes, chosen by a hash, that no update sees, in [0, 1), for ``run.select``; None is
             0.1, and 0 of fewer than 50 episodes.
         source: "real" trains on the data alone; "policy-guided" mostly on trajectories of a diffusion model, drawn anew

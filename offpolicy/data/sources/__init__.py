@@ -52,8 +52,8 @@ def open_source(
         env_id, env_kwargs: environment to evaluate in, for files without a known one; its spaces are checked.
         obs_keys: parts of a dict observation that ``obs`` consists of, in order.
         max_episode_steps: the environment's step limit; without end marks longer episodes are cut there.
-        extra_columns: columns that the steps must have; of HDF5 files also those under ``infos/``, which are not read
-            unless named.
+        extra_columns: columns that the steps must have; of HDF5 files and Minari data also those under ``infos/``,
+            which are not read unless named.
 
     Returns:
         The replay; ``meta["notes"]`` and ``meta["warnings"]`` hold what a person should read once
@@ -84,7 +84,8 @@ def open_source(
         raise DataError(
             f"`extra_columns` names `{missing[0]}`, and the steps of {target.name} have "
             f"{listed(sorted(replay.steps))}; expected columns with one row per step that the source holds and this "
-            "library reads (`infos/…` of HDF5 files in D4RL's layout). Correct the name, or add the column in Python."
+            "library reads (`infos/…` of HDF5 files in D4RL's layout and of Minari data). Correct the name, or add the "
+            "column in Python."
         )
     return replay
 
@@ -139,8 +140,8 @@ def _open(
 
         keys = list(obs_keys) if obs_keys is not None else target.info.get("obs_keys", "").split() or None
         if target.path is not None:
-            return minari.read(path, obs_keys=keys, **common)
-        return minari.open_id(target.name, download=download, obs_keys=keys, **common)
+            return minari.read(path, obs_keys=keys, extra=extra_columns, **common)
+        return minari.open_id(target.name, download=download, obs_keys=keys, extra=extra_columns, **common)
     if target.kind == "d4rl":
         from offpolicy.data.sources import d4rl
 

@@ -32,6 +32,7 @@ from offpolicy.trust import check_environment
 
 PRECISION_LIMIT = 1 << 23  # numbers of one episode that are read a second time, as float64
 REMOTE = "hf://farama-minari"  # Minari's default
+INFOS = "infos/"
 
 
 def read(
@@ -42,6 +43,7 @@ def read(
     on_bad: str = "error",
     clip_actions: bool = False,
     sha256: str | None = None,
+    extra: tuple[str, ...] = (),
 ) -> Replay:
     """Read a Minari data set.
 
@@ -52,6 +54,8 @@ def read(
             is also a column ``obs/<part>``; text is left out.
         on_bad, clip_actions: as in :func:`offpolicy.data.validate.finish`.
         sha256: expected hash over the storage files in order.
+        extra: columns under ``infos/`` to read too. Of T + 1 rows they are those beside the observations: row t is what
+            the environment told with the observation that action t answers.
 
     Raises:
         DataError: an incomplete or damaged set, or one whose storage is not known.
@@ -64,7 +68,8 @@ def read(
     if kind == "hdf5":
         storage = Hdf5Storage(folder / "data" / "main_data.hdf5")
     elif kind in ("arrow", "parquet"):
-        storage = ArrowStorage(folder / "data", kind)
+        infos = ("infos",) if any(name.startswith(INFOS) for name in extra) else ()
+        storage = ArrowStorage(folder / "data", kind, infos)
     else:
         raise DataError(f"{folder} is stored as '{kind}'; expected hdf5, arrow or parquet. Convert it with minari.")
     lock = Lock(storage.files, folder / "data.lock.json")
@@ -76,7 +81,7 @@ def read(
                 f"{folder} has {found} episodes, its metadata say {record['total_episodes']}; the download is "
                 "incomplete. Delete the folder and fetch it again."
             )
-        raw = _read_episodes(folder, record, storage, observation, action, obs_keys)
+        raw = _read_episodes(folder, record, storage, observation, action, obs_keys, extra)
     known = _environment(folder, record)
     check_environment(known, str(folder))
     wrappers = known.get("env_wrappers", [])
@@ -218,6 +223,7 @@ def _read_episodes(
     observation: Mapping[str, Any],
     action: Mapping[str, Any],
     obs_keys: Iterable[str] | None,
+    extra: tuple[str, ...],
 ) -> Raw:
     empty = int((storage.lengths == 0).sum())
     episodes = np.flatnonzero(storage.lengths)
@@ -259,6 +265,11 @@ def _read_episodes(
         steps, tail = np.empty((total + 1, *shape), dtype=dtype), np.empty((count, *shape), dtype=dtype)
         filled.append((key, steps, tail))
         parts["/".join(path)] = steps[:total], tail
+    infos = {}
+    for name in extra:
+        if name.startswith(INFOS):
+            more, shape, dtype = storage.layout(int(episodes[0]), name)
+            infos[name] = _allocate_info(folder, name, more, (total, count), shape, dtype, filled, stored)
     for k, episode in enumerate(episodes.tolist()):
         low, steps_here = int(start[k]), int(length[k])
         for key, out, last in filled:
@@ -266,6 +277,7 @@ def _read_episodes(
             storage.fill(episode, key, out[low : low + rows])
             if last is not None:  # the extra row is overwritten by the next episode
                 last[k] = out[low + rows - 1]
+    raw.steps |= infos
     raw.steps["action"] = action_column.reshape(total, -1)
     raw.truncated = truncated[start + length - 1]
     _join_observations(raw, parts, obs_keys, folder)
@@ -273,6 +285,30 @@ def _read_episodes(
     raw.meta["source_dtypes"] = {k: d for k, d in dtypes.items() if d and d != str(raw.steps[k].dtype)}
     raw.warnings += _precision_doubts(storage, filled, episodes, length)
     return raw
+
+
+def _allocate_info(
+    folder: Path,
+    name: str,
+    more: int,
+    sizes: tuple[int, int],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    filled: list[tuple[str, np.ndarray, np.ndarray | None]],
+    stored: int,
+) -> np.ndarray:
+    """Room for a column of ``infos/``, which ``filled`` gets, and the part of it that belongs to steps."""
+    total, count = sizes
+    if dtype.kind not in "fiub" or more not in (0, 1):
+        raise DataError(
+            f"{folder}: `{name}` has type {dtype} and {more:+d} rows beside the steps; expected numbers or flags, one "
+            "row per step or one more. Leave it out of `extra_columns`."
+        )
+    kept = {"f": np.float32, "b": bool}.get(dtype.kind, np.int64)
+    check_size(folder, name, (total + count) * prod(shape) * np.dtype(kept).itemsize, stored)
+    steps = np.empty((total + more, *shape), dtype=kept)
+    filled.append((name, steps, np.empty((count, *shape), dtype=kept) if more else None))
+    return steps[:total]
 
 
 def _precision_doubts(

@@ -12,7 +12,9 @@ import numpy as np
 
 from offpolicy.data.guard import check_dataset, check_parquet, check_size, checked_table
 from offpolicy.data.sources.fetch import corrupt, open_hdf5
-from offpolicy.errors import DataError
+from offpolicy.errors import DataError, listed
+
+COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations")
 
 
 class Storage(Protocol):
@@ -27,6 +29,9 @@ class Storage(Protocol):
 
     def fill(self, episode: int, key: str, out: np.ndarray) -> None:
         """Read a column of an episode, T + 1 rows of observations and T of the others, without padding."""
+
+    def layout(self, episode: int, key: str) -> tuple[int, tuple[int, ...], Any]:
+        """Rows of a column of an episode beyond its steps (0 or 1), the shape of one row, and its type."""
 
 
 class Hdf5Storage:
@@ -74,6 +79,18 @@ class Hdf5Storage:
             )
         out[...] = values.reshape(out.shape)
 
+    def layout(self, episode: int, key: str) -> tuple[int, tuple[int, ...], Any]:
+        from h5py import h5i
+
+        group = self.file[self.names[episode]]
+        if key in group and h5i.get_type(group[key].id) != h5i.DATASET:
+            raise DataError(
+                f"{self.files[0]}: `{key}` is a group of {listed(group[key])}; expected one of its columns. Name it."
+            )
+        found = self._open(episode, key)
+        rows, *shape = found.shape or (0,)
+        return rows - int(self.lengths[episode]), tuple(shape), found.dtype
+
     def _open(self, episode: int, key: str) -> Any:
         from h5py import h5d
 
@@ -90,9 +107,9 @@ class Hdf5Storage:
 class ArrowStorage:
     """A folder per episode with Arrow or Parquet parts; every column has T + 1 rows, the last padding but for obs."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
+    def __init__(self, folder: Path, kind: str, more: tuple[str, ...] = ()) -> None:
         episodes = sorted((p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
-        self.kind = kind
+        self.kind, self.columns = kind, (*COLUMNS, *more)
         self.parts = [sorted(p.glob(f"part-*.{kind}"), key=lambda part: int(part.stem.split("-")[1])) for p in episodes]
         for episode, parts in zip(episodes, self.parts):
             if not parts:
@@ -118,16 +135,8 @@ class ArrowStorage:
     def fill(self, episode: int, key: str, out: np.ndarray) -> None:
         import pyarrow as pa
 
-        name, *nested = key.split("/")
-        if self.at[0] != episode:
-            self.at = (episode, self._guarded(episode, lambda: pa.concat_tables(map(self._table, self.parts[episode]))))
         try:
-            column = self.at[1].column(name).combine_chunks()
-            for part in nested:
-                column = column.field(part)
-            while pa.types.is_nested(column.type):
-                column = column.flatten()
-            values = column.to_numpy(zero_copy_only=False)
+            values = self._values(episode, key)
             out[...] = values.reshape(int(self.lengths[episode]) + 1, *out.shape[1:])[: len(out)]
         except (pa.ArrowException, KeyError) as error:
             raise corrupt(self.parts[episode][0], key, error) from None
@@ -136,6 +145,32 @@ class ArrowStorage:
                 f"{self.parts[episode][0]}: `{key}` does not have the shape {out.shape[1:]} of the space in the "
                 f"metadata ({error}). Record or fetch the data set again."
             ) from None
+
+    def layout(self, episode: int, key: str) -> tuple[int, tuple[int, ...], Any]:
+        import pyarrow as pa
+
+        try:
+            values = self._values(episode, key)
+        except (pa.ArrowException, KeyError, ValueError) as error:
+            raise DataError(f"{self.parts[episode][0]}: there is no column `{key}` of numbers ({error}).") from None
+        width = values.size // (int(self.lengths[episode]) + 1)
+        return 1, () if width == 1 else (width,), values.dtype
+
+    def _values(self, episode: int, key: str) -> np.ndarray:
+        """The numbers of a column of an episode, flat."""
+        import pyarrow as pa
+
+        name, *nested = key.split("/")
+        if self.at[0] != episode:
+            self.at = (episode, self._guarded(episode, lambda: pa.concat_tables(map(self._table, self.parts[episode]))))
+        column = self.at[1].column(name).combine_chunks()
+        for part in nested:
+            column = column.field(part)
+        while pa.types.is_nested(column.type) and not pa.types.is_struct(column.type):
+            column = column.flatten()
+        if pa.types.is_struct(column.type):
+            raise KeyError(f"it holds {', '.join(field.name for field in column.type)}")
+        return column.to_numpy(zero_copy_only=False)
 
     def _count(self, episode: int) -> int:
         if self.kind == "parquet":
@@ -146,7 +181,7 @@ class ArrowStorage:
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        names = ["observations", "actions", "rewards", "terminations", "truncations"]
+        names = list(self.columns)
         if self.kind == "parquet":
             return checked_table(parquet.ParquetFile(part).read(columns=names))
         with pa.memory_map(str(part)) as source:

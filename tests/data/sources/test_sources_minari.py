@@ -314,3 +314,44 @@ def test_a_download_that_breaks_off_leaves_nothing(
         open_source("pendulum/mixed-v0")
     assert list((tmp_path / "sets").iterdir()) == []
     assert os.environ["MINARI_DATASETS_PATH"] == str(tmp_path / "sets")
+
+
+def test_columns_of_infos_are_read_where_they_are_named(hdf5: Path, arrow: Path) -> None:
+    """Row t of T + 1 stands beside observation t; of T rows each is its step's. Text and groups are refused."""
+    import pyarrow as pa
+
+    with h5py.File(hdf5 / "data" / "main_data.hdf5", "a") as file:
+        for k, name in enumerate(sorted(file, key=lambda name: int(name.split("_")[1]))):
+            steps = len(file[name]["rewards"])
+            file[name].pop("infos", None)
+            file[name]["infos/time/now"] = k + np.arange(steps + 1) / 1000
+            file[name]["infos/seen"] = np.arange(steps) % 2 == 0
+            file[name]["infos/words"] = [b"go"] * steps
+    found = open_source(str(hdf5), extra_columns=["infos/time/now", "infos/seen"])
+    np.testing.assert_allclose(found.steps["infos/time/now"], found.episode_of + found.t / 1000, atol=1e-4)
+    np.testing.assert_array_equal(found.steps["infos/seen"], found.t % 2 == 0)
+    plain = open_source(str(hdf5))
+    np.testing.assert_array_equal(found.steps["obs"], plain.steps["obs"])
+    assert "infos/seen" not in plain.steps
+    for name, words in (
+        ("infos/words", "expected numbers or flags"),
+        ("infos/time", "is a group of now"),
+        ("infos/nothing", "has no `infos/nothing`"),
+    ):
+        with pytest.raises(DataError, match=words):
+            open_source(str(hdf5), extra_columns=[name])
+
+    for k, part in enumerate(sorted(arrow.glob("data/*/part-0.arrow"))):
+        table = pa.ipc.open_file(part).read_all()
+        rows = pa.array([{"now": k + t / 1000, "pair": [float(t), 1.0]} for t in range(len(table))])
+        table = table.drop_columns([name for name in table.column_names if name == "infos"])
+        with (
+            pa.OSFile(str(part), "wb") as sink,
+            pa.ipc.new_file(sink, table.append_column("infos", rows).schema) as out,
+        ):
+            out.write_table(table.append_column("infos", rows))
+    found = open_source(str(arrow), extra_columns=["infos/now", "infos/pair"])
+    np.testing.assert_allclose(found.steps["infos/now"], found.episode_of + found.t / 1000, atol=1e-4)
+    np.testing.assert_array_equal(found.steps["infos/pair"][:, 0], found.t)
+    with pytest.raises(DataError, match="no column `infos/nothing`"):
+        open_source(str(arrow), extra_columns=["infos/nothing"])
