@@ -32,8 +32,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from offpolicy.data.views import Transitions
-from offpolicy.errors import check_range, check_widths
+from offpolicy.data.replay import Replay
+from offpolicy.data.returns import RETURN_TO_GO, with_returns_to_go
+from offpolicy.data.views import Transitions, TransitionView
+from offpolicy.errors import UsageError, check_range, check_widths
 from offpolicy.losses.td import squared_td, td_target
 from offpolicy.nn.critics import EnsembleCritic
 from offpolicy.nn.policies import TanhGaussianPolicy
@@ -60,6 +62,10 @@ class CQL(OfflineModule):
         auto_entropy: adapt w; otherwise it stays at ``entropy_weight``.
         entropy_weight: w at the start, > 0.
         target_entropy: entropy that w steers to, nats; None takes -A.
+        calibrated: Cal-QL (Nakamoto et al. 2023, arXiv:2303.05479): in Δ the values of policy actions are not below the
+            return of the data from there on, so that the policy is not unlearnt when it goes on online.
+        failure_reward: with ``calibrated``: transformed reward of a step without success, whose episodes are taken to
+            go on so for ever; -5 for AntMaze with "10r-5". None for dense rewards.
         bc_steps: first updates in which the actor maximises log π(a|s) instead of Q, ≥ 0.
         discount: γ per environment step, in [0, 1).
         tau: Polyak rate of the target critics, in [0, 1].
@@ -92,6 +98,8 @@ class CQL(OfflineModule):
         auto_entropy: bool = True,
         entropy_weight: float = 1.0,
         target_entropy: float | None = None,
+        calibrated: bool = False,
+        failure_reward: float | None = None,
         bc_steps: int = 0,
         discount: float = 0.99,
         tau: float = 0.005,
@@ -119,7 +127,18 @@ class CQL(OfflineModule):
         check_widths("critic_hidden_dims", critic_hidden_dims)
         if second_critic_hidden_dims is not None:
             check_widths("second_critic_hidden_dims", second_critic_hidden_dims)
+        if failure_reward is not None and not calibrated:
+            raise UsageError("`failure_reward` is for `calibrated`, which is off. Add --model.calibrated true.")
         self.save_hyperparameters()
+        if calibrated:
+            self.view = TransitionView(extra=(RETURN_TO_GO,))
+
+    def bind(self, replay: Replay) -> None:
+        h, n = self.hparams, self.normalizer
+        if h.calibrated:
+            center, scale = float(n.reward_center), float(n.reward_scale)
+            replay = with_returns_to_go(replay, h.discount, center=center, scale=scale, failure_reward=h.failure_reward)
+        super().bind(replay)
 
     def build(self, sizes: Sizes) -> None:
         h = self.hparams
@@ -176,6 +195,11 @@ class CQL(OfflineModule):
             log_density = torch.cat((log_uniform, logp, next_logp), -2)
         every_q = self.q_of_many(self.critic, batch.obs, action)
         q = every_q[..., -1, :]
+        if h.calibrated:
+            k = h.num_actions
+            least = batch.extra[RETURN_TO_GO].unsqueeze(-2).unsqueeze(-2)
+            bounded = torch.maximum(every_q[..., k : 3 * k, :], least)
+            every_q = torch.cat((every_q[..., :k, :], bounded, every_q[..., 3 * k :, :]), -2)
         if h.importance_sampling:
             every_q = every_q[..., :-1, :] - log_density.unsqueeze(-3)
         gap = h.temperature * torch.logsumexp(every_q / h.temperature, -2) - q

@@ -290,8 +290,9 @@ def finished(
         resume_or_none = resume_words(folder, start.origin) if result.interrupted else None
         look = start.look.format(folder=shlex.quote(str(folder)))
         best = "" if found.files is None else found.files.best_words()
+        went = method.last_words(folder)
         said = screen.last_lines(
-            folder, result.scores, result.updates, seconds, resume_or_none, look, found.failed, best, selected
+            folder, result.scores, result.updates, seconds, resume_or_none, look, found.failed, best, selected, went
         )
         print(said, flush=True)
     if result.interrupted:

@@ -38,7 +38,18 @@ from offpolicy.trust import REFUSED, check_environment, environment_refusal
 log = logging.getLogger(__name__)
 ENDS = ("cut", "whole", "keep")
 RANDOM_STEPS = 10_000  # of a run from scratch, where nobody says; a tenth of all where that is less
-FIXED = ("env", "env_kwargs", "round_steps", "utd", "random_steps", "mix", "episodes", "capacity", "explore_noise")
+FIXED = (
+    "env",
+    "env_kwargs",
+    "round_steps",
+    "utd",
+    "random_steps",
+    "warmup_steps",
+    "mix",
+    "episodes",
+    "capacity",
+    "explore_noise",
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,8 @@ class OnlineOptions:
         utd: updates per environment step, ≥ 1.
         random_steps: environment steps with uniform actions first; before the first update when there are no other
             data. None for 10,000 then, but at most a tenth of ``env_steps``, and 0 otherwise.
+        warmup_steps: environment steps by the policy as it is, after the random ones and before the first update that
+            sees collected rows. WSRL (arXiv:2412.07762) takes 5,000, with ``mix`` "none".
         mix: what batches are drawn from: "union" (all alike), "half" (offline and online rows one for one), "none" (the
             offline rows are left out), or the share of offline rows, in (0, 1). Counts are exact in every batch.
         capacity: rows that are kept, the oldest collected ones leave first; None for all.
@@ -67,6 +80,7 @@ class OnlineOptions:
     round_steps: int = 1000
     utd: int = 1
     random_steps: int | None = None
+    warmup_steps: int = 0
     mix: str | float = "union"
     capacity: int | None = None
     episodes: str = "cut"
@@ -74,7 +88,15 @@ class OnlineOptions:
 
     def __post_init__(self) -> None:
         whole_fields(self, "data.online")
-        lows = {"env_steps": 0, "round_steps": 1, "utd": 1, "random_steps": 0, "capacity": 1, "explore_noise": 0.0}
+        lows = {
+            "env_steps": 0,
+            "round_steps": 1,
+            "utd": 1,
+            "random_steps": 0,
+            "warmup_steps": 0,
+            "capacity": 1,
+            "explore_noise": 0.0,
+        }
         for name, low in lows.items():
             if getattr(self, name) is not None:
                 check_range(f"data.online.{name}", getattr(self, name), low)
@@ -166,10 +188,10 @@ class Collection:
                 f"{o.round_steps:,}, too few with `data.online.episodes` {o.episodes!r}; expected rounds of at "
                 f"least {sim.limit:,} steps, or --data.online.episodes keep."
             )
-        if o.env_steps <= self.random_steps:
+        if o.env_steps <= self.lead:
             raise UsageError(
-                f"`data.online.env_steps` is {o.env_steps:,}, and {self.random_steps:,} of them are random ones "
-                "(`data.online.random_steps`); expected more, as updates begin after them. Lower random_steps."
+                f"`data.online.env_steps` is {o.env_steps:,}, and {self.lead:,} of them are random ones or a warm-up "
+                "(`data.online.random_steps`, `warmup_steps`); expected more, as updates begin after them. Lower these."
             )
         if self.offline is None:
             if o.mix != "union":
@@ -178,10 +200,10 @@ class Collection:
                 )
             if self.random_steps < 1:
                 raise UsageError("`data.online.random_steps` is 0, and there are no other data; expected at least 1.")
-            least = self.random_steps + o.round_steps + sim.limit
+            least = self.lead + o.round_steps + sim.limit
             if o.capacity is not None and o.capacity < least:
                 raise UsageError(
-                    f"`data.online.capacity` is {o.capacity:,} rows; expected at least {least:,}, the random steps, a "
+                    f"`data.online.capacity` is {o.capacity:,} rows; expected at least {least:,}, the first steps, a "
                     "round and an episode. Raise it, or leave it out."
                 )
             return
@@ -215,7 +237,12 @@ class Collection:
     @property
     def updates(self) -> int:
         """Updates of the run when everything has been collected."""
-        return self.switch + (self.options.env_steps - self.random_steps) * self.options.utd
+        return self.switch + (self.options.env_steps - self.lead) * self.options.utd
+
+    @property
+    def lead(self) -> int:
+        """Environment steps that no update answers to: random ones and those of the warm-up."""
+        return self.random_steps + self.options.warmup_steps
 
     def first(self) -> Replay:
         """What a run begins with: the offline data, or the random steps of a run from scratch, collected now."""
@@ -228,7 +255,7 @@ class Collection:
     def row(self, updates: int, training: float) -> dict[str, float]:
         """Numbers for a row of metrics after ``updates``, with the seconds of training since the last row."""
         collecting, self.seconds = self.seconds, 0.0
-        made = {"env/updates_per_step": (updates - self.switch) / max(1, self.steps - self.random_steps)}
+        made = {"env/updates_per_step": (updates - self.switch) / max(1, self.steps - self.lead)}
         return self.news | made | {"perf/collecting_share": collecting / max(collecting + training, 1e-9)}
 
     def facts(self) -> list[tuple[str, str]]:
@@ -236,6 +263,7 @@ class Collection:
         o, random = self.options, ""
         if self.random_steps:
             random = f", the first {self.random_steps:,} with uniform actions"
+        random += f", {o.warmup_steps:,} by the policy before it learns" if o.warmup_steps else ""
         rest = {"cut": "an episode is cut where a round ends", "whole": "whole episodes", "keep": "episodes go on"}
         mix = {"union": "all rows alike", "half": "half of each batch offline", "none": "without the offline rows"}
         drawn = mix.get(str(o.mix), f"{o.share} of each batch offline" if o.share else "")
@@ -256,7 +284,7 @@ class Collection:
         began, o = time.perf_counter(), self.options
         if self.ring is not None and self.steps >= o.env_steps:  # a Trainer of the user's own goes on
             return self.ring
-        until = min(self.random_steps + (self.rounds + 1) * o.round_steps, o.env_steps)
+        until = min(self.lead + (self.rounds + 1) * o.round_steps, o.env_steps)
         if self.rounds == 0 and self.random_part is not None:
             random = self.random_part
             self.random_part = self._of_all(folder / round_name(0), lambda: random)

@@ -210,6 +210,10 @@ class Module(LightningModule):
     def finish_files(self, folder: Path) -> None:
         """Write into the folder of a run, on the first process, what is wanted once it has trained to its end."""
 
+    def last_words(self, folder: Path) -> str:
+        """A line for the end of a run, on the first process; empty where there is nothing to say."""
+        return ""
+
     # -- statistics over processes -------------------------------------------------------------------------------------
 
     @property

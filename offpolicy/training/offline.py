@@ -42,6 +42,7 @@ from offpolicy.training.lightning_private import count_updates, save_interval
 from offpolicy.training.measurement import Evaluation
 from offpolicy.training.meter import Metrics
 from offpolicy.training.stepping import Rate, SteppingModule
+from offpolicy.training.switching import tell_switch
 
 
 def counted(update: Callable[[Any, Any, int], Metrics]) -> Callable[[Any, Any, int], Metrics]:
@@ -158,6 +159,10 @@ class OfflineModule(SteppingModule):
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         if getattr(data, "collection", None) is not None:
             data.collection.save(folder / "replay" / "collected")
+
+    def last_words(self, folder: Path) -> str:
+        collection = self._collection
+        return tell_switch(folder, collection.switch) if collection is not None and collection.switch else ""
 
     def check_data(self, replay: Replay) -> None:
         """Refuse observations and actions of kinds that the method does not declare to take (DataError)."""

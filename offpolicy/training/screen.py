@@ -147,11 +147,12 @@ def last_lines(
     failed: bool = False,
     best: str = "",
     selected: str = "",
+    online: str = "",
 ) -> str:
     """Scores, files, and the commands to go on: ``resume`` after an interruption, else ``look``.
 
     ``failed``: the last evaluation raised an error, so that it has no scores. ``best``: the best checkpoint.
-    ``selected``: the one selected without an environment.
+    ``selected``: the one selected without an environment. ``online``: how an offline run went on online.
     """
     known = ("metrics.csv", "evals.csv", "curves.png", "checkpoints/", "hf/")
     files = [name for name in known if (folder / name).exists()]
@@ -161,6 +162,7 @@ def last_lines(
         line("files", f"{folder}/: {', '.join(files)}"),
         *([line("best", best)] if best else []),
         *([line("selected", selected)] if selected else []),
+        *([line("online", online)] if online else []),
         line("resume", resume) if resume else line("evaluate" if "offpolicy.evaluate" in look else "next", look),
     ]
     if (folder / "hf").is_dir() and not resume:

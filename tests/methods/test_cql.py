@@ -12,8 +12,11 @@ from plain import assert_same, assert_seeds_equal, made_batch, plain_mlp, ready
 from torch import Tensor, nn
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
+from toy import toy_replay
 
 from lightning_modules.cql import CQL
+from offpolicy.data.extras import Extra
+from offpolicy.data.returns import with_returns_to_go
 from offpolicy.data.sizes import Sizes
 from offpolicy.errors import UsageError
 
@@ -201,6 +204,39 @@ def test_penalty_of_one_row_by_hand() -> None:
         batch.noise.uniform.fill_(0.75)
         batch.action.fill_(0.2)
         assert method.critic_loss(batch)[1]["penalty_gap"].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_calibrated_penalty_of_one_row_by_hand() -> None:
+    """As above without densities, and G = 0.4: only the two actions of the policy, of value 0, are bounded by it:
+    Δ = log(e^0.5 + 2·e^0.4 + e^0.2) - 0.2; with G = -∞ it is CQL's."""
+    options: Any = {"actor_hidden_dims": (), "critic_hidden_dims": (), "num_actions": 1, "importance_sampling": False}
+    method: Any = ready(CQL(**options, calibrated=True), obs_dim=1, action_dim=1)
+    for p in [*method.actor.parameters(), *method.critic.parameters()]:
+        p.data.zero_()
+    method.critic.net.layers[0].weight.data[:, 1] = 1.0
+    batch = made_batch(method, size=1)
+    for value in vars(batch.noise).values():
+        value.zero_()
+    batch.noise.uniform.fill_(0.75)
+    batch.action.fill_(0.2)
+    for bound, policy in ((0.4, 0.4), (-math.inf, 0.0)):
+        given = batch._replace(extra=Extra(return_to_go=torch.tensor([bound], dtype=torch.float64)))
+        expected = math.log(math.exp(0.5) + 2 * math.exp(policy) + math.exp(0.2)) - 0.2
+        assert method.critic_loss(given)[1]["penalty_gap"].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_returns_to_go_of_sparse_rewards() -> None:
+    """10r - 5 at γ 0.99: success at the third step gives -5 + 0.99·(-5 + 0.99·5) and so on; without it, for ever -5."""
+    replay = toy_replay((3, 2))
+    replay.steps["reward"][:] = [0, 0, 1, 0, 0]
+    method = CQL(**SMALL, calibrated=True, failure_reward=-5.0, reward_transform="10r-5", batch_size=4).prepare(replay)
+    method.run_block(0, 2)
+    found = with_returns_to_go(replay, 0.99, center=0.5, scale=10.0, failure_reward=-5.0).steps["return_to_go"]
+    assert found.tolist() == pytest.approx([-5.0495, -0.05, 5.0, -500.0, -500.0])
+    drawn = method.draw(2, 1)[0].extra.return_to_go
+    assert torch.isin(drawn, torch.from_numpy(found)).all()
+    with pytest.raises(UsageError, match="failure_reward"):
+        CQL(failure_reward=0.0)
 
 
 def critic_gradient(method: CQL, batch: Any) -> list[Tensor]:

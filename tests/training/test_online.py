@@ -23,6 +23,7 @@ from offpolicy.data.ring import Ring
 from offpolicy.data.views import BoundView
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
+from offpolicy.training.switching import online_measures
 
 
 class Kill(Callback):
@@ -148,22 +149,20 @@ def test_an_offline_run_goes_on_online(
     small: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 10}
     offline = collect(tmp_path / "run", DataModule(str(data)), op.IQL(**small), max_steps=20)
     before = {k: v.clone() for k, v in offline.method.actor.state_dict().items()}
-    for mix, ring in (("union", 60 + 20), ("half", 60 + 20), ("none", 20), ("0.3", 60 + 20)):
+    half = offline.folder / "checkpoints" / "step=00000020.ckpt"
+    for mix, warmup, ring in (("union", 0, 80), ("half", 0, 80), ("none", 5, 25), ("0.3", 0, 80)):
         method = op.IQL(**small)
-        options = online(None, env_steps=20, mix=mix, capacity=ring)
-        found = collect(
-            tmp_path / mix,
-            DataModule(str(data), online=options),
-            method,
-            ckpt_path=offline.folder / "checkpoints" / "step=00000020.ckpt",
-            verbose=mix == "union",
-        )
+        options = online(None, env_steps=20 + warmup, mix=mix, capacity=ring, warmup_steps=warmup)
+        data_of_both = DataModule(str(data), online=options)
+        found = collect(tmp_path / mix, data_of_both, method, ckpt_path=half, verbose=mix == "union")
         assert found.updates == 40 and method.rates()["actor"] == 3e-4
         assert differences(before, dict(method.actor.state_dict())), "the actor has not moved"
-        assert collected(found).num_steps == 20
-        rows = Table(found.folder / "metrics.csv").rows()
-        assert [row["env/steps"] for row in rows if row["step"] > 20] == [10, 20]
+        assert collected(found).num_steps == 20 + warmup
+        rows = [row for row in Table(found.folder / "metrics.csv").rows() if row["step"] > 20]
+        assert [row["env/steps"] for row in rows] == [10 + warmup, 20 + warmup]
+        assert rows[-1]["env/updates_per_step"] == 1.0
     said = capsys.readouterr().out
+    assert "21 at the switch, lowest 21 after it (dip 0), mean 21" in said
     assert "from update 20 on: 20 steps" in said and "actor 0.0003, constant from here on" in said
 
 
@@ -181,3 +180,15 @@ def test_shares_of_offline_rows_are_exact_and_offline_rows_stay() -> None:
         ring.append(toy_replay(lengths, seed=seed + 1))
         assert ring.length[:2].tolist() == [3, 2] and ring.length[2:].tolist() == list(lengths)
         assert (ring.start[2:] >= 5).all() and (ring.steps["obs"][:5] == toy_replay((3, 2)).steps["obs"]).all()
+
+
+def test_measures_of_the_switch() -> None:
+    """60 at the switch, then 40, 70 and 100: lowest 20 below, mean 70, and 1 - 0.7 of regret."""
+    rows = [
+        {"step": t, "eval/score": s, "eval/return_mean": -s}
+        for t, s in ((5, 10), (10, 60), (15, 40), (20, 70), (25, 100))
+    ]
+    found = online_measures(rows, 10)
+    expected = {"at_switch": 60, "last": 100, "mean": 70, "lowest": 40, "dip": 20, "regret": 0.3}
+    assert found == pytest.approx(expected)
+    assert online_measures(rows, 25) == online_measures([], 10) == {}
