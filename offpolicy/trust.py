@@ -23,7 +23,7 @@ ALL = "all"
 MOST_VALUES = 10_000  # of a configuration
 NAME = re.compile(r"[^\W\d]\w*([.:][^\W\d]\w*)+")  # package.module.name or package.module:name
 ENVIRONMENT = re.compile(r"[\w.]+:[\w./-]+")  # module:Id
-PROGRAM = re.compile(r"[~.]{0,2}/[^\0\n]+")  # a path that says where it begins
+PROGRAM = re.compile(r"[^\0\n]*/[^\0\n]+")  # a path
 HUB = re.compile(r"[\w.-]+/[\w.-]+([:@][\w.-]+)*")
 FOREIGN = ("GymV21", "GymV26")  # ids of gymnasium that make an environment of another library by a name in `env_kwargs`
 REFUSED = "refused_env_id"  # in `meta`: an environment that a file names and nobody trusts
@@ -144,8 +144,13 @@ def check_name(path: str, option: str) -> None:
         raise UsageError(refusal(path, option))
 
 
-def check_program(path: str, option: str) -> None:
+def check_program(path: str, option: str, add: str) -> None:
     """Before a program is run because of a path.
+
+    Args:
+        path: of the program.
+        option: that names it.
+        add: what the user may add to the command, to name it too.
 
     Raises:
         UsageError: the path stands in a file, and the user has neither given it too nor trusts everything.
@@ -153,8 +158,8 @@ def check_program(path: str, option: str) -> None:
     now = _words.get()
     if now.in_file and path not in now.names and ALL not in now.packages:
         raise UsageError(
-            f"`{option}` is '{path}' in a file, and a file may name no program. If you trust it, give the option "
-            "yourself, with a path that begins with / or ~ or ./, or pass --trust all."
+            f"`{option}` is '{path}' in a file, and a file may name no program. If you trust it, name it yourself: add "
+            f"{add} to the command, or pass --trust all (in Python trust='all')."
         )
 
 

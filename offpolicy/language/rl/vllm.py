@@ -8,6 +8,7 @@ memory. vLLM itself is never imported here.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import socket
 import time
@@ -30,6 +31,7 @@ from offpolicy.language.rl.engine import Completion, EngineContext, Request, Sam
 from offpolicy.language.rl.vllm_checks import (
     INSTALL,
     START_ADVICE,
+    as_option,
     cards_of,
     check_options_given,
     check_temperature,
@@ -119,6 +121,7 @@ class VllmEngine:
         timeout: float = 300.0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "context", "__class__")}
         check_range("engine.tensor_parallel", tensor_parallel, 1)
         check_range("engine.timeout", timeout, 0.0, lower_open=True)
         check_choice("engine.dtype", dtype, ("auto", *DTYPES))
@@ -126,7 +129,7 @@ class VllmEngine:
         check_temperature(context.temperature)
         check_options_given(options or {})
         if python is not None:
-            check_program(python, "engine.python")
+            check_program(python, "engine.python", as_option(given, inspect.signature(VllmEngine).parameters))
         self.context, self.timeout, self.adapter = context, float(timeout), adapter
         self.on_cpu = devices is None and torch.device(context.device).type != "cuda"
         self.shares_card = devices is None and not self.on_cpu

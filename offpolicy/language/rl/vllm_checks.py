@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import json
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -48,6 +51,19 @@ def check_options_given(options: Mapping[str, Any]) -> None:
                 f"`engine.options` has `{name}`, on which the log-probabilities of answers depend; expected other "
                 "arguments of vllm.LLM. Leave it out."
             )
+
+
+def as_option(given: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> str:
+    """The option of the command line that makes this engine.
+
+    Args:
+        given: its arguments; those at their defaults are left out.
+        parameters: the same with their defaults.
+    """
+    chosen = {name: value for name, value in given.items() if value != parameters[name].default}
+    if (python := given["python"]) and "/" not in python:
+        chosen["python"] = shutil.which(python) or python
+    return f"--model.engine {shlex.quote(json.dumps({'name': 'vllm', **chosen}, default=str))}"
 
 
 def check_version(version: str, python: str) -> None:

@@ -6,6 +6,8 @@ import gc
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import sys
 import time
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import tiny_rl
 import torch
+import yaml
 from forks import run_pair, start_copy
 from tiny_rl import fit, method
 from toy import differences, run_files
@@ -41,7 +44,7 @@ from offpolicy.language.rl.engine import ConcurrentEngine, Request, Sampling
 from offpolicy.language.rl.engines import make_engine
 from offpolicy.language.rl.vllm import VllmEngine, answer_seed
 from offpolicy.training.lightning_private import FullySharded
-from offpolicy.trust import trusting
+from offpolicy.trust import names_in, trusting
 
 HOW = Sampling(stop=(2, 5, 6), max_new_tokens=7, temperature=0.7, seed=3, iteration=4)
 FOLDERS = vllm_process.MEMORY
@@ -376,9 +379,13 @@ def test_refusals(clean: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PYTHONPATH", "")
     refused("has no vllm")
     with trusting(in_file=True):
-        refused("in a file, and a file may name no program")
+        with pytest.raises(UsageError, match="a file may name no program") as error:
+            make_engine({"name": "vllm", "python": "engines/bin/python", "memory": 0.5}, context=here)
         refused("may only name what belongs", python=None, options={"worker_cls": "evil.Worker"})
     assert time.monotonic() - began < 20
+    _, option = shlex.split(re.search(r"add (--model.engine '.*') to", str(error.value))[1])
+    with trusting(in_file=True, names=names_in(yaml.safe_load(option))):  # as the command line takes it
+        refused("'engines/bin/python', which cannot be run", **yaml.safe_load(option))
 
 
 def tiny_model(folder: Path) -> Any:
