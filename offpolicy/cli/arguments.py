@@ -29,6 +29,7 @@ MAX_STEPS = 1_000_000  # where neither a recipe nor the user says; what publishe
 DEFAULT_METHOD, DEFAULT_DATA = "TD3BC", "pendulum-stitch-v0"
 PLACES = {"model", "data.name", "recipe", "root", "folder", "ckpt_path"}  # whatever they look like, these are text
 MOSTLY = ("eval_every", "eval_episodes", "log_every", "threads")  # options of a run on the short screen of help
+CONTROL_ONLY = ("extra_columns", "holdout")  # options of the data that language methods have not
 SEEDS = ("seed_everything", "seeds")  # one, or several
 GROUPS = ("model", "data", "run", "trainer")
 TOP = (
@@ -293,6 +294,8 @@ def check_options(names: Iterable[str], known: Mapping[str, Iterable[str]], wher
                 guess = nearest(rest, inner).replace("'", f"'--{group}.", 1)
                 raise UsageError(f"--{name} is not an option.{guess} See --help=all.")
             continue
+        if group == "data" and option in CONTROL_ONLY and group in known:
+            raise UsageError(f"--{name} is an option of control data alone, and this method reads texts. Leave it out.")
         if rest and group in known:
             near = [f"'--{group}.{one}'" for one in nearest_options(option, known[group])]
             guess = f" Did you mean {' or '.join(near)}?" if near else ""

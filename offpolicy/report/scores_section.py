@@ -27,6 +27,7 @@ from offpolicy.report.tables import (
     score_matrix,
 )
 from offpolicy.report.writing import Markup, csv_text, html_table, latex_table, tag
+from offpolicy.training.selection import selection_of
 
 FEW = f"Fewer than {FEWEST} seeds have no band: their points are shown, as {FEWEST - 1} say nothing of their spread."
 
@@ -115,7 +116,7 @@ def three_scores(found: Comparison, best: Comparison) -> list[Markup]:
         at_best = best.cells.get((task, method), Cell())
         chosen = [selected(run, best_column(run)) for run in cell.runs]
         known = [value for value in chosen if value is not None]
-        third: Any = (unknown("no held-out loss"), "")
+        third: Any = (unknown("nothing selected"), "")
         if known and len(known) == len(chosen):
             third = _told(known, found), float(np.mean(known))
         rows.append(
@@ -123,7 +124,7 @@ def three_scores(found: Comparison, best: Comparison) -> list[Markup]:
         )
     words = (
         "“Best” is chosen by the evaluations themselves and so looks better than it is. “Selected offline” is the "
-        "evaluation at the checkpoint that the held-out loss chooses, which needs no environment."
+        "evaluation at the checkpoint that --run.select or else the held-out loss chooses, which needs no environment."
     )
     head = ["task", "method", "last", "best", "selected offline"]
     return [tag("p", words), html_table(head, rows)] if rows else []
@@ -134,9 +135,15 @@ def best_column(run: Run) -> str:
 
 
 def selected(run: Run, column: str) -> float | None:
-    """The number of a run at the evaluation with the lowest held-out loss; None where it measures none beside."""
+    """The number of a run at the checkpoint that `run.select` chose, or else the one with the lowest held-out loss.
+
+    None where nothing was chosen, or was not evaluated.
+    """
     if column == "eval/loss":
         return None
+    if chosen := selection_of(run.folder):
+        at = [row[column] for row in run.rows if row.get("step") == chosen["step"] and column in row]
+        return float(at[0]) if at else None
     rows = [row for row in run.rows if isinstance(row.get("eval/loss"), float) and column in row]
     return float(min(rows, key=lambda row: row["eval/loss"])[column]) if rows else None
 

@@ -3,7 +3,6 @@ update."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ from offpolicy.files import Table
 from offpolicy.given import expanded
 from offpolicy.training.checkpoints import checkpoint_name, is_checkpoint, newest_checkpoint, resolve_checkpoint
 from offpolicy.training.headlines import judged_by
+from offpolicy.training.selection import selection_of
 
 Which = str | int
 WHICH = "last, best, or an update such as 5000 (or selected, where --run.select chose one)"
-SELECTED = "selected.json"  # in a run folder: the checkpoint that was selected, and by what
 
 
 def chosen_checkpoint(run_or_checkpoint: str | Path, which: Which = "last") -> Path:
@@ -64,16 +63,6 @@ def selected_update(folder: Path) -> int:
             "last, or compare its checkpoints: python -m offpolicy.ope RUN --which all."
         )
     return int(found["step"])
-
-
-def selection_of(folder: Path) -> dict[str, Any]:
-    """What :mod:`offpolicy.training.selecting` has left in a run folder; empty where there is nothing of that kind."""
-    try:
-        found = json.loads((folder / SELECTED).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    usable = isinstance(found, dict) and isinstance(found.get("step"), int) and isinstance(found.get("updates"), int)
-    return found if usable else {}
 
 
 def best_update(folder: Path) -> int:

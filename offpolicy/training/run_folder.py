@@ -20,11 +20,11 @@ from offpolicy.files import Table, WriteError, atomic_write
 from offpolicy.training.background import Writing
 from offpolicy.training.checkpoint_io import AtomicCheckpointIO
 from offpolicy.training.checkpoints import checkpoint_name
-from offpolicy.training.choosing import SELECTED, selection_of
 from offpolicy.training.curves import plot_curves
 from offpolicy.training.headlines import is_better_by, judged_by
 from offpolicy.training.keeping import Keeping
 from offpolicy.training.run_log import RunLog, due
+from offpolicy.training.selection import SELECTED, selection_of
 from offpolicy.training.sharded import remove
 from offpolicy.training.slices import wide_row
 

@@ -25,13 +25,13 @@ from offpolicy.evaluation.verdicts import Scored, close_call, needed_updates
 from offpolicy.files import atomic_write
 from offpolicy.training.acting import ActingModule
 from offpolicy.training.checkpoints import checkpoint_name, opens
-from offpolicy.training.choosing import SELECTED, selection_of
 from offpolicy.training.estimating import estimate_policies
 from offpolicy.training.fitted_values import Fitting
 from offpolicy.training.keeping import Keeping
 from offpolicy.training.measurement import Evaluation
 from offpolicy.training.opening import load
 from offpolicy.training.run_folder import RunFolder
+from offpolicy.training.selection import SELECTED, selection_of
 
 CRITICS, TAU = 2, 0.01  # of fitted Q evaluation: less sure than the command's, and done in a fifth of its time
 

@@ -142,6 +142,7 @@ def run(*argv: str) -> Path:
         (["--seed_everything", "x"], ["--seed_everything is 'x'"]),
         (["--seed", "0..7"], ["`seed` is '0..7'", "Did you mean --seeds 0..7?"]),
         (["--seedz", "0..7"], ["--seedz is not an option", "'--seeds'"]),
+        (["--model", "DPO", "--data.extra_columns", "[a]"], ["an option of control data alone", "reads texts"]),
         (["--seeds", "5..2"], ["the range 5..2 is empty", "2..5"]),
         (["--seeds", "0,0"], ["'0,0', which has 0 twice"]),
         (["--seeds", "a"], ["`seeds` is 'a'; expected whole numbers ≥ 0, each once, such as 0..7 or 0,3,5"]),

@@ -28,7 +28,8 @@ from offpolicy.report.build import write_report
 from offpolicy.report.curves import Line, mean_curve, on_grid, suite_curve
 from offpolicy.report.published import published_for, published_scores, published_seed_scores
 from offpolicy.report.records import MOST_ROWS, read_margins, read_metrics, read_record
-from offpolicy.report.runs import newest_step, read_run
+from offpolicy.report.runs import Run, newest_step, read_run
+from offpolicy.report.scores_section import selected
 from offpolicy.report.writing import csv_cell, csv_text, latex_table, latex_text, tag
 
 CHROME = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
@@ -351,6 +352,16 @@ def test_runs_that_learn_from_own_answers(tmp_path: Path) -> None:
     text, _ = report(tmp_path / "runs")
     for words in ("pass@8", "reward of own answers", "entropy, nats per token", "effective sample size, lag 2"):
         assert words in text
+
+
+def test_the_checkpoint_selected_without_an_environment(tmp_path: Path) -> None:
+    """`selected.json` goes before the held-out loss; a choice that was not evaluated has no score."""
+    rows = ({"step": 10, "eval/score": 3.0, "eval/loss": 0.1}, {"step": 20, "eval/score": 5.0, "eval/loss": 0.2})
+    run = Run(tmp_path, "TD3BC", "maze", 0, {}, rows, 20, 20)
+    assert selected(run, "eval/score") == 3.0
+    for step, score in ((20, 5.0), (15, None)):
+        (tmp_path / "selected.json").write_text(json.dumps({"step": step, "updates": 20}))
+        assert selected(run, "eval/score") == score
 
 
 def test_goals(tmp_path: Path) -> None:
