@@ -56,8 +56,8 @@ def clock() -> float:
     return time.process_time() if os.environ["OMP_NUM_THREADS"] == "1" else time.perf_counter()
 
 
-def prepare(folder: Path, problems: int, positions: int = PROMPT + LENGTH) -> None:
-    """The policy, its tokenizer (a word per token) and the problems."""
+def prepare(folder: Path, problems: int, positions: int = PROMPT + LENGTH, **shape: int) -> None:
+    """The policy, its tokenizer (a word per token) and the problems; ``shape``: settings of a Llama in other sizes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -65,11 +65,11 @@ def prepare(folder: Path, problems: int, positions: int = PROMPT + LENGTH) -> No
     logging.disable_progress_bar()
     torch.manual_seed(0)
     save_tokenizer(folder / "policy", VOCABULARY)
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, **shape}
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=8 * WIDTH // 3,
-        num_hidden_layers=LAYERS,
+        **shape,
+        intermediate_size=8 * shape["hidden_size"] // 3,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         max_position_embeddings=positions,

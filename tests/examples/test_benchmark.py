@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from examples.benchmarks import checkpoints, preference, rlvr
+from examples.benchmarks import checkpoints, lag, preference, rlvr
 
 
 @pytest.mark.slow
@@ -33,6 +34,14 @@ def test_the_benchmark_of_grpo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(found["seconds"]) == 3 and min(found["seconds"]) > 0
     assert all(0 <= reward <= 1 for reward in found["rewards"])
     assert rlvr.evenness("", "w2 w3 w4", None) == 2 / 3 and rlvr.evenness("", "", None) == 0
+
+
+def test_the_benchmark_of_answers_drawn_ahead_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(lag.HERE)  # where engine and reward are imported from
+    rlvr.prepare(tmp_path, 6, rlvr.PROMPT + 4, hidden_size=16, num_hidden_layers=1)
+    settings = Namespace(python=None, prompts=1, length=4, iterations=lag.SKIP + 3)
+    found = lag.run(tmp_path, 1, settings)
+    assert min(found[name] for name in ("seconds", "rollout", "wait", "drawing")) > 0 and found["idle"] <= 1
 
 
 def test_the_benchmark_of_checkpoints_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
