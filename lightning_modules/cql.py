@@ -170,6 +170,9 @@ class CQL(OfflineModule):
         rates |= {"log_entropy_weight": h.actor_lr} if h.auto_entropy else {}
         return rates | ({"log_multiplier": h.critic_lr} if h.lagrange_gap is not None else {})
 
+    def rows_per_row(self) -> dict[str, int]:
+        return {"critic": 1 + 3 * self.hparams.num_actions}
+
     def draws(self) -> dict[str, Draw]:
         one, many = (self.sizes.action_dim,), (self.hparams.num_actions, self.sizes.action_dim)
         return {

@@ -99,6 +99,13 @@ class OfflineModule(SteppingModule):
 
     # -- to be written by a method -------------------------------------------------------------------------------------
 
+    def rows_per_row(self) -> dict[str, int]:
+        """By the name of a network, the rows that it sees for each row of the batch, where they are more than one.
+
+        The memory of several seeds is estimated by it.
+        """
+        return {}
+
     def draws(self) -> dict[str, Draw]:
         """Noise that the losses need; arrives as ``batch.noise.<name>`` with shape (B, *shape)."""
         return {}

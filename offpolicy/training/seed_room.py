@@ -12,14 +12,14 @@ from offpolicy.given import seeds_text
 from offpolicy.training.lightning_private import trainer_of
 
 KEPT = 3  # numbers per output of a layer and row: before and after the activation, and a gradient
+KEPT_OF_MORE = 2  # of further rows: their gradients are there for one layer at a time
 USABLE = 0.9  # of what is free
 
 
 def needed(method: Any, copies: int = 1) -> int:
     """Bytes that training takes, estimated: weights and targets, gradients, moments, activations and batches.
 
-    Networks are taken to see each row of the batch once. Methods that ask a critic about many actions for each row,
-    such as CQL, take several times the activations.
+    A network is taken to see each row of the batch once, but for what :meth:`OfflineModule.rows_per_row` says.
 
     Args:
         method: with its networks.
@@ -29,10 +29,12 @@ def needed(method: Any, copies: int = 1) -> int:
     rows = method.common.batch_size
     weights = sum(p.numel() for _, p in params)
     trained = sum(p.numel() for _, p in params if p.requires_grad)
-    outputs = sum(p.numel() // p.shape[-2] for _, p in params if p.dim() > 1 and p.shape[-2] > 1)  # not biases
+    each = {name: p.numel() // p.shape[-2] for name, p in params if p.dim() > 1 and p.shape[-2] > 1}  # not biases
+    outputs, more = sum(each.values()), method.rows_per_row()
+    further = sum((more.get(name.partition(".")[0], 1) - 1) * count for name, count in each.items())
     seeds = len(method.seeds) if copies == 1 else 1
     batch = seeds * method.run.block * rows * (2 * method.sizes.obs_dim + 2 * method.sizes.action_dim + 4)
-    numbers = weights + 3 * trained + KEPT * rows * outputs + batch
+    numbers = weights + 3 * trained + rows * (KEPT * outputs + KEPT_OF_MORE * further) + batch
     return copies * numbers * width(method)
 
 

@@ -15,6 +15,7 @@ from toy import METHODS, Crash, differences, method, run_files, toy_replay, weig
 
 import offpolicy as op
 from offpolicy.data.module import DataModule
+from offpolicy.data.sizes import Sizes
 from offpolicy.errors import DivergenceError, UsageError
 from offpolicy.files import Table
 from offpolicy.registry import find_method
@@ -174,6 +175,16 @@ def test_more_seeds_than_fit_are_refused_before_training(tmp_path: Path, monkeyp
         train(tmp_path / "runs", seeds=range(50))
     assert not (tmp_path / "runs").exists()
     train(tmp_path / "runs", steps=1, seeds=range(2))
+
+
+def test_actions_that_a_critic_is_asked_about_count() -> None:
+    """Each of 3·(20 − 2) more rows keeps two float32 numbers for each of the 8 + 8 + 1 and 8 + 1 outputs."""
+    needs = []
+    for count in (2, 20):
+        one = method("CQL", num_actions=count)
+        one.initialize(Sizes(3, 2), 0)
+        needs.append(seed_room.needed(one))
+    assert needs[1] - needs[0] == 4 * 2 * one.common.batch_size * 3 * 18 * (8 + 8 + 1 + 8 + 1)
 
 
 def test_a_seed_that_diverges_is_named_and_the_others_go_on(tmp_path: Path) -> None:
