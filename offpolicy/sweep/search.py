@@ -68,6 +68,9 @@ def search_settings(
 
     Returns:
         The runs of the best settings, empty where no trial has a value.
+
+    Raises:
+        KeyboardInterrupt: a run was ended by Ctrl-C or SIGTERM.
     """
     import optuna
 
@@ -76,6 +79,7 @@ def search_settings(
     study, threads = open_study(plan, method, data), threads_of(plan)
     ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     left = search.trials - len(study.get_trials(deepcopy=False, states=ended))
+    stopped: list[Job] = []
 
     def objective(trial: Any) -> float:
         settings = settings_of(method, plan.set | suggested(trial, search.space))
@@ -89,7 +93,9 @@ def search_settings(
                 tell(f"{method} on {data}, trial {trial.number}: pruned at update {watch.step:,}, {trial.params}")
                 raise optuna.TrialPruned
             if job.state == STOPPED:
+                stopped.append(job)
                 study.stop()
+                study.enqueue_trial(trial.params)  # the next call begins with it, and its run goes on
             if job.state != DONE:
                 tell(f"{method} on {data}, trial {trial.number}: {job.state}, see {job.log}")
                 raise TrialFailed(f"{job.name} is {job.state} with exit code {job.code}, see {job.log}")
@@ -100,6 +106,9 @@ def search_settings(
 
     if left > 0:
         study.optimize(objective, n_trials=left, n_jobs=plan.workers, catch=(TrialFailed,))
+    if stopped:
+        tell(f"{stopped[0].name} was stopped, so no other trial begins. Run the same command again to go on.")
+        raise KeyboardInterrupt
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     if not done:
         tell(f"{method} on {data}: no trial has a value; see {plan.folder / 'logs'}.")

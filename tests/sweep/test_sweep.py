@@ -20,7 +20,7 @@ from offpolicy.compute.processes import claimed
 from offpolicy.errors import UsageError
 from offpolicy.sweep import __main__ as command
 from offpolicy.sweep import jobs as jobs_of_sweep
-from offpolicy.sweep.jobs import BUSY, DONE, FAILED_RUN, command_of, is_done, jobs_of, run_job
+from offpolicy.sweep.jobs import BUSY, DONE, FAILED_RUN, STOPPED, command_of, is_done, jobs_of, run_job
 from offpolicy.sweep.plan import cells_of, plan_text, read_plan, settings_of
 from offpolicy.sweep.pool import run_all, told_time
 from offpolicy.sweep.search import judged_values, suggested
@@ -280,14 +280,15 @@ def test_space_of_a_search() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="the extra `search` is not installed here")
-def test_a_search_finds_the_best_prunes_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pruner", ["median", "asha"])
+def test_a_search_finds_the_best_prunes_and_goes_on(tmp_path: Path, pruner: str) -> None:
     """Runs are made on the spot: the score at update t is −(α − 3)² + t/100; a failed run is a failed trial."""
     from offpolicy.sweep.search import search_settings
 
-    plan = plan_of(
-        tmp_path, methods=["TD3BC"], search={"model.alpha": {"low": 0, "high": 6}, "trials": 12, "pruner": "median"}
-    )
+    space = {"model.alpha": {"low": 0, "high": 6}}
+    plan = plan_of(tmp_path, methods=["TD3BC"], search=space | {"trials": 12, "pruner": pruner})
     started: list[int] = []
+    ended: list[int] = []
 
     def made(job: Any, *_: Any) -> Any:
         (cell,), watch = job.cells, _[-1]
@@ -297,8 +298,8 @@ def test_a_search_finds_the_best_prunes_and_goes_on(tmp_path: Path) -> None:
         model = {"class_path": "lightning_modules.td3bc.TD3BC", "init_args": {"alpha": alpha}}
         config = {"seed_everything": 0, "trainer": {"max_steps": 20}, "model": model, "data": {"name": "x"}}
         (cell.folder / "config.yaml").write_text(yaml.safe_dump(config))
-        if len(started) == 2:
-            job.state = FAILED_RUN
+        if len(started) in (2, 4):
+            job.state = FAILED_RUN if len(started) == 2 else STOPPED
             return job
         for step in (10, 20):
             rows += f"{step},{-((alpha - 3) ** 2) + step / 100}\n"
@@ -309,14 +310,20 @@ def test_a_search_finds_the_best_prunes_and_goes_on(tmp_path: Path) -> None:
         (cell.folder / "checkpoints").mkdir(exist_ok=True)
         (cell.folder / "checkpoints" / "step=00000020.ckpt").write_text("")
         job.state = DONE
+        ended.append(alpha)
         return job
 
     lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):  # which a command leaves with 130
+        search_settings(plan, "TD3BC", "x", lines.append, made)
+    assert len(started) == 4 and "Run the same command again" in lines[-1]
     (best,) = search_settings(plan, "TD3BC", "x", lines.append, made)
-    assert abs(best.settings["model.alpha"] - 3) <= 1 and any("pruned at update 10" in line for line in lines)
-    assert len(started) == 12 and any("trial 1: failed" in line for line in lines)
-    for _ in range(2):  # the one that failed is made up for, once
-        assert search_settings(plan, "TD3BC", "x", lines.append, made) and len(started) == 13
+    assert started[4] == started[3]  # the one that was stopped goes on first
+    assert best.settings["model.alpha"] in [a for a in ended if abs(a - 3) == min(abs(one - 3) for one in ended)]
+    assert any("pruned at update 10" in line for line in lines) and len(ended) < 12
+    assert any("trial 1: failed" in line for line in lines)
+    count = len(started)
+    assert count == 14 and search_settings(plan, "TD3BC", "x", lines.append, made) and len(started) == count
 
 
 @pytest.mark.parametrize("where", [["--ray", "local"], ["--slurm", "a.sh"]])
