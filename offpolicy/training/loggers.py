@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,24 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from offpolicy.errors import UsageError, nearest
 
 log = logging.getLogger(__name__)
+
+
+def _mlflow(folder: Path) -> Logger:
+    """Where its environment variable says, else in a data base in the folder: folders of files it takes no longer."""
+    name = "/".join(folder.parts[-3:])
+    if place := os.environ.get("MLFLOW_TRACKING_URI"):
+        return MLFlowLogger("offpolicy", name, tracking_uri=place)
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder.absolute()
+    files = (beside / "mlruns").as_uri()
+    return MLFlowLogger("offpolicy", name, tracking_uri=f"sqlite:///{beside / 'mlflow.db'}", artifact_location=files)
+
+
 LOGGERS: dict[str, Callable[[Path], Logger]] = {
     "csv": lambda folder: CSVLogger(folder, name="csv"),
     "tensorboard": lambda folder: TensorBoardLogger(folder, name="", version="tensorboard"),
     "wandb": lambda folder: WandbLogger(name="/".join(folder.parts[-3:]), save_dir=folder, project="offpolicy"),
-    "mlflow": lambda folder: MLFlowLogger("offpolicy", "/".join(folder.parts[-3:]), save_dir=str(folder / "mlruns")),
+    "mlflow": _mlflow,
 }
 
 
@@ -41,8 +55,7 @@ class CarefulLogger(Logger):
             return found(*args, **kwargs) if callable(found) and what not in ("experiment",) else found
         except Exception as error:
             self.failed = True
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            log.warning("Logger %s failed, and the run goes on without it: %s", self.short_name, reason)
+            log.warning("Logger %s failed, and the run goes on without it: %s", self.short_name, told_error(error))
             return None
 
     @property
@@ -83,8 +96,15 @@ def short_names(given: Any) -> list[str] | None:
     return None
 
 
+def told_error(error: Exception) -> str:
+    """An error of a logger in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def made_loggers(names: Iterable[str], folder: Path) -> list[Logger]:
-    """Loggers that write into the folder of a run: ``csv/version_0``, ``tensorboard/``, ``wandb/``, ``mlruns/``.
+    """Loggers that write into the folder of a run: ``csv/version_0``, ``tensorboard/``, ``wandb/``, ``mlflow.db``.
+
+    One that cannot be made is a warning and left out.
 
     Raises:
         UsageError: an unknown name, or a package that is not installed.
@@ -104,4 +124,6 @@ def made_loggers(names: Iterable[str], folder: Path) -> list[Logger]:
                 f"`trainer.logger` is '{name}', which needs a package that is not installed ({reason}); install the "
                 "extra: pip install -e '.[logging]'."
             ) from None
+        except Exception as error:  # of a server, or of a version that wants something else
+            log.warning("Logger %s failed, and the run goes on without it: %s", name, told_error(error))
     return made

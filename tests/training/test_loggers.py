@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,36 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "tensorboard").glob("events*")) and (tmp_path / "run" / "csv").is_dir()
 
 
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed here")
+def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fit(tmp_path / "run", "mlflow")
+    rows = sqlite3.connect(tmp_path / "run" / "mlflow.db").execute("select key, step from metrics").fetchall()
+    assert {("train/actor_loss", 2), ("train/actor_loss", 4)} <= set(rows)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed here")
+def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    fit(tmp_path / "run", "wandb")
+    importlib.import_module("wandb").finish()  # writes what it still holds
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"train/actor_loss" in file.read_bytes()
+
+
 def test_a_logger_that_fails_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def refused(folder: Path) -> Logger:
+        raise ConnectionError("no network")
+
     monkeypatch.setitem(loggers.LOGGERS, "wandb", lambda folder: Broken())
+    monkeypatch.setitem(loggers.LOGGERS, "mlflow", refused)  # one that cannot even be made
     with caplog.at_level(logging.WARNING):
-        fit(tmp_path / "run", "wandb")
-    said = [record.getMessage() for record in caplog.records if "wandb" in record.getMessage()]
-    assert len(said) == 1 and "goes on without it: ConnectionError: no network" in said[0]
+        fit(tmp_path / "run", "wandb,mlflow")
+    for name in ("wandb", "mlflow"):
+        said = [record.getMessage() for record in caplog.records if name in record.getMessage()]
+        assert len(said) == 1 and "goes on without it: ConnectionError: no network" in said[0]
 
 
 def test_absent_packages_and_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
