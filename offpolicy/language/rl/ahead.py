@@ -208,7 +208,10 @@ class Ahead:
             self.asked[one.iteration] = one
             if state["answers"]:
                 requests = self.answering.requests(one, self.seed())
-                if {r.number: r.samples for r in requests} != {number: len(some) for number, some in known.items()}:
+                asked = [
+                    pair for part in processes.gathered([(r.number, r.samples) for r in requests]) for pair in part
+                ]
+                if dict(asked) != {number: len(some) for number, some in known.items()}:
                     raise UsageError(
                         f"the checkpoint holds answers for iteration {one.iteration} that were asked for with another "
                         "`group_size`, `demonstrations` or `demonstration_share`; expected the same while `lag` is "
