@@ -112,7 +112,9 @@ class RunFolder(Checkpoint):
             table.cut(updates)
         for path in self.folder.glob("checkpoints/step=*.ckpt"):
             if path.name > checkpoint_name(updates):
-                path.rename(path.with_name(path.name + ".replaced"))
+                aside = path.with_name(path.name + ".replaced")
+                remove(aside)  # a sharded one is a folder, which takes the place of no other
+                path.rename(aside)
         if selection_of(self.folder).get("step", 0) > updates:  # it was one of those
             for left in (self.folder / SELECTED, self.folder / "checkpoints" / "selected"):
                 left.unlink(missing_ok=True)

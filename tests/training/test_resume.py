@@ -20,6 +20,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.files import Table, is_stray
 from offpolicy.training import archives as checkpoint_module
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
+from offpolicy.training.run_folder import RunFolder
 
 HALF, LAST = 45, 90  # updates: checkpoints at both; rows of metrics at every 20
 SHORT = {"log_every": 6, "eval_every": 14, "block": 16}  # of runs of 28 updates; longer ones show nothing more
@@ -206,3 +207,14 @@ def test_a_second_interruption_ends_at_once(replay: Replay, tmp_path: Path) -> N
         fit(module, replay, LAST, tmp_path)
     assert not list(tmp_path.glob("checkpoints/*"))
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_sharded_checkpoint_is_set_aside_again(tmp_path: Path) -> None:
+    """It is a folder, which the one of an earlier time must not stop."""
+    for content in ("first", "second"):
+        later = tmp_path / "checkpoints" / "step=00000006.ckpt"
+        later.mkdir(parents=True)
+        (later / "part").write_text(content)
+        RunFolder(tmp_path).go_back(3)
+    assert [path.name for path in later.parent.iterdir()] == ["step=00000006.ckpt.replaced"]
+    assert (later.parent / "step=00000006.ckpt.replaced" / "part").read_text() == "second"
