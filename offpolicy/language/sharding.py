@@ -34,15 +34,15 @@ def units(model: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def gathered_model(model: nn.Module) -> Iterator[None]:
-    """Within it, every process holds all weights of a sharded model, and goes through it by itself.
+def gathered_model(model: nn.Module | None) -> Iterator[None]:
+    """Within it, every process holds all weights of a sharded model, if there is one, and goes through it by itself.
 
     That takes the memory of the whole model on each. A ``state_dict`` cuts the weights again: :func:`gather`.
     """
-    parts = units(model)
+    parts = [] if model is None else units(model)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
-    gather(model)
+        part.unshard()
     try:
         yield
     finally:

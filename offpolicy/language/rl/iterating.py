@@ -46,6 +46,7 @@ class IteratingModule(LanguageModule):
     """
 
     objective: Objective
+    critic: Any
 
     def prepare_state(self) -> None:
         self.course = Course()
@@ -128,7 +129,7 @@ class IteratingModule(LanguageModule):
         seed, ahead = self.seed or 0, self.ahead
         fraction, sweeps = self.mixture(k)
         ahead.collect()  # before the engine gets other weights
-        with evaluating(self.model), self.precision_context(), gathered_model(self.model):
+        with evaluating(self.model), self.precision_context(), gathered_model(self.model), gathered_model(self.critic):
             self.answering.sync(self.model, k)
             store = self.before_iteration(k, store)
             wanted = min(shape.replayed(fraction), shape.groups - ahead.groups_of(k))

@@ -7,7 +7,6 @@ from typing import Any
 
 from offpolicy.errors import DataError, UsageError, check_choice, check_range
 from offpolicy.language.rl.critic import CRITICS
-from offpolicy.training.lightning_private import FullySharded
 
 LEAST = {  # option → its least value
     "group_size": 1,
@@ -83,15 +82,6 @@ def check_engine_lag(lag: int, engine: Any) -> None:
         raise UsageError(
             f"`lag` is {lag}, and the engine draws on the device that trains, where one waits for the other; expected "
             "an engine with devices of its own, as in --model.engine '{name: vllm, devices: [1]}', or --model.lag 0."
-        )
-
-
-def check_strategy(strategy: Any, *, uses_critic: bool) -> None:
-    """Raise :class:`UsageError` for a critic where the model is cut into parts."""
-    if uses_critic and isinstance(strategy, FullySharded):
-        raise UsageError(
-            "`trainer.strategy` is 'fsdp2' and the objective has a critic, which is not cut into parts; expected "
-            "another strategy, or an objective without one. Pass --trainer.strategy ddp."
         )
 
 

@@ -57,7 +57,7 @@ from offpolicy.language.rl.forward import Forward
 from offpolicy.language.rl.iterating import IteratingModule
 from offpolicy.language.rl.iteration import Shape
 from offpolicy.language.rl.objective import age_fact, composed, load_parts
-from offpolicy.language.rl.options import check_engine_lag, check_problems, check_rollout_options, check_strategy
+from offpolicy.language.rl.options import check_engine_lag, check_problems, check_rollout_options
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.solving import solve
 from offpolicy.language.room import base_dtype
@@ -300,10 +300,11 @@ class RolloutModule(IteratingModule):
         if trainer_of(self) is None or not self.trainer.training or self.answering is None:
             return
         h, device = self.hparams, self.trainer.strategy.root_device
-        check_strategy(self.trainer.strategy, uses_critic=self.objective.uses_critic)
-        if self.device_mesh is not None:
-            shard(self.model, self.device_mesh["data_parallel"])
-        self.model.to(device)
+        for one in (self.model, self.critic):
+            if one is not None and self.device_mesh is not None:
+                shard(one, self.device_mesh["data_parallel"])
+            if one is not None:
+                one.to(device)
         self.passes = Forward(
             self.model,
             device,
@@ -362,7 +363,8 @@ class RolloutModule(IteratingModule):
         """A sentence on the memory that drawing takes where the weights are shared out."""
         if self.device_mesh is None:
             return []
-        whole = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        held = [*self.model.parameters(), *(() if self.critic is None else self.critic.parameters())]
+        whole = sum(p.numel() * p.element_size() for p in held)
         return [f"While answers are drawn and scored, every process holds all weights: {size(whole)} more."]
 
     def describe(self) -> Description:
