@@ -34,6 +34,7 @@ _NAMES = {
     "GoalTransitions": "offpolicy.data.goals",
     "GoalView": "offpolicy.data.goals",
     "RunOptions": "offpolicy.training.options",
+    "OnlineOptions": "offpolicy.data.online",
     "SyntheticOptions": "offpolicy.data.renewal",
     "TextData": "offpolicy.data.texts.module",
     "LanguageModule": "offpolicy.language.module",

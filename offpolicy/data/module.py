@@ -206,7 +206,7 @@ class DataModule(LightningDataModule):
             random = collection.random_steps
             if state is not None and self.online.random_steps is None:
                 random = state["options"]["random_steps"]
-            if (seed, random) != (self.seed, collection.random_steps):  # the checkpoint has said it only now
+            if (seed, random) != (collection.seed, collection.random_steps):  # said only now
                 self.seed = collection.seed = seed
                 collection.random_steps = random
                 self.replay = collection.first()
