@@ -18,7 +18,6 @@ background:var(--paper);overflow-wrap:anywhere}
 a{color:var(--link)}h1{font-size:1.6rem}h2{margin-top:2.5rem;border-bottom:1px solid var(--line)}
 .wide{overflow-x:auto;margin:1rem 0}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
-caption{text-align:left;color:var(--soft);padding-bottom:.3rem}
 th,td{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;overflow-wrap:normal}
 thead th{background:var(--shade);position:sticky;top:0}thead th button{all:unset;cursor:pointer;font-weight:600}
 thead th button:focus-visible{outline:2px solid var(--link)}
@@ -28,7 +27,8 @@ ul.notes li{margin:.2rem 0}nav ul{columns:2 16rem}
 figure{margin:1.5rem 0}figure .wide>svg{width:100%;min-width:30rem;height:auto;display:block}
 svg text{fill:currentColor}figcaption,.soft{color:var(--soft);font-size:.9rem}
 pre{background:var(--shade);padding:.6rem;overflow-x:auto;white-space:pre-wrap}
-@media (max-width:40rem){body{font-size:15px;padding:.6rem}nav ul{columns:1}}
+@media (max-width:40rem){body{font-size:15px;padding:.6rem}nav ul{columns:1}
+tbody th{white-space:normal;overflow-wrap:anywhere;min-width:7rem}}
 @media print{nav,button{display:none}details{display:block}body{max-width:none}}
 """
 SCRIPT = """

@@ -63,9 +63,9 @@ def html_table(head: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str 
             cells.append(tag("th" if i == 0 else "td", shown, data_key=key, **named))
         body.append(tag("tr", *cells))
     heads = tag("tr", *(tag("th", one, scope="col") for one in head))
-    told = [tag("caption", caption)] if caption else []
-    table = tag("table", *told, tag("thead", heads), tag("tbody", *body), class_="sortable")
-    return tag("div", table, class_="wide")
+    table = tag("table", tag("thead", heads), tag("tbody", *body), class_="sortable")
+    told = tag("p", caption, class_="soft") if caption else Markup("")  # outside of what scrolls
+    return Markup(told + tag("div", table, class_="wide"))
 
 
 def csv_cell(value: Any) -> Any:

@@ -84,7 +84,7 @@ def test_what_stands_on_the_page(suite: tuple[str, Path]) -> None:
     text, out = suite
     words = " ".join(Reader(text).words)
     assert "12.0 ± 5.0 (3)" in words and "52.0 ± 5.0 (3)" in words
-    for wanted in ("IQM", "optimality gap", "Performance profiles", "P(row > column)", "not known: no held-out loss"):
+    for wanted in ("IQM", "optimality gap", "Performance profiles", "P(row > column)", "not known: nothing selected"):
         assert wanted in words
     for state in ("interrupted", "diverged", "killed", "running", "evaluation failed"):
         assert f"is {state} at update 20 of 500." in words, state
@@ -279,7 +279,7 @@ def test_preference_runs(tmp_path: Path) -> None:
     text, out = report(tmp_path / "runs")
     assert "log p of chosen, per token" in text and "Margins compare within a method alone" in text
     assert (out / "figures" / "preference-histograms.pdf").exists()
-    assert "not known: no held-out loss" not in text  # the loss on held-out pairs selects
+    assert "not known: nothing selected" not in text  # the loss on held-out pairs selects
     from offpolicy.report.language_section import per_answer
 
     dpo, simpo = (read_record(read_run(tmp_path / "runs" / method / "0")) for method in ("DPO", "SimPO"))
