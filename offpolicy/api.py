@@ -54,6 +54,7 @@ from offpolicy.training.seeds import chosen_seeds, over_seeds
 from offpolicy.training.selecting import (
     check_held_out,
     check_select,
+    held_out_words,
     hold_out_for,
     is_selected,
     select_checkpoint,
@@ -132,6 +133,7 @@ def fit(
         origin.lines += [screen.line("changed", begin.changed)] if begin.changed else []
         if is_first_process():
             check_held_out(method, module, begin.data_meta)
+            origin.lines += [screen.line("held out", held_out_words(module))] if module.held_out is not None else []
             origin.lines += [screen.line("select", selection_words(method, module))] if selecting else []
         if begin.checkpoint is not None and begin.updates >= max_steps:
             with trusting(names=names_of_method(method) | names_in(module.settings())):

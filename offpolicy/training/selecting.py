@@ -124,13 +124,15 @@ def check_held_out(method: Any, data: DataModule, checkpoint_meta: dict[str, Any
             )
 
 
+def held_out_words(data: DataModule) -> str:
+    """How many episodes are held out, for the first screen."""
+    assert data.held_out is not None and data.whole is not None
+    return f"{data.held_out.num_episodes:,} of {data.whole.num_episodes:,} episodes, which training does not see"
+
+
 def selection_words(method: Any, data: DataModule) -> str:
     """How a checkpoint will be selected, for the first screen."""
-    episodes = "all episodes, which training sees too"
-    if data.held_out is not None and data.whole is not None:
-        episodes = (
-            f"{data.held_out.num_episodes:,} of {data.whole.num_episodes:,} episodes, which training does not see"
-        )
+    episodes = "all episodes, which training sees too" if data.held_out is None else "those held out"
     if method.run.select == "loss":
         return f"after the last update by the error of every checkpoint on {episodes}"
     return (

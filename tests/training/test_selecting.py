@@ -41,7 +41,7 @@ def test_a_value_chooses_what_is_kept_opened_and_gone_on_from(
     assert [one["step"] for one in kept["candidates"]] == [10, 20, 30] and kept["held_out"] == 6
     assert (kept["step"], kept["value"]) == (best["step"], best["value"])
     assert "too few updates" in kept["doubt"] and "do not trust: too few updates" in text
-    assert "on 6 of 60 episodes, which training does not see" not in text and "values of 6 of 60 episodes" in text
+    assert "held out  6 of 60 episodes, which training does not see" in text and "values of those held out" in text
     assert f"selected  update {kept['step']}" in text
     path = folder / "checkpoints" / kept["checkpoint"]
     assert found.selected == path and os.readlink(folder / "checkpoints" / "selected") == kept["checkpoint"]
@@ -62,6 +62,10 @@ def test_a_value_chooses_what_is_kept_opened_and_gone_on_from(
     assert late.selected == chosen_checkpoint(folder, "selected")
     with pytest.raises(UsageError, match=r"held out 0.1 of the episodes, and it is 0 now.*--data.holdout 0.1"):
         op.fit(method("TD3BC"), toy_replay((6,) * 60), max_steps=50, ckpt_path=folder, **QUICK)
+    data = op.load_data(toy_replay((6,) * 60))
+    data.holdout, _ = 0.1, capsys.readouterr()
+    op.fit(method("TD3BC"), data, max_steps=50, ckpt_path=folder, **QUICK)
+    assert "held out  6 of 60" in capsys.readouterr().out and json.loads((folder / "selected.json").read_text())
 
 
 def test_an_error_chooses_among_copies_of_actions(tmp_path: Path) -> None:
