@@ -383,7 +383,7 @@ def test_refusals(clean: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             make_engine({"name": "vllm", "python": "engines/bin/python", "memory": 0.5}, context=here)
         refused("may only name what belongs", python=None, options={"worker_cls": "evil.Worker"})
     assert time.monotonic() - began < 20
-    _, option = shlex.split(re.search(r"add (--model.engine '.*') to", str(error.value))[1])
+    _, option = shlex.split(re.findall(r"add (--model.engine '.*') to", str(error.value))[0])
     with trusting(in_file=True, names=names_in(yaml.safe_load(option))):  # as the command line takes it
         refused("'engines/bin/python', which cannot be run", **yaml.safe_load(option))
 
