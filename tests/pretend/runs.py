@@ -59,7 +59,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other c
     "PRDC": [{"search": "tree", "num_neighbors": 3}, {"search": "brute"}, {"state_weight": 0.0}],
     "DPO": [{"shared_prompt": False, "micro_batch_size": 1}],
     "GRPO": [
-        {"engine": "tiny", "replay_fraction": 0.5, "replay_window": 2, "min_ess": 0.1},
+        {
+            "engine": "tiny",
+            "replay_fraction": 0.5,
+            "replay_window": 2,
+            "min_ess": 0.1,
+            "demonstrations": 1,
+            "demonstration_share": 0.5,
+        },
         {"objective": CRITIC, "critic": "head"},
         {"objective": CRITIC, "critic": "model", "micro_batch_size": 3},
     ],

@@ -77,8 +77,8 @@ class Demonstrations:
             return Completion(token, logp, bool(given == self.problems.length[row]))
         rest = cut_answer(rest, self.length - given)
         said = None if rest.sampler_logp is None else np.concatenate([logp, rest.sampler_logp])
-        joined = {"token": np.concatenate([token, rest.token]), "logp": np.concatenate([logp, rest.logp])}
-        return rest._replace(**joined, sampler_logp=said)
+        whole, logps = np.concatenate([token, rest.token]), np.concatenate([logp, rest.logp])
+        return rest._replace(token=whole, logp=logps, sampler_logp=said)
 
     def facts(self) -> list[tuple[str, str]]:
         """The line of the first screen on demonstrations from which the policy goes on."""
