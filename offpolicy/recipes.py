@@ -48,8 +48,12 @@ class Recipe:
         return {key.partition(".")[2]: v for key, v in self.settings.items() if key.startswith(f"{name}.")}
 
     def specificity(self, task: str) -> int:
-        """Letters of the longest pattern that matches the task (an exact name has most); −1 when none does."""
-        matching = [pattern for pattern in self.tasks if fnmatchcase(task.lower(), pattern.lower())]
+        """Letters of the longest pattern that matches the task (an exact name has most); −1 when none does.
+
+        A set of a policy trained here, "hopper-medium-made-v0", has the recipe of the D4RL set that it is named after.
+        """
+        names = {task.lower(), re.sub("-made-v0$", "-v2", task.lower())}
+        matching = [pattern for pattern in self.tasks if any(fnmatchcase(name, pattern.lower()) for name in names)]
         return max((len(re.sub("[*?]", "", pattern)) for pattern in matching), default=-1)
 
 

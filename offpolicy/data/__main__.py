@@ -1,4 +1,4 @@
-"""``python -m offpolicy.data make NAME | show X | convert X OUT | compare X Y``: data sets on the command line.
+"""``python -m offpolicy.data make NAME… | show X | convert X OUT | compare X Y``: data sets on the command line.
 
 Exit codes: 0 done, 2 a mistake in the command, 3 data that cannot be used or written.
 """
@@ -53,13 +53,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m offpolicy.data", description="Make, look at and convert data sets.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     make = commands.add_parser("make", help="make a set from its real environment and keep it")
-    make.add_argument("name", help="a made set, such as pendulum-stitch-v0, or one of OGBench's mazes and arms")
-    ogbench = make.add_argument_group("sets of OGBench")
-    ogbench.add_argument("--steps", type=int, metavar="N", help="least number of transitions (as published)")
-    ogbench.add_argument("--seed", type=int, metavar="S", help="of the episodes (0)")
-    ogbench.add_argument("--jobs", type=int, metavar="J", help="processes; any number makes the same set (1)")
+    make.add_argument(
+        "names", nargs="+", metavar="NAME", help="made sets, such as pendulum-stitch-v0; those of policies that are "
+        "trained for them, hopper-medium-made-v0; OGBench's mazes and arms",
+    )  # fmt: skip
+    played = make.add_argument_group("sets of OGBench, and of policies that are trained here")
+    played.add_argument("--steps", type=int, metavar="N", help="least number of transitions, or steps of the training")
+    played.add_argument("--rows", type=int, metavar="N", help="least number of transitions that a trained policy plays")
+    played.add_argument("--seed", type=int, metavar="S", help="of the training and the episodes (0)")
+    played.add_argument("--jobs", type=int, metavar="J", help="processes that play; any number makes the same set (1)")
     make.add_argument("--out", metavar="FOLDER", help="write it there instead of the data folder")
-    make.add_argument("--check", action="store_true", help="measure its reference scores again (a minute at most)")
+    make.add_argument("--check", action="store_true", help="measure its reference scores again (a minute or two)")
     make.set_defaults(run=_make)
     show = commands.add_parser("show", help="print the data report of a set; without a name, list the known names")
     show.add_argument("data", nargs="?", help="a known name, a file or a folder")
@@ -103,15 +107,26 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _make(options: argparse.Namespace) -> None:
-    target = resolve(options.name)
-    if target.kind == "ogbench":
-        _make_ogbench(target, options)
-        return
-    if target.kind != "made":
+    targets = [resolve(name) for name in options.names]
+    if options.out and len(targets) > 1:
+        raise UsageError(f"--out was given for {len(targets)} sets; expected one. Make them one by one.")
+    other = next((target for target in targets if target.kind not in ("made", "ogbench")), None)
+    if other is not None:
         raise UsageError(
-            f"{describe(target)} Only made sets can be made: {', '.join(_made_names())}; and OGBench's mazes and arms."
+            f"{describe(other)} Only made sets can be made: {', '.join(_made_names())}; FAMILY-LEVEL-made-v0, such as "
+            "hopper-medium-made-v0; and OGBench's mazes and arms."
         )
-    for name in ("steps", "seed", "jobs"):
+    for target in targets:
+        if target.kind == "ogbench":
+            _make_ogbench(target, options)
+        elif target.info:
+            _make_simulated(target, options)
+        else:
+            _make_fixed(target, options)
+
+
+def _make_fixed(target: Target, options: argparse.Namespace) -> None:
+    for name in ("steps", "rows", "seed", "jobs"):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name} was given, but the recipe of {target.name} is fixed. Leave it out.")
     if options.out and Path(options.out).exists():
@@ -126,9 +141,24 @@ def _make(options: argparse.Namespace) -> None:
         replay = open_made(target.name)
     print(report(replay))
     if options.check:
-        for kind, returns in reference_returns(target.name).items():
-            error = returns.std(ddof=1) / len(returns) ** 0.5
-            print(f"  {kind:11}  return {returns.mean():.1f} ± {error:.1f} (standard error, {len(returns)} episodes)")
+        _print_returns(reference_returns(target.name))
+
+
+def _make_simulated(target: Target, options: argparse.Namespace) -> None:
+    from offpolicy.cli.making import make_simulated, returns_again
+    from offpolicy.data.report import report
+
+    given = {name: getattr(options, name) for name in ("steps", "rows", "seed", "out")}
+    replay = make_simulated(target, jobs=1 if options.jobs is None else options.jobs, **given)
+    print(report(replay))
+    if options.check:
+        _print_returns(returns_again(replay))
+
+
+def _print_returns(found: dict[str, Any]) -> None:
+    for kind, returns in found.items():
+        error = returns.std(ddof=1) / len(returns) ** 0.5
+        print(f"  {kind:11}  return {returns.mean():.1f} ± {error:.1f} (standard error, {len(returns)} episodes)")
 
 
 def _make_ogbench(target: Target, options: argparse.Namespace) -> None:
@@ -136,6 +166,8 @@ def _make_ogbench(target: Target, options: argparse.Namespace) -> None:
     from offpolicy.data.sources import open_source
     from offpolicy.data.sources.ogbench_make import make, recipe_of
 
+    if options.rows is not None:
+        raise UsageError(f"--rows was given for {target.name}, whose transitions --steps counts. Pass --steps.")
     if options.check:
         raise UsageError(f"--check was given, but {target.name} has no reference scores. Leave it out.")
     recipe = recipe_of(target.name, target.info["env_id"], steps=options.steps, seed=options.seed or 0)
@@ -309,7 +341,9 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _made_names() -> list[str]:
-    return [name for name in known_names() if resolve(name).kind == "made"]
+    """Made sets that no policy has to be trained for."""
+    targets = [resolve(name) for name in known_names()]
+    return [target.name for target in targets if target.kind == "made" and not target.info]
 
 
 def _write_fault(error: OSError) -> str:

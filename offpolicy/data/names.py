@@ -43,6 +43,7 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(:[\w.-]+)?$")  # owner/name, or owner/nam
 COPY = re.compile(
     r"( ?\(\d+\)| - copy( ?\(\d+\))?|[ _-]copy\d*)+$", re.IGNORECASE
 )  # what copies have at the end of a name
+LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert", "full-replay", "best")  # of trained policies
 MINARI_ID = re.compile(r"^([-\w]{2,}/)+[-\w]+-v\d+$")
 
 
@@ -55,7 +56,8 @@ class Target:
             "minari" and "ogbench" are sets with one; "language" is text data.
         name: canonical name, or the file's stem.
         path: the file or folder the user gave, else None: a known set is looked up under :func:`root`.
-        info: facts from the table of known sets, by column (D4RL: that row of ``d4rl.csv``).
+        info: facts from the table of known sets, by column (D4RL: that row of ``d4rl.csv``); of sets made by policies
+            that are trained here, their family and level.
     """
 
     kind: Kind
@@ -131,19 +133,21 @@ def known_names() -> list[str]:
 
 def describe(target: Target) -> str:
     """One sentence saying what a name or path was taken for and where the data are."""
-    place, made = target.location(), target.kind == "made"
+    place, made, family = target.location(), target.kind == "made", target.info.get("family")
     what = {
         "hdf5": "a file in the layout of D4RL (HDF5)",
         "npz": "a NumPy archive (.npz) with a row per step",
         "replay": "a folder in the format of this library",
-        "made": "a set made here from a real environment",
-        "d4rl": f"the D4RL task of the family {target.info.get('family')}",
+        "made": f"a set made here {'by policies trained in its simulator' if family else 'from a real environment'}",
+        "d4rl": f"the D4RL task of the family {family}",
         "minari": "a Minari data set",
         "ogbench": "an OGBench data set",
         "language": "language data",
     }[target.kind]
     if target.path is not None:
         where = f"read from {target.path}"
+    elif made and family and place is not None and not place.exists():
+        where = f"not made yet: python -m offpolicy.data make {target.name}"
     elif made:
         where = f"kept under {root('made')}"
     elif place is not None and place.exists():
@@ -162,6 +166,9 @@ def _known() -> dict[str, Target]:
     targets: list[Target] = []
     made = sorted(f.name for f in files("datasets_cfg").joinpath("made").iterdir() if f.name.endswith(".yaml"))
     targets += [Target("made", name.removesuffix(".yaml")) for name in made]
+    for family in _families():
+        info = [{"family": family, "level": level} for level in LEVELS]
+        targets += [Target("made", f"{family}-{one['level']}-made-v0", None, one) for one in info]
     targets += [Target("d4rl", row["task"], None, row) for row in _table("d4rl.csv")]
     targets += [Target("minari", row["dataset_id"], None, row) for row in _table("minari.csv")]
     for row in _table("ogbench.csv"):
@@ -169,6 +176,12 @@ def _known() -> dict[str, Target]:
         targets += [Target("ogbench", f"{stem}-{kind}-v0", None, row) for kind in row["kinds"].split()]
     targets += [Target("language", name, None, {"hub": hub}) for name, hub in PROBLEMS.items()]
     return {fold(target.name): target for target in targets}
+
+
+def _families() -> list[str]:
+    """Simulators in which policies are trained to make data."""
+    found = files("datasets_cfg").joinpath("simulated").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in found if f.name.endswith(".yaml"))
 
 
 def _table(name: str) -> Iterator[dict[str, str]]:

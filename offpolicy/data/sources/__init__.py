@@ -40,7 +40,8 @@ def open_source(
 
     Args:
         name_or_target: what :func:`offpolicy.data.names.resolve` understands, or its result: a file or folder, or a
-            known name. A made set that is not there is made; a D4RL task, Minari id or OGBench set is downloaded.
+            known name. A made set that is not there is made, unless a policy has to be trained for it; a D4RL task,
+            Minari id or OGBench set is downloaded.
         download: false forbids that.
         on_bad: "error" stops at faulty content, "drop_episode" leaves out the episodes that have it and counts them.
         clip_actions: clip actions outside the bounds instead of calling them faulty.
@@ -125,8 +126,10 @@ def _open(
         )
     if target.kind == "made":
         from offpolicy.data.sources.make import open_made
+        from offpolicy.data.sources.simulated import open_simulated
 
-        return _fingerprinted(open_made(target.name), sha256)
+        made = open_simulated(target) if target.info else open_made(target.name)
+        return _fingerprinted(made, sha256)
     path = target.location()
     assert path is not None  # only language data have no place
     common: dict[str, Any] = {"on_bad": on_bad, "clip_actions": clip_actions, "sha256": sha256}
