@@ -155,7 +155,7 @@ def _facts(mark: Mark, recipe: Mapping[str, Any], level: str) -> dict[str, Any]:
     steps = recipe["random_steps"] + mark.updates
     return {
         "rule": rule_words(recipe, level),
-        "reached": f"{mark.mean:,.1f} after {steps:,} steps",
+        "reached": f"reached {mark.mean:,.1f} after {steps:,} steps",
         "updates": mark.updates,
         "steps": steps,
         "returns": list(mark.returns),
@@ -200,7 +200,9 @@ def trained(recipe: Mapping[str, Any], *, until_medium: bool = False) -> Path:
     goal = " at most: it stops at the medium policy" if until_medium else ""
     begun = f", of which {recipe['random_steps'] + made:,} are made" if made else ""
     print(f"training SAC in {env_id} for {recipe['steps']:,} steps{goal}{begun}; kept in {folder}")
-    print(f"about {_duration((updates - made) / recipe['updates_per_s'])}{goal and ' at most'} on one core of ours")
+    rate = recipe["updates_per_s"]
+    expected = _duration((updates - made) / rate)
+    print(f"expected time: about {expected}{' at most' if goal else ''}, at {rate} updates per second on one core")
     online = OnlineOptions(
         env=env_id, env_steps=recipe["steps"], round_steps=round_steps, random_steps=recipe["random_steps"]
     )
