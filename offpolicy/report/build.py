@@ -42,8 +42,8 @@ def write_report(
     out = Path(out).expanduser()
     if out.exists() and not out.is_dir():
         raise UsageError(f"`out` is {out}, which is a file; expected a folder for the report. Pass another.")
-    places = list(places)
-    records = [read_record(run) for run in find_runs(places)]
+    folders = list(places)
+    records = [read_record(run) for run in find_runs(folders)]
     check_axis(records, x)
     labels = variants([one.run for one in records])
     methods = [one for one in records if not one.run.estimates]
@@ -58,7 +58,7 @@ def write_report(
         sections += scores_section.score_sections(found, best[found.column], found.column, material, len(judged) == 1)
     sections += [language_section.goals(material), language_section.preference(material)]
     sections += [language_section.rollouts(material)]
-    sections += [offline_section.offline(records, offline_section.find_files(places, runs), material)]
+    sections += [offline_section.offline(records, offline_section.find_files(folders, runs), material)]
     fast, speeds = runs_section.speed(records, labels)
     sections += [fast, runs_section.settings_section(records, labels), not_known(last, records)]
     sections += [runs_section.provenance(records, labels)]

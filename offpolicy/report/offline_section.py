@@ -175,7 +175,8 @@ def _budget(content: Mapping[str, Any], name: str, material: Material) -> list[M
     lines = [np.asarray(budget[key], np.float64) for key in ("pulls", "mean", "low", "high")]
     if len({len(line) for line in lines}) != 1 or not all(np.isfinite(line).all() for line in lines):
         raise ValueError("the budget is not a curve")
-    curve = MeanCurve(*lines, ())
+    x, y, low, high = lines
+    curve = MeanCurve(x, y, low, high, ())
     label = "policy chosen"
     panels = [(str(content["data"]), {label: curve})]
     drawn = draw_panels(name, panels, looks_of([label]), "episodes played", unit, material.figures)

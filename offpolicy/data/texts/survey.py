@@ -104,12 +104,12 @@ def survey_texts(
         found, items = _of_records(source, columns, tokenizer, separator, max_length)
     found.notes += source.notes
     found.doubts += source.doubts
-    others = {name: (target, name) for name in source.others[:SPLITS]}
+    others: dict[str, tuple[Target, str | None]] = {name: (target, name) for name in source.others[:SPLITS]}
     if len(source.others) > SPLITS:
         found.notes.append(f"parts that were not compared: {', '.join(source.others[SPLITS:])}")
     if eval_data is not None:
         name, _, part = eval_data.partition("@")
-        others[eval_data] = (resolve(name, language=True), part or None)  # type: ignore[assignment]
+        others[eval_data] = (resolve(name, language=True), part or None)
     prompts = [item.prompt for item in items]
     for name, (where, part) in others.items():
         try:
