@@ -39,7 +39,12 @@ def with_returns_to_go(
         other = np.bincount(episode, weights=~np.isclose(reward[rows], failure_reward), minlength=replay.num_episodes)
         found[rows[(other == 0)[episode]]] = failure_reward / (1.0 - discount)
     steps: dict[str, Any] = {**replay.steps, RETURN_TO_GO: found.astype(np.float32)}
-    same = {"start": replay.start, "length": replay.length, "tail": replay.tail, "episodes": replay.episodes}
+    same: dict[str, Any] = {
+        "start": replay.start,
+        "length": replay.length,
+        "tail": replay.tail,
+        "episodes": replay.episodes,
+    }
     made = Replay(steps, **same, meta=replay.meta)
     made.version = replay.version
     return made
