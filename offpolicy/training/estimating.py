@@ -180,7 +180,7 @@ def _fits(
     """Of each policy the fit, its place there, and its value: one fit for those that draw, one for the others."""
     if intervals != "refits":
         fitting = Fitting(**{**vars(fitting), "refits": 0})
-    found = {}
+    found: dict[int, tuple[Any, int, FittedValue]] = {}
     for sampled in sorted(set(drawn)):
         group = [k for k, draws in enumerate(drawn) if draws == sampled]
         method, values = fitted_values([policies[k] for k in group], replay, fitting, "sample" if sampled else "mean")
