@@ -36,7 +36,9 @@ def episode_scores(policy: Any, returns: Sequence[float]) -> list[float]:
     """The scores of episodes with these returns; the returns themselves where no score is known."""
     meta = policy.data_meta
     if returns and has_score(meta):
-        return [float(one) for one in normalized_score(returns, meta["ref_min_score"], meta["ref_max_score"])]
+        return [
+            float(one) for one in normalized_score(np.asarray(returns), meta["ref_min_score"], meta["ref_max_score"])
+        ]
     return [float(one) for one in returns]
 
 
