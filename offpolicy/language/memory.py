@@ -142,7 +142,7 @@ def estimate_memory(config: Any, work: Workload) -> MemoryEstimate:
     follows = _followed(text, _key(work.adapter), work.dtype, work.precision, work.rows, work.length, work.own_mask,
                         work.checkpointing)  # fmt: skip
     passes = 2 if work.critic == "model" else 1
-    parts["activations"] = (follows.count or 0) * passes + counts.unpacked
+    parts["activations"] = (follows.size or 0) * passes + counts.unpacked
     parts["logits"] = _logits(config, work, counts.head_trained)
     if work.cached_rows:
         parts["answers"] = _cache(config, work)
@@ -329,7 +329,7 @@ class _Peak(TorchDispatchMode):
 class _Followed(NamedTuple):
     """Bytes of activations, and of their gradients, at the peak; None where the model cannot be followed, and why."""
 
-    count: int | None
+    size: int | None
     fault: str = ""
 
 

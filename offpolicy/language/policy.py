@@ -60,7 +60,7 @@ def open_model(
                 raise ValueError(f"it is an encoder with a decoder ({config.model_type}), not a decoder alone")
             plain_attention(config, attn_implementation)
             source = stored_dtype(config)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 name, config=config, dtype=dtype_of(dtype), trust_remote_code=False, **settings
             )
             model.source_dtype = source  # an export has it again

@@ -164,8 +164,9 @@ class OfflineModule(SteppingModule):
 
     def finish_files(self, folder: Path) -> None:
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        if getattr(data, "collection", None) is not None:
-            data.collection.save(folder / "replay" / "collected")
+        collection = getattr(data, "collection", None)
+        if collection is not None:
+            collection.save(folder / "replay" / "collected")
 
     def last_words(self, folder: Path) -> str:
         collection = self._collection

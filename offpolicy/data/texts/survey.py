@@ -111,9 +111,9 @@ def survey_texts(
         name, _, part = eval_data.partition("@")
         others[eval_data] = (resolve(name, language=True), part or None)
     prompts = [item.prompt for item in items]
-    for name, (where, part) in others.items():
+    for name, (where, split) in others.items():
         try:
-            known = set(_prompts(read(where, part, download=download), where, columns))
+            known = set(_prompts(read(where, split, download=download), where, columns))
             found.overlap[name] = sum(prompt in known for prompt in prompts)
         except DataError as error:
             if name == eval_data:
