@@ -72,7 +72,8 @@ def test_train_and_go_on(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     for part in ("DPO on pairs", "preference pairs", "4 of 16 rows, 1 epochs", "held-out rows", "▶", "generate", "hf'"):
         assert part in said
     assert {p.name for p in folder.iterdir()} == {
-        "checkpoints", "command.txt", "config.yaml", "evals.csv", "hf", "metrics.csv", "tokenizer", "versions.json",
+        "checkpoints", "command.txt", "config.yaml", "evals.csv", "hf", "margins.csv", "metrics.csv", "tokenizer",
+        "versions.json",
     }  # fmt: skip
     assert [row["step"] for row in Table(folder / "metrics.csv").rows()] == [2, 4]
     assert "eval/rewards/accuracies" in Table(folder / "evals.csv").rows()[-1]
