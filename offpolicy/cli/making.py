@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback
 
-from lightning_modules.sac import SAC
 from offpolicy.api import fit
 from offpolicy.data.mixing import joined
 from offpolicy.data.module import DataModule
@@ -37,6 +36,7 @@ from offpolicy.environments.collecting import Simulator
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.evaluation.rollout import Evaluator
 from offpolicy.files import Table
+from offpolicy.registry import find_method
 from offpolicy.training.checkpoints import checkpoint_name, newest_checkpoint, read_checkpoint
 from offpolicy.training.opening import load
 from offpolicy.training.playing import Play, played_rows
@@ -207,7 +207,7 @@ def trained(recipe: Mapping[str, Any], *, until_medium: bool = False) -> Path:
         env=env_id, env_steps=recipe["steps"], round_steps=round_steps, random_steps=recipe["random_steps"]
     )
     result = fit(
-        SAC(**recipe["model"]),
+        find_method("SAC")(**recipe["model"]),
         DataModule(env_id, max_episode_steps=recipe["max_episode_steps"], online=online),
         seed=recipe["seed"],
         folder=None if made else folder,

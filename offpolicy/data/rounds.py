@@ -21,7 +21,7 @@ class StepNoise:
 
     def __init__(self, stream: str, seed: int, width: int, law: Callable[..., torch.Tensor] = sampling.normals) -> None:
         self.stream, self.seed, self.width, self.law = stream, seed, width, law
-        self.chunk, self.drawn = -1, torch.zeros(0)
+        self.chunk, self.drawn = -1, torch.zeros(0, device="cpu")
 
     def of(self, step: int) -> torch.Tensor:
         """The noise of a step, (A,) on the host."""

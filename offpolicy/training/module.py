@@ -75,7 +75,9 @@ class Module(LightningModule):
         facts = [f"{name} {value}" for name, value in self.repr_facts() if value]
         built = num_trained(self)
         facts.append(f"{built:,} trained parameters" if built else "no networks yet")
-        options = ", ".join(f"{name}={value!r}" for name, value in self.hparams.items() if name[0] != "_")
+        known = inspect.signature(type(self)).parameters  # a base class saves first
+        named = [n for n in known if n in self.hparams] if self.hparams.keys() <= known.keys() else list(self.hparams)
+        options = ", ".join(f"{name}={self.hparams[name]!r}" for name in named if name[0] != "_")
         text = textwrap.fill(options, 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
         return f"{type(self).__name__}: {', '.join(facts)}" + (f"\n{text}" if options else "")
 

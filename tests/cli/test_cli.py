@@ -35,6 +35,8 @@ pytestmark = pytest.mark.usefixtures("in_home")
 SMALL = ["--model.hidden_dims", "[8,8]", "--model.batch_size", "16"]
 SHORT = ["--trainer.max_steps", "60", "--run.eval_every", "30", "--run.log_every", "20", "--run.eval_episodes", "2"]
 
+PAIRS = str(Path(__file__).parents[2] / "examples" / "preference" / "data" / "gsm8k_pairs_test.jsonl.gz")
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -142,7 +144,10 @@ def run(*argv: str) -> Path:
         (["--seed_everything", "x"], ["--seed_everything is 'x'"]),
         (["--seed", "0..7"], ["`seed` is '0..7'", "Did you mean --seeds 0..7?"]),
         (["--seedz", "0..7"], ["--seedz is not an option", "'--seeds'"]),
-        (["--model", "DPO", "--data.extra_columns", "[a]"], ["an option of control data alone", "reads texts"]),
+        (
+            ["--model", "DPO", "--data", PAIRS, "--data.extra_columns", "[a]"],
+            ["an option of control data alone", "reads texts"],
+        ),
         (["--seeds", "5..2"], ["the range 5..2 is empty", "2..5"]),
         (["--seeds", "0,0"], ["'0,0', which has 0 twice"]),
         (["--seeds", "a"], ["`seeds` is 'a'; expected whole numbers ≥ 0, each once, such as 0..7 or 0,3,5"]),

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from tiny import fit, make_policy, method, toy_pairs, write_pairs
 
 import offpolicy as op
+from offpolicy.data.module import DataModule
 from offpolicy.data.texts.module import TextData
 from offpolicy.data.texts.sequences import token_ids as texts_of
 from offpolicy.errors import DataError, UsageError
@@ -216,8 +217,8 @@ def test_epochs_decide_the_number_of_steps(policy: Path) -> None:
     assert module.trainer.global_step == 2  # ⌈0.5 · 13 / 4⌉
 
 
-def test_a_control_run_still_needs_max_steps() -> None:
-    assert op.BC().planned_steps(None) is None  # type: ignore[arg-type]
+def test_a_control_run_still_needs_max_steps(data: DataModule) -> None:
+    assert op.BC().planned_steps(data) is None
 
 
 @pytest.mark.parametrize(

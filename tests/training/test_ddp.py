@@ -84,8 +84,8 @@ def main(root: Path) -> None:
     drawn = sample(generator, root / "drawn", trajectories=20, batch_size=8)
     assert data.renewal is not None
     own = {k: v.tolist() for k, v in weights(module).items()}
-    calls = data.renewal.model.calls, generator.calls
-    found["pool"] = {"weights": own, "calls": calls, "drawn": drawn.fingerprint()}
+    drew = data.renewal.model.calls, generator.calls
+    found["pool"] = {"weights": own, "calls": drew, "drawn": drawn.fingerprint()}
     module = method("SAC")  # the first process collects
     fit(module, scratch(), 40, root / "collected", precision="64-true", **two)
     found["collected"] = {"weights": {k: v.tolist() for k, v in weights(module).items()}}
