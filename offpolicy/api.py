@@ -38,8 +38,8 @@ from offpolicy.training.beginning import (
     forget_if_empty,
     open_folder,
 )
-from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
-from offpolicy.training.choosing import Which
+from offpolicy.training.checkpoints import checkpoint_name, newest_checkpoint, read_checkpoint
+from offpolicy.training.choosing import Which, best_update
 from offpolicy.training.goals import GoalModule
 from offpolicy.training.lightning_private import stop_watching
 from offpolicy.training.measurement import EvaluationFailed
@@ -159,7 +159,10 @@ def selected_late(done: FitResult, data: DataModule, verbose: bool) -> FitResult
     """A finished run with the selection that it may still owe."""
     method = done.method
     if method.run.select != "none" and not is_selected(done.folder, done.updates):
-        words = select_checkpoint(method, data, RunFolder(done.folder), done.updates)
+        files = RunFolder(done.folder)
+        with contextlib.suppress(UsageError):  # the best stays too, where there were evaluations
+            files.best_path = checkpoint_name(best_update(done.folder))
+        words = select_checkpoint(method, data, files, done.updates)
         if verbose:
             print(screen.line("selected", words))
     done.selected = selected_path(done.folder)

@@ -68,6 +68,16 @@ def test_a_value_chooses_what_is_kept_opened_and_gone_on_from(
     assert "held out  6 of 60" in capsys.readouterr().out and json.loads((folder / "selected.json").read_text())
 
 
+def test_a_selection_made_late_keeps_the_best(tmp_path: Path) -> None:
+    options = QUICK | {"select": "fqe", "eval_every": 10, "eval_episodes": 1, "verbose": False}
+    made("TD3BC", tmp_path, 20, **options)
+    best = tmp_path / "checkpoints" / "best"
+    before = os.readlink(best)
+    (tmp_path / "selected.json").unlink()
+    op.fit(method("TD3BC"), toy_replay((6,) * 60), max_steps=20, ckpt_path=tmp_path, **options)
+    assert os.readlink(best) == before and best.exists()
+
+
 def test_an_error_chooses_among_copies_of_actions(tmp_path: Path) -> None:
     made("BC", tmp_path / "run", select="loss")
     kept = json.loads((tmp_path / "run" / "selected.json").read_text())
