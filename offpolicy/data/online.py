@@ -188,11 +188,18 @@ class Collection:
                 f"{o.round_steps:,}, too few with `data.online.episodes` {o.episodes!r}; expected rounds of at "
                 f"least {sim.limit:,} steps, or --data.online.episodes keep."
             )
+        if o.episodes == "whole" and not sim.limit:  # an episode could last for several rounds
+            raise UsageError(
+                f"`data.online.episodes` is 'whole', and {self.env_id} has no known limit of steps; expected one. Pass "
+                "--data.max_episode_steps N, or --data.online.episodes cut."
+            )
         if o.env_steps <= self.lead:
             raise UsageError(
                 f"`data.online.env_steps` is {o.env_steps:,}, and {self.lead:,} of them are random ones or a warm-up "
                 "(`data.online.random_steps`, `warmup_steps`); expected more, as updates begin after them. Lower these."
             )
+        # rows beyond rounds: an episode that is played to its end; one that goes on stays whole until it has ended
+        spare = {"cut": 0, "whole": sim.limit, "keep": 2 * sim.limit}[o.episodes]
         if self.offline is None:
             if o.mix != "union":
                 raise UsageError(
@@ -200,7 +207,7 @@ class Collection:
                 )
             if self.random_steps < 1:
                 raise UsageError("`data.online.random_steps` is 0, and there are no other data; expected at least 1.")
-            least = self.lead + o.round_steps + sim.limit
+            least = self.lead + o.round_steps + max(spare, sim.limit)
             if o.capacity is not None and o.capacity < least:
                 raise UsageError(
                     f"`data.online.capacity` is {o.capacity:,} rows; expected at least {least:,}, the first steps, a "
@@ -215,10 +222,12 @@ class Collection:
                     "same. Choose the environment of the data."
                 )
         kept = 0 if o.mix == "none" else self.offline.num_steps
-        if o.capacity is not None and o.capacity < kept + o.round_steps:  # offline rows would be the first to leave
+        least = kept + self.lead + o.round_steps + spare  # the first round has the lead too
+        if o.capacity is not None and o.capacity < least:
             raise UsageError(
                 f"`data.online.capacity` is {o.capacity:,} rows, and {kept:,} offline rows stay beside rounds of "
-                f"{o.round_steps:,}; expected at least {kept + o.round_steps:,}. Raise it, or leave it out."
+                f"{o.round_steps:,}; expected at least {least:,} with the first steps and an episode. Raise it, or "
+                "leave it out."
             )
 
     # -- where the run stands ------------------------------------------------------------------------------------------
@@ -246,9 +255,9 @@ class Collection:
 
     def first(self) -> Replay:
         """What a run begins with: the offline data, or the random steps of a run from scratch, collected now."""
+        self.reset()  # also beside offline data, as the seed may be said late
         if self.offline is not None:
             return self.offline
-        self.reset()
         self.random_part = self._play(self._random, self.random_steps)
         return self.random_part
 
@@ -494,7 +503,7 @@ class Collection:
                 gain, over, _ = episode.step(sim.playable(to_numpy(ring.steps["action"])[row]), obs)
                 reward += gain
                 same = same and not over
-        if same and (to_numpy(ring.tail["obs"])[pieces[-1]] == obs).all():
+        if same and (to_numpy(ring.next_obs(ring.end[pieces[-1:]]))[0] == obs).all():
             self._episode, self._obs, self._return, self._length = episode, obs, reward, len(rows)
             return
         self.played += 1

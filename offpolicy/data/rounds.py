@@ -103,10 +103,10 @@ def pieces_joined(replay: Replay) -> Replay:
     group = np.cumsum(np.append(0, last[:-1]))
     length = np.bincount(group, weights=replay.length).astype(np.int64)
     return Replay(
-        {k: v for k, v in replay.steps.items() if k != "valid_td"},
+        {k: v for k, v in replay.steps.items() if k not in ("valid_td", "next_obs")},
         start=np.cumsum(length) - length,
         length=length,
-        tail={"obs": to_numpy(replay.tail["obs"])[last]},
+        tail={"obs": to_numpy(replay.next_obs(replay.end[last]))},  # beside data with `next_obs` there is no tail
         episodes={k: to_numpy(v)[last] for k, v in replay.episodes.items()},
         meta=replay.meta,
     )

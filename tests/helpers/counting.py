@@ -37,6 +37,7 @@ class Counting(gymnasium.Env):
 
 
 gymnasium.register(ENV, Counting, max_episode_steps=6)
+gymnasium.register("CountingOnlineEndless-v0", Counting)
 
 
 def online(env: str | None = ENV, **options: Any) -> OnlineOptions:

@@ -118,7 +118,9 @@ def test_an_environment_that_does_not_repeat_itself_is_cut(
         ({"round_steps": 5, "episodes": "whole"}, "round_steps"),
         ({"random_steps": 60}, "random_steps"),
         ({"random_steps": 0}, "random_steps"),
+        ({"env": "CountingOnlineEndless-v0", "episodes": "whole"}, "no known limit.*max_episode_steps"),
         ({"capacity": 8}, "capacity"),
+        ({"capacity": 41, "episodes": "keep"}, "at least 42"),
         ({"capacity": 30}, "capacity"),
         ({"mix": "half"}, "offline"),
         ({"mix": "third"}, "mix"),
@@ -143,12 +145,43 @@ def test_data_that_are_open_already_take_the_seed_of_the_run() -> None:
     assert opened.load().fingerprint() == late.load().fingerprint()
 
 
+def with_next_obs(data: Replay) -> DataModule:
+    """Data that store successors, and so have no tail, beside which three rounds are collected."""
+    steps = {**data.steps, "next_obs": data.next_obs(data.rows).numpy()}
+    replay = Replay(steps, start=data.start, length=data.length, meta=data.meta)
+    found = DataModule.of(replay)
+    found.online = online(None, env_steps=30, episodes="keep", warmup_steps=5)
+    found.change_every = 10
+    return found
+
+
+def test_data_with_successors_are_gone_on_beside(runs: dict[str, op.FitResult], tmp_path: Path) -> None:
+    """Also by a run that was stopped while an episode ran."""
+    data, whole = collected(runs["cut"]), tmp_path / "whole"
+    collect(whole, with_next_obs(data))
+    with pytest.raises(ZeroDivisionError):
+        collect(tmp_path / "parts", with_next_obs(data), callbacks=[Crash(15)], save_every=5)
+    collect(None, with_next_obs(data), ckpt_path=tmp_path / "parts", save_every=5)
+    found = collected(whole)
+    assert "next_obs" not in found.steps and found.num_steps == 30
+    assert (found.next_obs(found.rows).numpy()[:, 1] == found.steps["obs"][:, 1] + 1).all()
+    assert found.fingerprint() == collected(tmp_path / "parts").fingerprint()
+
+
+def test_random_steps_beside_data_take_the_seed_of_the_run(runs: dict[str, op.FitResult]) -> None:
+    data = with_next_obs(collected(runs["cut"]))
+    data.load()
+    data.begin_at(0, None, 3)
+    assert data.collection is not None and data.collection._uniform.seed == data.collection.seed == 3
+
+
 def test_what_cannot_collect_is_refused(runs: dict[str, op.FitResult], tmp_path: Path) -> None:
     data = str(runs["cut"].folder / "replay" / "collected")
     with pytest.raises(UsageError, match="Pendulum-v1 has observations of width 3, and the data of shape"):
         collect(tmp_path / "run", DataModule(data, online=online("Pendulum-v1", round_steps=200)))
-    with pytest.raises(UsageError, match="60 offline rows stay beside rounds of 10"):
-        collect(tmp_path / "run", DataModule(data, online=online(None, capacity=69)))
+    for rows, options in ((69, {}), (74, {"warmup_steps": 5}), (75, {"episodes": "whole"}), (81, {"episodes": "keep"})):
+        with pytest.raises(UsageError, match=f"60 offline rows stay beside rounds of 10; expected at least {rows + 1}"):
+            collect(tmp_path / "run", DataModule(data, online=online(None, capacity=rows, **options)))
     for method, options, said in (
         (op.DecisionTransformer(), {}, "expected another method"),
         (op.SAC(), {"seeds": (0, 1)}, "one seed"),
