@@ -139,7 +139,8 @@ class BoundView:
         if self.split is None or row is None:
             return self.items(unit(word))
         front, share = self.split
-        first = ((row + 1) * share).floor() > (row * share).floor()
+        exact = row.double()  # 100 · 0.53 is less than 53 in float32, and can be by a bit in float64
+        first = ((exact + 1) * share + 1e-9).floor() > (exact * share + 1e-9).floor()
         count, start = torch.where(first, front, self.count - front), torch.where(first, 0, front)
         return start + (unit(word) * count).long()
 

@@ -157,6 +157,11 @@ class OfflineModule(SteppingModule):
                 f"`data.online.capacity` is {online.capacity:,} rows, and a batch has {size:,}; expected at least as "
                 "many. Raise it, or leave it out."
             )
+        if online.share is not None and size * online.share + 1e-9 < 1.0:
+            raise UsageError(
+                f"`data.online.mix` is {online.share:g} and `batch_size` {size:,}, so that batches have no offline "
+                "row; expected at least one. Raise one of the two, or pass --data.online.mix none."
+            )
         data.seed = self.seed or 0
 
     def planned_steps(self, data: DataModule) -> int | None:
