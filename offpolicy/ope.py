@@ -7,8 +7,8 @@ is to be trusted; and how far their order agrees with scores that the policies h
 goes into the nearest folder that holds all runs, and is for other programs. Numbers that do not exist are null there:
 
 - ``format`` 1; ``data``, ``fingerprint`` of the episodes, ``episodes`` and ``held_out`` of them (0: values come from
-  all), ``discount``, ``updates``, ``policy`` ("mean" or "sample"), ``seen`` (whether a policy was trained on all of
-  them), ``unseen`` (whether training has held out those that give the values).
+  all), ``discount``, ``updates``, ``policy`` ("mean" or "sample"), ``seen`` (whether a policy was trained on
+  them, all or not those that it held out), ``unseen`` (whether training has held out those that give the values).
 - ``unit`` of scores: "score" (normalised), "return" or "success_rate"; ``behaviour_score`` of the data in that unit.
 - ``behaviour``: ``kind`` and ``likelihood`` of the estimated policy of the data, nats per held-out step, or ``column``.
 - ``policies``: a list of ``checkpoint`` (path from the file's folder), ``method``, ``step``, ``score``, ``near``,
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
         "discount": args.discount,
         "updates": args.updates if fits else 0,
         "policy": how,
-        "seen": any(replay.fingerprint() == trained_on(path) for path in paths),
+        "seen": unseen is None and seen_by(policies, paths, replay.fingerprint()),
         "unseen": unseen is not None,
         "unit": true.unit,
         "behaviour_score": true.of_data(replay),
@@ -243,6 +243,12 @@ def trained_on(path: Path) -> str:
     from offpolicy.training.opening import own_state
 
     return str(own_state(read_checkpoint(path), path)["data"]["fingerprint"])
+
+
+def seen_by(policies: Sequence[Any], paths: Sequence[Path], fingerprint: str) -> bool:
+    """Whether a policy was trained on these episodes, on all of them or on those that it did not hold out."""
+    part = any((policy.data_meta.get("held_out") or {}).get("of") == fingerprint for policy in policies)
+    return part or any(trained_on(path) == fingerprint for path in paths)
 
 
 def held_out_by(policies: Sequence[Any], fingerprint: str) -> float | None:

@@ -24,7 +24,8 @@ class Coverage(NamedTuple):
 
     Attributes:
         near: share of states in which the data's action lies within 0.1 of the policy's.
-        outside: share of states in which the policy's action lies outside the support of the data.
+        outside: share of states in which the policy's action lies outside the support of the data; NaN where there is
+            one episode alone.
     """
 
     near: float
@@ -37,25 +38,46 @@ class Support:
     Args:
         obs, action: of the episodes that show what there is, (N, O) and (N, A), actions in [-1, 1].
         held_obs, held_action: of other episodes, in whose states policies are asked, (n, O) and (n, A).
+        episode: of each pair, (n,), where both are the same episodes; pairs of one are not compared then.
     """
 
-    def __init__(self, obs: np.ndarray, action: np.ndarray, held_obs: np.ndarray, held_action: np.ndarray) -> None:
+    def __init__(
+        self,
+        obs: np.ndarray,
+        action: np.ndarray,
+        held_obs: np.ndarray,
+        held_action: np.ndarray,
+        episode: np.ndarray | None = None,
+    ) -> None:
         known, asked = spread_out(len(obs), PAIRS), spread_out(len(held_obs), STATES)
         self.asked = asked
         self._obs_scale, self._action_scale = _scale(obs[known]), _scale(action[known])
         self._pairs = self._joined(obs[known], action[known])
         self._held_obs, self._held_action = held_obs[asked], held_action[asked]
-        self._limit = float(np.quantile(self._distance(self._held_action), INSIDE))
+        self._episodes = None
+        if episode is not None:
+            self._episodes = torch.from_numpy(episode[asked]), torch.from_numpy(episode[known])
+        own = self._distance(self._held_action)
+        own = own[np.isfinite(own)]
+        self._limit = float(np.quantile(own, INSIDE)) if len(own) else np.nan  # there is one episode alone
 
     def coverage(self, action: np.ndarray) -> Coverage:
         """Of a policy that takes these actions, (n, A) in [-1, 1], in the states ``asked``."""
         gap = np.sqrt(((action - self._held_action) ** 2).mean(1))
-        return Coverage(float((gap <= NEAR).mean()), float((self._distance(action) > self._limit).mean()))
+        outside = np.nan if np.isnan(self._limit) else float((self._distance(action) > self._limit).mean())
+        return Coverage(float((gap <= NEAR).mean()), outside)
 
     def _distance(self, action: np.ndarray) -> np.ndarray:
         """From the states with these actions to the nearest pair, (n,)."""
         asked = self._joined(self._held_obs, action)
-        return np.concatenate([torch.cdist(part, self._pairs).amin(1).numpy() for part in asked.split(CHUNK)])
+        found = []
+        for rows in torch.arange(len(asked)).split(CHUNK):
+            distance = torch.cdist(asked[rows], self._pairs)
+            if self._episodes is not None:
+                of_asked, of_known = self._episodes
+                distance[of_asked[rows, None] == of_known] = torch.inf
+            found.append(distance.amin(1).numpy())
+        return np.concatenate(found)
 
     def _joined(self, obs: np.ndarray, action: np.ndarray) -> Tensor:
         parts = np.concatenate([obs * self._obs_scale, action * self._action_scale], 1)

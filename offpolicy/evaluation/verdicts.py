@@ -107,6 +107,8 @@ def verdict(
     marked = sum(map(bool, doubts))
     rest = f" {marked} of {len(found)} estimates are in doubt." if marked else ""
     if not math.isnan(low):
+        if high < 0.0:
+            return f"Do not trust the order: scores run against it ({low:.2f} to {high:.2f}).{rest}"
         if low <= 0.0:
             return f"Do not trust the order: its correlation with scores may be none ({low:.2f} to {high:.2f}).{rest}"
         return (
@@ -114,7 +116,10 @@ def verdict(
         )
     if not math.isnan(correlation):
         return f"The order is not checked: fewer than four policies have a score of an environment.{rest}"
-    return f"The order is not checked, as no policies have scores of an environment.{close_call(found)}{rest}"
+    scored = sum(one.true is not None and math.isfinite(one.value) for one in found)
+    why = {0: "no policies have scores of an environment", 1: "one policy has a score of an environment"}
+    unknown = why.get(scored, "scores or values are all equal")
+    return f"The order is not checked, as {unknown}.{close_call(found)}{rest}"
 
 
 def close_call(found: Sequence[Scored]) -> str:

@@ -47,7 +47,7 @@ def find_files(places: Sequence[str | Path], runs: Sequence[Run]) -> list[Offlin
 
 def _content(path: Path) -> Mapping[str, Any] | None:
     try:
-        if path.stat().st_size > MOST_BYTES:
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:  # a pipe would never end
             return None
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -194,5 +194,7 @@ def _budget(content: Mapping[str, Any], name: str, material: Material) -> list[M
         ]
         known = [(value, score) for value, score in known if value is not None]
         if known:
-            without.append(f"Without an episode, {estimator} chooses a policy of {max(known)[1]:.4g}.")
+            without.append(
+                f"Without an episode, {estimator} chooses a policy of {max(known, key=lambda one: one[0])[1]:.4g}."
+            )
     return [*(shown_figure(one, words) for one in drawn), *notes(without)]

@@ -43,7 +43,10 @@ class Held:
     def covered(self, policies: Sequence[Any]) -> list[Coverage]:
         """How well the data cover each policy."""
         obs, action = self._pairs(self.rest)
-        support = Support(obs, _scaled(self.scale_of, action), self.obs, _scaled(self.scale_of, self.action))
+        own = None
+        if self.rest is self.replay:  # a pair is not to be found in its own episode, least of all itself
+            own = np.repeat(np.arange(self.replay.num_episodes), self.replay.length)
+        support = Support(obs, _scaled(self.scale_of, action), self.obs, _scaled(self.scale_of, self.action), own)
         taken = asked_actions(policies, self.obs[support.asked])
         return [support.coverage(_scaled(self.scale_of, taken[:, k, 0])) for k in range(len(policies))]
 

@@ -158,6 +158,10 @@ def test_support_tells_actions_of_the_data_from_others() -> None:
     assert own.near == 1.0 and own.outside == pytest.approx(0.05, abs=0.01)
     far = support.coverage(np.ones((len(support.asked), 1)))
     assert far.near == 0.0 and far.outside > 0.9
+    same = Support(obs, action, obs, action, np.repeat(np.arange(8), 100))  # nothing is held out
+    assert same.coverage(action[same.asked]).outside == pytest.approx(0.05, abs=0.01)
+    assert same.coverage(action[same.asked] + 1e-3).outside == pytest.approx(0.05, abs=0.02)
+    assert np.isnan(Support(obs, action, obs, action, np.zeros(800)).coverage(action[same.asked]).outside)
 
 
 def test_verdicts() -> None:
@@ -176,7 +180,10 @@ def test_verdicts() -> None:
         (pair, ["", ""], (0.9, 0.5, 1.0, 1), "nearly the same policy"),
         (pair, ["x", ""], (0.2, -0.4, 0.8, 2), "may be none.*1 of 2 estimates are in doubt"),
         (pair, ["", ""], (0.9, 0.5, 1.0, 2), "agrees with scores"),
+        (pair, ["", ""], (-1.0, -1.0, -1.0, 2), r"run against it \(-1.00 to -1.00"),
         (pair, ["", ""], (1.0, nan, nan, 2), "fewer than four policies"),
+        ([one("a", 1.0, true=2.0), pair[1]], ["", ""], (nan, nan, nan, 2), "one policy has a score"),
+        ([one(name, 1.0, true=2.0) for name in "ab"], ["", ""], (nan, nan, nan, 2), "are all equal"),
         (pair, ["", ""], (nan, nan, nan, 2), "no policies have scores.*two best differ by less"),
     ):
         assert re.search(words, verdict(found, doubts, *numbers)), words
