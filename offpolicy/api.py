@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from offpolicy.compute.processes import ProcessLost, end_together, is_first_process, is_loss
 from offpolicy.data.module import DataModule
+from offpolicy.data.online import round_name
 from offpolicy.data.replay import Replay
 from offpolicy.diffusion.drawing import sample
 from offpolicy.diffusion.pool import Pool
@@ -61,6 +62,7 @@ from offpolicy.training.selecting import (
     selected_path,
     selection_words,
 )
+from offpolicy.training.switching import tell_switch
 from offpolicy.training.trainer import clear_errors, clear_restoring, make_trainer, quiet
 from offpolicy.trust import Trust, names_in, names_of_method, trusting
 
@@ -138,6 +140,8 @@ def fit(
         if begin.checkpoint is not None and begin.updates >= max_steps:
             with trusting(names=names_of_method(method) | names_in(module.settings())):
                 done = already_done(method, begin.checkpoint, begin.updates, max_steps, verbose and is_first_process())
+                if is_first_process() and begin.updates == max_steps:  # with fewer steps not all of them have room
+                    collected_late(done, module, saved)
                 return selected_late(done, module, verbose) if is_first_process() else done
         if begin.checkpoint is not None:
             check_whole(begin.checkpoint)
@@ -167,6 +171,22 @@ def selected_late(done: FitResult, data: DataModule, verbose: bool) -> FitResult
             print(screen.line("selected", words))
     done.selected = selected_path(done.folder)
     return done
+
+
+def collected_late(done: FitResult, data: DataModule, saved: Mapping[str, Any]) -> None:
+    """What a finished run collected, as a data set of its own, where the run was stopped before it was written."""
+    state, folder = saved.get(type(data).__qualname__, {}).get("online"), done.folder / "replay"
+    if data.collection is None or not state or not state["rounds"]:
+        return
+    newest, written = (folder / name / "meta.json" for name in (round_name(state["rounds"]), "collected"))
+    if not newest.is_file() or (written.is_file() and written.stat().st_mtime >= newest.stat().st_mtime):
+        return
+    if data.collection.rounds:  # as an earlier fit may have left it
+        data.collection.first()
+    data.collection.restore(state, [folder])
+    data.collection.save(folder / "collected")
+    if state["switch"]:
+        tell_switch(done.folder, state["switch"])
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -473,9 +473,10 @@ class Collection:
             self.take(segment)
         if self.hash != state["hash"]:
             raise DataError(f"the rounds in {folders[0]} are not those of the checkpoint. Restore that folder.")
-        self._episode = None
-        if segment is not None and segment.meta["online"]["open"]:
-            self._revive()
+        if segment is not None:  # else the episode of the random steps goes on
+            self._episode = None
+            if segment.meta["online"]["open"]:
+                self._revive()
         return self.ring
 
     def _found(self, name: str, folders: list[Path]) -> Path:

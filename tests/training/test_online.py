@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,9 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(runs: dict[str, op.FitResult]
     for part in ("evals", "offpolicy"):
         del ours[part], theirs[part]
     assert not differences(ours, theirs)
+    assert collected(folder).fingerprint() == collected(whole).fingerprint()
+    shutil.rmtree(folder / "replay" / "collected")  # as if it was stopped before its last files
+    collect(None, scratch(episodes="keep"), ckpt_path=folder, **options)
     assert collected(folder).fingerprint() == collected(whole).fingerprint()
     rounds = sorted(p.name for p in (folder / "replay").iterdir())
     assert rounds == ["collected", *(f"round-{i:06d}" for i in range(5))]
@@ -226,6 +230,12 @@ def test_shares_of_offline_rows_are_exact_and_offline_rows_stay() -> None:
     assert ((found < 4) == torch.tensor([0, 0, 0, 1, 0, 0, 1], dtype=torch.bool)).all()
     assert set(found.unique().tolist()) == set(range(9))
     assert torch.equal(view.pick(words[:, 3:], torch.arange(3, 7)), found[:, 3:])  # as a second process draws them
+
+    view = BoundView(200, torch.device("cpu"), split=(100, 0.53))
+    words = sampling.bits(sampling.keys(0, "index", torch.arange(1)), torch.arange(100))
+    assert (view.pick(words, torch.arange(100)) < 100).sum() == 53
+    with pytest.raises(UsageError, match="no offline row"):
+        op.SAC(batch_size=16).bind_data(DataModule("any", online=online(mix=0.06)))
 
     ring = Ring(toy_replay((3, 2)), 12, keep=True)
     for seed, lengths in enumerate(((4, 3), (5,), (7,))):  # 7 rows are free: full, one too many, exactly full
