@@ -118,7 +118,7 @@ def run(folder: Path, lag: int, args: argparse.Namespace) -> dict[str, float]:
         threads=1,
         verbose=False,
     )
-    rows = list(csv.DictReader((out / "metrics.csv").open()))[SKIP - 1 :]
+    rows = list(csv.DictReader((out / "metrics.csv").open()))[SKIP:-1]
     seconds = [b - a for a, b in pairwise(began[SKIP:])]
     drawing = [b - a for a, b in pairwise(drawn[SKIP:])]
     waits = [float(row["perf/engine_wait_seconds"]) for row in rows] if lag else drawing

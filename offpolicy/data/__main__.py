@@ -180,6 +180,11 @@ def _make_ogbench(target: Target, options: argparse.Namespace) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     if options.data is None:
+        if options.html is not None:
+            raise UsageError(
+                f"--html took '{options.html}' as its file, and no data are named; expected NAME before it: show NAME "
+                "--html."
+            )
         print("\n".join(known_names()))
         return
     target = resolve(options.data, language=bool(options.tokenizer))  # before the imports, which take seconds

@@ -140,7 +140,8 @@ def _merged_copy(model: Any, dtype: str) -> Any:
     vocabulary, training = vocabulary_of(model), model.training
     expected = probabilities(model.eval(), vocabulary)
     model.train(training)
-    check_merged(probabilities(whole, vocabulary), expected, 1e-3 if dtype == "float32" else 0.1)
+    same = dtype == "float32" and base_of(model).dtype == torch.float32  # what is compared has one precision
+    check_merged(probabilities(whole, vocabulary), expected, 1e-3 if same else 0.1)
     return whole
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -138,7 +139,9 @@ def estimate_memory(config: Any, work: Workload) -> MemoryEstimate:
         decoder = counts.decoder if work.critic == "model" else width * width
         weight = 2 if work.precision == "bf16-true" else _width(work.dtype)
         kept += decoder * 16 if work.offload else 0
-        parts["critic"] = decoder * weight * (2 if work.offload else 4)
+        parts["critic"] = decoder * weight * (2 if work.offload else 4) // share
+        if work.sharded:
+            parts["gathered"] += decoder * weight
     follows = _followed(text, _key(work.adapter), work.dtype, work.precision, work.rows, work.length, work.own_mask,
                         work.checkpointing)  # fmt: skip
     passes = 2 if work.critic == "model" else 1
@@ -333,21 +336,28 @@ class _Followed(NamedTuple):
     fault: str = ""
 
 
+# of a model that needs numbers, other arguments, or layers that were cut
+UNFOLLOWED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ImportError)
+
+
 @lru_cache(maxsize=64)
 def _followed(
     config: str, adapter: str, dtype: str, precision: str, rows: int, length: int, own_mask: bool, checkpointing: bool
 ) -> _Followed:
     """Go through a model of a few layers without numbers."""
     depth = len(layers_of(_bare_model(config, "", dtype, precision)))
-    names_layers = bool(adapter) and _names_layers(json.loads(adapter))
-    depths = {depth} if names_layers else {min(depth, d) for d in DEPTHS}
-    fault = ""
+    few, all_of_them = {min(depth, d) for d in DEPTHS}, {depth}
+    ways = [all_of_them] if adapter and _names_layers(json.loads(adapter)) else [few]
+    if adapter and all_of_them not in ways:
+        ways.append(all_of_them)  # the first layers may lack what adapters are for
     # experts in float32 cannot be passed so: numbers of twice the bytes of bfloat16
-    for kind, times in ((dtype, 1), ("bfloat16", 2))[: 2 if dtype == "float32" else 1]:
-        model = _bare_model(config, adapter, kind, precision, max(depths))
+    kinds = ((dtype, 1), ("bfloat16", 2))[: 2 if dtype == "float32" else 1]
+    fault = ""
+    for depths, (kind, times) in product(ways, kinds):
         try:
+            model = _bare_model(config, adapter, kind, precision, max(depths))
             peaks = _peaks(model, depths, rows, length, own_mask, checkpointing, precision)
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # it needs numbers, or other arguments
+        except UNFOLLOWED as error:
             fault = fault or f"{type(error).__name__}: {first(error, 120)}"
             continue
         most = max(peaks)

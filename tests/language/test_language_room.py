@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import make
 from tiny_rl import fit, method
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Lfm2Config, LlamaConfig, LlamaForCausalLM
 
 from lightning_modules.dpo import DPO
 from offpolicy.compute.room import NO_LIMIT
@@ -51,6 +51,20 @@ def test_lasting_parts_are_counted() -> None:
     assert alike.parts["optimizer"] == 16 * numbers and alike.host == 0 and alike.total > host.total
     halves = estimate_memory(config, Workload(processes=2, sharded=True)).parts
     assert halves["weights"] == 2 * numbers and halves["gathered"] > 0
+    critic = Workload(critic="model")
+    cut = estimate_memory(config, replace(critic, processes=2, sharded=True)).parts
+    assert cut["critic"] == estimate_memory(config, critic).parts["critic"] // 2
+    assert cut["gathered"] > halves["gathered"]  # it is whole while answers are drawn and scored
+
+
+def test_adapters_of_layers_that_come_late_are_followed() -> None:
+    config = Lfm2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, full_attn_idxs=[5],
+    )  # fmt: skip
+    work = Workload(adapter=LORA | {"target_modules": ["q_proj"]}, rows=2, length=32)
+    found = estimate_memory(config, work)
+    assert found.parts["activations"] > 0 and not found.fault
 
 
 def test_activations_grow_as_they_do() -> None:

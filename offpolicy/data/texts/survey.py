@@ -19,7 +19,7 @@ from offpolicy.data.texts.parts import table_of
 from offpolicy.data.texts.problem_rows import Problem, problem_columns, read_problems
 from offpolicy.data.texts.rendering import Row, Text
 from offpolicy.data.texts.tokens import Limits, encode, load_tokenizer
-from offpolicy.errors import DataError
+from offpolicy.errors import DataError, UsageError
 
 MEASURED = 20_000  # rows whose tokens are counted
 SPLITS = 4  # other parts that are compared with this one
@@ -115,7 +115,7 @@ def survey_texts(
         try:
             known = set(_prompts(read(where, split, download=download), where, columns))
             found.overlap[name] = sum(prompt in known for prompt in prompts)
-        except DataError as error:
+        except (DataError, UsageError) as error:
             if name == eval_data:
                 raise
             found.overlap[name] = str(error)
@@ -149,7 +149,7 @@ def holds_problems(target: Target, source: Source, columns: Mapping[str, str | N
     except DataError:
         try:
             named = problem_columns(source, dict(columns or {}))
-        except DataError:
+        except (DataError, UsageError):
             return False
         return bool({"answer", "solution"} & named.keys())
     return False
@@ -262,7 +262,7 @@ def _of_problems(source: Source, columns: dict[str, str | None], tokenizer: Any)
     told = ", ".join(ours if ours == theirs else f"{ours} = {theirs}" for ours, theirs in named.items())
     found = _survey("problems", f"prompts with answers that can be checked; columns {told}", source.rows, lengths, unit)
     found.kept, found.limit = len(good), MAX_PROMPT_LENGTH
-    found.unanswered = source.rows - len(answered)
+    found.unanswered = len(good) - len(answered)
     found.counts["with a demonstration"] = sum(problem.solution is not None for problem in good)
     found.counts["with several right answers, of which each is right"] = sum(len(p.answers) > 1 for p in good)
     if faults.bad:

@@ -208,16 +208,24 @@ class Ahead:
             self.asked[one.iteration] = one
             if state["answers"]:
                 requests = self.answering.requests(one, self.seed())
-                asked = [
-                    pair for part in processes.gathered([(r.number, r.samples) for r in requests]) for pair in part
-                ]
-                if dict(asked) != {number: len(some) for number, some in known.items()}:
+                asked = processes.gathered([(r.number, (r.samples, len(r.prompt))) for r in requests])
+                if not _were_asked(dict(pair for part in asked for pair in part), state["answers"]):
                     raise UsageError(
                         f"the checkpoint holds answers for iteration {one.iteration} that were asked for with another "
-                        "`group_size`, `demonstrations` or `demonstration_share`; expected the same while `lag` is "
-                        "above 0. Go on with those of the run."
+                        "`group_size`, `demonstrations`, `demonstration_share` or `max_new_tokens`; expected the same "
+                        "while `lag` is above 0. Go on with those of the run."
                     )
                 self._answers[one.iteration] = [known[r.number] for r in requests]
+
+
+def _were_asked(asked: Mapping[int, tuple[int, int]], parts: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether packed answers are those to requests: number → (samples, tokens of the prompt)."""
+    known: dict[int, tuple[int, int]] = {}
+    for part in parts:
+        number, samples = np.asarray(part["number"]).tolist(), np.asarray(part["samples"]).tolist()
+        prompt = np.asarray(part["prompt"]).tolist() if "prompt" in part else [asked.get(n, (0, 0))[1] for n in number]
+        known |= dict(zip(number, zip(samples, prompt)))
+    return known == dict(asked)
 
 
 def fresh_groups(store: Replay | None) -> dict[int, int]:
@@ -246,6 +254,7 @@ def packed_answers(requests: Sequence[Request], answers: Answers) -> dict[str, n
     return {
         "number": np.asarray([r.number for r in requests], np.int64),
         "samples": np.asarray([len(some) for some in answers], np.int64),
+        "prompt": np.asarray([len(r.prompt) for r in requests], np.int64),
         "length": np.asarray([len(one[0]) for one in flat], np.int64),
         "ended": np.asarray([one[2] for one in flat], bool),
         "token": joined([one[0] for one in flat], np.int64),

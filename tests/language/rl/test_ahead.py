@@ -15,7 +15,7 @@ from tiny_rl import ThreadEngine, fit, method, toy_problems
 from offpolicy.data.texts.sequences import spans, token_ids
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
-from offpolicy.language.rl.ahead import packed_answers, unpacked_answers
+from offpolicy.language.rl.ahead import _were_asked, packed_answers, unpacked_answers
 from offpolicy.language.rl.engine import Completion, Request
 from offpolicy.language.rl.engines import TransformersEngine
 from offpolicy.language.rl.objective import age_fact
@@ -211,3 +211,12 @@ def test_lags_that_cannot_be(policy: Path) -> None:
         method("GRPO", policy, lag=-1)
     with pytest.raises(UsageError, match=r"draws on the device that trains.*devices"):
         fit(method("GRPO", policy, lag=1, engine="tiny_rl.SharingEngine"), 1)
+
+
+def test_answers_that_were_kept_belong_to_their_requests() -> None:
+    requests = [Request(np.arange(3), 7, 1)]  # a prompt with the beginning of a demonstration, of three tokens in all
+    part = packed_answers(requests, [[Completion(np.array([1, 2]), np.zeros(2), True)]])
+    assert _were_asked({7: (1, 3)}, [part])
+    assert not _were_asked({7: (1, 2)}, [part]) and not _were_asked({7: (2, 3)}, [part])
+    del part["prompt"]  # checkpoints of before
+    assert _were_asked({7: (1, 2)}, [part])
