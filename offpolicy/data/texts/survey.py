@@ -262,7 +262,7 @@ def _of_problems(source: Source, columns: dict[str, str | None], tokenizer: Any)
     told = ", ".join(ours if ours == theirs else f"{ours} = {theirs}" for ours, theirs in named.items())
     found = _survey("problems", f"prompts with answers that can be checked; columns {told}", source.rows, lengths, unit)
     found.kept, found.limit = len(good), MAX_PROMPT_LENGTH
-    found.unanswered = len(good) - len(answered)
+    found.unanswered = source.rows - len(answered)
     found.counts["with a demonstration"] = sum(problem.solution is not None for problem in good)
     found.counts["with several right answers, of which each is right"] = sum(len(p.answers) > 1 for p in good)
     if faults.bad:
