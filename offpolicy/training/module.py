@@ -280,10 +280,13 @@ class Module(LightningModule):
             raise UsageError("the checkpoint was not written by this library; expected its 'offpolicy' entry.")
         data = state["data"]
         if self.data_fingerprint and self.data_fingerprint != data["fingerprint"] and not self.run.allow_other_data:
+            held = data["meta"].get("held_out") or {}
+            part = held.get("of") == self.data_fingerprint
+            why = f", of which it held out {held['share']:g} of the episodes (`data.holdout`)" if part else ""
             raise DataError(
                 f"the checkpoint was trained on other data ({data['meta'].get('name', 'unnamed')}, fingerprint "
-                f"{data['fingerprint'][:12]}) than those given ({self.data_fingerprint[:12]}). Pass the same data, or "
-                "--run.allow_other_data=true to go on with these."
+                f"{data['fingerprint'][:12]}) than those given ({self.data_fingerprint[:12]}){why}. Pass the same "
+                "data, or --run.allow_other_data=true to go on with these."
             )
         self.seed = state["seed"]
         self.restore_networks(state)

@@ -172,6 +172,19 @@ def test_data_with_successors_are_gone_on_beside(runs: dict[str, op.FitResult], 
     assert found.fingerprint() == collected(tmp_path / "parts").fingerprint()
 
 
+def test_a_run_that_held_episodes_out_says_so_before_it_goes_on_online(
+    runs: dict[str, op.FitResult], tmp_path: Path
+) -> None:
+    data, small = str(runs["cut"].folder / "replay" / "collected"), {"hidden_dims": (8, 8), "batch_size": 10}
+    collect(tmp_path / "run", DataModule(data, holdout=0.3), op.IQL(**small), max_steps=20)
+    given: dict[str, Any] = {"ckpt_path": tmp_path / "run"}
+    with pytest.raises(op.DataError, match=r"of which it held out 0.3 of the episodes .*--run.allow_other_data"):
+        collect(None, DataModule(data, online=online(None, env_steps=10)), op.IQL(**small), **given)
+    given["allow_other_data"] = True
+    found = collect(None, DataModule(data, online=online(None, env_steps=10)), op.IQL(**small), **given)
+    assert found.updates == 30
+
+
 def test_random_steps_beside_data_take_the_seed_of_the_run(runs: dict[str, op.FitResult]) -> None:
     data = with_next_obs(collected(runs["cut"]))
     data.load()

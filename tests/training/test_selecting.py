@@ -54,6 +54,8 @@ def test_a_value_chooses_what_is_kept_opened_and_gone_on_from(
     )
     told = capsys.readouterr().out
     assert "Training has held these episodes out too" in told and "of 6 episodes held out of the 60" in told
+    main([str(folder), "--data", str(tmp_path / "data"), "--updates", "10", "--hidden_dims", "8", "--holdout", "0.5"])
+    assert "were trained on these episodes" in capsys.readouterr().out  # on those that it did not hold out
     # a run that goes on keeps the choice until it has another; a finished one that owes it makes it
     again = op.fit(method("TD3BC"), toy_replay((6,) * 60), max_steps=40, ckpt_path=folder, **QUICK, select="fqe")
     assert json.loads((folder / "selected.json").read_text())["updates"] == 40 and again.selected is not None
