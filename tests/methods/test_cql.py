@@ -185,32 +185,10 @@ def test_penalty_of_constant_critics() -> None:
     assert metrics["penalty_gap"].item() == pytest.approx(math.log(3) + 2 * math.log(2), rel=1e-12)
 
 
-def test_penalty_of_one_row_by_hand() -> None:
-    """Q = a (A = 1, K = 1), π = tanh(0 + 1·ε), ε = 0 for all draws: actions 0 with π(0) = 1/√(2π); the uniform one is
-    2·0.75 - 1 = 0.5. Without densities, with the data's action 0.2:
-    Δ = log(e^0.5 + e^0 + e^0 + e^0.2) - 0.2;  with them: log(e^0.5·2 + 2·√(2π)) - 0.2."""
-    for importance, expected in (
-        (False, math.log(math.exp(0.5) + 2 + math.exp(0.2)) - 0.2),
-        (True, math.log(2 * math.exp(0.5) + 2 * math.sqrt(2 * math.pi)) - 0.2),
-    ):
-        options = {"actor_hidden_dims": (), "critic_hidden_dims": (), "num_actions": 1}
-        method: Any = ready(CQL(**options, importance_sampling=importance), obs_dim=1, action_dim=1)
-        for p in [*method.actor.parameters(), *method.critic.parameters()]:
-            p.data.zero_()
-        method.critic.net.layers[0].weight.data[:, 1] = 1.0
-        batch = made_batch(method, size=1)
-        for value in vars(batch.noise).values():
-            value.zero_()
-        batch.noise.uniform.fill_(0.75)
-        batch.action.fill_(0.2)
-        assert method.critic_loss(batch)[1]["penalty_gap"].item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_calibrated_penalty_of_one_row_by_hand() -> None:
-    """As above without densities, and G = 0.4: only the two actions of the policy, of value 0, are bounded by it:
-    Δ = log(e^0.5 + 2·e^0.4 + e^0.2) - 0.2; with G = -∞ it is CQL's."""
-    options: Any = {"actor_hidden_dims": (), "critic_hidden_dims": (), "num_actions": 1, "importance_sampling": False}
-    method: Any = ready(CQL(**options, calibrated=True), obs_dim=1, action_dim=1)
+def one_row(**options: Any) -> tuple[Any, Any]:
+    """Q = a (A = 1, K = 1), π = tanh(0 + 1·ε), a uniform action of 0.5, the data's action 0.2, and no other noise."""
+    sizes: Any = {"actor_hidden_dims": (), "critic_hidden_dims": (), "num_actions": 1}
+    method: Any = ready(CQL(**sizes, **options), obs_dim=1, action_dim=1)
     for p in [*method.actor.parameters(), *method.critic.parameters()]:
         p.data.zero_()
     method.critic.net.layers[0].weight.data[:, 1] = 1.0
@@ -219,6 +197,25 @@ def test_calibrated_penalty_of_one_row_by_hand() -> None:
         value.zero_()
     batch.noise.uniform.fill_(0.75)
     batch.action.fill_(0.2)
+    return method, batch
+
+
+def test_penalty_of_one_row_by_hand() -> None:
+    """Q = a (A = 1, K = 1), π = tanh(0 + 1·ε), ε = 0 for all draws: actions 0 with π(0) = 1/√(2π); the uniform one is
+    2·0.75 - 1 = 0.5. Without densities, with the data's action 0.2:
+    Δ = log(e^0.5 + e^0 + e^0 + e^0.2) - 0.2;  with them: log(e^0.5·2 + 2·√(2π)) - 0.2."""
+    for importance, expected in (
+        (False, math.log(math.exp(0.5) + 2 + math.exp(0.2)) - 0.2),
+        (True, math.log(2 * math.exp(0.5) + 2 * math.sqrt(2 * math.pi)) - 0.2),
+    ):
+        method, batch = one_row(importance_sampling=importance)
+        assert method.critic_loss(batch)[1]["penalty_gap"].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_calibrated_penalty_of_one_row_by_hand() -> None:
+    """As above without densities, and G = 0.4: only the two actions of the policy, of value 0, are bounded by it:
+    Δ = log(e^0.5 + 2·e^0.4 + e^0.2) - 0.2; with G = -∞ it is CQL's."""
+    method, batch = one_row(importance_sampling=False, calibrated=True)
     for bound, policy in ((0.4, 0.4), (-math.inf, 0.0)):
         given = batch._replace(extra=Extra(return_to_go=torch.tensor([bound], dtype=torch.float64)))
         expected = math.log(math.exp(0.5) + 2 * math.exp(policy) + math.exp(0.2)) - 0.2
