@@ -71,7 +71,7 @@ class Support:
         """From the states with these actions to the nearest pair, (n,)."""
         asked = self._joined(self._held_obs, action)
         found = []
-        for rows in torch.arange(len(asked)).split(CHUNK):
+        for rows in torch.arange(len(asked), device="cpu").split(CHUNK):
             distance = torch.cdist(asked[rows], self._pairs)
             if self._episodes is not None:
                 of_asked, of_known = self._episodes
