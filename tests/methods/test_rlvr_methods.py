@@ -273,7 +273,9 @@ def test_groups_that_go_on_from_a_beginning(policy: Path, tmp_path: Path) -> Non
     row = Table(tmp_path / "metrics.csv").rows()[-1]
     assert 1 <= row["train/answers/length"] <= 3 and row["train/reward/external"] >= 0
     assert 1 <= row["train/length/lag1"] <= 3  # of answers that are the policy's from their first token
-    with pytest.raises(UsageError, match=r"asked for with another `group_size`, `demonstrations`, `demonstration_share` or"):
+    with pytest.raises(
+        UsageError, match=r"asked for with another `group_size`, `demonstrations`, `demonstration_share` or"
+    ):
         changed = method("RLPlus", policy, max_new_tokens=3, lag=1, micro_batch_size=5)
         fit(changed, 9, ckpt_path=newest_checkpoint(tmp_path), problems=problems, held_out=False)
 
