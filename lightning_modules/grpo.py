@@ -5,12 +5,7 @@ Every problem gets a group of answers; the advantage of an answer is its reward 
 min(ρA, clip(ρ, 1 − ε, 1 + ε)A) − β·KL(π_θ ‖ π_base), the divergence estimated per token by e^δ − δ − 1 with
 δ = log π_base − log π_θ (Eq. 3 and 4), or as ``kl`` says.
 
-``variant`` names what others change, and nothing else:
-
-- "dr_grpo" (arXiv:2503.20783): R − μ without the deviation; sums over tokens divided by the longest answer allowed.
-- "dapo" (arXiv:2503.14476): mean over all tokens of the step, a higher upper bound of the clip (0.28), no divergence.
-- "gspo" (arXiv:2507.18071): one ratio per answer, exp of the mean log-ratio of its tokens, clipped at 3e-4 and 4e-4.
-- "rloo" (arXiv:2402.14740): R less the mean of the others, whole answers, no clip.
+``variant`` names what others change, and nothing else: :mod:`offpolicy.losses.variants` has them with their papers.
 
 With ``replay_fraction`` old answers are reused with the ratio to the policy that drew them ("gspo": to π_k, the policy
 at the start of the iteration), as ReMix does, which adds what keeps that stable.
@@ -27,23 +22,16 @@ from typing import Any
 from offpolicy.errors import check_choice, check_range
 from offpolicy.language.rl.rollouts import RolloutModule
 from offpolicy.losses.policy.anchors import ESTIMATORS
+from offpolicy.losses.variants import VARIANTS
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "grpo": {},
-    "dr_grpo": {"advantage": "dr_grpo", "aggregation": "dr_grpo"},
-    "dapo": {"aggregation": "token_mean"},
-    "gspo": {"ratio": "sequence"},
-    "rloo": {"advantage": "rloo", "aggregation": "seq_sum", "trust": "none"},
-}
 AGE_CAP = 3.0  # of importance weights with a lag; the bound that TRL gives weights of an engine
-CLIPS = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}  # below and above 1
 
 
 class GRPO(RolloutModule):
     """Group-relative policy optimisation, on-policy unless ``replay_fraction`` says otherwise.
 
     Args:
-        variant: "grpo", "dr_grpo", "dapo", "gspo" or "rloo".
+        variant: "grpo", "dr_grpo", "dapo", "gspo", "rloo", or another of :mod:`offpolicy.losses.variants`.
         clip: how far the ratio may go below 1, in [0, 1]; None for the variant's (0.2).
         clip_high: how far above 1, ≥ 0; None for the variant's, or ``clip``.
         beta: coefficient ≥ 0 of the divergence from the policy at the start; the paper has 0.04, later work 0.
@@ -74,13 +62,12 @@ class GRPO(RolloutModule):
 
     def parts(self) -> dict[str, Any]:
         h = self.hparams
-        low, high = CLIPS.get(h.variant, (0.2, None))
-        trust = {
-            "name": "ppo",
-            "low": low if h.clip is None else h.clip,
-            "high": h.clip_high if h.clip_high is not None else high if h.clip is None else h.clip,
-        }
-        variant = VARIANTS[h.variant]
+        variant = dict(VARIANTS[h.variant].parts)
+        trust = variant.pop("trust", {"name": "ppo", "low": 0.2})
+        if isinstance(trust, dict) and trust["name"] == "ppo":
+            high = trust.get("high") if h.clip is None else h.clip
+            trust = {**trust, "low": trust["low"] if h.clip is None else h.clip, "high": high}
+            trust |= {} if h.clip_high is None else {"high": h.clip_high}
         late: dict[str, Any] = {}
         if h.lag and "ratio" in variant:
             late = {"weight": ({"name": "age", "cap": AGE_CAP},)}

@@ -152,7 +152,7 @@ def _made_tokens() -> tuple[Tokens, Totals]:
         "advantage": numbers(ROWS) - 0.5,
         "external": (row == 3)[:, None].expand(grid),
     }
-    fields |= {"lag": row, "logp": fields["logp"].requires_grad_()}
+    fields |= {"lag": row, "logp": fields["logp"].requires_grad_(), "columns": None, "step": None}
     return Tokens(**fields), Totals(ROWS, int(mask.sum()), 2 * LENGTH, LENGTH)
 
 

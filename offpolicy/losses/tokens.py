@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,14 @@ class Tokens(NamedTuple):
         returns: (B, T), what the critic should say.
         base_kl: (B, T), KL(π_θ ‖ base) over the whole vocabulary at each place, with gradient.
         previous_kl: (B, T), the same to π_k.
+        top_logp: (B, T), log-probability of the likeliest token at each place, without gradient.
+        mean_log_ratio: (B, T), mean over the vocabulary of log π_θ − log π_k at each place, without gradient.
+        nucleus_entropy: (B, T) of the policy on the likeliest tokens of a share of its mass, renormalised, with
+            gradient; the component says the share in an attribute ``nucleus``.
+        uniform: (B, T), numbers in [0, 1) that are a function of the seed, the step, the answer and the place.
+        columns: further columns of the store, by name, (B,) or (B, T), that a component lists in ``columns``: ``turn``
+            and ``segment`` (int64, −1 outside), ``group``, ``prompt``, ``reward``, ``length``, ``ended``.
+        step: what the component's ``step_facts`` said of the whole step: name → (B, T), (B,) or 0-d.
     """
 
     logp: Tensor
@@ -52,6 +61,12 @@ class Tokens(NamedTuple):
     returns: Tensor | None = None
     base_kl: Tensor | None = None
     previous_kl: Tensor | None = None
+    top_logp: Tensor | None = None
+    mean_log_ratio: Tensor | None = None
+    nucleus_entropy: Tensor | None = None
+    uniform: Tensor | None = None
+    columns: Mapping[str, Tensor] | None = None
+    step: Mapping[str, Tensor] | None = None
 
     @property
     def outside(self) -> Tensor:
@@ -125,6 +140,18 @@ def field(tokens: Tokens, name: str) -> Tensor:
     found = getattr(tokens, name)
     if found is None:
         raise UsageError(f"the objective reads `{name}`, which this batch does not have; expected (B, T) numbers.")
+    return found
+
+
+def column(tokens: Tokens, name: str) -> Tensor:
+    """A column of the store that a component lists in ``columns``.
+
+    Raises:
+        UsageError: it was not given.
+    """
+    found = (tokens.columns or {}).get(name)
+    if found is None:
+        raise UsageError(f"the objective reads the column `{name}`, which this batch does not have.")
     return found
 
 
