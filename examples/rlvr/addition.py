@@ -72,8 +72,19 @@ def warm_up_data(path: Path, seed: int, count: int = 2500, carry: float = 0.1) -
     return path
 
 
-def warm_up(folder: Path, seed: int, until: float = 0.45) -> Path:
-    """A policy tuned on the warm-up sums until this share of its sampled answers to held-out sums is right."""
+def warm_up(
+    folder: Path, seed: int, until: float = 0.45, data: str = "addition", rows: Path | None = None, **options: Any
+) -> Path:
+    """A policy tuned on a few answered problems until this share of its sampled answers to held-out ones is right.
+
+    Args:
+        folder: of the policy; one that is there is taken.
+        seed: of the weights and of the training.
+        until: the share.
+        data: the problems, some of which are held out.
+        rows: the answered problems; None for the warm-up sums.
+        **options: of :class:`ProblemData`.
+    """
     import torch
     from lightning.pytorch import Callback
 
@@ -89,12 +100,13 @@ def warm_up(folder: Path, seed: int, until: float = 0.45) -> Path:
     if (folder / "policy").exists():
         return folder / "policy"
     make_policy(folder / "start", seed)
-    problems = ProblemData("addition", tokenizer=str(folder / "start"))
+    problems = ProblemData(data, tokenizer=str(folder / "start"), show=0, **options)
     problems.load()
     held_out: Any = problems.eval_replay
     table, answers = held_out.tables["problems"], held_out.tables["problems/answer"]
     requests = [Request(token_ids(held_out, prompt), i, 1) for i, prompt in enumerate(table[:, 0])]
-    how, engine = Sampling(stop=(12,), max_new_tokens=4), TransformersEngine(400)
+    longest = max(len(answer) for answer in answers) + 1
+    how, engine = Sampling(stop=(12,), max_new_tokens=longest), TransformersEngine(400)
 
     class Until(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
@@ -107,9 +119,9 @@ def warm_up(folder: Path, seed: int, until: float = 0.45) -> Path:
 
     torch.set_num_threads(1)
     sft = op.SFT(policy=str(folder / "start"), lr=1e-3, batch_size=128, warmup_ratio=0.0, lr_schedule="constant")
-    data = TextData(str(warm_up_data(folder / "warm-up.jsonl", seed)), eval_fraction=0.0, show=0)
-    options: dict[str, Any] = {"eval_every": 0, "log_every": 50, "verbose": False, "callbacks": [Until()]}
-    op.fit(sft, data, max_steps=1000, seed=seed, folder=folder / "sft", threads=1, **options)
+    texts = TextData(str(rows or warm_up_data(folder / "warm-up.jsonl", seed)), eval_fraction=0.0, show=0)
+    run: dict[str, Any] = {"eval_every": 0, "log_every": 50, "verbose": False, "callbacks": [Until()]}
+    op.fit(sft, texts, max_steps=1000, seed=seed, folder=folder / "sft", threads=1, **run)
     export(folder / "sft", folder / "policy")
     return folder / "policy"
 
