@@ -21,8 +21,13 @@ ROWS, LENGTH = 4, 5  # of the made batch that parts are tried on
 CALLS = 2  # the second shows what a part remembers of the first
 
 
+def told(part: Any, attribute: str) -> Any:
+    """What a part says of itself; a function with parameters is a partial, which hides what the function says."""
+    return getattr(getattr(part, "func", part), attribute, None)
+
+
 class OwnParts:
-    """The parts of an objective that come from outside of this library, by slot.
+    """The parts of an objective that come from outside of this library, by slot; and what all parts remember.
 
     Args:
         parts: ``slot`` or ``slot/number`` → component, those of the library included.
@@ -31,7 +36,7 @@ class OwnParts:
     def __init__(self, parts: Mapping[str, Any]) -> None:
         own = {name: part for name, part in parts.items() if not _of_library(part)}
         self.parts = own
-        self.keepers = {name: part for name, part in own.items() if hasattr(part, "state_dict")}
+        self.keepers = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
         self._before = {name: _memory(part) for name, part in own.items() if name not in self.keepers}
 
     # -- what a part remembers -----------------------------------------------------------------------------------------

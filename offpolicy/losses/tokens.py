@@ -126,6 +126,11 @@ class Surrogate(NamedTuple):
     clipped: Tensor
 
 
+def detached(tokens: Tokens) -> Tokens:
+    """The same tokens without gradients."""
+    return Tokens(*(value.detach() if isinstance(value, Tensor) else value for value in tokens))
+
+
 def difference(first: Tensor, second: Tensor, kept: Tensor) -> Tensor:
     """first − second on the kept tokens, clamped; 0 elsewhere, whatever stands there."""
     return torch.where(kept, first - second, 0.0).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)

@@ -13,7 +13,17 @@ from torch import Tensor
 from offpolicy.errors import UsageError
 from offpolicy.language.logprobs import token_divergence
 from offpolicy.losses.policy import anchors, ratios, trust, weights
-from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Ratio, Surrogate, Tokens, Totals, component
+from offpolicy.losses.policy_gradient import (
+    COMPONENTS,
+    Answers,
+    Judged,
+    Objective,
+    Ratio,
+    Surrogate,
+    Tokens,
+    Totals,
+    component,
+)
 
 ROWS, LENGTH = 5, 4
 
@@ -703,3 +713,119 @@ def test_objectives_are_data() -> None:
 def test_surrogate_of_trust_none_is_linear() -> None:
     found: Surrogate = trust.NoTrust()(Ratio(f64([3.0])), f64([-2.0]), one(0.0))
     assert found.value.item() == -6.0 and not found.clipped.any()
+
+
+# -- what a component may ask for --------------------------------------------------------------------------------------
+
+
+class AboveMean:
+    """A weight that compares each answer's mean ratio with the mean of the step, and remembers how often it looked."""
+
+    reads_values = frozenset({"entropy"})
+    columns = frozenset({"reward"})
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def step_facts(self, step: Tokens) -> dict[str, Tensor]:
+        self.looks += 1
+        assert not step.logp.requires_grad
+        ratio = torch.where(step.kept, step.logp - step.behavior_logp, 0.0).sum(-1)
+        return {"mean": ratio.mean(), "above": ratio > ratio.mean(), "grid": step.mask * ratio[:, None]}
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        assert tokens.step is not None and tokens.entropy is not None and not tokens.entropy.requires_grad
+        return tokens.mask * (1.0 + tokens.step["above"].double()[:, None] + tokens.step["grid"])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"looks": self.looks}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.looks = state["looks"]
+
+
+class PairTerm:
+    """Half the mean square of differences within pairs of rows; counts what it sees."""
+
+    whole_groups = True
+
+    def __call__(self, tokens: Tokens, totals: Totals, *, iteration: int) -> Tensor:
+        whole = torch.where(tokens.kept, tokens.logp, 0.0).sum(-1)
+        return iteration * (whole[::2] - whole[1::2]).square().sum() / totals.rows
+
+
+def square_of_deviation(step: Tokens, *, iteration: int) -> Tensor:
+    return 1.0 / (1.0 + iteration + step.advantage.square().mean())
+
+
+def test_facts_of_the_step_do_not_depend_on_its_cut() -> None:
+    """A step in one piece asks for its own facts; cut in two, the halves get their rows of the same facts."""
+    whole = tokens(entropy=torch.rand(ROWS, LENGTH, dtype=torch.float64).requires_grad_())
+    objective = Objective(weight=({"name": f"{__name__}.AboveMean"},))
+    assert objective.sees_step and objective.reads == {"entropy"} and objective.columns == {"reward"}
+    assert not objective.entropy_gradient
+    found = loss_of(objective, whole)
+    facts = objective.step_facts(whole)
+    shares = []
+    for rows in (slice(0, 2), slice(2, ROWS)):
+        cut = {k: None if v is None else v[rows] for k, v in whole._asdict().items()}
+        mine = {name: {k: v if v.dim() == 0 else v[rows] for k, v in f.items()} for name, f in facts.items()}
+        shares.append(objective.loss(Tokens(**cut), totals(whole), iteration=1, facts=mine)[0])
+    torch.testing.assert_close(sum(shares), found)
+    assert objective.own.state_dict() == {"weight/0": {"looks": 2}}
+
+
+def test_terms_and_the_factor_on_the_rate() -> None:
+    """A term is added as it is; the factor is 1/(1 + 2 + mean A²)."""
+    given = tokens()._replace(logp=torch.zeros(ROWS, LENGTH, dtype=torch.float64).requires_grad_())
+    even = Tokens(*(v[:4] if isinstance(v, Tensor) else v for v in given))
+    plain, term = (
+        Objective(),
+        Objective(terms=({"name": f"{__name__}.PairTerm"},), lr=f"{__name__}.square_of_deviation"),
+    )
+    assert term.whole_groups and term.sees_step and not plain.sees_step and not plain.whole_groups
+    slope = gradient(term, even, iteration=2) - gradient(plain, even, iteration=2)
+    torch.testing.assert_close(slope, torch.zeros_like(slope))  # equal sums: the square has no slope
+    moved = even._replace(logp=(even.mask * f64([1.0], [0.0], [0.0], [0.0])).requires_grad_())
+    difference = loss_of(term, moved, iteration=2) - loss_of(plain, moved, iteration=2)
+    torch.testing.assert_close(difference, f64(2 * 4.0**2 / 4)[0])  # one pair: 4 tokens of 1 against 0
+    factor = term.rate_factor(given, iteration=2)
+    torch.testing.assert_close(factor, 1.0 / (3.0 + given.advantage.square().mean()))
+    assert plain.rate_factor(given, iteration=2) is None
+
+
+class Record:
+    takes_answers = True
+    reads = frozenset({"mean_logp"})
+
+    def __call__(self, answers: Any) -> Any:
+        return Judged(answers.reward - answers.mean_logp, answers.ended)
+
+
+def test_an_advantage_that_sees_the_record_of_the_answers() -> None:
+    objective = Objective(advantage=f"{__name__}.Record")
+    assert objective.takes_answers and objective.reads_of_answers == {"mean_logp"} and not objective.reads
+    number = torch.arange(3)
+    answers = Answers(f64(1.0, 2.0, 3.0), number, number > -1, number, number > 0, number, {}, 1, f64(-1.0, 0.0, 1.0))
+    found = objective.judged(answers)
+    assert found.advantage.tolist() == [2.0, 2.0, 2.0] and found.kept.tolist() == [False, True, True]
+    with pytest.raises(UsageError, match="sees more of the answers"):
+        objective.advantages(answers.reward, answers.group, answers.own)
+    plain = Objective(advantage="dr_grpo").judged(answers._replace(group=number // 3))
+    assert plain.advantage.tolist() == [-1.0, 0.0, 1.0] and plain.kept.all()
+
+
+@pytest.mark.parametrize(
+    "parts, words",
+    [
+        ({"trust": ["ppo", "dual"]}, r"`trust` is \['ppo', 'dual'\], several at once"),
+        ({"aggregation": f"{__name__}.AboveMean"}, "aggregation has `step_facts`"),
+        (
+            {"advantage": "gae", "value": "squared", "terms": [f"{__name__}.PairTerm"]},
+            "comes from a critic, whose answers stand alone",
+        ),
+    ],
+)
+def test_parts_that_exclude_each_other_are_refused(parts: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Objective(**parts)
