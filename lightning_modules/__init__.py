@@ -34,6 +34,7 @@ METHODS = {
     "RDPO": "rdpo",
     "RPO": "rpo",
     "IPO": "ipo",
+    "INPO": "inpo",
     "SimPO": "simpo",
     "CPO": "cpo",
     "ORPO": "orpo",

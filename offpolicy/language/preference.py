@@ -16,6 +16,7 @@ from torch import Tensor
 from offpolicy.compute.devices import send
 from offpolicy.compute.processes import sum_over_processes
 from offpolicy.data.module import DataModule
+from offpolicy.data.replay import Replay
 from offpolicy.data.texts.module import TextData
 from offpolicy.data.texts.preview import report, samples
 from offpolicy.data.texts.sequences import BoundTexts, PairView, row_weights
@@ -68,12 +69,14 @@ class PreferenceModule(LanguageModule):
         uses_reference: whether ``ref_logps`` are needed.
         scores_prompt: whether ``prompt_logps`` of the chosen answers (of the answers, for singles) are needed.
         uses_mismatched: whether singles also need each answer scored under another prompt.
+        uses_previous: whether ``previous_logps`` are needed, of the policy that training starts from.
     """
 
     view: ClassVar[Any] = PairView()
     uses_reference: bool = True
     scores_prompt: bool = False
     uses_mismatched: bool = False
+    uses_previous: bool = False
 
     def prepare_state(self) -> None:
         self.meter = RowMeter()
@@ -81,6 +84,7 @@ class PreferenceModule(LanguageModule):
         self._table: ReferenceTable | None = None
         self._mismatched: dict[int, ReferenceTable] = {}  # epoch → answers under other prompts
         self._reference: Reference | None = None
+        self._previous: Reference | None = None
         self._plan: RowPlan | None = None
         self._means: StepMeans | None = None  # of the current step
 
@@ -94,6 +98,14 @@ class PreferenceModule(LanguageModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss(scores).")
 
+    def texts_of(self, replay: Replay) -> BoundTexts:
+        """The rows that the method learns from, in a replay.
+
+        Raises:
+            DataError: they lack what it needs.
+        """
+        return self.view.bind(replay)
+
     # -- construction --------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -101,19 +113,19 @@ class PreferenceModule(LanguageModule):
         return TextData
 
     def planned_steps(self, data: DataModule) -> int | None:
-        rows = len(self.view.bind(data.load()))
+        rows = len(self.texts_of(data.load()))
         return max(1, math.ceil(self.hparams.epochs * math.ceil(rows / self.hparams.batch_size)))
 
     def take_data(self, data: Any) -> None:
         """Bind the view to the data, and choose the held-out rows."""
-        texts = self.view.bind(data.replay)
+        texts = self.texts_of(data.replay)
         self._table = ReferenceTable(texts, np.arange(len(texts)))
         self._check_prompts(texts, "the data")
         held_out = getattr(data, "eval_replay", None)
         wanted = held_out is not None and self.run.eval_episodes > 0
         self.eval_table = None
         if wanted:
-            texts = self.view.bind(held_out)
+            texts = self.texts_of(held_out)
             self._check_prompts(texts, "the held-out data")
             self.eval_table = ReferenceTable(texts, eval_sample(len(texts), self.hparams.eval_rows))
 
@@ -197,10 +209,14 @@ class PreferenceModule(LanguageModule):
                 in_order, prompts = np.arange(len(held_out.texts)), held_out.texts.index[:, 0]
                 previous = previous_of_other_prompt(in_order, prompts)
                 self._mismatched[HELD_OUT] = ReferenceTable(other_prompts(held_out.texts, previous), held_out.needed)
+        given, tables = (self.hparams, self.model, self.tokenizer, self._passes()), [table, held_out]
         if self.uses_reference:
-            self._reference = Reference(self.hparams, self.model, self.tokenizer, self._passes())
-            tables = [table, held_out, *self._mismatched.values()]
-            self._reference.prepare([one for one in tables if one is not None], self._start_digest)
+            self._reference = Reference(*given)
+            every = [one for one in (*tables, *self._mismatched.values()) if one is not None]
+            self._reference.prepare(every, self._start_digest)
+        if self.uses_previous:
+            self._previous = Reference(*given, name="previous", kind="precomputed")
+            self._previous.prepare([one for one in tables if one is not None], self._start_digest)
 
     def _passes(self) -> Passes:
         precision = str(self.trainer.precision)
@@ -218,8 +234,13 @@ class PreferenceModule(LanguageModule):
             UsageError: the reference was made for the rows of another seed.
         """
         assert self._reference is not None
+        return self._logps_under(self._reference, table, rows, layout, like)
+
+    def _logps_under(
+        self, reference: Reference, table: ReferenceTable, rows: np.ndarray, layout: Layout, like: Tensor
+    ) -> list[Tensor]:
         try:
-            return self._reference.logps(table, rows, layout, like)
+            return reference.logps(table, rows, layout, like)
         except LookupError:
             message = f"the run has the seed {self.seed}; expected the same. Pass --seed_everything {self.seed}."
             raise UsageError(message) from None
@@ -243,10 +264,11 @@ class PreferenceModule(LanguageModule):
         )
         rows = [row for row in rows if row[0] not in ("note", "warning")] or [("rows", f"{len(plan.lengths):,}")]
         words = "none, the method needs no reference" if self._reference is None else self._reference.words
+        references = [("reference", words), *([("previous", self._previous.words)] if self._previous else [])]
         split = f", {self.micro.number} micro-batches each" if self.micro.number > 1 else ""
         epochs = self.trainer.max_steps / plan.steps_per_epoch
         return Description(
-            facts=[*rows, self.policy_fact(), ("reference", words), self.padding_fact(), *self.memory_facts()],
+            facts=[*rows, self.policy_fact(), *references, self.padding_fact(), *self.memory_facts()],
             batch=f"{self.hparams.batch_size} rows{split}, {epochs:.3g} epochs",
             evaluates="" if self.eval_table is None else f"{len(self.eval_table.needed):,} held-out rows",
             notes=self.precision_notes(),
@@ -277,6 +299,8 @@ class PreferenceModule(LanguageModule):
             self.pace.add_pass(layout.real_tokens, layout.input_ids.numel())
         answers = self.answers(self.model, layout, stats=stats)
         reference = self.ref_logps(table, rows, layout, answers.sum_logps) if self.uses_reference else None
+        start = self._previous
+        previous = None if start is None else self._logps_under(start, table, rows, layout, answers.sum_logps)
         facts = {name: send(value, answers.length.device) for name, value in batch.facts.items()}
         size = len(rows)
 
@@ -290,6 +314,7 @@ class PreferenceModule(LanguageModule):
                 None if other is None else answers.sum_logps[other],
                 None if other is None else answers.length[other],
                 {name: value[own] for name, value in answers.stats.items()},
+                None if previous is None else previous[i],
             )
 
         if isinstance(self.view, PairView):
@@ -345,8 +370,9 @@ class PreferenceModule(LanguageModule):
         self.seed_dropout(rank)
         scores = self.scores(table, rows, means, stats=self.writes_row(t + 1))
         loss, metrics = self.loss(scores)
-        if t == 0 and j == 0 and self._reference is not None and not self.has_dropout:
-            self._reference.check_start(scores)
+        if t == 0 and j == 0 and not self.has_dropout:
+            for reference in filter(None, (self._reference, self._previous)):
+                reference.check_start(scores)
         weight = send(torch.from_numpy(row_weights(table.texts, rows) * real).to(loss.dtype), loss.device)
         self.meter.add_step(loss, metrics, weight=weight, real=torch.full_like(weight, float(real)))
         self.pace.tokens += int(table.texts.lengths[rows].sum()) if real else 0

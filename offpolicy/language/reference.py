@@ -41,8 +41,8 @@ class ReferenceTable:
     Attributes:
         texts: the rows.
         needed: the rows that will be asked for, (m,).
-        columns: summed log-probabilities under the reference, (n,) each with NaN where nothing is known; empty where
-            the reference runs beside the policy.
+        columns: summed log-probabilities under each reference, (n,) each with NaN where nothing is known; none of a
+            reference that runs beside the policy.
     """
 
     texts: BoundTexts
@@ -79,13 +79,18 @@ class Reference:
         policy: the model in training.
         tokenizer: of the policy; None where nobody knows it.
         passes: through a model.
+        name: of the reference among those of the run; begins the names of its columns.
+        kind: what it is, as ``reference`` says it; None takes that option.
 
     Attributes:
         words: what the reference is, for the first screen.
     """
 
-    def __init__(self, options: Any, policy: Any, tokenizer: Any, passes: Passes) -> None:
+    def __init__(
+        self, options: Any, policy: Any, tokenizer: Any, passes: Passes, name: str = "ref", kind: str | None = None
+    ) -> None:
         self.options, self.policy, self.tokenizer, self.passes = options, policy, tokenizer, passes
+        self.name, self.kind = name, options.reference if kind is None else kind
         self.words = ""
         self._live: Any = None  # a frozen copy
 
@@ -98,16 +103,16 @@ class Reference:
         """
         h = self.options
         for table in tables:
-            table.columns = {}
-        if h.reference == "adapter_off":
+            table.columns = {k: v for k, v in table.columns.items() if not k.startswith(f"{self.name}_")}
+        if self.kind == "adapter_off":
             self.words = "the policy with its adapter off"
             return
-        if h.reference == "live":
+        if self.kind == "live":
             self.words, self._live = "a frozen copy", self._open(h.policy, h.adapter)
             return
         model, digest, name = self.policy, start, "the policy at its start"
-        if h.reference not in REFERENCES:
-            model, name = self._open(h.reference), str(h.reference)
+        if self.kind not in REFERENCES:
+            model, name = self._open(self.kind), str(self.kind)
             self._check_other(model, name, tables)
             digest = policies.weights_digest(model)
         began, folder = time.perf_counter(), references_folder(h.ref_cache)
@@ -116,10 +121,15 @@ class Reference:
         for table in tables:
             cache = Cache(folder, self._parts(model, digest, table.texts))
             compute = partial(self.compute, model, table.texts)
-            table.columns, now = columns_of(table.texts, table.needed, cache, compute, rank=rank, world=world)
+            found, now = columns_of(table.texts, table.needed, cache, compute, rank=rank, world=world)
+            table.columns |= {self._own(name): column for name, column in found.items()}
             computed += now
         how = f"computed in {time.perf_counter() - began:.1f} s and kept" if computed else "found"
         self.words = f"{name}, {sum(len(table.needed) for table in tables):,} rows {how} in {folder}"
+
+    def _own(self, column: str) -> str:
+        """The name of a column among those of all references."""
+        return self.name + column.removeprefix("ref")
 
     def close(self) -> None:
         """Let go of the frozen copy, which takes the memory of a model."""
@@ -200,8 +210,8 @@ class Reference:
         Raises:
             LookupError: one of these rows is not ``needed``.
         """
-        names, size = column_names(table.texts), len(rows)
-        if table.columns:
+        names, size = [self._own(name) for name in column_names(table.texts)], len(rows)
+        if names[0] in table.columns:
             if np.isnan(table.columns[names[0]][rows]).any():
                 raise LookupError("rows that nobody announced")
             known = (torch.from_numpy(table.columns[name][rows]).to(like.dtype) for name in names)
@@ -218,12 +228,12 @@ class Reference:
             UsageError: they do not.
         """
         h = self.options
-        if h.reference not in REFERENCES:
+        if self.kind not in REFERENCES:
             return
         low = next(policies.base_of(self.policy).parameters()).dtype == torch.bfloat16
         tolerance = 2e-2 if low or "bf16" in self.passes.precision else 1e-3
         for part in (scores.answer,) if hasattr(scores, "answer") else (scores.chosen, scores.rejected):
-            apart = part.log_ratio.detach().abs()
+            apart = (part.sum_logps.detach() - getattr(part, f"{self.name}_logps")).abs()
             if not (apart <= tolerance * (10.0 + part.sum_logps.detach().abs())).all():
                 raise UsageError(
                     "at the first step the policy is its own reference, but their log-probabilities differ by "

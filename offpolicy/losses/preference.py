@@ -97,8 +97,16 @@ def ipo_loss(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     return (_difference(chosen, rejected, beta) - 0.5 / beta).square()
 
 
-def inpo_loss(policy_margin: Tensor, ref_margin: Tensor, previous_margin: Tensor, *, eta: float, tau: float) -> Tensor:
-    """(h − 1/(2η))², h = Δ − (τ/η)·Δ_ref − (1 − τ/η)·Δ_t: iterative Nash policy optimisation (arXiv:2407.00617).
+def inpo_loss(
+    policy_margin: Tensor,
+    ref_margin: Tensor,
+    previous_margin: Tensor,
+    *,
+    eta: float,
+    tau: float,
+    probability: Tensor | float = 1.0,
+) -> Tensor:
+    """(h − (p − ½)/η)², h = Δ − (τ/η)·Δ_ref − (1 − τ/η)·Δ_t: iterative Nash policy optimisation (arXiv:2407.00617).
 
     Δ is the summed log-probability of the chosen answer less that of the rejected one. The minimiser is
     π_ref^{τ/η}·π_t^{1 − τ/η}·exp(P(y ≻ π_t)/η), normalised.
@@ -109,11 +117,14 @@ def inpo_loss(policy_margin: Tensor, ref_margin: Tensor, previous_margin: Tensor
         previous_margin: Δ_t of the policy of the last iteration, (B,).
         eta: η, step of the mirror descent, > 0.
         tau: τ, weight of the first reference, in [0, η].
+        probability: p, that a judge prefers the chosen answer, (B,) in [0, 1]; 1 is a plain label, with the target
+            1/(2η). The minimiser is the same for both.
     """
     check_range("eta", eta, 0.0, lower_open=True)
     check_range("tau", tau, 0.0, eta)
     share = tau / eta
-    return (policy_margin - share * ref_margin - (1.0 - share) * previous_margin - 0.5 / eta).square()
+    margin = policy_margin - share * ref_margin - (1.0 - share) * previous_margin
+    return (margin - (probability - 0.5) / eta).square()
 
 
 def copg_loss(first: Tensor, second: Tensor, first_reward: Tensor, second_reward: Tensor, *, beta: float) -> Tensor:

@@ -35,6 +35,8 @@ class Scores(NamedTuple):
         prompt_length: number of those tokens, (B,), float; None likewise.
         stats: sums over the tokens of the answer, (B,) each, no gradient: "logits" (mean logit over the vocabulary),
             "entropy" (nats), "hits" (1 where the token is the most likely one). Empty except on steps that are logged.
+        previous_logps: the same sum under the policy that training started from, (B,); None unless the method asks for
+            it with ``uses_previous``. No gradient.
     """
 
     sum_logps: Tensor
@@ -43,6 +45,7 @@ class Scores(NamedTuple):
     prompt_logps: Tensor | None = None
     prompt_length: Tensor | None = None
     stats: dict[str, Tensor] = {}  # never changed in place
+    previous_logps: Tensor | None = None
 
     @property
     def mean_logps(self) -> Tensor:

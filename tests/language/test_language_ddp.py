@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "SimPO": ("SimPO", {"micro_batch_size": 2}, {"strategy": "ddp"}),
     "RDPO": ("RDPO", {"micro_batch_size": 2, "padding_free": True}, {"strategy": "ddp"}),
     "IPO": ("IPO", {"micro_batch_size": 2}, {"strategy": "ddp"}),
+    "INPO": ("INPO", {"micro_batch_size": 2, "eta": 0.3}, {"strategy": "ddp"}),
     "CPO": ("CPO", {"micro_batch_size": 2}, {"strategy": "ddp"}),
     "ORPO-FSDP": ("ORPO", {"micro_batch_size": 1}, {"strategy": "fsdp2", "gradient_clip_val": 1.0}),
     "DPO-FSDP": ("DPO", {"micro_batch_size": 2}, {"strategy": "fsdp2"}),

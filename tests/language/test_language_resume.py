@@ -39,7 +39,7 @@ def crash() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["DPO", "SimPO", "RPO", "KTO", "ORPO", "SFT"])
+@pytest.mark.parametrize("name", ["DPO", "INPO", "SimPO", "RPO", "KTO", "ORPO", "SFT"])
 def test_crash_and_resume_equals_an_uninterrupted_run(name: str, policy: Path, tmp_path: Path) -> None:
     one, two, options = tmp_path / "one", tmp_path / "two", {"micro_batch_size": 2}
     fit(method(name, policy, **options), max_steps=LAST, folder=one)

@@ -122,6 +122,23 @@ def test_a_resumed_run_knows_the_model_it_started_from(policy: Path, tmp_path: P
         fit(method("DPO", policy), max_steps=4, folder=tmp_path / "run", ckpt_path=newest_checkpoint(tmp_path / "run"))
 
 
+def test_two_references_of_a_later_round(policy: Path, calls: list[int]) -> None:
+    """INPO: π_ref is another model, π_t the policy at its start; where both are one model its numbers serve both."""
+    first = make_policy(policy.parent / "first", seed=1)
+    later = fit(method("INPO", policy, reference=str(first), eta=0.3), max_steps=1)
+    start = fit(method("INPO", policy, eta=0.3), max_steps=1)
+    assert calls == [4, 5, 4, 5]  # of both models in the first run, of none in the second
+    of_later, of_start = later._table.columns, start._table.columns
+    np.testing.assert_array_equal(of_start["ref_chosen_logps"], of_start["previous_chosen_logps"])
+    np.testing.assert_array_equal(of_later["previous_chosen_logps"], of_start["previous_chosen_logps"])
+    known = ~np.isnan(of_later["ref_chosen_logps"])
+    assert known.sum() == 4 and (of_later["ref_chosen_logps"] != of_later["previous_chosen_logps"])[known].all()
+    assert [name for name, _ in later.describe().facts if name in ("reference", "previous")] == [
+        "reference",
+        "previous",
+    ]
+
+
 # -- LoRA --------------------------------------------------------------------------------------------------------------
 
 LORA = {"lora_rank": 2, "lr": 0.05}

@@ -307,6 +307,27 @@ def test_copg_finds_the_tilted_reference(table: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(minimise(objective, 5), (ref + reward / 0.5).softmax(0), rtol=0, atol=1e-7)
 
 
+def test_rounds_of_inpo_end_at_the_equilibrium() -> None:
+    """Rock, paper, scissors with a uniform reference: every start ends at a third each, where DPO would follow a cycle.
+
+    A round is the optimum of its loss, π_ref^{τ/η}·π_t^{1 − τ/η}·exp(P(y ≻ π_t)/η) by the test below.
+    """
+    wins = f64([0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5])
+    logps, ref, eta, tau = f64(0.8, 0.15, 0.05).log(), torch.full((3,), math.log(1 / 3)).double(), 0.6, 0.2
+    for _ in range(100):
+        logps = (tau / eta * ref + (1 - tau / eta) * logps + wins @ logps.exp() / eta).log_softmax(0)
+    torch.testing.assert_close(logps.exp(), torch.full((3,), 1 / 3).double(), rtol=0, atol=1e-6)
+    margins = logps[:, None] - logps
+    gradient = torch.autograd.functional.jacobian(
+        lambda x: (
+            (logps.exp()[:, None] * logps.exp())
+            * inpo_loss(x[:, None] - x, 0 * margins, margins, eta=eta, tau=tau, probability=wins)
+        ).sum(),
+        logps,
+    )
+    assert gradient.abs().max() < 1e-6  # the fixed point is a minimum of its own round, with a judge's probabilities
+
+
 def test_inpo_is_a_step_of_mirror_descent(table: tuple[Tensor, ...]) -> None:
     """Pairs drawn from π_t: the optimum is π_ref^{τ/η}·π_t^{1 − τ/η}·exp(P(y ≻ π_t)/η), normalised."""
     ref, reward, _, _ = table

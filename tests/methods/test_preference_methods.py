@@ -16,7 +16,7 @@ from offpolicy.language.module import LanguageModule
 from offpolicy.losses.scores import PairScores, Scores, SingleScores
 from offpolicy.registry import find_method
 
-PAIRED = ("DPO", "CDPO", "RDPO", "RPO", "IPO", "SimPO", "CPO", "ORPO")
+PAIRED = ("DPO", "CDPO", "RDPO", "RPO", "IPO", "INPO", "SimPO", "CPO", "ORPO")
 SINGLE = ("KTO", "SFT")
 
 
@@ -28,7 +28,8 @@ def rows(generator: torch.Generator, size: int, **more: Any) -> Scores:
     length = torch.randint(2, 9, (size,), generator=generator).double()
     sums = -length * (0.2 + torch.rand(size, generator=generator, dtype=torch.float64))
     ref = sums + torch.randn(size, generator=generator, dtype=torch.float64)
-    return Scores(sums.requires_grad_(), length, ref, **more)
+    previous = ref - torch.randn(size, generator=generator, dtype=torch.float64)
+    return Scores(sums.requires_grad_(), length, ref, previous_logps=previous, **more)
 
 
 def pair_scores(size: int = 6, seed: int = 0) -> PairScores:
@@ -51,7 +52,10 @@ def scores_of(name: str, seed: int = 0) -> Any:
 
 
 def equal_to_reference(scores: PairScores) -> PairScores:
-    same = [s._replace(ref_logps=s.sum_logps.detach()) for s in (scores.chosen, scores.rejected)]
+    same = [
+        s._replace(ref_logps=s.sum_logps.detach(), previous_logps=s.sum_logps.detach())
+        for s in (scores.chosen, scores.rejected)
+    ]
     return scores._replace(chosen=same[0], rejected=same[1])
 
 
@@ -75,11 +79,13 @@ def part(scores: Scores, keep: slice) -> Scores:
         ("RPO", {"eta": 0.0}, math.log(2)),
         ("IPO", {"length_average": True}, 25.0),
         ("IPO", {"length_average": False}, 25.0),
+        ("INPO", {}, 100 / 9),
     ],
 )
 def test_first_step(name: str, options: dict[str, Any], expected: float) -> None:
-    """With the policy at its reference no logistic loss depends on its options; IPO is 1/(4·0.1²)."""
-    loss, metrics = make(name, beta=0.1, **options).loss(equal_to_reference(pair_scores()))
+    """With the policy at its reference no logistic loss depends on its options; IPO is 1/(4·0.1²), INPO 1/(4·0.15²)."""
+    scale = {"eta": 0.15} if name == "INPO" else {"beta": 0.1}
+    loss, metrics = make(name, **scale, **options).loss(equal_to_reference(pair_scores()))
     torch.testing.assert_close(loss, torch.full_like(loss, expected))
     assert not metrics["rewards/margins"].any() and not metrics["rewards/accuracies"].any()
 
@@ -90,6 +96,8 @@ def test_values_against_the_formulas() -> None:
     w, x = s.chosen, s.rejected
     assert w.ref_logps is not None and x.ref_logps is not None and w.prompt_logps is not None
     sw, sl, nw, nl = w.sum_logps, x.sum_logps, w.length, x.length
+    pw, pl = w.previous_logps, x.previous_logps
+    assert pw is not None and pl is not None
     u = 0.3 * (sw - w.ref_logps - sl + x.ref_logps)
     dpo, odds = -log_sigmoid(u), [(s / n).exp() / (1 - (s / n).exp()) for s, n in ((sw, nw), (sl, nl))]
     ratio = -log_sigmoid((odds[0] / odds[1]).log())
@@ -103,6 +111,9 @@ def test_values_against_the_formulas() -> None:
         ("RPO", (("nll_form", "token_mean"), ("nll_weight", 1.0))): dpo - sw / nw.mean(),
         ("IPO", (("length_average", False),)): (u / 0.3 - 1 / 0.6) ** 2,
         ("IPO", ()): ((sw - w.ref_logps) / nw - (sl - x.ref_logps) / nl - 1 / 0.6) ** 2,
+        ("INPO", (("eta", 0.3),)): (u / 0.3 + (pw - pl) * -2 / 3 + (w.ref_logps - x.ref_logps) * 2 / 3 - 1 / 0.6) ** 2,
+        ("INPO", (("eta", 0.3), ("tau", 0.3))): (u / 0.3 - 1 / 0.6) ** 2,
+        ("INPO", (("eta", 0.3), ("tau", 0.0))): (sw - sl - pw + pl - 1 / 0.6) ** 2,
         ("SimPO", ()): -log_sigmoid(0.3 * (sw / nw - sl / nl - 0.5)),
         ("SimPO", (("gamma", 0.6), ("nll_weight", 0.1))): -log_sigmoid(0.3 * (sw / nw - sl / nl) - 0.6)
         - 0.1 * sw / nw.mean(),
@@ -111,7 +122,7 @@ def test_values_against_the_formulas() -> None:
         ("ORPO", (("nll_on_prompt", False), ("lambda_", 0.5))): -sw / nw.mean() + 0.5 * ratio,
     }
     for (name, options), value in expected.items():
-        beta = {} if name == "ORPO" else {"beta": 0.3}
+        beta = {} if name in ("ORPO", "INPO") else {"beta": 0.3}
         loss, _ = make(name, **beta, **dict(options)).loss(s)
         torch.testing.assert_close(loss, value, msg=lambda m, n=name, o=options: f"{n} {o}: {m}")
 
@@ -151,6 +162,21 @@ def test_simpo_knows_no_reference() -> None:
         results.append((loss, *torch.autograd.grad(loss.sum(), (s.chosen.sum_logps, s.rejected.sum_logps))))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
     assert torch.equal(make("SimPO", beta=2.0, gamma=1.0).loss(pair_scores())[0], results[0][0])
+
+
+def test_inpo_takes_the_probability_of_a_judge() -> None:
+    """The target (p − ½)/η: 0 where the judge is undecided, 1/(2η) at p = 1, negative where it prefers the other."""
+    s, p = pair_scores(), torch.tensor([0.5, 1.0, 0.75, 0.25, 0.0, 0.9], dtype=torch.float64)
+    hard, soft = (make("INPO", eta=0.2, tau=0.0, soft_labels=some) for some in (False, True))
+    found, _ = soft.loss(s._replace(facts={"agreement": p}))
+    assert s.chosen.previous_logps is not None and s.rejected.previous_logps is not None
+    drift = (s.chosen.sum_logps - s.chosen.previous_logps) - (s.rejected.sum_logps - s.rejected.previous_logps)
+    torch.testing.assert_close(found, (drift - (p - 0.5) / 0.2) ** 2)
+    torch.testing.assert_close(found[1], hard.loss(s)[0][1])
+    steps = {"token": np.arange(6, dtype=np.uint8)}
+    replay = Replay(steps, start=np.arange(3) * 2, length=np.full(3, 2), tables={"pairs": np.array([[0, 1, 0, 2]])})
+    with pytest.raises(DataError, match="no column `agreement`"):
+        soft.texts_of(replay)
 
 
 def test_rpo_adds_to_the_chosen_answer_only() -> None:
@@ -240,7 +266,8 @@ def test_kto_with_one_label_stays_finite() -> None:
 
 def test_what_methods_need() -> None:
     reference = {name for name in (*PAIRED, *SINGLE) if make(name).uses_reference}
-    assert reference == {"DPO", "CDPO", "RDPO", "RPO", "IPO", "KTO"}
+    assert reference == {"DPO", "CDPO", "RDPO", "RPO", "IPO", "INPO", "KTO"}
+    assert {name for name in (*PAIRED, *SINGLE) if make(name).uses_previous} == {"INPO"}
     assert {name for name in (*PAIRED, *SINGLE) if make(name).scores_prompt} == {"ORPO"}
     assert not make("ORPO", nll_on_prompt=False).scores_prompt
     assert {name for name in (*PAIRED, *SINGLE) if make(name).uses_mismatched} == {"KTO"}
@@ -260,6 +287,7 @@ def test_what_methods_need() -> None:
         ("KTO", {"batch_size": 1}, "batch_size"),
         ("ORPO", {"lambda_": -1.0}, "lambda_"),
         ("CPO", {"nll_weight": -1.0}, "nll_weight"),
+        ("INPO", {"eta": 0.1, "tau": 0.2}, "tau"),
     ],
 )
 def test_impossible_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:

@@ -22,7 +22,7 @@ class TextData(TokenisedData):
         columns: our name → the source's name, where they differ ({"prompt": "question"}); None as a name leaves a
             column out ({"prompt": None}). Ours: prompt, chosen, rejected, completion, label, messages, completions,
             scores, score_chosen, score_rejected, weight, system, tools, chat_template_kwargs, prompt_chosen,
-            prompt_rejected.
+            prompt_rejected, agreement.
         split: part of a set that has several ("train_prefs"); None takes "train" or the only one.
         tokenizer: folder or hub name; None is the policy's.
         max_length: longest prompt with answer, in tokens, ≥ 2.

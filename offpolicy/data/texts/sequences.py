@@ -5,8 +5,9 @@ distinct text; prompts are episodes too, so a prompt that many answers share is 
 
 ======================  ============  ==================================================================================
 ``pairs``               (P, 4) int64  prompt of chosen, chosen, prompt of rejected, rejected; the prompts usually equal
-``pairs/<column>``      (P, …)        facts of a pair: ``weight``, ``score_chosen``, ``score_rejected``, ``row`` (where
-                                      it stood in the source), ``ref_chosen_logps``, …
+``pairs/<column>``      (P, …)        facts of a pair: ``weight``, ``score_chosen``, ``score_rejected``, ``agreement``
+                                      (share of judges who prefer the chosen answer), ``row`` (where it stood in the
+                                      source), …
 ``singles``             (S, 2) int64  prompt, answer
 ``singles/<column>``    (S, …)        facts of a single: ``label`` bool, ``score``, ``group`` int64 (singles with equal
                                       numbers answer one prompt together), ``row``, ``ref_logps``, …

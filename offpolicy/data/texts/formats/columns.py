@@ -10,7 +10,7 @@ from offpolicy.errors import DataError, UsageError, nearest
 NAMES = (
     *("prompt", "chosen", "rejected", "completion", "label", "messages", "completions", "scores"),
     *("score_chosen", "score_rejected", "weight", "system", "tools", "chat_template_kwargs"),
-    *("prompt_chosen", "prompt_rejected"),
+    *("prompt_chosen", "prompt_rejected", "agreement"),
 )
 WORDS = {"text": "text", "chat": "messages"}  # a type of values, in messages
 

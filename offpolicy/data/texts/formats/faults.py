@@ -49,6 +49,7 @@ FAULTS = {  # kind → what is wrong, what was expected
     "scores": ("scores that do not fit the answers", "one number for each of at least two answers"),
     "nan": ("a score or weight that is not a finite number", "a number"),
     "negative": ("a negative weight", "a number ≥ 0; an answer to be unlearned is the rejected one of a pair"),
+    "share": ("a number that is no share", "the share of judges who prefer the chosen answer, in [0, 1]"),
     "label": ("no label", "true or false"),
     "surrogate": ("half of a surrogate pair, which is no character", "whole characters; write the text again"),
     "template": ("turns that the chat template refuses", "roles in the order it wants"),

@@ -22,7 +22,7 @@ class PreferencePairs(AnswerKind):
     """A preferred and another answer."""
 
     name, words = "pairs", "preference pairs"
-    answers, numbers = ("chosen", "rejected"), ("score_chosen", "score_rejected", "weight")
+    answers, numbers = ("chosen", "rejected"), ("score_chosen", "score_rejected", "weight", "agreement")
 
     def fits(self, columns: Mapping[str, str]) -> bool:
         return "chosen" in columns or "rejected" in columns

@@ -12,7 +12,7 @@ from offpolicy.data.texts.messages import Fault, WrongType, blank, read_prompt, 
 from offpolicy.data.texts.rendering import Message, Text
 from offpolicy.errors import DataError
 
-NUMBERS = ("score_chosen", "score_rejected", "weight")
+NUMBERS = ("score_chosen", "score_rejected", "weight", "agreement")
 
 
 def typed_column(source: Source, ours: str, theirs: str) -> list[Any]:
@@ -83,6 +83,8 @@ def numbers_in(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, flo
             raise Fault(name, "nan", "None" if value is None else value)
         if name == "weight" and value < 0:
             raise Fault(name, "negative", value)
+        if name == "agreement" and not 0 <= value <= 1:
+            raise Fault(name, "share", value)
         facts[name] = float(value)
     return facts
 
