@@ -39,6 +39,11 @@ def early_letters(prompt: str, answer: str, reference: str | None) -> float:
     return round(sum(c < "n" for c in letters) / (len(answer.split()) + 1), 3)
 
 
+def ends_early(prompt: str, answer: str, reference: str | None) -> float:
+    """A reward that is often the same for all answers of a group: whether the last letter is one of the first three."""
+    return float(answer.rstrip()[-1:] in tuple("abc"))
+
+
 class Remembers:
     """A weight of tokens that follows the advantages seen so far: an objective's part with a state."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ import torch
 from offpolicy.compute import processes
 from offpolicy.data.replay import Replay
 from offpolicy.data.sampling import permutation
-from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.answers import alternatives
 from offpolicy.data.texts.problems import Problems
 from offpolicy.data.texts.rollouts import CONTINUED, DEMONSTRATION, OWN
@@ -32,10 +31,11 @@ from offpolicy.language.rl.engine import (
     engine_name,
 )
 from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, make_engine, room
+from offpolicy.language.rl.filtering import Filters
 from offpolicy.language.rl.probing import PROMPTS, probe
 from offpolicy.language.rl.rewards import Rewards, Scored
+from offpolicy.language.rl.rows import answer_row, rows_stored
 from offpolicy.language.sharding import gather
-from offpolicy.losses.health import group_metrics
 from offpolicy.trust import Words, speaking, trusting
 
 Stop = tuple[Callable[[], bool], Callable[[bool], bool]]
@@ -44,6 +44,22 @@ Answers = list[list[Completion]]  # to each request of this process
 
 class Stopped(Exception):
     """The user wants to stop while answers are drawn."""
+
+
+class Fresh(NamedTuple):
+    """New answers of an iteration.
+
+    Attributes:
+        store: of those that it learns from.
+        facts: for the metrics, over all that were drawn.
+        problems: that were asked.
+        written: answers of the policy, with those that a filter dropped.
+    """
+
+    store: Replay
+    facts: dict[str, float]
+    problems: int
+    written: int
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,8 @@ class Answering:
                 columns=problems.meta.get("source_columns", ()),
                 seconds=h.reward_seconds,
             )
+        with speaking(words):
+            self.filters = Filters(h.filter, self.rewards.names)
         for asked in (problems, held_out):
             if asked is not None:
                 self._check_answers(asked)
@@ -204,6 +222,7 @@ class Answering:
             ("problems", f"{meta.get('problems', 0):,}, {meta.get('demonstrations', 0):,} with a demonstration"),
             ("tokens", f"{lengths} (median/95 %/largest), answers up to {self.length}"),
             *self.demonstrations.facts(),
+            *self.filters.facts(),
             ("reward", ", ".join(self.rewards.names)),
             *([("answers", f"by {by}")] if by else []),
         ]
@@ -216,21 +235,19 @@ class Answering:
         seed: int,
         stop: Stop,
         drawn: Sequence[tuple[Asked, Answers]] = (),
-        then: Callable[[], None] | None = None,
-    ) -> tuple[Replay, dict[str, float]]:
+        then: Callable[[int], None] | None = None,
+    ) -> Fresh:
         """New answers of the policy, and demonstrations, judged; the same on every process.
 
         Args:
             k: the iteration.
-            groups: problems to be answered now, ≥ 0.
+            groups: problems to be answered now, ≥ 0; a filter may ask for more.
             seen: problems answered before.
             seed: of the run.
             stop: whether the user wants this process to stop, and whether a flag is set on any process.
             drawn: what was asked for the iteration before, with its answers.
-            then: called once all answers are drawn, before they are judged.
-
-        Returns:
-            Their store, and facts for the metrics.
+            then: called with the number of problems that a filter asked for, once all answers are drawn; before they
+                are judged, where nothing is drawn again.
 
         Raises:
             Stopped: the user wants to stop.
@@ -239,19 +256,38 @@ class Answering:
         if groups:
             asked = Asked(k, k, seen, groups, first=sum(one.groups for one, _ in drawn))
             drawn.append((asked, self.draw(asked, seed, stop)))
-        if then is not None:
-            then()
+        wanted, again, then = sum(one.groups for one, _ in drawn), 0, then or (lambda extra: None)
+        if not self.filters.redraws:
+            then(0)
+        everyone = self._judged(drawn, seed)
+        for _ in range(self.filters.redraws):
+            missing = wanted - self.filters.with_signal(everyone)
+            if missing <= 0:
+                break
+            asked = Asked(k, k, seen + groups + again, missing, first=wanted + again)
+            again += missing
+            everyone += self._judged([(asked, self.draw(asked, seed, stop))], seed)
+        if self.filters.redraws:
+            then(again)
+        everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
+        store, facts = rows_stored(everyone, k, self.length, self.problems, self.dtype)
+        own = int((store.episodes["source"] != DEMONSTRATION).sum())
+        if self.filters.redraws:
+            store, said = self.filters.chosen(store, wanted)
+            facts |= said
+        speeds = [speed for speed in processes.gathered(self._speed()) if speed is not None]
+        facts |= {"perf/engine_tokens_per_s": sum(speeds)} if speeds else {}
+        facts |= self.probed | (self.engine.facts() if hasattr(self.engine, "facts") else {})
+        return Fresh(store, facts, wanted + again, own)
+
+    def _judged(self, drawn: Sequence[tuple[Asked, Answers]], seed: int) -> list[dict[str, Any]]:
+        """What was drawn on all processes, with its rewards."""
         self.rest()
         made = [row for one, answers in drawn for row in self._rows(one, answers, seed)]
         self._judge(made)
-        parts = processes.gathered((made, self.rewards.tallies, self._speed()))
-        self.rewards.check([tallies for _, tallies, _ in parts])
-        everyone = [row for rows, _, _ in parts for row in rows]
-        everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
-        store, facts = self._store(everyone, k)
-        speeds = [speed for _, _, speed in parts if speed is not None]
-        facts |= {"perf/engine_tokens_per_s": sum(speeds)} if speeds else {}
-        return store, facts | self.probed | (self.engine.facts() if hasattr(self.engine, "facts") else {})
+        parts = processes.gathered((made, self.rewards.tallies))
+        self.rewards.check([tallies for _, tallies in parts])
+        return [row for rows, _ in parts for row in rows]
 
     def _problems_of(self, asked: Asked, seed: int) -> Iterator[tuple[int, int, int]]:
         """Of each group that this process answers its number, its problem, and how many tokens are given."""
@@ -302,47 +338,14 @@ class Answering:
         begun = iter(answers[len(groups) :])
         for (slot, problem, given), some in zip(groups, answers):
             for answer in some:
-                yield _row(slot, problem, OWN, answer, asked.version)
+                yield answer_row(slot, problem, OWN, answer, asked.version)
             if given and self.demonstrations.continued:
                 answer = self.demonstrations.answer(problem, Completion(*next(begun)[0]))
-                yield _row(slot, problem, CONTINUED, answer, asked.version, given)
+                yield answer_row(slot, problem, CONTINUED, answer, asked.version, given)
             elif given:
-                yield _row(slot, problem, DEMONSTRATION, self.demonstrations.answer(problem), asked.iteration, given)
-
-    def _store(self, made: list[dict[str, Any]], k: int) -> tuple[Replay, dict[str, float]]:
-        column = {name: [row[name] for row in made] for name in made[0]}
-        rewards = torch.tensor(column["reward"], dtype=torch.float64, device="cpu")
-        source = np.asarray(column["source"], np.uint8)
-        group = np.asarray(column["slot"], np.int64) + (k << 32)
-        own = torch.from_numpy(source == OWN)
-        episodes: dict[str, Any] = {
-            "iteration": np.full(len(made), k, np.int64),
-            "policy_version": np.asarray(column["version"], np.int64),
-            "group": group,
-            "prompt": np.asarray(column["problem"], np.int64),
-            "source": source,
-            "given": np.asarray(column["given"], np.int64),
-            "reward": rewards.numpy(),
-            "ended": np.asarray(column["ended"], bool),
-        }
-        for name in made[0]["parts"]:
-            episodes[f"reward/{name}"] = np.asarray([row["parts"][name] for row in made], np.float32)
-        steps = {name: column[name] for name in ("logp", "sampler_logp")}
-        floats = np.float64 if self.dtype == torch.float64 else np.float32
-        store = store_of.make_store(column["token"], steps, episodes, self.problems.steps["token"].dtype, floats)
-        mine = np.flatnonzero(source == OWN)
-        cut_short = ~episodes["ended"][mine] & (store.length[mine] < self.length)
-        facts = group_metrics(rewards, torch.from_numpy(group), own) | {
-            "answers/length": float(store.length[mine].mean()),
-            "answers/ended": float(episodes["ended"][mine].mean()),
-            "answers/aborted": float(cut_short.mean()),
-            "answers/empty": float((store.length[mine] == 1).mean()),
-            "answers/duplicates": store_of.duplicates(store, mine),
-            "reward/problems": float(sum(row["problem_with_reward"] for row in made)),
-        }
-        for name in made[0]["parts"]:
-            facts[f"reward/{name}"] = float(episodes[f"reward/{name}"][mine].mean())
-        return store, facts
+                yield answer_row(
+                    slot, problem, DEMONSTRATION, self.demonstrations.answer(problem), asked.iteration, given
+                )
 
     def _next_problems(self, count: int, seen: int, seed: int) -> np.ndarray:
         """The next problems of an endless stream in which every one comes once per pass."""
@@ -412,14 +415,6 @@ class Answering:
         for i, row in enumerate(made):
             row["reward"], row["parts"] = float(scores[i]), {name: float(part[i]) for name, part in parts.items()}
             row["problem_with_reward"] = problems / len(made)
-
-
-def _row(slot: int, problem: int, source: int, answer: Completion, version: int, given: int = 0) -> dict[str, Any]:
-    """A row of the store; ``version``: whose weights drew it, unless the engine says so."""
-    token, logp, ended, told, said = (*answer, None, None)[:5]
-    drew = version if told is None else int(np.min(told))  # the oldest weights that drew some of it
-    text = {"token": token, "logp": logp, "sampler_logp": logp if said is None else said, "ended": ended}
-    return {"slot": slot, "problem": problem, "source": source, "given": given, "version": drew, **text}
 
 
 def _reference(kept: str) -> str | list[str] | None:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
-from offpolicy.data.texts.rollouts import DEMONSTRATION, BoundRollouts, Rollouts
+from offpolicy.data.texts.rollouts import BoundRollouts, Rollouts
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.advantages import from_groups
@@ -139,9 +139,15 @@ class IteratingModule(LanguageModule):
             groups = shape.groups - len(old[0])
             stop = self.wants_to_stop, self.on_any_process
             seen = course.problems_seen + ahead.groups
-            late = ahead.plan(k, self.hparams.lag, groups, course.problems_seen, store, shape)
-            drawn = ahead.answers(k, stop), lambda: ahead.ask(late, stop)
-            fresh, facts = self.answering.fresh(k, groups - ahead.groups_of(k), seen, seed, stop, *drawn)
+
+            def ask_ahead(extra: int) -> None:
+                late = ahead.plan(k, self.hparams.lag, groups, course.problems_seen + extra, store, shape)
+                ahead.ask(late, stop)
+
+            drawn = ahead.answers(k, stop), ask_ahead
+            fresh, facts, asked, written = self.answering.fresh(
+                k, groups - ahead.groups_of(k), seen, seed, stop, *drawn
+            )
             ahead.drop(k)
             if not self.objective.uses_critic:
                 fresh.episodes["advantage"] = from_groups(self.objective, fresh)
@@ -150,8 +156,7 @@ class IteratingModule(LanguageModule):
             bound = BoundRollouts(self.problems, store)
             store = self.scoring.score(bound, steps, k, base=self._wants_base(len(steps)))
         store.version = k
-        written = int((fresh.episodes["source"] != DEMONSTRATION).sum())
-        course.problems_seen, course.generated = course.problems_seen + groups, course.generated + written
+        course.problems_seen, course.generated = course.problems_seen + asked, course.generated + written
         course.iteration, course.first_step = k, self.global_step
         course.lay_out(steps, BoundRollouts(self.problems, store))
         if self.hparams.lag or ahead.asked:

@@ -7,6 +7,7 @@ from typing import Any
 
 from offpolicy.errors import DataError, UsageError, check_choice, check_range
 from offpolicy.language.rl.critic import CRITICS
+from offpolicy.language.rl.engine import engine_name
 
 LEAST = {  # option → its least value
     "group_size": 1,
@@ -51,6 +52,7 @@ def check_rollout_options(given: Mapping[str, Any], batch_size: int, reference: 
         given["demonstrations"],
     )
     check_lag(given["lag"], given["replay_fraction"], given["replay_window"])
+    check_filter(given["filter"], given["group_size"] - given["demonstrations"], given["engine"])
     if reference != "auto":
         raise UsageError(
             "`reference` is for preference methods; here the base is the policy as it was at its start. Leave it out."
@@ -73,6 +75,23 @@ def check_lag(lag: int, replay_fraction: float, replay_window: int) -> None:
         raise UsageError(
             f"`lag` is {lag}, so new answers are {lag} iterations old, and `replay_window` is {replay_window}, after "
             f"which they are forgotten; expected ≥ `lag`. Pass --model.replay_window {lag}, or a smaller --model.lag."
+        )
+
+
+def check_filter(spec: Any, own: int, engine: Any) -> None:
+    """Raise :class:`UsageError` where groups can have no signal, or others cannot be drawn in their place."""
+    listed = spec if isinstance(spec, list | tuple) else [spec]
+    if not any((one.get("name") if isinstance(one, Mapping) else one) == "signal" for one in listed):
+        return
+    if own < 2:
+        raise UsageError(
+            f"`filter` is 'signal' and groups have {own} answer(s) of the policy, which never differ; expected ≥ 2. "
+            "Pass --model.group_size 8."
+        )
+    if engine_name(engine) == "replay":
+        raise UsageError(
+            "`filter` is 'signal' and the engine 'replay' reads recorded answers, which has none for problems that are "
+            "asked again; expected an engine that draws, or no filter: records hold what it kept."
         )
 
 

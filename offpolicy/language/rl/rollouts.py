@@ -104,6 +104,8 @@ class RolloutModule(IteratingModule):
         min_ess: answers of an iteration are forgotten once their effective sample size under π_k, as a share of their
             number, is below this, in [0, 1].
         drop_duplicates: leave out replayed answers that repeat another one of their group.
+        filter: which new answers an iteration learns from: "signal", or ``{"name": …, parameters}``
+            (:mod:`offpolicy.language.rl.filtering`).
         demonstrations: answers of each group that are demonstrations of the data, where there is one: 0 or 1.
         demonstration_share: of a demonstration that is given, in (0, 1]: below 1 the policy goes on from its first
             tokens (a share of them, rounded down; at least one, never the last).
@@ -144,6 +146,7 @@ class RolloutModule(IteratingModule):
         replay_window: int = 0,
         min_ess: float = 0.0,
         drop_duplicates: bool = False,
+        filter: Any = None,
         demonstrations: int = 0,
         demonstration_share: float = 1.0,
         base_kl: bool = True,

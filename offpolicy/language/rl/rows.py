@@ -1,0 +1,72 @@
+"""Judged answers, a dict each while they travel between processes, as rows of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from offpolicy.data.replay import Replay
+from offpolicy.data.texts import rollouts as store_of
+from offpolicy.data.texts.rollouts import OWN
+from offpolicy.language.rl.engine import Completion
+from offpolicy.losses.health import group_metrics
+
+
+def answer_row(
+    slot: int, problem: int, source: int, answer: Completion, version: int, given: int = 0
+) -> dict[str, Any]:
+    """A row of the store; ``version``: whose weights drew it, unless the engine says so."""
+    token, logp, ended, told, said = (*answer, None, None)[:5]
+    drew = version if told is None else int(np.min(told))  # the oldest weights that drew some of it
+    text = {"token": token, "logp": logp, "sampler_logp": logp if said is None else said, "ended": ended}
+    return {"slot": slot, "problem": problem, "source": source, "given": given, "version": drew, **text}
+
+
+def rows_stored(
+    made: Sequence[dict[str, Any]], k: int, length: int, problems: Replay, dtype: torch.dtype
+) -> tuple[Replay, dict[str, float]]:
+    """The store of the new answers of an iteration, and facts for the metrics.
+
+    Args:
+        made: judged rows of all processes, group by group.
+        k: the iteration.
+        length: longest answer in tokens.
+        problems: what was asked.
+        dtype: that the policy computes in.
+    """
+    column = {name: [row[name] for row in made] for name in made[0]}
+    rewards = torch.tensor(column["reward"], dtype=torch.float64, device="cpu")
+    source = np.asarray(column["source"], np.uint8)
+    group = np.asarray(column["slot"], np.int64) + (k << 32)
+    own = torch.from_numpy(source == OWN)
+    episodes: dict[str, Any] = {
+        "iteration": np.full(len(made), k, np.int64),
+        "policy_version": np.asarray(column["version"], np.int64),
+        "group": group,
+        "prompt": np.asarray(column["problem"], np.int64),
+        "source": source,
+        "given": np.asarray(column["given"], np.int64),
+        "reward": rewards.numpy(),
+        "ended": np.asarray(column["ended"], bool),
+    }
+    for name in made[0]["parts"]:
+        episodes[f"reward/{name}"] = np.asarray([row["parts"][name] for row in made], np.float32)
+    steps = {name: column[name] for name in ("logp", "sampler_logp")}
+    floats = np.float64 if dtype == torch.float64 else np.float32
+    store = store_of.make_store(column["token"], steps, episodes, problems.steps["token"].dtype, floats)
+    mine = np.flatnonzero(source == OWN)
+    cut_short = ~episodes["ended"][mine] & (store.length[mine] < length)
+    facts = group_metrics(rewards, torch.from_numpy(group), own) | {
+        "answers/length": float(store.length[mine].mean()),
+        "answers/ended": float(episodes["ended"][mine].mean()),
+        "answers/aborted": float(cut_short.mean()),
+        "answers/empty": float((store.length[mine] == 1).mean()),
+        "answers/duplicates": store_of.duplicates(store, mine),
+        "reward/problems": float(sum(row["problem_with_reward"] for row in made)),
+    }
+    for name in made[0]["parts"]:
+        facts[f"reward/{name}"] = float(episodes[f"reward/{name}"][mine].mean())
+    return store, facts
