@@ -43,7 +43,10 @@ class Judged(NamedTuple):
     Attributes:
         advantage: (B,).
         kept: (B,) bool; an answer that is not kept counts in no mean of the step.
+        weight: (B,), of the answers in other parts of the objective, which read it as the column ``weight``; for
+            advantages whose attribute ``gives`` lists it.
     """
 
     advantage: Tensor
     kept: Tensor
+    weight: Tensor | None = None

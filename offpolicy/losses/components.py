@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from offpolicy.losses import advantages as adv
-from offpolicy.losses.policy import anchors, means, ratios, trust, weights
+from offpolicy.losses.policy import anchors, hybrid, means, ratios, trust, weights
 
 COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
     "advantage": {
@@ -16,6 +16,7 @@ COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
         "rloo": adv.RLOO,
         "batch_std": adv.BatchStd,
         "gae": adv.GAE,
+        "hybrid": hybrid.HybridAdvantage,
     },
     "ratio": {
         "token": ratios.TokenRatio,
@@ -49,6 +50,6 @@ COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
         "source": weights.SourceWeight,
     },
     "value": {"squared": anchors.SquaredValue},
-    "terms": {},
+    "terms": {"hybrid_sft": hybrid.HybridLikelihood},
     "lr": {},
 }
