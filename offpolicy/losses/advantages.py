@@ -150,7 +150,14 @@ class GAE:
 
     def __call__(self, rewards: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Advantages and returns (B, T) from rewards of whole answers (B,), values (B, T) and masks (B, T)."""
-        advantage = gae(last_token(rewards, mask), value, mask, discount=self.discount, lambda_=self.lambda_)
+        return self.of_tokens(rewards, value, mask)
+
+    def of_tokens(
+        self, rewards: Tensor, value: Tensor, mask: Tensor, last_value: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same, with values after the last tokens (B,); None for 0."""
+        reward, kinds = last_token(rewards, mask), {"discount": self.discount, "lambda_": self.lambda_}
+        advantage = gae(reward, value, mask, last_value=last_value, **kinds)
         returns = (advantage + value) * mask
         if self.normalize:
             kept = advantage[mask > 0].double()
@@ -159,16 +166,51 @@ class GAE:
         return advantage, returns
 
 
+def last_kept(value: Tensor, mask: Tensor) -> Tensor:
+    """The value at the last token of each answer, (B,); 0 for none."""
+    rest = mask.flip(-1).cumsum(-1).flip(-1)
+    return (value * mask * (rest == 1)).sum(-1)
+
+
 def last_token(rewards: Tensor, mask: Tensor) -> Tensor:
     """Rewards of whole answers (B,) on the last token of each, (B, T)."""
     rest = mask.flip(-1).cumsum(-1).flip(-1)  # tokens from here on
     return rewards[:, None] * mask * (rest == 1)
 
 
-def gae(reward: Tensor, value: Tensor, mask: Tensor, *, discount: float, lambda_: float) -> Tensor:
+@dataclass(frozen=True)
+class ExtendedGAE(GAE):
+    """As GAE; after an answer that was cut, the value is that of its last token (EGAE of T-PPO, arXiv:2506.15050).
+
+    So its last δ is r + (γ − 1)·V. Unverified: T-PPO fits the critic to answers that have ended alone; here all are.
+
+    Args:
+        discount: as in ``gae``.
+        lambda_: likewise.
+        normalize: likewise.
+    """
+
+    reads = frozenset({"ended"})
+
+    def __call__(  # type: ignore[override]  # it is told which answers have ended, as it says in `reads`
+        self, rewards: Tensor, value: Tensor, mask: Tensor, ended: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :class:`GAE`, from ``ended`` (B,) bool besides."""
+        return self.of_tokens(rewards, value, mask, torch.where(ended, 0.0, last_kept(value, mask)))
+
+
+def gae(
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    discount: float,
+    lambda_: float,
+    last_value: Tensor | None = None,
+) -> Tensor:
     """A_t = δ_t + γλ·A_{t+1}, δ_t = r_t + γ·V_{t+1} − V_t, over the kept tokens (arXiv:1506.02438, Eq. 16).
 
-    The answer ends after its last kept token, where the value is 0; tokens that are not kept are passed over.
+    The answer ends after its last kept token; tokens that are not kept are passed over.
 
     Args:
         reward: r (B, T) of tokens.
@@ -176,12 +218,14 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, *, discount: float, lambda_
         mask: (B, T), 1 on kept tokens.
         discount: γ.
         lambda_: λ.
+        last_value: V after the last kept token, (B,); None for 0.
 
     Returns:
         (B, T), 0 outside of the mask.
     """
     advantage = torch.zeros_like(value)
-    following, next_value = torch.zeros_like(value[:, 0]), torch.zeros_like(value[:, 0])
+    following = torch.zeros_like(value[:, 0])
+    next_value = torch.zeros_like(following) if last_value is None else last_value.to(value)
     for t in reversed(range(value.shape[1])):
         kept = mask[:, t] > 0
         here = reward[:, t] + discount * next_value - value[:, t] + discount * lambda_ * following

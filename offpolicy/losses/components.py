@@ -7,7 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 from offpolicy.losses import advantages as adv
-from offpolicy.losses.policy import anchors, hybrid, means, ratios, trust, weights
+from offpolicy.losses.policy import (
+    anchors,
+    contrast,
+    group_statistics,
+    hybrid,
+    means,
+    ratios,
+    shaping,
+    steps,
+    tracked,
+    trust,
+    weights,
+)
 
 COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
     "advantage": {
@@ -15,7 +27,27 @@ COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
         "dr_grpo": adv.DrGRPO,
         "rloo": adv.RLOO,
         "batch_std": adv.BatchStd,
+        "split": group_statistics.SplitGRPO,
+        "median": group_statistics.MedianAdvantage,
+        "ngrpo": group_statistics.NegativeGRPO,
+        "bnpo": group_statistics.BetaAdvantage,
+        "canon": group_statistics.ConditionalAdvantage,
+        "copo": group_statistics.ConsistencyAdvantage,
+        "agrae": group_statistics.AsymmetricGRPO,
+        "unlikeliness": shaping.UnlikelinessAdvantage,
+        "progrpo": shaping.ConfidenceAdvantage,
+        "adora": shaping.DynamicAdvantage,
+        "sign_gate": shaping.SignGate,
+        "dler": shaping.TruncatedAdvantage,
+        "ada": shaping.RareFormatAdvantage,
+        "hbpo": shaping.BudgetAdvantage,
+        "dcpo": shaping.TemperedAdvantage,
+        "drpo": contrast.ShortnessAdvantage,
+        "reinforce": tracked.RunningBaseline,
+        "p50": tracked.MedianOfGroups,
+        "risk": tracked.RiskAdvantage,
         "gae": adv.GAE,
+        "egae": adv.ExtendedGAE,
         "hybrid": hybrid.HybridAdvantage,
     },
     "ratio": {
@@ -48,8 +80,14 @@ COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
         "age": weights.AgeWeight,
         "focal": weights.FocalWeight,
         "source": weights.SourceWeight,
+        "empg": steps.StepEntropyWeight,
     },
     "value": {"squared": anchors.SquaredValue},
-    "terms": {"hybrid_sft": hybrid.HybridLikelihood},
+    "terms": {
+        "hybrid_sft": hybrid.HybridLikelihood,
+        "drpo_contrast": contrast.WrongAnswers,
+        "kl_limit": contrast.DivergenceLimit,
+        "empg_clarity": steps.ClarityBonus,
+    },
     "lr": {},
 }
