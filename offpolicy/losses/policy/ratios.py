@@ -10,13 +10,34 @@ import torch
 from torch import Tensor
 
 from offpolicy.errors import UsageError, check_choice, check_range
-from offpolicy.losses.tokens import LARGEST_LOG_RATIO, Ratio, Tokens, difference
+from offpolicy.losses.tokens import LARGEST_LOG_RATIO, Ratio, Tokens, column, difference
+
+DENOMINATORS = ("previous", "behavior")
 
 
 def log_ratio(tokens: Tokens, denominator: Tensor) -> Tensor:
     """ℓ − denominator on own tokens; ℓ − sg[ℓ], which is 0 and has a gradient, on those of demonstrations."""
     own = difference(tokens.logp, denominator, tokens.own)
     return own if tokens.external is None else torch.where(tokens.outside, tokens.logp - tokens.logp.detach(), own)
+
+
+def denominator_of(tokens: Tokens, name: str) -> Tensor:
+    """ℓ_k for "previous", ℓ_b for "behavior"."""
+    return tokens.previous_logp if name == "previous" else tokens.behavior_logp
+
+
+def numbered(values: Tensor) -> Tensor:
+    """The place of each whole number (B, T) among the different ones of its row, from 0, (B, T)."""
+    ordered, order = values.sort(dim=1, stable=True)
+    later = torch.nn.functional.pad((ordered[:, 1:] != ordered[:, :-1]).long(), (1, 0))
+    return torch.zeros_like(order).scatter(1, order, later.cumsum(1))
+
+
+def _with_demonstrations(tokens: Tokens, value: Tensor) -> Tensor:
+    """The ratio of own tokens, and exp(ℓ − sg[ℓ]) on demonstrations."""
+    if tokens.external is None:
+        return value
+    return torch.where(tokens.outside, (tokens.logp - tokens.logp.detach()).exp(), value)
 
 
 @dataclass(frozen=True)
@@ -73,17 +94,105 @@ class SequenceRatio:
     counts_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_choice("denominator", self.denominator, ("previous", "behavior"))
+        check_choice("denominator", self.denominator, DENOMINATORS)
 
     def __call__(self, tokens: Tokens) -> Ratio:
         own = tokens.own
-        denominator = tokens.previous_logp if self.denominator == "previous" else tokens.behavior_logp
-        per_token = torch.where(own, tokens.logp - denominator, 0.0)
+        per_token = torch.where(own, tokens.logp - denominator_of(tokens, self.denominator), 0.0)
         mean = per_token.sum(-1, keepdim=True) / own.sum(-1, keepdim=True).clamp(min=1)
         value = mean.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
         one = (tokens.logp - tokens.logp.detach()).exp()
         value = value.detach() * one if self.per_token else value.expand_as(own)
-        return Ratio(value if tokens.external is None else torch.where(tokens.outside, one, value))
+        return Ratio(_with_demonstrations(tokens, value))
+
+
+@dataclass(frozen=True)
+class GSPOTokenRatio(SequenceRatio):
+    """The value of ``sequence`` with the gradient of each token's own ℓ: sg[ρ]·exp(ℓ − sg[ℓ]) (GSPO-token,
+    arXiv:2507.18071, section 4.3), so that tokens of an answer may have advantages of their own.
+
+    Args:
+        per_token: False is ``sequence``.
+        denominator: as of ``sequence``.
+    """
+
+    per_token: bool = True
+
+
+@dataclass(frozen=True)
+class FullSequenceRatio:
+    """exp of the sum over an answer's tokens of ℓ − ℓ_k, the same for all of them: the exact importance weight of the
+    answer, whose variance grows with its length. Each row must count once, as with ``seq_mean_token_mean``.
+
+    Args:
+        denominator: "previous", ℓ_k, or "behavior", ℓ_b.
+    """
+
+    denominator: str = "previous"
+
+    counts_rows: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_choice("denominator", self.denominator, DENOMINATORS)
+
+    def __call__(self, tokens: Tokens) -> Ratio:
+        own = tokens.own
+        total = torch.where(own, tokens.logp - denominator_of(tokens, self.denominator), 0.0).sum(-1, keepdim=True)
+        value = total.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp().expand_as(own)
+        return Ratio(_with_demonstrations(tokens, value))
+
+
+@dataclass(frozen=True)
+class TurnRatio:
+    """exp of the mean over the tokens of a turn of ℓ − ℓ_k, the same for all tokens of the turn (ST-PPO,
+    arXiv:2511.20718).
+
+    The column ``turn`` has the number of the turn of each token; tokens with equal numbers belong together, wherever
+    they stand in the answer. Checked against the abstract; the paper's correction of the gradient by the clipping term
+    is left out, as its exact form is not known.
+
+    Args:
+        denominator: "previous", ℓ_k, or "behavior", ℓ_b.
+    """
+
+    denominator: str = "previous"
+
+    columns: ClassVar[frozenset[str]] = frozenset({"turn"})
+
+    def __post_init__(self) -> None:
+        check_choice("denominator", self.denominator, DENOMINATORS)
+
+    def __call__(self, tokens: Tokens) -> Ratio:
+        own, turn = tokens.own, numbered(column(tokens, "turn"))
+        per_token = torch.where(own, tokens.logp - denominator_of(tokens, self.denominator), 0.0)
+        sums = torch.zeros_like(per_token).scatter_add(1, turn, per_token)
+        counts = torch.zeros_like(tokens.mask).scatter_add(1, turn, own.to(tokens.mask.dtype))
+        mean = (sums / counts.clamp(min=1)).gather(1, turn)
+        return Ratio(_with_demonstrations(tokens, mean.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()))
+
+
+@dataclass(frozen=True)
+class LuffyRatio:
+    """p/(p + γ) with p = π_θ on demonstrations: unlikely tokens keep a gradient (LUFFY, arXiv:2504.14945).
+
+    The demonstrator's probability counts as 1, as in the authors' code, so this is the paper's f(π_θ/π_φ) with π_φ = 1.
+
+    Args:
+        gamma: γ > 0.
+        own: component for own tokens: "token", "mix" or "decoupled".
+    """
+
+    gamma: float = 0.1
+    own: str = "token"
+
+    def __post_init__(self) -> None:
+        check_range("gamma", self.gamma, 0.0, lower_open=True)
+        check_choice("own", self.own, OWN_RATIOS)
+
+    def __call__(self, tokens: Tokens) -> Ratio:
+        own, outside = OWN_RATIOS[self.own]()(tokens), tokens.outside
+        p = torch.where(outside, tokens.logp, 0.0).exp()
+        return own._replace(value=torch.where(outside, p / (p + self.gamma), own.value))
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from offpolicy.errors import check_choice, check_range
-from offpolicy.losses.tokens import Ratio, Surrogate, Tokens
+from offpolicy.losses.tokens import Ratio, Surrogate, Tokens, difference, field
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: Tensor, high: Tensor) -> Surrogate:
@@ -108,3 +109,98 @@ class NoTrust:
 
     def __call__(self, ratio: Ratio, advantage: Tensor, tokens: Tokens) -> Surrogate:
         return Surrogate(ratio.value * advantage, torch.zeros_like(ratio.value, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class TwoSidedPPO(PPO):
+    """min(min(ρ, δ)·A, clip(ρ, 1 − low, 1 + high)·A): ρ itself is bounded where A < 0 (INTELLECT-2, arXiv:2505.07291).
+
+    Args:
+        low: as in ``ppo``.
+        high: likewise.
+        delta: δ > 1 + high; 4 in INTELLECT-2.
+    """
+
+    delta: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("delta", self.delta, 1.0 + self.above, lower_open=True)
+
+    def __call__(self, ratio: Ratio, advantage: Tensor, tokens: Tokens) -> Surrogate:
+        value, clipped = super().__call__(ratio._replace(value=ratio.value.clamp(max=self.delta)), advantage, tokens)
+        return Surrogate(value, clipped | ((advantage < 0) & (ratio.value > self.delta)))
+
+
+@dataclass(frozen=True)
+class CISPO:
+    """sg[min(ρ, max)]·A·ℓ: the importance weight is bounded, and every token keeps its gradient (MiniMax-M1,
+    arXiv:2506.13585).
+
+    The paper gives no number for ``max``; 5 is what others use with it.
+
+    Args:
+        max: largest weight, > 0.
+        min: smallest weight, ≥ 0; the paper's runs have no lower bound.
+    """
+
+    max: float = 5.0
+    min: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range("max", self.max, 0.0, lower_open=True)
+        check_range("min", self.min, 0.0, self.max)
+
+    def __call__(self, ratio: Ratio, advantage: Tensor, tokens: Tokens) -> Surrogate:
+        weight = ratio.value.detach().clamp(self.min, self.max)
+        logp = torch.where(tokens.kept, tokens.logp, 0.0)
+        return Surrogate(weight * advantage * logp, torch.zeros_like(logp, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class GradientPreservingPPO(PPO):
+    """The value of ``ppo``; where it is flat because ρ > 1 + high and A > 0, the gradient is that of (1 + high)·A·ℓ: the
+    bound is (1 + high)·ρ/sg[ρ] (AEPO for agents, arXiv:2510.14545, for tokens of high entropy).
+
+    Which tokens AEPO means by high entropy is not known here, so all of them keep it.
+
+    Args:
+        low: as in ``ppo``.
+        high: likewise.
+        below: the same for ρ < 1 − low and A < 0, as in GPPO (arXiv:2508.07629).
+    """
+
+    below: bool = False
+
+    def __call__(self, ratio: Ratio, advantage: Tensor, tokens: Tokens) -> Surrogate:
+        value, clipped = super().__call__(ratio, advantage, tokens)
+        kept = clipped if self.below else clipped & (advantage > 0)
+        sloped = value.detach() * (ratio.value / ratio.value.detach())
+        return Surrogate(torch.where(kept, sloped, value), clipped & ~kept)
+
+
+@dataclass(frozen=True)
+class Rover:
+    """−(Q − target)², the square of a Bellman error (ROVER, arXiv:2509.24981); Q_t = ρ·(ℓ − ℓ_k).
+
+    target = A + ρ·(mean over the vocabulary of log π_θ − log π_k at the next place), without gradient; 0 for the next
+    place of the last token. A should be the reward without the mean of its group (``dr_grpo``; the code gives answers
+    without a group their reward) and the aggregation ``token_mean``. There is no ratio, no clipping and no divergence.
+    The branch of the code for mathematics multiplies the next place by a further number, left out here.
+
+    Args:
+        rho: ρ > 0, the temperature.
+    """
+
+    rho: float = 1.0
+
+    reads: ClassVar[frozenset[str]] = frozenset({"mean_log_ratio"})
+
+    def __post_init__(self) -> None:
+        check_range("rho", self.rho, 0.0, lower_open=True)
+
+    def __call__(self, ratio: Ratio, advantage: Tensor, tokens: Tokens) -> Surrogate:
+        q = self.rho * difference(tokens.logp, tokens.previous_logp, tokens.kept)
+        mean = torch.where(tokens.kept, field(tokens, "mean_log_ratio"), 0.0)
+        target = advantage + self.rho * torch.nn.functional.pad(mean[:, 1:], (0, 1))
+        return Surrogate(-(q - target.detach()).square(), torch.zeros_like(tokens.kept))
