@@ -33,8 +33,8 @@ class BAPO:
     "all" is the paper to the letter. The authors' code (``order="code"``) raises lo first, compares
     Σ_{A>0}|S| / Σ_{A<0}|S| with its target, has other ends, and bounds S below by 3A where A < 0.
 
-    The share is that of own tokens of the whole step, by their ratio to the policy that drew them, whatever the ratio of
-    the objective. With no bounds that reach the target the last ones stand.
+    The share is that of own tokens of the whole step, by their ratio to the policy that drew them, whatever the ratio
+    of the objective. With no bounds that reach the target the last ones stand.
 
     Args:
         order: "paper" or "code"; what is None below has the published value of that.
@@ -60,7 +60,7 @@ class BAPO:
         for name in ("low", "high"):
             given = getattr(self, name)
             if len(given) != 3 or not 0 <= given[0] <= given[1] or given[2] <= 0:
-                raise UsageError(f"`{name}` is {given!r}; expected [first, last, step] with 0 ≤ first ≤ last, step > 0.")
+                raise UsageError(f"`{name}` is {given!r}; expected [first, last, step], 0 ≤ first ≤ last, step > 0.")
         check_range("target", self.target or 0.0, 0.0)
         check_choice("counted", str(self.counted), ("unclipped", "all"))
         if self.dual:
@@ -90,9 +90,10 @@ class BAPO:
             low, high = (torch.where(found, before, now) for before, now in ((low, low_), (high, high_)))
             value, clipped = self._clipped(ratio, advantage, low, high)
             counted = own if self.counted == "all" else own & ~clipped
-            sizes = [torch.where(counted & side, weight * value.abs(), 0.0).sum() for side in (advantage > 0, advantage < 0)]
-            rest = sizes[1] if self.order == "code" else sizes[0] + sizes[1]
-            found = found | (sizes[0] >= float(self.target or 0.0) * rest)
+            size = torch.where(counted, weight * value.abs(), 0.0)
+            gained, lost = (torch.where(side, size, 0.0).sum() for side in (advantage > 0, advantage < 0))
+            rest = lost if self.order == "code" else gained + lost
+            found = found | (gained >= float(self.target or 0.0) * rest)
         return {"low": low, "high": high}
 
     def _clipped(self, ratio: Tensor, advantage: Tensor, low: Tensor, high: Tensor) -> Surrogate:

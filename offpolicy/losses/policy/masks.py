@@ -138,7 +138,7 @@ class GTPO(MaskedPPO):
 
 
 def conflicts(token: Tensor, own: Tensor, group: Tensor, advantage: Tensor) -> Tensor:
-    """Bool (B, T): tokens that an answer of the same group has at the same place with an advantage of the other sign."""
+    """Bool (B, T): tokens that an answer of the group has at the same place with an advantage of the other sign."""
     sign = advantage.sign().expand_as(own)
     opposed = (sign[:, None] * sign[None]) < 0
     alike = (token[:, None] == token[None]) & own[:, None] & own[None] & (group[:, None] == group[None])[..., None]

@@ -37,7 +37,8 @@ def _with_demonstrations(tokens: Tokens, value: Tensor) -> Tensor:
     """The ratio of own tokens, and exp(ℓ − sg[ℓ]) on demonstrations."""
     if tokens.external is None:
         return value
-    return torch.where(tokens.outside, (tokens.logp - tokens.logp.detach()).exp(), value)
+    outside = tokens.outside
+    return torch.where(outside, torch.where(outside, tokens.logp - tokens.logp.detach(), 0.0).exp(), value)
 
 
 @dataclass(frozen=True)

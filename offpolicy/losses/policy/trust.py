@@ -159,8 +159,8 @@ class CISPO:
 
 @dataclass(frozen=True)
 class GradientPreservingPPO(PPO):
-    """The value of ``ppo``; where it is flat because ρ > 1 + high and A > 0, the gradient is that of (1 + high)·A·ℓ: the
-    bound is (1 + high)·ρ/sg[ρ] (AEPO for agents, arXiv:2510.14545, for tokens of high entropy).
+    """The value of ``ppo``; where it is flat because ρ > 1 + high and A > 0, the gradient is that of (1 + high)·A·ℓ:
+    the bound is (1 + high)·ρ/sg[ρ] (AEPO for agents, arXiv:2510.14545, for tokens of high entropy).
 
     Which tokens AEPO means by high entropy is not known here, so all of them keep it.
 
