@@ -54,7 +54,7 @@ def full_tokens(seed: int = 0) -> Tokens:
         return torch.where(inside, values, torch.nan)
 
     logp = padded(-1.5 * draw(6, 5).abs() - 0.05)
-    near = [padded((logp + 0.3 * draw(6, 5)).clamp(max=-1e-3)) for _ in range(3)]
+    near = [padded((logp + 0.6 * draw(6, 5)).clamp(max=-1e-3)) for _ in range(3)]
     outside = torch.zeros(6, 5, dtype=torch.bool)
     outside[4] = True
     near[0] = torch.where(outside, torch.nan, near[0])

@@ -195,8 +195,8 @@ def test_bounds_by_entropy() -> None:
 
 
 def test_advantages_are_redistributed_by_entropy_and_ratio() -> None:
-    """ĥ = −1, −½, 0, ⅓, 1. Inside the middle half (ρ = 1) what is certain counts 0 and ½; outside (ρ = 1.5) what is open
-    counts 4/3 and 2. At ρ = 1.13 the middle half of ĥ = ⅓ ends at 1.1333, that of 1 at 1.2: nothing open moves."""
+    """ĥ = −1, −½, 0, ⅓, 1. Inside the middle half (ρ = 1) what is certain counts 0 and ½; outside (ρ = 1.5) what is
+    open counts 4/3 and 2. At ρ = 1.13 the middle half of ĥ = ⅓ ends at 1.1333, that of 1 at 1.2: nothing moves."""
     entropy = f64(-2.0, -1.0, 0.0, 1.0, 3.0).exp()[:, None]
     part = component("weight", {"name": "hapo", "pivot": 0.5})
     for ratio, expected in (
@@ -251,8 +251,8 @@ def test_the_mask_of_cut_answers() -> None:
 
 
 def test_conflict_tokens() -> None:
-    """Tokens 1 2 3 4 with A > 0 and 1 5 3 4 with A < 0 in a group, 1 2 3 4 with A < 0 in another: the first and the last
-    two places conflict. Only from the ends: the first place, and from the back the last two."""
+    """Tokens 1 2 3 4 with A > 0 and 1 5 3 4 with A < 0 in a group, 1 2 3 4 with A < 0 in another: the first and the
+    last two places conflict. Only from the ends: the first place, and from the back the last two."""
     token = torch.tensor([[1, 2, 3, 4], [1, 5, 3, 4], [1, 2, 3, 4]])
     ones = torch.zeros(3, 4, dtype=torch.float64)
     columns = {"token": token, "group": torch.tensor([0, 0, 1])}
@@ -264,7 +264,7 @@ def test_conflict_tokens() -> None:
     assert surrogate("gtpo", split)[1].value[0].tolist() == [1, 2, 2, 2]
     split = split._replace(columns={**columns, "token": torch.tensor([[9, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4]])})
     assert surrogate({"name": "gtpo", "ends": True}, split)[1].value[0].tolist() == [1, 1, 1, 1]
-    short = given._replace(mask=f64([1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]))  # ends 3 and 4: no conflict from the back
+    short = given._replace(mask=f64([1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]))  # the ends 3 and 4 do not conflict
     assert surrogate({"name": "gtpo", "ends": True}, short)[1].value[0, :3].tolist() == [2, 1, 1]
     hot = given._replace(entropy=f64([1, 1, 1, 1], [0.1, 0.2, 0.3, 0.2], [0.1, 0.1, 0.1, 3.0]))
     kept = surrogate({"name": "gtpo", "most_entropy": 0.7}, hot)[1].value.ne(0).any(1)
@@ -272,8 +272,8 @@ def test_conflict_tokens() -> None:
 
 
 def test_forks_and_informative_tokens() -> None:
-    """H = 1, 4, 2, 3, .5 and |A| = 4, 1, 1, 2, 1: the top 40 % by entropy are the second and the fourth, by |A|·H (4, 4,
-    2, 6, .5) the first and the fourth."""
+    """H = 1, 4, 2, 3, .5 and |A| = 4, 1, 1, 2, 1: the top 40 % by entropy are the second and the fourth, by |A|·H (4,
+    4, 2, 6, .5) the first and the fourth."""
     entropy = f64(1.0, 4.0, 2.0, 3.0, 0.5)[:, None]
     given = singles([1.0] * 5, [4.0, -1.0, 1.0, -2.0, 1.0], entropy=entropy)
     _, forks = surrogate({"name": "spine", "share": 0.4}, given)

@@ -33,12 +33,16 @@ def numbered(values: Tensor) -> Tensor:
     return torch.zeros_like(order).scatter(1, order, later.cumsum(1))
 
 
+def one_with_slope(tokens: Tokens, where: Tensor) -> Tensor:
+    """exp(ℓ − sg[ℓ]): 1, with the gradient of ℓ where that is asked for."""
+    return torch.where(where, tokens.logp - tokens.logp.detach(), 0.0).exp()
+
+
 def _with_demonstrations(tokens: Tokens, value: Tensor) -> Tensor:
     """The ratio of own tokens, and exp(ℓ − sg[ℓ]) on demonstrations."""
     if tokens.external is None:
         return value
-    outside = tokens.outside
-    return torch.where(outside, torch.where(outside, tokens.logp - tokens.logp.detach(), 0.0).exp(), value)
+    return torch.where(tokens.outside, one_with_slope(tokens, tokens.outside), value)
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,7 @@ class SequenceRatio:
         per_token = torch.where(own, tokens.logp - denominator_of(tokens, self.denominator), 0.0)
         mean = per_token.sum(-1, keepdim=True) / own.sum(-1, keepdim=True).clamp(min=1)
         value = mean.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
-        one = (tokens.logp - tokens.logp.detach()).exp()
-        value = value.detach() * one if self.per_token else value.expand_as(own)
+        value = value.detach() * one_with_slope(tokens, own) if self.per_token else value.expand_as(own)
         return Ratio(_with_demonstrations(tokens, value))
 
 
