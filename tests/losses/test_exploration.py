@@ -350,7 +350,7 @@ NEW = {
     "anchors": ["forward", "js", "alpha", "dph", "gated", "gated_tail", "kl_cov", "lp_reg"],
     "entropy": [n for n in COMPONENTS["entropy"] if n != "bonus"],
     "weight": ["steer", "hapo", "vcpo", "mask_negative", "mask_positive"],
-    "terms": list(COMPONENTS["terms"]),
+    "terms": ["copg", "sft"],
 }
 
 
