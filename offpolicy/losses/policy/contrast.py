@@ -69,7 +69,7 @@ class WrongAnswers:
 
     def step_facts(self, step: Tokens) -> Mapping[str, Tensor]:
         same = _same_group(step)
-        return {"groups": (same.any(-1) / same.sum(-1).clamp(min=1)).sum()}
+        return {"groups": (same.any(-1).to(step.mask) / same.sum(-1).clamp(min=1)).sum().round()}
 
     def __call__(self, tokens: Tokens, totals: Totals, *, iteration: int) -> Tensor:
         same, reward = _same_group(tokens), column(tokens, "reward")
