@@ -90,8 +90,8 @@ def test_weights_of_a_cut_step_are_those_of_the_whole() -> None:
 
 
 def test_wrong_answers_by_hand() -> None:
-    """Group 3: wrong means −1 and −3; group 8: one wrong with −2; τ ½: ½·log((e^{−2} + e^{−6})/2) and −2, over 2 groups.
-    The group without a right answer counts in the number of groups alone."""
+    """Group 3: wrong means −1 and −3; group 8: one wrong with −2; τ ½: ½·log((e^{−2} + e^{−6})/2) and −2, over three
+    groups: the one without a right answer counts in their number alone."""
     logp = f64([-1.0], [-1.0], [-3.0], [-2.0], [-9.0], [-4.0]).requires_grad_()
     fields = {"mask": torch.ones(6, 1, dtype=torch.float64), "advantage": torch.zeros(6), "entropy": None}
     columns = {"group": torch.tensor([3, 3, 3, 8, 8, 9]), "reward": f64(1, 0, 0, 0, 1, 0)}
