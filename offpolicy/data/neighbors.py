@@ -34,6 +34,7 @@ from offpolicy.moved import names_of
 SEARCHES = ("exact", "cached", "tree", "brute")
 SHRINK = 1.0 - 1e-6  # radii are stored as float32 and compared with float64: rounded so that they never overstate
 AGAIN = 1.25  # of the distance that a second look at a row needs
+MANY, SOME = 512, 256  # pairs per query, and queries, from which on a tree over all pairs is made
 LONGEST = 1 << 14  # pairs with near states that are compared before a tree over all pairs is made
 CHUNK = 1 << 17  # rows worked on at once where all are
 NONE = torch.iinfo(torch.int64).max
@@ -90,7 +91,7 @@ class NeighborIndex:
     list costs about one KD-tree query at the same distance, which is little near the data, and in many
     dimensions and far from the data tens of milliseconds (``examples/benchmarks/neighbors.py``). Where "exact" cannot
     prove a list right, it compares all pairs with a state near enough; a KD-tree of all pairs is made when these are
-    too many.
+    too many for one query, or hundreds for most.
 
     Memory in bytes, at most: 4·N·(S + A) for the pairs (8 in float64; none where ``obs`` and ``action`` are columns of
     one table that follow each other), N·(4·K + 6) for the lists (touched as they are made, and only where they are not
@@ -134,6 +135,7 @@ class NeighborIndex:
         self._backend: Any = Tree if self._at_host and search != "brute" else Brute
         self._whole: Any = None  # all pairs, made when first searched
         self._states: Any = None  # their states, made when a list is first wanted
+        self._looked = self._compared = 0  # queries that lists did not answer, and the pairs they were compared with
         lists = ("exact", "cached") if self._at_host else ("cached",)
         self._remembers = search in lists and state_weight > 0.0
         if self._remembers:
@@ -312,6 +314,8 @@ class NeighborIndex:
         if self.search == "exact" and len(rest) and self._whole is None:
             parts = rest.split(16)  # of queries whose candidates are held at once
             rest = torch.cat([self._look_longer(part, key, square, found, k) for part in parts])
+            if self._compared > MANY * self._looked > MANY * SOME:  # a tree of all pairs finds them faster
+                self._whole = self._backend(self, self.points.shape[1])
         if self.search == "exact" and len(rest):
             square[rest], found[rest], _ = self._search(key[rest], k, square[rest, -1].sqrt())
         return square, found, certified
@@ -324,7 +328,9 @@ class NeighborIndex:
         longest = min(LONGEST, self.num_distinct)
         near, *_ = self._states.nearest(key[rest, : self.state_dim], longest, square[rest, -1].sqrt())
         full = (near[:, -1] >= 0) & (longest < self.num_distinct)
-        near = near[:, : int((near >= 0).sum(1).max())]
+        number = (near >= 0).sum(1)
+        self._looked, self._compared = self._looked + len(rest), self._compared + int(number.sum())
+        near = near[:, : int(number.max())]
         square[rest], found[rest] = self.rank(self.squares(key[rest], near), near, k)
         return rest[full]
 
