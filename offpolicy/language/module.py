@@ -210,6 +210,11 @@ class LanguageModule(Module):
         """Tokens of the longest row of a forward pass, at most; before the policy is open."""
         return self.longest_row()
 
+    @property
+    def rows_together(self) -> int:
+        """Rows of a step that a forward pass holds together, or not at all; ``batch_size`` is a multiple."""
+        return 1
+
     def workload(self) -> dict[str, Any]:
         """Fields of :class:`offpolicy.language.memory.Workload` that only the method knows."""
         return {}
@@ -412,7 +417,7 @@ class LanguageModule(Module):
     def _lay_out_steps(self, data: Any) -> None:
         """Cut a step into micro-batches, and plan as many steps as the run makes."""
         h, trainer = self.hparams, self.trainer
-        self.micro.cut(h.batch_size, self.world_size, h.micro_batch_size, self.longest_row())
+        self.micro.cut(h.batch_size, self.world_size, h.micro_batch_size, self.longest_row(), self.rows_together)
         trainer.accumulate_grad_batches = self.micro.number
         self.plan_steps()
         if trainer.max_steps < 1:

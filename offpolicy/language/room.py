@@ -82,7 +82,7 @@ def look_for_room(method: Any, trainer: Any, tokens: int, *, layers: bool | None
     """
     h, device, world = method.hparams, trainer.strategy.root_device, trainer.world_size
     cut = MicroBatches()
-    cut.cut(h.batch_size, world, h.micro_batch_size, tokens)
+    cut.cut(h.batch_size, world, h.micro_batch_size, tokens, method.rows_together)
     work = Workload(
         rows=cut.rows,
         length=tokens,

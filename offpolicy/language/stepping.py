@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from offpolicy.errors import UsageError
+
 SCHEDULES = ("cosine", "linear", "constant")
 FORWARD_TOKENS = 8192  # of one forward pass where the user does not say
 
@@ -40,7 +42,7 @@ class MicroBatches:
     def __init__(self) -> None:
         self.rows, self.number, self.current = 1, 1, 0
 
-    def cut(self, batch_size: int, world: int, wanted: int | None, longest: int) -> None:
+    def cut(self, batch_size: int, world: int, wanted: int | None, longest: int, together: int = 1) -> None:
         """Cut a step.
 
         Args:
@@ -48,9 +50,19 @@ class MicroBatches:
             world: processes.
             wanted: rows of a forward pass; None for as many as fit into ``FORWARD_TOKENS``.
             longest: tokens of the longest row.
+            together: rows that stay in one forward pass; ``batch_size`` is a multiple.
+
+        Raises:
+            UsageError: fewer rows were wanted than stay together.
         """
-        share = math.ceil(batch_size / world)
-        self.rows = min(share, wanted or max(1, FORWARD_TOKENS // longest))
+        if wanted is not None and wanted < together:
+            raise UsageError(
+                f"`micro_batch_size` is {wanted}, and a part of the objective compares the answers of a group, of "
+                f"which there are {together}; expected ≥ {together}, as a forward pass holds whole groups. Pass "
+                f"--model.micro_batch_size {together}, or a smaller --model.group_size."
+            )
+        share = math.ceil(batch_size / together / world) * together
+        self.rows = min(share, (wanted or max(1, FORWARD_TOKENS // longest)) // together * together or together)
         self.number = math.ceil(batch_size / (self.rows * world))
 
     def begin(self, loop: Any, step: int) -> None:

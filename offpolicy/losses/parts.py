@@ -1,7 +1,8 @@
 """What is asked of a user's own parts of an objective: to see answers one by one, and to keep what they remember.
 
-The parts of this library are functions of their arguments alone, and each answer's value depends on that answer alone.
-A part of a user may be anything that can be called, so both are tried out before and during training.
+The parts of this library give each answer a value that depends on that answer alone, or on what they were told of the
+whole step, and keep what they remember. A part of a user may be anything that can be
+called, so both are tried out before and during training.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from offpolicy.errors import UsageError
-from offpolicy.losses.tokens import Ratio, Surrogate, Tokens, Totals
+from offpolicy.losses.tokens import Ratio, Surrogate, Tokens, Totals, detached
 
 ROWS, LENGTH = 4, 5  # of the made batch that parts are tried on
+SEE_ALL = ("advantage", "lr")  # slots whose parts are given all answers at once
 CALLS = 2  # the second shows what a part remembers of the first
 
 
@@ -73,7 +75,7 @@ class OwnParts:
             reason: why the steps of this run are cut, for the message.
         """
         for name, part in self.parts.items():
-            if name != "advantage" and _depends_on_split(name, part):
+            if name not in SEE_ALL and _depends_on_split(name, part):
                 raise UsageError(
                     f"the part {_title(part)} of `objective` ({name}) depends on which answers it sees at once, and "
                     f"{reason}; expected values that each answer has by itself. Pass a --model.micro_batch_size and "
@@ -110,14 +112,26 @@ def _depends_on_split(name: str, part: Any) -> bool:
     try:
         whole, cut = copy.deepcopy(part), copy.deepcopy(part)
         for _ in range(CALLS):
-            expected = list(call(whole, tokens, totals))
-            found = [list(call(cut, half, totals)) for half in halves]
+            expected = list(call(whole, _informed(whole, tokens, [tokens])[0], totals))
+            found = [list(call(cut, half, totals)) for half in _informed(cut, tokens, halves)]
             joined = [sum(pair) if pair[0].dim() == 0 else torch.cat(pair) for pair in zip(*found)]
             if not all(torch.allclose(a, b, rtol=1e-8, atol=1e-10) for a, b in zip(expected, joined)):
                 return True
     except Exception:  # it needs what the made batch does not have: the run itself will tell
         return False
     return False
+
+
+def _informed(part: Any, tokens: Tokens, pieces: list[Tokens]) -> list[Tokens]:
+    """Pieces of a step, one after the other, with what a part wants to know of the whole."""
+    find = told(part, "step_facts")
+    if not find:
+        return pieces
+    facts, start, found = find(detached(tokens)), 0, []
+    for piece in pieces:
+        rows = slice(start, start := start + len(piece.mask))
+        found.append(piece._replace(step=_cut(facts, rows)))
+    return found
 
 
 def _caller(name: str) -> Callable[..., Iterator[Tensor]]:
@@ -131,6 +145,8 @@ def _caller(name: str) -> Callable[..., Iterator[Tensor]]:
             found = part(Ratio((tokens.logp - tokens.behavior_logp).exp()), tokens.advantage[:, None], tokens)
         elif slot in ("ratio", "weight"):
             found = part(tokens)
+        elif slot == "terms":
+            found = part(tokens, totals, iteration=1)
         else:
             found = part(tokens, iteration=1)
         for value in found if isinstance(found, Ratio | Surrogate) else (found,):
@@ -157,10 +173,19 @@ def _made_tokens() -> tuple[Tokens, Totals]:
         "advantage": numbers(ROWS) - 0.5,
         "external": (row == 3)[:, None].expand(grid),
     }
-    fields |= {"lag": row, "logp": fields["logp"].requires_grad_(), "columns": None, "step": None}
+    turn = torch.where(mask > 0, place // 2, -1)
+    columns = dict.fromkeys(("prompt", "iteration", "policy_version", "source", "given"), row // 2)
+    columns |= {"group": (row > 0).long(), "reward": numbers(ROWS), "length": mask.sum(-1).long(), "ended": row != 2}
+    columns |= {"turn": turn, "segment": turn}
+    fields |= {"lag": row, "logp": fields["logp"].requires_grad_(), "columns": columns, "step": None}
     return Tokens(**fields), Totals(ROWS, int(mask.sum()), 2 * LENGTH, LENGTH)
 
 
 def _rows(tokens: Tokens, rows: slice) -> Tokens:
-    cut: dict[str, Any] = {name: None if value is None else value[rows] for name, value in tokens._asdict().items()}
-    return Tokens(**cut)
+    return Tokens(*(_cut(value, rows) for value in tokens))
+
+
+def _cut(value: Any, rows: slice) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _cut(one, rows) for name, one in value.items()}
+    return value if value is None or value.dim() == 0 else value[rows]

@@ -7,7 +7,7 @@ and under the base of the divergence (NaN where nobody asked); with a critic als
 weights drew it: those at the start of that iteration), ``group`` (answers to one prompt drawn together), ``prompt``
 (row of the problems), ``source`` (0 own, 1 demonstration, 2 the beginning of one that the policy went on from),
 ``given`` (how many of its first tokens are a demonstration's), ``reward``, ``reward/<part>``, ``advantage``, ``ended``,
-``digest`` (of prompt and tokens; equal for equal answers).
+``digest`` (of prompt and tokens; equal for equal answers), ``left_out`` (by the advantage, from every step).
 
 Groups are whole, always: they are drawn, kept and evicted together. Which answers a step takes is a pure function of
 (seed, iteration) and the store.
@@ -239,7 +239,7 @@ def steps_of(
     iteration: int,
     drop_duplicates: bool = False,
 ) -> list[np.ndarray]:
-    """The rows of every optimiser step of an iteration, group by group, the longest group first.
+    """The rows of every optimiser step of an iteration, group by group, the longest group first; none that is left out.
 
     Args:
         store: with the fresh groups of this iteration.
@@ -248,17 +248,18 @@ def steps_of(
         drop_duplicates: leave out answers of a replayed group that repeat another one of it.
     """
     by_group = group_rows(store)
+    kept = ~store.episodes.get("left_out", np.zeros(store.num_episodes, bool))
     asked = iteration_of(store)
     fresh = np.unique(store.episodes["group"][asked == iteration])
     steps = []
     for sweep, old in enumerate(replayed):
         names = ordered(np.concatenate([fresh, old]), seed, f"minibatch {sweep}", iteration)
         for part in np.array_split(names, minibatches):
-            rows = [by_group[name] for name in part.tolist()]
+            rows = [by_group[name][kept[by_group[name]]] for name in part.tolist()]
             if drop_duplicates:
                 rows = [first_of_equal(store, r) if asked[r[0]] < iteration else r for r in rows]
             rows.sort(key=lambda r: -int(store.length[r].sum()))
-            steps.append(np.concatenate(rows))
+            steps.append(np.concatenate([np.empty(0, np.int64), *rows]))
     return steps
 
 

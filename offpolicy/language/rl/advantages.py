@@ -1,26 +1,66 @@
 """How the tokens of an iteration get their advantage.
 
 From the rewards of a group, an answer gets one number when it is drawn. All of its tokens share this number, and it
-stays with the answer as long as the answer is replayed. From a critic, every token gets a number of its own, anew in
+stays with the answer as long as the answer is replayed. An answer that the advantage leaves out stays in the store and
+in no step. From a critic, every token gets a number of its own, anew in
 every iteration, as the critic learns. The formulas are in :mod:`offpolicy.losses.advantages`; a step takes what stands
 in the store, see :mod:`offpolicy.language.rl.tokens`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.rollouts import OWN
+from offpolicy.errors import UsageError
+from offpolicy.losses.answers import Answers
 from offpolicy.losses.policy_gradient import Objective
 
+PART = "reward/"  # before the name of a reward in the store
 
-def from_groups(objective: Objective, fresh: Replay) -> np.ndarray:
-    """The advantage of each of the new answers of an iteration, whole groups of all processes, (E,)."""
-    facts = fresh.episodes
-    rewards, group = torch.from_numpy(facts["reward"]), torch.from_numpy(facts["group"])
-    return objective.advantages(rewards, group, torch.from_numpy(facts["source"] == OWN)).numpy()
+
+def from_groups(objective: Objective, fresh: Replay, k: int, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The advantage of each of the new answers of an iteration, and which are left out of every step; (E,) each.
+
+    Args:
+        objective: with an advantage from groups.
+        fresh: the new answers, whole groups of all processes.
+        k: the iteration.
+        means: ``mean_logp`` and ``mean_entropy`` of the answers, where the advantage reads them.
+
+    Raises:
+        UsageError: the advantage gave something else.
+    """
+    facts = {name: torch.from_numpy(values) for name, values in fresh.episodes.items()}
+    answers = Answers(
+        reward=facts["reward"],
+        group=facts["group"],
+        own=facts["source"] == OWN,
+        length=torch.from_numpy(fresh.length),
+        ended=facts["ended"],
+        prompt=facts["prompt"],
+        parts={name.removeprefix(PART): v.double() for name, v in facts.items() if name.startswith(PART)},
+        iteration=k,
+        **{name: torch.from_numpy(values) for name, values in means.items()},
+    )
+    advantage, kept = objective.judged(answers)
+    if advantage.shape != answers.reward.shape or kept.shape != answers.reward.shape:
+        raise UsageError(
+            f"the advantage of `objective` gave numbers of shape {tuple(advantage.shape)} for {len(answers.reward)} "
+            "answers; expected one for each answer."
+        )
+    found = {"advantage": advantage.numpy()}
+    return found | ({"left_out": ~kept.numpy()} if objective.takes_answers else {})
+
+
+def left_out_facts(fresh: Replay) -> dict[str, float]:
+    """The share of the new answers that the advantage leaves out, for the metrics, where it may leave some out."""
+    found = fresh.episodes.get("left_out")
+    return {} if found is None else {"answers/left_out": float(found.mean())}
 
 
 def from_critic(objective: Objective, store: Replay, rows: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -37,5 +77,6 @@ def from_critic(objective: Objective, store: Replay, rows: np.ndarray, values: n
     value = torch.zeros(mask.shape, dtype=torch.from_numpy(values).dtype, device="cpu")
     value[mask] = torch.from_numpy(values)
     rewards = torch.from_numpy(store.episodes["reward"][rows]).to(value)
-    found = objective.critic_advantages(rewards, value, mask.to(value))
+    ended = torch.from_numpy(store.episodes["ended"][rows])
+    found = objective.critic_advantages(rewards, value, mask.to(value), ended)
     return {name: part[mask].numpy() for name, part in zip(("advantage", "returns"), found)}

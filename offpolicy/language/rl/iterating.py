@@ -20,7 +20,7 @@ from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.rollouts import BoundRollouts, Rollouts
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import evaluating
-from offpolicy.language.rl.advantages import from_groups
+from offpolicy.language.rl.advantages import from_groups, left_out_facts
 from offpolicy.language.rl.ahead import Ahead, mean_age
 from offpolicy.language.rl.answering import Answering, Stopped
 from offpolicy.language.rl.forward import Forward
@@ -28,6 +28,7 @@ from offpolicy.language.rl.iteration import Course, Shape, replayed_now, sweeps_
 from offpolicy.language.rl.records import Recorder
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.tokens import batch_tokens
+from offpolicy.language.rl.whole_step import WholeStep, pieces
 from offpolicy.language.sharding import gathered_model
 from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
 from offpolicy.training import divergence
@@ -42,6 +43,7 @@ class IteratingModule(LanguageModule):
         ahead: what is asked for iterations to come, once there are data.
         passes: through the policy, once it is on its device.
         scoring: scores under earlier weights, once the policy is on its device.
+        whole_step: what is known of the step that is being made, once the policy is on its device.
         course: where the run stands.
     """
 
@@ -54,6 +56,7 @@ class IteratingModule(LanguageModule):
         self.ahead: Ahead = None  # type: ignore[assignment]
         self.passes: Forward = None  # type: ignore[assignment]
         self.scoring: Scoring = None  # type: ignore[assignment]
+        self.whole_step: WholeStep = None  # type: ignore[assignment]
         self._recorder: Recorder | None = None
         self._saved = 0.0  # when a checkpoint was last written
 
@@ -150,7 +153,9 @@ class IteratingModule(LanguageModule):
             )
             ahead.drop(k)
             if not self.objective.uses_critic:
-                fresh.episodes["advantage"] = from_groups(self.objective, fresh)
+                means = self.scoring.means(BoundRollouts(self.problems, fresh), k)
+                fresh.episodes.update(from_groups(self.objective, fresh, k, means))
+                facts |= left_out_facts(fresh)
             store = store_of.merged_answers(store, fresh)
             steps = self._plan_steps(store, k, sweeps_of(old, len(old[0]) > 0, fraction))
             bound = BoundRollouts(self.problems, store)
@@ -188,27 +193,68 @@ class IteratingModule(LanguageModule):
         t, j = self.global_step, self.micro.current
         bound, rows = self.course.rollouts, self.course.rows(t)
         assert bound is not None
+        mine = self._mine(rows)
+        split = len(mine) * self.world_size > 1
         if j == 0:
             self.begin_step()
-        world, rank = self.world_size, self.process_rank
-        mine = np.array_split(rows, self.micro.number * world)[j * world + rank]
-        real = len(mine) > 0
-        self.seed_dropout(rank)
-        length = bound.store.length[rows]
-        totals = Totals(len(rows), int(length.sum()), self.answering.length, int(length.max()))
-        batch = self.passes.gather(bound, mine if real else rows[-1:])
-        tokens = self.tokens(batch, real)
-        loss, sums = self.objective.loss(tokens, totals, iteration=self.iteration)
-        share = torch.full_like(loss, len(mine) / len(rows)).detach()
+            self.whole_step.forget()
+            if self.objective.sees_step and split:
+                self._look_at_step(rows, mine)
+        length, some = bound.store.length[rows], max(1, len(rows))
+        totals = Totals(some, int(length.sum()), self.answering.length, int(length.max(initial=1)))
+        batch, tokens, real = self._micro_batch(mine[j])
+        if self.objective.sees_step and not split:
+            seen, whole = [(batch.row.numpy(), tokens)], rows if real else self._filler
+            self.whole_step.look(seen, whole, iteration=self.iteration, device=self.passes.device)
+        facts = self.whole_step.of(batch.row.numpy(), tokens.mask.shape[1])
+        loss, sums = self.objective.loss(tokens, totals, iteration=self.iteration, facts=facts)
+        share = torch.full_like(loss, len(mine[j]) / some).detach()
         if real and self.course.begins(t):
             self.scoring.hear(batch, tokens.logp, tokens.mask)
         self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})
-        self.pace.tokens += int(bound.lengths[mine].sum()) if real else 0
+        self.pace.tokens += int(bound.lengths[mine[j]].sum()) if real else 0
         self.end_micro_batch()
-        return loss * (self.micro.number * world)  # Lightning takes the mean over micro-batches and processes
+        return loss * (len(mine) * self.world_size)  # Lightning takes the mean over micro-batches and processes
+
+    def _mine(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The rows of each micro-batch of this process."""
+        assert self.course.rollouts is not None
+        group, world = self.course.rollouts.store.episodes["group"], self.world_size
+        cut = pieces(rows, group, self.micro.number * world, whole=self.objective.whole_groups)
+        return cut[self.process_rank :: world]
+
+    def _micro_batch(self, rows: np.ndarray) -> tuple[Rollouts, Tokens, bool]:
+        """A micro-batch, what the objective sees of it, and whether it is one or only fills up."""
+        bound, real = self.course.rollouts, len(rows) > 0
+        assert bound is not None
+        self.seed_dropout(self.process_rank)
+        batch = self.passes.gather(bound, rows if real else self._filler)
+        return batch, self.tokens(batch, real), real
+
+    @property
+    def _filler(self) -> np.ndarray:
+        """A row for a batch that only fills up: the last of the step, or any where all of them are left out."""
+        rows = self.course.rows(self.global_step)
+        return rows[-1:] if len(rows) else np.zeros(1, np.int64)
+
+    @torch.no_grad()
+    def _look_at_step(self, rows: np.ndarray, mine: Sequence[np.ndarray]) -> None:
+        """Compute a step once without gradient, for what must be known of all of it before the first gradient."""
+        seen = []
+        for j, some in enumerate(mine):
+            self.micro.current = j  # dropout is that of the micro-batch
+            batch, tokens, real = self._micro_batch(some)
+            seen += [(batch.row.numpy(), tokens)] if real or not len(rows) else []
+        self.micro.current = 0
+        torch.clear_autocast_cache()  # weights that were rounded here have no gradient
+        rows = rows if len(rows) else self._filler
+        self.whole_step.look(seen, rows, iteration=self.iteration, device=self.passes.device)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.meter.add(self.whole_step.take_rate(optimizer.param_groups))
         super().on_before_optimizer_step(optimizer)
+        if self.whole_step.skips:
+            optimizer.zero_grad(set_to_none=True)  # what has no gradient is not moved, nor its moments
         self.objective.own.check_memory()
         if self.course.begins(self.global_step):
             rollouts = self.course.rollouts
@@ -234,6 +280,7 @@ class IteratingModule(LanguageModule):
             first=self.course.begins(self.global_step),
             real=real,
             demonstrations=bool(self.hparams.demonstrations),
+            columns=objective.columns,
         )
 
     # -- metrics, files, stopping --------------------------------------------------------------------------------------

@@ -60,6 +60,24 @@ def age_fact(objective: Objective) -> str:
     return "corrected: " + text.format(cap="" if cap is None else f", at most {cap:g}", weight=weight)
 
 
+def objective_facts(objective: Objective, micro_batches: int) -> list[tuple[str, str]]:
+    """The lines on what the parts of an objective ask for beyond their micro-batch.
+
+    Args:
+        objective: of the run.
+        micro_batches: of a step, over all processes.
+    """
+    lines = []
+    if objective.sees_step and micro_batches > 1:
+        words = "a part asks for facts of the whole step: every micro-batch goes through the policy once more, first"
+        lines.append(("step", words))
+    if objective.reads_of_answers & {"mean_logp", "mean_entropy"}:
+        lines.append(("answers", "the advantage asks what the policy thinks of them: all new ones are scored at once"))
+    if "turn" in objective.columns:
+        lines.append(("turns", "answers have one turn each, so a part that looks at turns looks at whole answers"))
+    return lines
+
+
 def load_parts(objective: Objective, states: Sequence[Any] | None, rank: int) -> None:
     """Give the user's own parts of an objective their states back, and say which have none.
 

@@ -8,6 +8,7 @@ from typing import Any
 from offpolicy.errors import DataError, UsageError, check_choice, check_range
 from offpolicy.language.rl.critic import CRITICS
 from offpolicy.language.rl.engine import engine_name
+from offpolicy.losses.policy_gradient import Objective
 
 LEAST = {  # option → its least value
     "group_size": 1,
@@ -101,6 +102,19 @@ def check_engine_lag(lag: int, engine: Any) -> None:
         raise UsageError(
             f"`lag` is {lag}, and the engine draws on the device that trains, where one waits for the other; expected "
             "an engine with devices of its own, as in --model.engine '{name: vllm, devices: [1]}', or --model.lag 0."
+        )
+
+
+def check_reads_of_answers(objective: Objective, lag: int, engine: Any) -> None:
+    """Raise :class:`UsageError` where the advantage asks for the entropy of a policy that is gone."""
+    if "mean_entropy" not in objective.reads_of_answers:
+        return
+    if lag or not getattr(engine, "on_policy", True):
+        found = f"`lag` is {lag}" if lag else "the engine reads answers that another policy drew"
+        raise UsageError(
+            f"{found}, and the advantage asks for the entropy of the policy that drew the answers, which only their "
+            "probabilities are left of; expected answers of the policy of now. Pass --model.lag 0 and an engine that "
+            "draws, or another --model.objective."
         )
 
 

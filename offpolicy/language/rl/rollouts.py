@@ -16,6 +16,7 @@ Where it is told, in the order of an iteration::
     advantages.py  rewards become the advantage of an answer, or by a critic (critic.py) of a token
     scoring.py     log-probabilities of the answers under π_k and the base, and which old answers may stay
     tokens.py      what the loss sees of a micro-batch: columns of the store, and scores of the policy
+    whole_step.py  what parts of the loss want to know of all answers of a step, however it is cut
     objective.py   the parts of the loss; a part that the user names replaces the method's
     iterating.py   ``roll_out`` and ``training_step`` put these in their order
     rollouts.py    the options, what a method defines, and what stands in checkpoints
@@ -56,10 +57,17 @@ from offpolicy.language.rl.engine import engine_name
 from offpolicy.language.rl.forward import Forward
 from offpolicy.language.rl.iterating import IteratingModule
 from offpolicy.language.rl.iteration import Shape
-from offpolicy.language.rl.objective import age_fact, composed, load_parts
-from offpolicy.language.rl.options import check_engine_lag, check_problems, check_rollout_options
+from offpolicy.language.rl.objective import age_fact, composed, load_parts, objective_facts
+from offpolicy.language.rl.options import (
+    check_engine_lag,
+    check_problems,
+    check_reads_of_answers,
+    check_rollout_options,
+)
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.solving import solve
+from offpolicy.language.rl.tokens import check_columns
+from offpolicy.language.rl.whole_step import WholeStep
 from offpolicy.language.room import base_dtype
 from offpolicy.language.sharding import gathered_model, shard
 from offpolicy.losses.policy_gradient import Objective
@@ -267,10 +275,15 @@ class RolloutModule(IteratingModule):
         self.answering = Answering(
             problems, self.tokenizer, self.hparams, words=self.words, held_out=self.eval_problems
         )
+        check_columns(self.objective.columns, self.answering.rewards.names)
         self.ahead = Ahead(self.answering, lambda: self.seed or 0, self.wants_to_stop)
 
     def expected_tokens(self) -> int:
         return self.answering.longest_prompt() + self.hparams.max_new_tokens
+
+    @property
+    def rows_together(self) -> int:
+        return self.hparams.group_size if self.objective.whole_groups else 1
 
     def workload(self) -> dict[str, Any]:
         h, local = self.hparams, engine_name(self.hparams.engine) in ("transformers", "tiny")
@@ -294,6 +307,7 @@ class RolloutModule(IteratingModule):
             local_rank=trainer.local_rank,
         )
         check_engine_lag(self.hparams.lag, self.answering.engine)
+        check_reads_of_answers(self.objective, self.hparams.lag, self.answering.engine)
         return longest
 
     def check_texts(self, replay: Any) -> None:
@@ -322,6 +336,7 @@ class RolloutModule(IteratingModule):
         )
         on_policy = getattr(self.answering.engine, "on_policy", True)
         self.scoring = Scoring(self.passes, self.objective, on_policy=on_policy, dropout=self.has_dropout)
+        self.whole_step = WholeStep(self.objective)
 
     def watchers(self) -> list[Callback]:
         return [*super().watchers(), CloseEngine()]
@@ -377,6 +392,7 @@ class RolloutModule(IteratingModule):
             facts=[
                 *self.answering.facts(),
                 *self._lag_facts(),
+                *objective_facts(self.objective, self.micro.number * self.world_size),
                 self.policy_fact(),
                 self.padding_fact(),
                 *self.memory_facts(),

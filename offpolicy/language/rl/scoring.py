@@ -118,6 +118,10 @@ class Scoring:
         rows, critic = np.unique(np.concatenate(steps)), objective.uses_critic
         known = np.setdiff1d(rows, steps[0]) if self.hears else rows
         columns: dict[str, Any] = dict(store.steps)
+        if "previous_logp" in columns and not critic:  # the advantage asked for it; the first step says it anew
+            columns["previous_logp"] = np.array(columns["previous_logp"])
+            columns["previous_logp"][spans(store, steps[0])[: None if self.hears else 0]] = np.nan
+            known = known[np.isnan(columns["previous_logp"][store.start[known]])]
 
         def fill(where: np.ndarray, found: dict[str, np.ndarray]) -> None:
             for name, values in found.items():
@@ -135,6 +139,24 @@ class Scoring:
             columns.pop("base_logp", None)
         columns["logp"] = np.where(self._drawn_now(store, k), columns["previous_logp"], columns["logp"])
         return Replay(columns, start=store.start, length=store.length, episodes=store.episodes)
+
+    def means(self, bound: BoundRollouts, k: int) -> dict[str, np.ndarray]:
+        """What the advantage reads of the policy that drew the new answers: means over their tokens, (E,) float64.
+
+        Args:
+            bound: the new answers of an iteration, which are noted to be scored.
+            k: the iteration.
+        """
+        wanted, store = self.objective.reads_of_answers & {"mean_logp", "mean_entropy"}, bound.store
+        if not wanted or self.objective.uses_critic:
+            return {}
+        names = ("previous_logp", *(("entropy",) if "mean_entropy" in wanted else ()))
+        found = self.columns(bound, np.arange(store.num_episodes), names)
+        store.steps["previous_logp"], drawn = found["previous_logp"], np.asarray(store.steps["logp"])  # type: ignore[index]
+        by_now = self._drawn_now(store, k) | external_tokens(store) | np.isnan(drawn)
+        found["logp"] = np.where(by_now, found["previous_logp"], drawn)
+        sums = {name: np.add.reduceat(found[name], store.start, dtype=np.float64) for name in ("logp", *names[1:])}
+        return {f"mean_{name}": total / store.length for name, total in sums.items() if f"mean_{name}" in wanted}
 
     def _drawn_now(self, store: Replay, k: int) -> np.ndarray:
         """Tokens that π_k drew, so that what it thinks of them is the behaviour; (tokens of the store,) bool.
@@ -173,8 +195,8 @@ class Scoring:
         mine, parts = np.array_split(by_length, processes.world_size())[processes.rank()], []
         for start in range(0, len(mine), passes.rows):
             batch = passes.gather(bound, mine[start : start + passes.rows])
-            scores = passes.scores(batch)
-            values = {"previous_logp": scores.logps, "base_logp": scores.logps}
+            scores = passes.scores(batch, entropy="entropy" in names)
+            values = {"previous_logp": scores.logps, "base_logp": scores.logps, "entropy": scores.entropy}
             if "old_value" in names:
                 values["old_value"] = passes.values(batch, scores)
             parts.append((batch.row.numpy(), {name: values[name].cpu().numpy() for name in names}))

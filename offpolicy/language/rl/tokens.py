@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from offpolicy.compute.devices import send
 from offpolicy.data.texts.rollouts import Rollouts
 from offpolicy.data.texts.sequences import spread
+from offpolicy.errors import UsageError, nearest
 from offpolicy.language.head import TokenScores
 from offpolicy.losses.tokens import Tokens
+
+OF_ANSWERS = (
+    "group",
+    "prompt",
+    "reward",
+    "length",
+    "ended",
+    "iteration",
+    "policy_version",
+    "source",
+    "given",
+    "advantage",
+)
+
+
+def check_columns(columns: Collection[str], rewards: Collection[str]) -> None:
+    """Raise :class:`UsageError` for a column that an objective asks for and no answer will have.
+
+    Args:
+        columns: that the objective asks for. Of answers: ``OF_ANSWERS``, or ``reward/NAME``. Of tokens: ``turn``, which
+            is 0, as answers have one turn, and −1 outside of the answer.
+        rewards: names of the rewards.
+    """
+    known = [*OF_ANSWERS, "turn", *(f"reward/{name}" for name in rewards)]
+    for name in sorted(set(columns) - set(known)):
+        raise UsageError(
+            f"a component of `objective` asks for the column `{name}`, which answers do not have here; expected "
+            f"{', '.join(known)}.{nearest(name, known)} Choose another component."
+        )
 
 
 def batch_tokens(
@@ -21,6 +53,7 @@ def batch_tokens(
     first: bool,
     real: bool,
     demonstrations: bool,
+    columns: Collection[str] = (),
 ) -> Tokens:
     """The tokens of B answers, padded to (B, T).
 
@@ -35,6 +68,7 @@ def batch_tokens(
         first: whether this is the first step of the iteration, so that the policy is still π_k.
         real: false where the batch only fills up; then all of it is padding.
         demonstrations: whether some tokens may be of demonstrations.
+        columns: of the store that the objective asks for, see :func:`check_columns`.
     """
     device, length = scores.logps.device, batch.answer.length
     size, width = len(length), int(length.max())
@@ -52,6 +86,17 @@ def batch_tokens(
     if first:  # the policy still is π_k, whose log-probabilities nobody may have asked for before
         behavior = torch.where(behavior.isnan() & ~external, logp.detach(), behavior)
         previous = torch.where(previous.isnan(), logp.detach(), previous)
+
+    def asked(name: str) -> Tensor:
+        if name == "length":
+            return send(length, device)
+        if name in facts:
+            return facts[name]
+        ids = padded(send(batch.steps[name], device).long() + 1) - 1 if name in batch.steps else None
+        if ids is None:  # an answer of one turn
+            return padded(torch.ones_like(scores.logps, dtype=torch.int64)) - 1
+        return ids
+
     return Tokens(
         logp=logp,
         mask=padded(torch.full_like(scores.logps, float(real)).detach()),
@@ -63,6 +108,7 @@ def batch_tokens(
         external=external if demonstrations else None,
         entropy=None if scores.entropy is None else padded(scores.entropy),
         lag=iteration - facts["policy_version"],
+        columns={name: asked(name) for name in columns} if columns else None,
         **({} if value is None else {"value": padded(value)}),
         **{f"{name}_kl": padded(apart) for name, apart in scores.divergence.items()},
         **{name: steps[name] for name in ("old_value", "returns") if name in steps},
