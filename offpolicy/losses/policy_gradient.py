@@ -200,6 +200,11 @@ class Objective:
         return self._told("reads", of_tokens=False)
 
     @property
+    def gives(self) -> frozenset[str]:
+        """Columns that the advantage gives the other components, such as ``weight``."""
+        return self._told("gives", of_tokens=False)
+
+    @property
     def columns(self) -> frozenset[str]:
         """Columns of the store that the components need on tokens."""
         return self._told("columns")

@@ -47,14 +47,17 @@ def from_groups(objective: Objective, fresh: Replay, k: int, means: Mapping[str,
         iteration=k,
         **{name: torch.from_numpy(values) for name, values in means.items()},
     )
-    advantage, kept = objective.judged(answers)
-    if advantage.shape != answers.reward.shape or kept.shape != answers.reward.shape:
-        raise UsageError(
-            f"the advantage of `objective` gave numbers of shape {tuple(advantage.shape)} for {len(answers.reward)} "
-            "answers; expected one for each answer."
-        )
-    found = {"advantage": advantage.numpy()}
-    return found | ({"left_out": ~kept.numpy()} if objective.takes_answers else {})
+    judged = objective.judged(answers)
+    found = {"advantage": judged.advantage}
+    found |= {"left_out": ~judged.kept} if objective.takes_answers else {}
+    found |= {} if judged.weight is None else {"weight": judged.weight}
+    for name, values in found.items():
+        if values.shape != answers.reward.shape:
+            raise UsageError(
+                f"the advantage of `objective` gave `{name}` of shape {tuple(values.shape)} for {len(answers.reward)} "
+                "answers; expected one for each answer."
+            )
+    return {name: values.numpy() for name, values in found.items()}
 
 
 def left_out_facts(fresh: Replay) -> dict[str, float]:

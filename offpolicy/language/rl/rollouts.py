@@ -275,7 +275,7 @@ class RolloutModule(IteratingModule):
         self.answering = Answering(
             problems, self.tokenizer, self.hparams, words=self.words, held_out=self.eval_problems
         )
-        check_columns(self.objective.columns, self.answering.rewards.names)
+        check_columns(self.objective.columns, self.answering.rewards.names, self.objective.gives)
         self.ahead = Ahead(self.answering, lambda: self.seed or 0, self.wants_to_stop)
 
     def expected_tokens(self) -> int:

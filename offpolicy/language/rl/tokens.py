@@ -28,15 +28,16 @@ OF_ANSWERS = (
 )
 
 
-def check_columns(columns: Collection[str], rewards: Collection[str]) -> None:
+def check_columns(columns: Collection[str], rewards: Collection[str], given: Collection[str] = ()) -> None:
     """Raise :class:`UsageError` for a column that an objective asks for and no answer will have.
 
     Args:
         columns: that the objective asks for. Of answers: ``OF_ANSWERS``, or ``reward/NAME``. Of tokens: ``turn``, which
             is 0, as answers have one turn, and −1 outside of the answer.
         rewards: names of the rewards.
+        given: columns that the advantage gives.
     """
-    known = [*OF_ANSWERS, "turn", *(f"reward/{name}" for name in rewards)]
+    known = [*OF_ANSWERS, "turn", *(f"reward/{name}" for name in rewards), *sorted(given)]
     for name in sorted(set(columns) - set(known)):
         raise UsageError(
             f"a component of `objective` asks for the column `{name}`, which answers do not have here; expected "
