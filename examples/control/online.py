@@ -1,0 +1,239 @@
+"""Runs that collect their data: curves from scratch, and offline runs that go on online, over several seeds.
+
+usage: python examples/control/online.py curves [--method SAC] [--envs Pendulum-v1 InvertedDoublePendulum-v5]
+                                                [--steps 10000 25000] [--sb3 PYTHON] [--out runs/online.png]
+       python examples/control/online.py switch [--data pendulum-stitch-v0] [--methods IQL AWAC TD3BC RLPD]
+                                                [--steps 20000] [--utd 4]
+       both: [--seeds 3] [--jobs 1] [--root runs/online]
+
+Every run is ``python -m offpolicy.fit`` on one thread with the recipe of its method and task; ``--jobs`` of them at a
+time. One that is complete under ``--root`` is read, not repeated; one that is not begins again. Prints a Markdown
+table: means over seeds with the 95 % interval of Student's t.
+
+``curves`` trains from scratch, and with ``--sb3`` (the interpreter of an environment that has it) stable-baselines3
+too, with the same networks, rates, batches and uniform steps; it draws both into a figure. ``switch`` trains offline by
+the recipe, then online for so many steps, all rows drawn alike; RLPD begins at once, half of each batch offline, with
+``--utd`` updates per step (the paper's is 20) and networks of 2x64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from offpolicy.evaluation.scores import interval
+from offpolicy.files import safe_name
+
+HERE = Path(__file__).parent
+ENVS, STEPS = ("Pendulum-v1", "InvertedDoublePendulum-v5"), (10_000, 25_000)
+HERE_NAME, SB3 = "here", "stable-baselines3"
+SMALL = ["--model.hidden_dims", "[64,64]", "--model.actor_lr", "1e-3", "--model.critic_lr", "1e-3"]
+RLPD = [
+    *("--model.num_critics", "10", "--model.num_min_critics", "2", "--model.layer_norm", "true"),
+    *("--model.init", "xavier", "--model.actor_q", "mean", "--model.update_order", "critic_first"),
+    *("--model.entropy_lr", "1e-3", "--model.reward_transform", "0.1r", "--data.online.mix", "half"),
+]
+Curve = list[tuple[int, float]]
+
+
+def command(words: Sequence[str]) -> None:
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-3000:]}")
+
+
+def fit(*words: str) -> None:
+    command([sys.executable, "-m", "offpolicy.fit", *words, "--run.threads", "1"])
+
+
+def once(folder: Path, work: Callable[[], None]) -> float:
+    """Do the work of a folder unless it is complete; returns the seconds that it took."""
+    seconds = folder / "seconds.txt"
+    if not seconds.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        work()
+        seconds.write_text(f"{time.perf_counter() - began:.1f}\n")
+        print(f"{folder} took {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    return float(seconds.read_text())
+
+
+def evaluations(file: Path, value: str) -> Curve:
+    """(environment steps, value) of each evaluation; 0 steps in the offline part of a run."""
+    with open(file) as rows:
+        return [(int(float(row.get("env/steps") or 0)), float(row[value])) for row in csv.DictReader(rows)]
+
+
+# -- from scratch ------------------------------------------------------------------------------------------------------
+
+
+def ours(method: str, env: str, steps: int, seed: int, root: Path) -> tuple[Curve, float]:
+    folder = root / safe_name(env) / method / f"seed{seed}"
+    random = min(1000, steps // 10)
+    words = ["--data.online.env_steps", str(steps), "--data.online.random_steps", str(random), "--data.online.env", env]
+    words += ["--run.eval_every", str(steps // 20), "--run.eval_episodes", "10", "--folder", str(folder)]
+    took = once(folder, lambda: fit("--model", method, *words, "--seed_everything", str(seed)))
+    return evaluations(folder / "evals.csv", "eval/return_mean"), took
+
+
+def theirs(method: str, env: str, steps: int, seed: int, root: Path, python: str) -> tuple[Curve, float]:
+    """With the settings of the run here, which is there already."""
+    config = yaml.safe_load((root / safe_name(env) / method / f"seed{seed}" / "config.yaml").read_text())
+    model, online = config["model"]["init_args"], config["data"]["online"]
+    settings = {
+        "steps": steps,
+        "random_steps": online["random_steps"],
+        "eval_every": config["run"]["eval_every"],
+        "eval_episodes": config["run"]["eval_episodes"],
+        "hidden_dims": list(model["hidden_dims"]),
+        "lr": model["critic_lr"],
+        "batch_size": model["batch_size"],
+    }
+    folder = root / safe_name(env) / f"sb3-{method}" / f"seed{seed}"
+
+    def work() -> None:
+        folder.mkdir()
+        file, given = str(folder / "evals.csv"), json.dumps(settings)
+        command([python, str(HERE / "sb3_curve.py"), method, env, str(seed), file, given])
+
+    took = once(folder, work)
+    return evaluations(folder / "evals.csv", "eval/return_mean"), took
+
+
+def both(method: str, env: str, steps: int, seed: int, root: Path, sb3: str) -> dict[str, tuple[Curve, float]]:
+    found = {HERE_NAME: ours(method, env, steps, seed, root)}
+    return found | ({SB3: theirs(method, env, steps, seed, root, sb3)} if sb3 else {})
+
+
+def curves(args: argparse.Namespace) -> None:
+    steps = args.steps or list(STEPS[: len(args.envs)])
+    if len(steps) != len(args.envs):
+        raise SystemExit(f"--steps has {len(steps)} numbers; expected one for each of the {len(args.envs)} --envs.")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        pending = {
+            env: [pool.submit(both, args.method, env, n, seed, args.root, args.sb3) for seed in range(args.seeds)]
+            for env, n in zip(args.envs, steps)
+        }
+        found = {env: [job.result() for job in jobs] for env, jobs in pending.items()}
+    kinds = [HERE_NAME, *([SB3] if args.sb3 else [])]
+    print(f"| {args.method}, {args.seeds} seeds | steps | {' | '.join(kinds)} | seconds of a run |")
+    print("|---|---|" + "---|" * len(kinds) + "---|")
+    for env, n in zip(args.envs, steps):
+        seconds = ", ".join(f"{np.mean([run[kind][1] for run in found[env]]):.0f}" for kind in kinds)
+        for quarter in range(1, 5):
+            at = n * quarter // 4
+            cells = [mean([at_most(run[kind][0], at) for run in found[env]]) for kind in kinds]
+            print(f"| {env} | {at:,} | {' | '.join(cells)} | {seconds} |")
+    draw(found, args.out)
+
+
+def at_most(curve: Curve, steps: int) -> float:
+    """The last evaluation up to so many environment steps."""
+    return [value for at, value in curve if at <= steps][-1]
+
+
+def mean(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{np.mean(values):.1f} ± {interval(np.array(values)):.1f}"
+
+
+def draw(found: dict[str, list[dict[str, tuple[Curve, float]]]], out: Path) -> None:
+    """A panel for each environment: mean over seeds, and a band from the least to the greatest."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(found), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (env, runs) in enumerate(found.items(), 1):
+        axes = figure.add_subplot(1, len(found), i, title=env, xlabel="environment steps", ylabel="return")
+        for color, kind in enumerate(runs[0]):
+            length = min(len(run[kind][0]) for run in runs)
+            steps = [at for at, _ in runs[0][kind][0][:length]]
+            values = np.array([[value for _, value in run[kind][0][:length]] for run in runs])
+            axes.plot(steps, values.mean(0), color=f"C{color}", label=kind, linewidth=1.2)
+            axes.fill_between(steps, values.min(0), values.max(0), color=f"C{color}", alpha=0.15, linewidth=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    print(out, file=sys.stderr)
+
+
+# -- offline, then online ----------------------------------------------------------------------------------------------
+
+
+def switched(method: str, data: str, steps: int, utd: int, seed: int, root: Path) -> tuple[dict[str, float], float]:
+    """Scores of one run: at the switch (missing where nothing was trained before), the dip, the mean, the end."""
+    folder = root / safe_name(data) / method / f"seed{seed}"
+    online = ["--data", data, "--data.online.env_steps", str(steps)]
+
+    def work() -> None:
+        begin = ["--folder", str(folder), "--seed_everything", str(seed)]
+        if method == "RLPD":
+            updates = ["--data.online.utd", str(utd), "--model.policy_freq", str(utd)]
+            every = ["--run.eval_every", str(utd * 1000), "--run.eval_episodes", "20"]
+            fit("--model", "SAC", *online, *SMALL, *RLPD, *updates, *every, *begin)
+        else:
+            fit("--model", method, "--data", data, *begin)
+            fit("--model", method, "--ckpt_path", str(folder), *online)
+
+    took = once(folder, work)
+    if method == "RLPD":
+        scores = [value for _, value in evaluations(folder / "evals.csv", "eval/score")]
+        return {"last": scores[-1], "mean": float(np.mean(scores))}, took
+    return json.loads((folder / "online.json").read_text()), took
+
+
+def switch(args: argparse.Namespace) -> None:
+    steps = args.steps[0] if args.steps else 20_000
+    with ThreadPoolExecutor(args.jobs) as pool:
+        pending = {
+            method: [
+                pool.submit(switched, method, args.data, steps, args.utd, seed, args.root) for seed in range(args.seeds)
+            ]
+            for method in args.methods
+        }
+        found: dict[str, list[Any]] = {method: [job.result() for job in jobs] for method, jobs in pending.items()}
+    print(f"| {args.data}, {args.seeds} seeds, {steps:,} steps | at the switch | dip | mean after it | end | seconds |")
+    print("|---|---|---|---|---|---|")
+    for method, runs in found.items():
+        names = ("at_switch", "dip", "mean", "last")
+        cells = [mean([run[name] for run, _ in runs]) if name in runs[0][0] else "-" for name in names]
+        print(f"| {method} | {' | '.join(cells)} | {np.mean([took for _, took in runs]):.0f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("curves", "switch"))
+    parser.add_argument("--method", default="SAC")
+    parser.add_argument("--envs", nargs="+", default=list(ENVS))
+    parser.add_argument("--steps", nargs="+", type=int, help="environment steps; of curves for each of --envs")
+    parser.add_argument("--sb3", default="", metavar="PYTHON", help="of an environment that has stable-baselines3")
+    parser.add_argument("--out", type=Path, default=Path("runs/online.png"))
+    parser.add_argument("--data", default="pendulum-stitch-v0")
+    parser.add_argument("--methods", nargs="+", default=["IQL", "AWAC", "TD3BC", "RLPD"])
+    parser.add_argument("--utd", type=int, default=4, help="of RLPD")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--root", type=Path, default=Path("runs/online"))
+    args = parser.parse_args()
+    args.root = args.root.resolve()
+    curves(args) if args.part == "curves" else switch(args)
+
+
+if __name__ == "__main__":
+    main()
