@@ -203,9 +203,9 @@ def external_tokens(store: Replay) -> np.ndarray:
     return place < np.repeat(store.episodes["given"], store.length)
 
 
-def group_rows(store: Replay) -> dict[int, np.ndarray]:
-    """The rows of each group."""
-    group = store.episodes["group"]
+def group_rows(store: Replay, column: str = "group") -> dict[int, np.ndarray]:
+    """The rows of each group, or of each value of another column."""
+    group = store.episodes[column]
     order = np.argsort(group, kind="stable")
     names, first = np.unique(group[order], return_index=True)
     return dict(zip(names.tolist(), np.split(order, first[1:])))

@@ -375,9 +375,14 @@ class Answering:
         return [known[token.tobytes()] for token in answers]
 
     def judge(
-        self, problems: Replay, rows: Sequence[int], answers: Sequence[np.ndarray], ended: Sequence[bool]
+        self,
+        problems: Replay,
+        rows: Sequence[int],
+        answers: Sequence[np.ndarray],
+        ended: Sequence[bool],
+        groups: Sequence[int] | None = None,
     ) -> Scored:
-        """Rewards of answers to rows of problems."""
+        """Rewards of answers to rows of problems; ``groups`` as of :class:`Rewards`, None for one per problem."""
         prompts = {
             row: prompt_text(self.tokenizer, token_ids(problems, problems.tables["problems"][row, 0]))
             for row in set(rows)
@@ -390,6 +395,7 @@ class Answering:
             ended=ended,
             lengths=[len(answer) for answer in answers],
             columns={name: self._column(problems, name, rows) for name in self.rewards.columns},
+            groups=rows if groups is None else groups,
         )
 
     def _column(self, problems: Replay, name: str, rows: Sequence[int]) -> list[Any]:
@@ -411,7 +417,8 @@ class Answering:
     def _judge(self, made: list[dict[str, Any]]) -> None:
         rows = [row["problem"] for row in made]
         answers, ended = [row["token"] for row in made], [row["ended"] for row in made]
-        scores, parts, problems = self.judge(self.problems, rows, answers, ended)
+        slots = [row["slot"] for row in made]
+        scores, parts, problems = self.judge(self.problems, rows, answers, ended, slots)
         for i, row in enumerate(made):
             row["reward"], row["parts"] = float(scores[i]), {name: float(part[i]) for name, part in parts.items()}
             row["problem_with_reward"] = problems / len(made)

@@ -26,7 +26,8 @@ FACTS = ("ended", "length")
 BATCH = ("prompts", "completions")
 PLACES = (("prompt",), ("answer", *ANSWERED), (*RIGHT, "answer"))  # names that fit the three positions
 OF_VERL = ("data_source",)  # the first parameter there, a column and no prompt
-RESERVED = ("prompt", "answer", *ANSWERED, *RIGHT, *FACTS, *BATCH, "lengths", "references", "answers")
+GROUPS = "groups"  # numbers that answers to one prompt share, for functions of a batch that compare them
+RESERVED = ("prompt", "answer", *ANSWERED, *RIGHT, *FACTS, *BATCH, "lengths", "references", "answers", GROUPS)
 
 # -- binding -----------------------------------------------------------------------------------------------------------
 
@@ -103,7 +104,8 @@ def bind(function: Callable[..., Any], name: str, columns: Collection[str] = ())
     A function that names ``prompts`` and ``completions``, or ``completions`` and right answers or a column of the data,
     gets lists and returns a list. A function whose parameters are all known names gets the values of one answer by
     keyword; ``answer`` is what the policy wrote, or the right answer beside ``completion``. Any other function gets
-    prompt, answer and reference by position, ``ended`` and ``length`` by keyword.
+    prompt, answer and reference by position, ``ended`` and ``length`` by keyword. ``groups`` are numbers that answers
+    drawn together share, unless a column of the data is called so.
 
     Args:
         function: the reward, with its own parameters filled in.
@@ -131,7 +133,9 @@ def bind(function: Callable[..., Any], name: str, columns: Collection[str] = ())
     asked = tuple(n for n in by_name if n in RESERVED or n in columns)
     if needs <= {*asked}:
         if "completions" in asked and {*asked} - {"completions", "lengths", *FACTS}:
-            taken = tuple(n for n in asked if n in columns and (n not in RESERVED or n in (*OWN_COLUMNS, "answer")))
+            taken = tuple(
+                n for n in asked if n in columns and (n not in RESERVED or n in (*OWN_COLUMNS, "answer", GROUPS))
+            )
             return Call(function, "batch", _with(asked, (*BATCH, "reference", "answer", *FACTS), anything), taken)
         if not {*BATCH} & {*asked} and ({*asked} & {"answer", *ANSWERED} or (anything and not by_name)):
             beside = ("answer",) if {*asked} & {*ANSWERED} else ()

@@ -16,10 +16,13 @@ import numpy as np
 
 from offpolicy.errors import UsageError, check_range, nearest
 from offpolicy.language.rl import mathematics
-from offpolicy.language.rl.reward_calls import FACTS, RESERVED, SECONDS, Call, Rows, TooLong, Watchdog, bind
-from offpolicy.language.rl.verifiers import REWARDS, VERIFIERS, Reference, Verifier
+from offpolicy.language.rl.group_rewards import GROUP_REWARDS
+from offpolicy.language.rl.reward_calls import FACTS, GROUPS, RESERVED, SECONDS, Call, Rows, TooLong, Watchdog, bind
+from offpolicy.language.rl.verifiers import REWARDS as OF_ONE
+from offpolicy.language.rl.verifiers import VERIFIERS, Reference, Verifier
 from offpolicy.registry import Spec, import_callable, make
 
+REWARDS: dict[str, Callable[..., Any]] = {**OF_ONE, **GROUP_REWARDS}
 SOLVED = 1.0  # what a verifier gives to a right answer
 ENOUGH = 8  # different problems after which a reward that never gave a number is given up
 MISTAKES = (TypeError, NameError, AttributeError, ImportError, SyntaxError, NotImplementedError)  # not of one answer
@@ -157,6 +160,7 @@ class Rewards:
         ended: Sequence[bool] | None = None,
         lengths: Sequence[int] | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> Scored:
         """Score n answers.
 
@@ -167,11 +171,14 @@ class Rewards:
             ended: whether each answer stopped by itself; None for all.
             lengths: tokens of each answer; needed by the reward ``length``.
             columns: columns of the data that functions ask for, n values each.
+            groups: numbers that answers drawn together share; None for answers to the same prompt.
         """
         n, before = len(answers), self.problems
         if lengths is None and any("length" in p.call.needs for p in self._parts.values()):
             raise UsageError("a reward looks at `length`, and no `lengths` were given; expected tokens per answer.")
-        facts = {"ended": [True] * n if ended is None else ended} | ({} if lengths is None else {"length": lengths})
+        facts: dict[str, Sequence[Any]] = {} if lengths is None else {"length": lengths}
+        facts["ended"] = [True] * n if ended is None else ended
+        facts[GROUPS] = _numbered(prompts) if groups is None else groups
         rows = Rows(prompts, answers, references, facts, columns or {})
         if "math" in self.verifiers:
             mathematics.prepare()
@@ -267,6 +274,12 @@ def _listed(values: Any, n: int) -> list[Any]:
         shown = f"{len(values)} values" if hasattr(values, "__len__") else repr(values)[:80]
         raise TypeError(f"it returned {shown} for {n} answers")
     return list(values)
+
+
+def _numbered(prompts: Sequence[str]) -> list[int]:
+    """A number for each prompt, the same for equal ones."""
+    known: dict[str, int] = {}
+    return [known.setdefault(prompt, len(known)) for prompt in prompts]
 
 
 def _number_of(value: Any, reference: Reference) -> tuple[float, _Failure | None]:

@@ -85,7 +85,8 @@ class RolloutModule(IteratingModule):
         objective: slot → component in place of the method's own: ``{"trust": "none"}``, ``{"ratio": {"name": "mis",
             "uniform": "one"}}``, or an import path of a component of your own. The slots are in
             :class:`offpolicy.losses.policy_gradient.Objective`.
-        rewards: names (exact, math, final_number, format, length), import paths ``package.module.function`` or
+        rewards: names (exact, math, final_number, last_number, format, length, structure, and those that compare the
+            answers of a group: majority, agreement, majority_novelty), import paths ``package.module.function`` or
             ``{"name": …, "weight": …}``; their weighted sum is the reward. None is "math" where solutions mark the
             answer by "####" or \\boxed{}, else "exact". An own function is ``def f(prompt, answer, reference)`` and
             returns a number, or ``def f(prompts, completions, **kwargs)`` and returns a list; columns of the data are
