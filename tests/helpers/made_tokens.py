@@ -65,6 +65,7 @@ def full_tokens(seed: int = 0) -> Tokens:
         "reward": f64(1, 0, 0, 1, 1, 0),
         "ended": torch.tensor([True, True, False, True, True, True]),
         "mastered": torch.tensor([False, False, True, True, True, True]),
+        "weight": f64(0, 0, 0, 0, 1, 0),
         "tempered": torch.tensor([True, False, False, True, False, True]),
     }
     return Tokens(

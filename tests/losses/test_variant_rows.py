@@ -1,0 +1,47 @@
+"""Published variants are choices of parts that go together, and each is another objective than GRPO."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from made_tokens import full_tokens, totals_of
+from torch import Tensor
+
+from offpolicy.losses.policy_gradient import Objective, Tokens
+from offpolicy.losses.variants import VARIANTS, Variant, classic, exploration, trust_regions
+
+ROWS = [*classic.ROWS, *exploration.ROWS, *trust_regions.ROWS]
+FACTS = {
+    "base": {"base_logp"},
+    "vocabulary": {"entropy", "top_logp", "mean_log_ratio", "nucleus_entropy"},
+}
+
+
+def slope(objective: Objective, given: Tokens, iteration: int) -> Tensor:
+    loss = objective.loss(given, totals_of(given), iteration=iteration)[0]
+    assert torch.isfinite(loss)
+    fields = [field for field in (given.logp, given.entropy, given.nucleus_entropy) if field is not None]
+    found = torch.autograd.grad(loss, fields, allow_unused=True)
+    return torch.stack([torch.zeros_like(field) if one is None else one for field, one in zip(fields, found)])
+
+
+def test_names_are_given_once() -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS) and all(VARIANTS[row.name] is row for row in ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_variant_is_an_objective_of_its_own(row: Variant) -> None:
+    """Its parts go together, what they read is said, and its slope is finite and not that of GRPO, unless it changes
+    advantages alone, which are given here."""
+    given = full_tokens(5)
+    if "demonstrations" not in row.needs:
+        assert given.uniform is not None
+        given = given._replace(external=None, behavior_logp=given.previous_logp + 2 * (given.uniform - 0.4))
+    objective = Objective(**row.parts)
+    for need, fields in FACTS.items():
+        assert (need in row.needs) == bool(objective.reads & fields)
+    slope(objective, given, 1)  # some parts compare a step with the first
+    assert given.nucleus_entropy is not None
+    given = given._replace(nucleus_entropy=given.nucleus_entropy * 2)
+    same = torch.equal(slope(objective, given, 2), slope(Objective(), given, 2))
+    assert same == (row.parts.keys() <= {"advantage"})
