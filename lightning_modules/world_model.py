@@ -28,6 +28,7 @@ from offpolicy.data import sampling
 from offpolicy.data.normalize import mean_std
 from offpolicy.data.replay import Replay
 from offpolicy.data.views import Transitions
+from offpolicy.environments.terminations import Termination
 from offpolicy.errors import DataError, UsageError, check_range, check_widths
 from offpolicy.nn.critics import state_action
 from offpolicy.nn.stacked import MLP
@@ -37,7 +38,6 @@ from offpolicy.training.offline import Metrics, OfflineModule, Rate, Sizes
 
 MAX_LOG_VAR, MIN_LOG_VAR = 0.5, -10.0  # bounds at the start, of y in standard deviations
 HELD_OUT_ROWS = 10_000  # at most, evenly spaced
-Termination = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class GaussianEnsemble(nn.Module):
@@ -213,65 +213,100 @@ class WorldModel(OfflineModule):
         *,
         first: int = 0,
         termination: Termination | None = None,
+        sampled: bool = False,
+        successors: bool = False,
     ) -> dict[str, Tensor]:
         """Trajectories of the policy in the model, in the form of trajectory diffusion's.
 
         Args:
             start_obs: (n, O), environment units.
-            policy: a trained method, whose deterministic action is taken; or a function of observations (n, O) in
-                environment units that gives actions (n, A) in [-1, 1].
+            policy: a trained method, whose deterministic action is taken unless ``sampled``; or a function of
+                observations (n, O) in environment units that gives actions (n, A) in [-1, 1].
             steps: T, ≥ 1.
             seed: of the members and the noise, which are functions of (seed, trajectory, step) alone.
             first: number of the first trajectory.
             termination: (obs, action, next_obs) in environment units and [-1, 1] → bool (n,); None never ends. Steps
                 after an end go on, and whoever makes episodes of them cuts there.
+            sampled: take actions drawn from the method's policy.
+            successors: give ``next_obs (n, T, O)`` too, the observation after each step.
 
         Returns:
             ``obs (n, T, O)`` in environment units, ``action (n, T, A)`` in [-1, 1], ``reward (n, T)``, ``terminated
             (n, T)`` bool.
+
+        Raises:
+            UsageError: a method of several seeds, or one without a law that actions are drawn from.
         """
         check_range("steps", steps, 1)
-        act = policy if not isinstance(policy, OfflineModule) else _actions(policy)
+        act = self._actions(policy, sampled)
         obs = torch.as_tensor(start_obs, device=self.device, dtype=self.dtype_of_weights)
         rows = torch.arange(first, first + len(obs), device=self.device)
-        found: dict[str, list[Tensor]] = {"obs": [], "action": [], "reward": [], "terminated": []}
+        names = ("obs", "action", "reward", "terminated", *(["next_obs"] if successors else []))
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
         for t in range(steps):
-            action = act(obs).to(obs).clamp(-1.0, 1.0)
+            noise = self._normals(seed, "action", t, rows, self.sizes.action_dim)
+            action = act(obs, noise).to(obs).clamp(-1.0, 1.0)
             next_obs, reward = self.sample(obs, action, rows, t, seed)
             over = termination(obs, action, next_obs) if termination else torch.zeros_like(reward, dtype=torch.bool)
-            for name, value in zip(found, (obs, action, reward, over)):
+            for name, value in zip(names, (obs, action, reward, over, next_obs)):
                 found[name].append(value)
             obs = next_obs
         return {name: torch.stack(values, 1) for name, values in found.items()}
 
+    def _normals(self, seed: int, name: str, t: int, rows: Tensor, width: int) -> Tensor:
+        """Standard normal numbers (n, width) of step t of the trajectories ``rows``."""
+        key = sampling.keys(seed, name, torch.tensor([t], device=rows.device))
+        return sampling.normals(key, rows, (width,))[0]
+
     def sample(self, obs: Tensor, action: Tensor, rows: Tensor, t: int, seed: int) -> tuple[Tensor, Tensor]:
         """Next observation (n, O) and reward (n,), environment units, of one elite member per row."""
-        x = self.normalizer.obs(obs)
-        mean, log_var = self.model(state_action(x, action))
-        step = torch.tensor([t], device=rows.device)
-        member = self.elite[sampling.uniform_indices(sampling.keys(seed, "member", step), rows, len(self.elite))[0]]
-        noise = sampling.normals(sampling.keys(seed, "transition", step), rows, mean.shape[-1:])[0].to(mean)
+        mean, log_var = self.model(state_action(self.normalizer.obs(obs), action))
+        key = sampling.keys(seed, "member", torch.tensor([t], device=rows.device))
+        member = self.elite[sampling.uniform_indices(key, rows, len(self.elite))[0]]
+        noise = self._normals(seed, "transition", t, rows, mean.shape[-1]).to(mean)
         each = torch.arange(len(obs), device=obs.device)
         y = mean[member, each] + torch.exp(0.5 * log_var[member, each]) * noise
         y = y * self.target_scale + self.target_center
         return obs + y[:, :-1] / self.normalizer.obs_scale, y[:, -1]
 
+    def _actions(
+        self, policy: OfflineModule | Callable[[Tensor], Tensor], sampled: bool
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Actions (n, A) in this model's [-1, 1] for observations (n, O) in environment units and noise (n, A)."""
+        if not isinstance(policy, OfflineModule):
+            return lambda obs, noise: policy(obs)
+        method, ours, theirs = policy, self.normalizer, policy.normalizer
+        if method.seeds:
+            raise UsageError(
+                f"the policy holds the seeds {', '.join(map(str, method.seeds))}; expected one policy. Take one out: "
+                f"take_seed({method.seeds[0]})."
+            )
+        # without bounds of the environment each scales by the data that it was trained on
+        scale = ours.action_scale / theirs.action_scale.to(ours.action_scale)
+        shift = ours.action(theirs.action_center.to(scale))
+
+        def act(obs: Tensor, noise: Tensor) -> Tensor:
+            x = method.normalized(obs)
+            action = method.sample_action(x, noise.to(x)) if sampled else method.policy(x)
+            return action.clamp(-1.0, 1.0).to(obs) * scale + shift
+
+        return act
+
+    @torch.no_grad()
+    def uncertainty(self, obs: Tensor, action: Tensor) -> Tensor:
+        """The largest norm among members of a step's standard deviations, (n,): what MOPO penalises rewards by.
+
+        Deviations are those of the next observation and the reward, in units of the environment.
+
+        Args:
+            obs: (n, O), environment units.
+            action: (n, A) in [-1, 1].
+        """
+        _, log_var = self.model(state_action(self.normalizer.obs(obs), action))
+        units = self.target_scale / torch.cat([self.normalizer.obs_scale, self.target_scale.new_ones(1)])
+        return torch.linalg.vector_norm(torch.exp(0.5 * log_var) * units, dim=-1).amax(-2)
+
     def policy(self, obs: Tensor) -> Tensor:
         raise UsageError(
             "a world model does not act; expected a policy. Roll one out in it: `rollout(obs, policy, T)`."
         )
-
-
-def _actions(method: OfflineModule) -> Callable[[Tensor], Tensor]:
-    """The deterministic action in [-1, 1] of a method, for observations in environment units."""
-
-    if method.seeds:
-        raise UsageError(
-            f"the policy holds the seeds {', '.join(map(str, method.seeds))}; expected one policy. Take one out: "
-            f"take_seed({method.seeds[0]})."
-        )
-
-    def act(obs: Tensor) -> Tensor:
-        return method.policy(method.normalized(obs))
-
-    return act
