@@ -20,7 +20,7 @@ from offpolicy.data.module import DataModule
 from offpolicy.data.online import round_name
 from offpolicy.data.replay import Replay
 from offpolicy.diffusion.drawing import sample
-from offpolicy.diffusion.pool import Pool
+from offpolicy.diffusion.rollouts import pool_of
 from offpolicy.environments.make import EVAL_SEED
 from offpolicy.errors import DivergenceError, UsageError, nearest
 from offpolicy.evaluation.order import make_order
@@ -364,7 +364,7 @@ def load_data(data: Loadable = "pendulum-stitch-v0", **options: Any) -> DataModu
 
 def renewable(data: DataModule) -> DataModule:
     """The data module with what draws its data anew, should its ``source`` ask for that."""
-    data.renewer = data.renewer or Pool
+    data.renewer = data.renewer or pool_of
     return data
 
 

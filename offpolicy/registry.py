@@ -25,7 +25,7 @@ SHORT = {  # what methods are called elsewhere, folded
     "diffuser": "TrajectoryDiffusion",
     "diffusion": "TrajectoryDiffusion",
     "pgd": "TrajectoryDiffusion",
-    "mopo": "WorldModel",
+    "mopo": "MBPO",
     "dynamics": "WorldModel",
     "supervisedfinetuning": "SFT",
     "ppo": "GRPO",

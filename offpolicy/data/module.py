@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from offpolicy.data.online import NOTHING, Collection, OnlineOptions
-from offpolicy.data.renewal import SOURCES, Renewal, Renewer, SyntheticOptions
+from offpolicy.data.renewal import RENEWED, SOURCES, Renewal, Renewer, SyntheticOptions
 from offpolicy.data.replay import Replay
 from offpolicy.data.ring import Ring
 from offpolicy.errors import DataError, UsageError, check_range, fold, nearest
@@ -53,8 +53,9 @@ class DataModule(LightningDataModule):
         holdout: share of the episodes, chosen by a hash, that no update sees, in [0, 1), for ``run.select``; None is
             0.1, and 0 of fewer than 50 episodes.
         source: "real" trains on the data alone; "policy-guided" mostly on trajectories of a diffusion model, drawn anew
-            under the policy's guidance as it improves; "unguided" mostly on trajectories drawn once without a policy.
-        synthetic: of "policy-guided" and "unguided": the model, and how it is used.
+            under the policy's guidance as it improves; "unguided" mostly on trajectories drawn once without a policy;
+            "model-rollouts" mostly on short roll-outs of the policy in a world model, drawn anew as it improves.
+        synthetic: of the sources other than "real": the model, and how it is used.
         online: data collected in training. With ``name`` the id of ``online.env`` there are no other data.
 
     For data that change during training set ``change_every`` (updates) and override :meth:`on_block_start`. Where
@@ -98,14 +99,15 @@ class DataModule(LightningDataModule):
         if source == "real" and synthetic.model is not None:
             raise UsageError(
                 f"`data.synthetic.model` is {synthetic.model}, but `data.source` is 'real'; expected 'policy-guided' "
-                "or 'unguided'. Add --data.source policy-guided."
+                "or 'unguided', or 'model-rollouts' with a world model. Add --data.source policy-guided."
             )
         if source != "real" and online.env_steps:
             raise UsageError(
                 f"`data.source` is {source!r}, and `data.online.env_steps` {online.env_steps:,}; expected synthetic or "
                 "collected data, not both. Leave one out."
             )
-        self.name, self.source, self.synthetic, self.online = name, source, synthetic, online
+        self.name, self.source, self.online = name, source, online
+        self.synthetic = synthetic.of_source(source)
         if holdout is not None:
             check_range("data.holdout", holdout, 0.0, 1.0, upper_open=True)
         self.holdout = holdout
@@ -132,7 +134,7 @@ class DataModule(LightningDataModule):
         self.renewal: Renewal | None = None  # made by the renewer once the real data are open
         self._saved_version = 0
         if source != "real":
-            self.change_every = synthetic.every if source == "policy-guided" else sys.maxsize
+            self.change_every = self.synthetic.every if source in RENEWED else sys.maxsize
         if online.env_steps:
             self.change_every = online.round_steps * online.utd
 

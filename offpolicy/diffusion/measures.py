@@ -64,7 +64,7 @@ class Judge:
         real: the data that are imitated.
         policy: a trained method whose law of actions is asked; None leaves the likelihood out.
         rows: of each set, at most, the same whenever the set is.
-        novelty_rows: of them, for the search of neighbours; None for all.
+        novelty_rows: of them, for the search of neighbours; None for all, 0 for none.
 
     Raises:
         UsageError: a policy of other sizes.
@@ -116,8 +116,9 @@ class Judge:
             found.dynamics_error = np.sqrt(np.square(error).mean(0)).tolist()
             if np.isfinite(reward_error).all():
                 found.numbers["reward_error"] = float(np.sqrt(np.square(reward_error).mean()))
-        distance = self.novelty(replay, rows if self.novelty_rows is None else sampled(replay, self.novelty_rows))
-        found.numbers |= {"novelty": float(distance.mean()), "novelty_median": float(np.median(distance))}
+        if self.novelty_rows != 0:
+            distance = self.novelty(replay, rows if self.novelty_rows is None else sampled(replay, self.novelty_rows))
+            found.numbers |= {"novelty": float(distance.mean()), "novelty_median": float(np.median(distance))}
         if replay is not self.real and replay.is_whole:
             found.by_step = {k: _by_step(v, replay.t[rows], rms=k == "dynamics_error") for k, v in steps.items()}
             if self.simulator is not None and whole:
@@ -299,21 +300,24 @@ def _name(replay: Replay, number: int) -> str:
     return str(replay.meta.get("name") or f"set {number + 1}")
 
 
-def regeneration_metrics(before: Replay | None, after: Replay, policy: Any, real: Replay) -> dict[str, float]:
+def regeneration_metrics(
+    before: Replay | None, after: Replay, policy: Any, real: Replay, *, novelty_rows: int = NOVELTY_ROWS
+) -> dict[str, float]:
     """What a regeneration changed, for a row of metrics; a few thousand rows, cheap beside the sampling itself.
 
     Args:
         before: the pool that is replaced; None for the first.
         after: the new one.
-        policy: the method being trained, as it is now.
+        policy: the method being trained, as it is now; None leaves likelihoods out.
         real: the data that are imitated.
+        novelty_rows: for the search of neighbours; 0 for none.
 
     Returns:
         ``synthetic/log_prob``, ``synthetic/log_prob_before`` (of the old pool under the same policy),
         ``synthetic/novelty`` and, where there is a simulator, ``synthetic/dynamics_error`` and
         ``synthetic/reward_error``.
     """
-    judge = Judge(real, policy, rows=REGENERATION_ROWS, novelty_rows=NOVELTY_ROWS)
+    judge = Judge(real, policy, rows=REGENERATION_ROWS, novelty_rows=novelty_rows)
     try:
         numbers = judge.measure(after, whole=False).numbers
         if before is not None:

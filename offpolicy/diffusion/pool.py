@@ -14,12 +14,10 @@ from offpolicy.compute.processes import wait_for_all
 from offpolicy.data.mixing import mixed
 from offpolicy.data.renewal import SyntheticOptions
 from offpolicy.data.replay import Replay
-from offpolicy.data.sizes import Sizes
 from offpolicy.diffusion.drawing import Progress, TrajectoryPlan, draw_trajectories, holds, opened_replay
 from offpolicy.diffusion.measures import regeneration_metrics
-from offpolicy.diffusion.opening import check_guides, dims_text, has_law, open_model
+from offpolicy.diffusion.opening import check_guides, check_same_data, has_law, open_model
 from offpolicy.diffusion.sampler import GuidanceOptions, SamplerOptions
-from offpolicy.errors import UsageError
 
 
 class Pool:
@@ -38,25 +36,11 @@ class Pool:
     """
 
     def __init__(self, real: Replay, source: str, options: SyntheticOptions) -> None:
-        self.real, self.source, self.options = real, source, options
+        self.real, self.source = real, source
+        self.options = options.of_source(source)
         self.model = open_model(options.model)
         self.replay: Replay | None = None  # the synthetic episodes of now
-        self._check()
-
-    def _check(self) -> None:
-        made, real, model = Sizes.of(self.real), self.real.meta, self.model
-        if (made.obs_dim, made.action_dim) != (model.sizes.obs_dim, model.sizes.action_dim):
-            raise UsageError(
-                f"the diffusion model {self.options.model} makes {dims_text(model.sizes)}, but {real.get('name')} has "
-                f"{dims_text(made)}; expected the same. Train one on these data."
-            )
-        names = [meta.get("name") for meta in (model.data_meta, real)]
-        if names[0] != names[1]:
-            raise UsageError(
-                f"the diffusion model {self.options.model} was trained on {names[0]}, but the data are {names[1]}; "
-                f"expected the same. Train one with `python -m offpolicy.fit --model TrajectoryDiffusion --data "
-                f"{real.get('file') or names[1]}`."
-            )
+        check_same_data(self.model, real, options.model, "diffusion model", "TrajectoryDiffusion")
 
     def facts(self, updates: int) -> list[tuple[str, str]]:
         """Lines of the first screen of a run with this many updates in all."""
@@ -80,14 +64,14 @@ class Pool:
         version = policy.global_step // self.options.every + 1 if self.source == "policy-guided" else 1
         if version == 1 and self.source == "policy-guided":
             check_guides(policy)
-        with _as_alone(policy):
+        with as_alone(policy):
             self.model.to(policy.device)
             guide, plan = policy if version > 1 else None, self.plan(policy, version)
             key = plan.key(self.model, guide)
             done = [one for one in folder.glob(f"v{version}-*") if holds(one, key)]  # by a run that was killed then
             out = done[0] if done else folder / f"v{version}"
             found = draw_trajectories(
-                self.model, out, plan, policy=guide, fresh=True, progress=_on_bar(trainer, plan.trajectories)
+                self.model, out, plan, policy=guide, fresh=True, progress=on_bar(trainer, plan.trajectories)
             )
         named = folder / f"v{version}-{found.fingerprint()[:12]}"
         wait_for_all()  # until all have opened it under the name it loses
@@ -128,13 +112,13 @@ class Pool:
         """Numbers about the new version, for the next row of metrics."""
         assert self.replay is not None
         found = {"synthetic/version": float(self.replay.version), "synthetic/steps": float(self.replay.num_steps)}
-        with _as_alone(policy):
+        with as_alone(policy):
             found |= regeneration_metrics(before, self.replay, policy if has_law(policy) else None, self.real)
         return {name: torch.tensor(value, device=policy.device) for name, value in found.items()}
 
 
 @contextlib.contextmanager
-def _as_alone(policy: Any) -> Iterator[None]:
+def as_alone(policy: Any) -> Iterator[None]:
     """As outside of a Trainer: no autocast, float32 by default, and the policy without dropout."""
     training, kind = policy.training, torch.get_default_dtype()
     policy.eval()
@@ -147,7 +131,7 @@ def _as_alone(policy: Any) -> Iterator[None]:
         policy.train(training)
 
 
-def _on_bar(trainer: Any, total: int) -> Progress | None:
+def on_bar(trainer: Any, total: int) -> Progress | None:
     """What says on the bar of the run how far drawing is."""
     say = getattr(trainer.progress_bar_callback, "say", None)
     return None if say is None else lambda done: say(f"{min(done, total):,} of {total:,} trajectories drawn")
