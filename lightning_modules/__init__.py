@@ -19,6 +19,8 @@ METHODS = {
     "TD3": "td3",
     "EDAC": "edac",
     "SACN": "edac",
+    "RAVL": "ravl",
+    "MBPO": "ravl",
     "DecisionTransformer": "decision_transformer",
     "WorldModel": "world_model",
     "FQE": "fqe",

@@ -37,6 +37,8 @@ CONTROL = (
     "TD3",
     "EDAC",
     "SACN",
+    "RAVL",
+    "MBPO",
     "DecisionTransformer",
 )
 OTHERS = ("WorldModel", "FQE", "TrajectoryDiffusion", "HIQL", "OTA", "GCIVL", "GCIQL", "GCBC")
