@@ -20,6 +20,7 @@ from offpolicy.losses.policy import (
     means,
     rates,
     ratios,
+    segments,
     reweighting,
     shaping,
     steps,
@@ -86,6 +87,8 @@ COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
         "sequence_mask": masks.SequenceMask,
         "over_length": masks.OverLength,
         "rover": trust.Rover,
+        "segment": segments.SegmentPPO,
+        "gigpo": segments.StateGroupPPO,
         "none": trust.NoTrust,
     },
     "aggregation": {

@@ -12,9 +12,10 @@ from torch import Tensor
 from offpolicy.errors import UsageError
 from offpolicy.losses.advantages import gae, last_kept
 from offpolicy.losses.policy.contrast import DivergenceLimit, WrongAnswers
+from offpolicy.losses.policy.segments import SegmentPPO, StateGroupPPO
 from offpolicy.losses.policy.steps import ClarityBonus, StepEntropyWeight
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective
-from offpolicy.losses.tokens import Tokens, Totals, detached
+from offpolicy.losses.tokens import Ratio, Tokens, Totals, detached
 
 OF_ANSWERS = ("mask", "logp", "advantage", "behavior_logp", "previous_logp", "entropy")
 
@@ -218,3 +219,38 @@ def test_names() -> None:
     ):
         with pytest.raises(UsageError):
             Objective(terms=[bad])
+
+
+# -- advantages of parts of an answer ----------------------------------------------------------------------------------
+
+
+def test_segments_by_hand() -> None:
+    """V at the begins ½, ¼ and reward 1: A = −¼, −¼, ¾ and 0 outside; a token of π_k .95 has none."""
+    mask, segment = f64([1, 1, 1, 0]), torch.tensor([[0, 0, 3, 3]])
+    old = f64([0.5, 0.95, 0.5, 0.5]).log()
+    columns = {"segment": segment, "segment_value": f64([0.5, 0.5, 0.25, 0.25]), "reward": f64(1)}
+    fields = {"mask": mask, "advantage": f64(9), "entropy": None, "columns": columns}
+    tokens, _ = made_step(logp=old.clone(), behavior_logp=old, previous_logp=old, **fields)
+    one = Ratio(torch.ones_like(mask))
+    certain, all_of_it = SegmentPPO(), SegmentPPO(certain=1.0)
+    torch.testing.assert_close(certain(one, f64([9]), tokens).value[0, :3], f64(-0.25, 0, 0.75))
+    torch.testing.assert_close(all_of_it(one, f64([9]), tokens).value[0, :3], f64(-0.25, -0.25, 0.75))
+    high = all_of_it(Ratio(torch.full_like(mask, 1.5)), f64([9]), tokens)
+    torch.testing.assert_close(high.value[0, :3], f64(-0.375, -0.375, 0.9))  # clipped at 1.2 where A > 0
+
+
+def test_steps_from_the_same_state_by_hand() -> None:
+    """State 7 begins steps with returns 1 and 0 of two answers, 5 one with 3, and one step has no known state."""
+    state = torch.tensor([[7, 7, 5], [7, -1, -1]])
+    columns = {"state": state, "step_return": f64([1, 1, 3], [0, 8, 8])}
+    fields = {"mask": torch.ones(2, 3, dtype=torch.float64), "advantage": f64(0.5, -0.5), "entropy": None}
+    old = torch.zeros(2, 3, dtype=torch.float64)
+    tokens, _ = made_step(logp=old, behavior_logp=old, previous_logp=old, columns=columns, **fields)
+    part, one = StateGroupPPO(omega=2.0), Ratio(torch.ones_like(old))
+    expected = f64([1.5, 1.5, 0.5], [-1.5, -0.5, -0.5])
+    torch.testing.assert_close(part(one, tokens.advantage[:, None], tokens).value, expected)
+    facts = part.step_facts(detached(tokens))
+    for row in (0, 1):
+        alone = rows(tokens, facts, [row])
+        found = part(Ratio(torch.ones(1, 3, dtype=torch.float64)), alone.advantage[:, None], alone)
+        torch.testing.assert_close(found.value, expected[row : row + 1])

@@ -38,18 +38,32 @@ class EntropySteps(NamedTuple):
         return x.gather(1, self.index)
 
 
-def find_steps(tokens: Tokens, by: str) -> EntropySteps:
-    """The steps of answers: runs of tokens with equal numbers in a column, or whole answers."""
-    kept, entropy = tokens.kept, field(tokens, "entropy").detach()
-    number = torch.zeros_like(kept, dtype=torch.int64) if by == "answer" else column(tokens, by)
+def step_numbers(kept: Tensor, number: Tensor) -> Tensor:
+    """Of each kept token the number of its step within its answer, from 0; 0 elsewhere, (B, T) int64.
+
+    Args:
+        kept: (B, T) bool.
+        number: (B, T) int64; a step is a run of kept tokens with equal numbers, whatever stands between them.
+    """
     place = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
     last = torch.where(kept, place, -1).cummax(1).values  # the last kept token up to here
     before = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], 1)
     begins = kept & ((before < 0) | (number != number.gather(1, before.clamp(min=0))))
-    index = torch.where(kept, begins.long().cumsum(1) - 1, 0)
-    size = torch.zeros_like(entropy).scatter_add(1, index, kept.to(entropy))
-    total = torch.zeros_like(entropy).scatter_add(1, index, torch.where(kept, entropy, 0.0))
-    real, mean = size > 0, total / size.clamp(min=1.0)
+    return torch.where(kept, begins.long().cumsum(1) - 1, 0)
+
+
+def step_means(x: Tensor, index: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the kept tokens of each step, (B, T) by its number, 0 where there is none; and whether there is."""
+    size = torch.zeros_like(x).scatter_add(1, index, kept.to(x))
+    total = torch.zeros_like(x).scatter_add(1, index, torch.where(kept, x, 0.0))
+    return total / size.clamp(min=1.0), size > 0
+
+
+def find_steps(tokens: Tokens, by: str) -> EntropySteps:
+    """The steps of answers: runs of tokens with equal numbers in a column, or whole answers."""
+    kept, entropy = tokens.kept, field(tokens, "entropy").detach()
+    index = step_numbers(kept, torch.zeros_like(kept, dtype=torch.int64) if by == "answer" else column(tokens, by))
+    mean, real = step_means(entropy, index, kept)
     least = torch.where(real, mean, torch.inf).amin()
     spread = torch.where(real, mean, -torch.inf).amax() - least
     return EntropySteps(index, real, torch.where(real, (mean - least) / (spread + 1e-8), 0.0))
@@ -132,8 +146,7 @@ class ClarityBonus:
         following = torch.cat([clear[:, 1:], torch.zeros_like(clear[:, :1])], 1)
         scale = StepEntropyWeight(self.k, self.by).scale(steps)
         advantage = per_token(step.advantage).expand(scale.shape)
-        sizes = torch.zeros_like(scale).scatter_add(1, steps.index, step.mask.to(scale)).clamp(min=1.0)
-        of_steps = torch.zeros_like(scale).scatter_add(1, steps.index, advantage * step.mask) / sizes
+        of_steps, _ = step_means(advantage, steps.index, step.kept)
         center = steps.mean(of_steps * scale + self.zeta * following)
         return {"bonus": self.zeta * steps.of_tokens(following) - center}
 
