@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
 from made_tokens import full_tokens, totals_of
 from torch import Tensor
 
+from offpolicy.language.rl.rollouts import RolloutModule
 from offpolicy.losses.policy_gradient import Objective, Tokens
-from offpolicy.losses.variants import VARIANTS, Variant, classic, exploration, trust_regions
+from offpolicy.losses.variants import ROWS, VARIANTS, Variant
 
-ROWS = [*classic.ROWS, *exploration.ROWS, *trust_regions.ROWS]
 FACTS = {
-    "base": {"base_logp"},
+    "base": {"base_logp", "base_kl"},
     "vocabulary": {"entropy", "top_logp", "mean_log_ratio", "nucleus_entropy"},
 }
 
@@ -40,8 +43,20 @@ def test_a_variant_is_an_objective_of_its_own(row: Variant) -> None:
     objective = Objective(**row.parts)
     for need, fields in FACTS.items():
         assert (need in row.needs) == bool(objective.reads & fields)
+    assert ("critic" in row.needs) == objective.uses_critic
+    assert given.columns is not None
+    extra = {name: given.mask.clone() for name in objective.columns - given.columns.keys()}
+    given = given._replace(columns={**given.columns, **extra})
     slope(objective, given, 1)  # some parts compare a step with the first
     assert given.nucleus_entropy is not None
     given = given._replace(nucleus_entropy=given.nucleus_entropy * 2)
     same = torch.equal(slope(objective, given, 2), slope(Objective(), given, 2))
     assert same == (row.parts.keys() <= {"advantage"})
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_what_a_row_says(row: Variant) -> None:
+    known = inspect.signature(RolloutModule.__init__).parameters
+    assert row.options.keys() <= known.keys() | {"batch_size"}
+    assert re.fullmatch(r"[a-z0-9_]+", row.name) and row.title and row.formula and row.paper and row.off_policy
+    assert not row.formula.endswith(".") and row.tested in ("hand", "code")

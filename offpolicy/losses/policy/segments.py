@@ -19,8 +19,8 @@ class SegmentPPO(PPO):
     """As ``ppo`` with A = V(end) − V(begin) of the token's segment, and 0 on tokens that were near certain (SPO in its
     chain form, arXiv:2505.23564).
 
-    V is the mean reward of answers drawn from there on; at the end of the answer it is its reward. Such answers no engine
-    here draws: the store needs the columns ``segment`` (B, T) and ``segment_value`` (B, T), V at the begin of the
+    V is the mean reward of answers drawn from there on; at the end of the answer it is its reward. No engine here draws
+    such answers: the store needs the columns ``segment`` (B, T) and ``segment_value`` (B, T), V at the begin of the
     token's segment. Tokens that are left out still count in the mean.
 
     Args:

@@ -29,4 +29,15 @@ ROWS = (
         {"advantage": "ada"},
         unverified="over how many iterations it falls (100 here); needs a reward `format`",
     ),
+    Variant(
+        "t1",
+        "T1",
+        "2501.11651",
+        "answers drawn at a high temperature, with an entropy bonus and a divergence",
+        {"entropy": {"name": "bonus", "coef": 1e-3}, "anchors": ({"name": "k3", "coef": 1e-3},)},
+        {"temperature": 1.2, "group_size": 16},
+        differs="the divergence is from the base, not from a moving average of the policy",
+        unverified="temperature, coefficients and penalties",
+        needs="base, vocabulary",
+    ),
 )

@@ -13,7 +13,7 @@ ROWS = (
         "2601.22582",
         "A = (R − median)/(MAD + ε), the median answer left out",
         {"advantage": "median"},
-        {"group_size": 9},
+        {"group_size": 9, "batch_size": 63},
         differs="the code multiplies by n/n′ besides (`rescale`); the paper, and the default, do not",
     ),
     Variant(
@@ -52,7 +52,7 @@ ROWS = (
         "2510.00911",
         "A = (1 + ω)·min(S − q_α, 0) + clip(S, q_α, q_β) − q_β of bundles of problems, quantiles tracked",
         {"advantage": "risk", "ratio": "sequence", "trust": SEQUENCE_CLIP},
-        differs="the code divides the terms by α and β − α and all by a deviation (`form: code`); the paper is the default",
+        differs="the code divides the terms by α and β − α, and all by a deviation (`form: code`)",
         unverified="which quantiles stand at the beginning; the clip",
         off_policy="no: the quantiles are those of answers of the current policy",
     ),
