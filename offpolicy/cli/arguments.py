@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from offpolicy.cli.help import option_lines, options_of
+from offpolicy.cli.pages import page
 from offpolicy.cli.reader import spelled
 from offpolicy.data.names import HUB_ID, Target, resolve
 from offpolicy.errors import UsageError, nearest, nearest_options, resembles
@@ -149,7 +150,10 @@ def help_text(method: str | None) -> str:
         steps = f"recipe, else {MAX_STEPS}; own data: {EPOCHS} epochs"
     shown = [one for one in options_of(RunOptions, defaults) if cls is not None or one.name in MOSTLY]
     text = HELP.format(
-        methods=", ".join(method_names()), steps=steps, run="\n".join(option_lines("run", shown, short=cls is None))
+        methods=", ".join(method_names()),
+        docs=page("getting-started.md"),
+        steps=steps,
+        run="\n".join(option_lines("run", shown, short=cls is None)),
     )
     if cls is not None:
         text += "\n".join(["", f"Settings of {cls.__name__}:", *option_lines("model", options_of(cls)), ""])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
+from offpolicy.cli.pages import page_for
 from offpolicy.compute.processes import ProcessLost, is_first_process
 from offpolicy.errors import DataError, DivergenceError, UsageError
 from offpolicy.files import WriteError
@@ -42,6 +43,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
 def _say(message: object, code: int) -> int:
     print(f"Error: {message}" if code != CTRL_C else message, file=sys.stderr)
+    if more := page_for(str(message)):
+        print(f"More: {more}", file=sys.stderr)
     return code
 
 

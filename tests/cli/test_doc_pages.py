@@ -1,0 +1,33 @@
+"""Messages and help lead to headings that exist, and the page of errors quotes messages that exist."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from scripts import ROOT
+
+from offpolicy.cli.entry import _say
+from offpolicy.cli.pages import DOCS, TOPICS, page_for
+
+FAQ = (ROOT / "docs" / "faq.md").read_text()
+QUOTED = dict(re.findall(r"^### (.+)\n\n> `(.+)`$", FAQ, re.M))  # heading → part of a message
+
+
+def test_frequent_errors_are_the_messages_of_the_code() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "offpolicy").rglob("*.py") if path.name != "pages.py")
+    assert len(QUOTED) >= 20
+    assert not [part for part in QUOTED.values() if part not in code]
+
+
+def test_links_of_messages_are_headings_of_the_page() -> None:
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-"): part for title, part in QUOTED.items()}
+    assert {topic: anchors.get(topic) for topic in TOPICS.values()} == {topic: part for part, topic in TOPICS.items()}
+
+
+def test_an_error_ends_with_its_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _say("runs/a is being trained by process 7", 2) == 2
+    assert capsys.readouterr().err.splitlines()[1] == f"More: {DOCS}faq.md#trained-by-another-process"
+    _say("something else", 2)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert page_for("no message") == ""
