@@ -1,0 +1,115 @@
+"""The documentation site: its made pages are complete, it needs no network, and a browser shows it without faults."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from scripts import ROOT, run_python
+
+from lightning_modules import METHODS
+
+EXTENSIONS = ROOT / "docs" / "_ext"
+EQUATIONS = {METHODS[name] for name in yaml.safe_load((EXTENSIONS / "equations.yaml").read_text())}
+NEEDED = ("sphinx", "furo", "myst_parser", "latex2mathml")
+CHROME = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+PROBE = """<script>
+const faults = [];
+addEventListener("error", event => faults.push(event.message || event.target.src || event.target.href), true);
+addEventListener("load", () => {
+  const box = node => node.getBoundingClientRect();
+  const formulas = [...document.querySelectorAll("math")];
+  document.title = JSON.stringify({faults, formulas: formulas.length, width: innerWidth,
+    unseen: formulas.filter(node => !box(node).width || !box(node).height).length,
+    over: document.documentElement.scrollWidth - innerWidth});
+});
+</script>"""
+
+
+@pytest.fixture
+def method_pages(monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.syspath_prepend(EXTENSIONS)
+    return importlib.import_module("method_pages")
+
+
+def test_methods_have_a_place_and_an_equation(method_pages: object) -> None:
+    placed = [name for names in method_pages.KINDS.values() for name in names.split()]  # type: ignore[attr-defined]
+    written = set(method_pages.written_equations())  # type: ignore[attr-defined]
+    assert len(placed) == len(set(placed)) and written <= set(placed) <= set(METHODS)
+    assert {METHODS[name] for name in placed} == {METHODS[name] for name in written}
+
+
+def test_docstrings_keep_their_formulas_tables_and_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXTENSIONS)
+    rst = importlib.import_module("rst")
+    made = rst.prose(
+        "Words with a*b and |x| and ``code*``.\n\n  Critic: y = r\n  Actor:  z\n\n"
+        "| detail | here |\n|--------|------|\n| one    | a    |\n|        | b    |\n\n"
+        "Differs:\n  - in this;\n  - in that."
+    )
+    assert r"a\*b and \|x\| and ``code*``" in made
+    assert ".. code-block:: text\n\n   Critic: y = r\n   Actor:  z" in made
+    assert "   * - one\n     - a b\n" in made
+    assert "Differs:\n\n- in this;\n- in that." in made
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site: that of CI where it built one, else it is built with warnings as errors."""
+    built = os.environ.get("OFFPOLICY_SITE", "")
+    if built:
+        return Path(built)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"the site is not built here, as {', '.join(missing)} is not installed (extra `docs`)")
+    out = tmp_path_factory.mktemp("site")
+    done = run_python(
+        *("-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", out / "read", ROOT / "docs", out / "site"),
+        timeout=230,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out / "site"
+
+
+@pytest.mark.slow
+def test_pages_are_complete_and_need_no_network(site: Path) -> None:
+    for file in set(METHODS.values()):
+        text = (site / "methods" / f"{file}.html").read_text()
+        assert "<math" in text or file not in EQUATIONS, f"no formula on the page of {file}"
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        loaded = re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="(https?:[^"]+)"', text)
+        assert not loaded, f"{page.name} loads {loaded}"
+        assert not [one for one in re.findall(r"<math.*?</math>", text, re.DOTALL) if "\\" in one], page.name
+    assert "searchindex.js" in {path.name for path in site.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROME is None, reason="no Chromium is installed here, so the site is not looked at in one")
+@pytest.mark.parametrize("width", [1280, 500])
+@pytest.mark.parametrize("page", ["index", "methods/iql", "api/training"])
+def test_site_in_a_browser(site: Path, page: str, width: int, tmp_path: Path) -> None:
+    """No error, every formula is seen, and nothing is wider than the window."""
+    path = site / f"{page}.html"
+    probe = path.with_name(f"probe-{path.stem}-{width}.html")
+    probe.write_text(path.read_text().replace("<head>", "<head>" + PROBE, 1))
+    command = [str(CHROME), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    command += ["--enable-logging=stderr", f"--window-size={width},900", "--dump-dom", probe.as_uri()]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    finally:
+        probe.unlink()
+    title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    found = json.loads(title[1].replace("&quot;", '"'))
+    assert found["faults"] == [] and "CONSOLE" not in done.stderr, (found, done.stderr[-2000:])
+    assert found["unseen"] == 0 and (found["formulas"] > 0) == page.startswith("methods")
+    assert found["over"] <= 0, f"{page} is {found['over']} pixels wider than a window of {found['width']}"
