@@ -12,7 +12,7 @@ import pytest
 from commands import run_commands
 from scripts import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?P<skip><!-- not run:[^\n]*-->\n)?```(?P<kind>bash|python)\n(?P<text>.*?)```", re.DOTALL)
 SHORT = ["--trainer.max_steps", "8", "--run.eval_every", "4", "--run.eval_episodes", "1"]
 
