@@ -1,4 +1,4 @@
-"""The library from Python, cell by cell (open in an editor that runs `# %%` cells, or as a script)."""
+"""Control from Python, cell by cell: data, training, acting, Lightning's Trainer, a loss by itself."""
 
 # %% Data: a known name, a file, or arrays. The report says what was found.
 import offpolicy as op
@@ -8,7 +8,7 @@ print(data.replay)
 
 # %% Train. Everything the command line does, from Python; the run folder has metrics, checkpoints and a curve.
 method = op.TD3BC(alpha=10.0, hidden_dims=(64, 64), actor_lr=1e-3, critic_lr=1e-3, reward_transform="0.1r")
-run = op.fit(method, data, max_steps=3000, seed=0, eval_every=1000, threads=1)
+run = op.fit(method, data, max_steps=1000, seed=0, eval_every=500, eval_episodes=2, threads=1)
 print(run.folder)
 
 # %% Act: NumPy or tensors, one observation or many.
@@ -21,7 +21,7 @@ print(again.act(data.replay.steps["obs"][:3]))
 # %% The same with Lightning's own Trainer.
 from lightning.pytorch import Trainer  # noqa: E402
 
-trainer = Trainer(max_steps=200, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+trainer = Trainer(max_steps=50, logger=False, enable_checkpointing=False, enable_progress_bar=False)
 trainer.fit(op.BC(hidden_dims=(64, 64)), data)
 print(trainer.global_step, {k: round(float(v), 3) for k, v in trainer.callback_metrics.items()})
 
