@@ -8,6 +8,7 @@ from typing import Any
 
 import rst
 from docstrings import escape_docstring, escaped
+from method_pages import shown
 
 from offpolicy.cli.help import options_of
 from offpolicy.losses import policy_gradient
@@ -26,7 +27,7 @@ def slot_page(slot: str, components: dict[str, Callable[..., Any]]) -> str:
     for name, thing in components.items():
         words = inspect.cleandoc(thing.__doc__ or "").partition("\nArgs:")[0].partition("\nAttributes:")[0]
         rows = [
-            [f"``{one.name}``", f"``{one.default}``", escaped(one.text)]
+            [f"``{one.name}``", f"``{shown(one.default)}``", escaped(one.text)]
             for one in options_of(thing)
             if one.name != "self"
         ]

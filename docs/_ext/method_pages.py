@@ -24,7 +24,7 @@ KINDS = {
     "Control": "BC TD3BC IQL PRDC A2PR ODICE CQL AWAC ReBRAC SAC TD3 EDAC SACN DecisionTransformer",
     "Goals": "GCBC GCIVL GCIQL HIQL OTA",
     "Models of data and values of policies": "TrajectoryDiffusion WorldModel FQE",
-    "Preference tuning": "SFT DPO CDPO RDPO RPO IPO SimPO CPO ORPO KTO",
+    "Preference tuning": "SFT DPO CDPO RDPO RPO IPO INPO SimPO CPO ORPO KTO",
     "Reinforcement tuning": "GRPO ReMix RLPlus",
 }
 
