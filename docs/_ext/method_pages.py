@@ -23,7 +23,7 @@ OTHER_NAMES = {"TD3BC": ("TD3+BC",), "SACN": ("SAC-N",), "BC": ("BC", "BC-10%")}
 KINDS = {
     "Control": "BC TD3BC IQL PRDC A2PR ODICE CQL AWAC ReBRAC SAC TD3 EDAC SACN DecisionTransformer",
     "Goals": "GCBC GCIVL GCIQL HIQL OTA",
-    "Models of data and values of policies": "TrajectoryDiffusion WorldModel FQE",
+    "Models of data and values of policies": "TrajectoryDiffusion WorldModel RAVL MBPO FQE",
     "Preference tuning": "SFT DPO CDPO RDPO RPO IPO INPO SimPO CPO ORPO KTO",
     "Reinforcement tuning": "GRPO ReMix RLPlus",
 }
