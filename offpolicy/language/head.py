@@ -19,6 +19,7 @@ from offpolicy.errors import UsageError
 from offpolicy.language.attention import attention_inputs, shares_prompt, take_packed
 from offpolicy.language.layout import Layout, pair_layout, single_layout
 from offpolicy.language.logprobs import token_divergence, token_logps
+from offpolicy.language.nucleus import nucleus_entropy
 from offpolicy.language.reading import call, in_eval, taken
 
 # entries under which models say how their logits are capped
@@ -126,12 +127,18 @@ class TokenScores(NamedTuple):
         entropy: of the policy at each place, nats, (n,); None unless asked for.
         hidden: the states that predict the tokens, (n, D).
         divergence: KL(policy ‖ other) at each place, nats, (n,), by the name of the other; with gradient.
+        top_logp: log-probability of the likeliest token, (n,), without gradient; None unless asked for.
+        mean_logp: mean log-probability over the vocabulary, (n,), likewise.
+        nucleus_entropy: of the likeliest tokens of a share, (n,), with gradient; None unless asked for.
     """
 
     logps: Tensor
     entropy: Tensor | None
     hidden: Tensor
     divergence: dict[str, Tensor]
+    top_logp: Tensor | None = None
+    mean_logp: Tensor | None = None
+    nucleus_entropy: Tensor | None = None
 
 
 def score_tokens(
@@ -143,6 +150,8 @@ def score_tokens(
     entropy: bool = False,
     entropy_gradient: bool = False,
     others: Mapping[str, FinalStates] | None = None,
+    vocabulary: bool = False,
+    nucleus: float | None = None,
 ) -> TokenScores:
     """Log-probability of every scored token at a temperature, differentiable in the model's parameters.
 
@@ -154,8 +163,10 @@ def score_tokens(
         entropy: also give the entropy.
         entropy_gradient: give the entropy with its gradient.
         others: name → the policy to which the exact divergence is wanted, by `final_states` of the same layout.
+        vocabulary: also give ``top_logp`` and ``mean_logp``.
+        nucleus: also give the entropy of the likeliest tokens of this share.
     """
-    given = (chunk, temperature, entropy, entropy_gradient, others or {})
+    given = (chunk, temperature, entropy, entropy_gradient, others or {}, vocabulary, nucleus)
     return _in_forward(_score_tokens, model, layout, *given)
 
 
@@ -167,6 +178,8 @@ def _score_tokens(
     entropy: bool,
     entropy_gradient: bool,
     others: Mapping[str, FinalStates],
+    vocabulary: bool,
+    nucleus: float | None,
 ) -> TokenScores:
     head = Head(model)
     hidden = _hidden(head, layout)
@@ -174,13 +187,15 @@ def _score_tokens(
         hidden,
         layout.target,
         chunk,
-        entropy and not entropy_gradient,
+        vocabulary or (entropy and not entropy_gradient),
         temperature=temperature,
         entropy=entropy_gradient,
     )
     logps, facts = found if isinstance(found, tuple) else (found, {})
     apart = {name: head.divergence(hidden, other, chunk, temperature) for name, other in others.items()}
-    return TokenScores(logps, facts.get("entropy"), hidden, apart)
+    top, mean = (facts[name] if vocabulary else None for name in ("top_logp", "mean_logp"))
+    few = None if nucleus is None else head.nucleus_entropy(hidden, nucleus, chunk, temperature)
+    return TokenScores(logps, facts.get("entropy"), hidden, apart, top, mean, few)
 
 
 class Route(NamedTuple):
@@ -290,6 +305,11 @@ class Head:
             stats=stats,
             entropy=entropy,
         )
+
+    def nucleus_entropy(self, hidden: Tensor, share: float, chunk: int = 256, temperature: float = 1.0) -> Tensor:
+        """:func:`offpolicy.language.nucleus.nucleus_entropy` under this head."""
+        how = {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
+        return nucleus_entropy(hidden, self.weight, share, **how, temperature=temperature, chunk=chunk)
 
     def divergence(self, hidden: Tensor, other: FinalStates, chunk: int = 256, temperature: float = 1.0) -> Tensor:
         """`token_divergence` of this head from another of the same kind."""

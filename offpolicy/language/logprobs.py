@@ -56,8 +56,9 @@ def token_logps(
 
     Returns:
         log p(target), nats, (n,) float32 (float64 for float64 input). With `stats` or `entropy` a pair: log p(target)
-        and a dict of (n,) tensors: ``entropy`` (nats) and, with `stats`, ``logits`` (mean logit over the vocabulary)
-        and ``hits`` (1 where the target is the most probable token).
+        and a dict of (n,) tensors: ``entropy`` (nats) and, with `stats`, ``logits`` (mean logit over the vocabulary),
+        ``hits`` (1 where the target is the most probable token), ``top_logp`` (log-probability of that token) and
+        ``mean_logp`` (mean log-probability over the vocabulary).
     """
     device = hidden.device.type
     hidden = hidden.to(_product_type(hidden, weight))
@@ -69,7 +70,7 @@ def token_logps(
     with torch.autocast(device, enabled=False):
         cap = None if softcap is None else (softcap, temperature)
         logps, *facts = _TokenLogps.apply(hidden, weight, bias, target, cap, chunk, stats, entropy)
-    return (logps, dict(zip(("entropy", "logits", "hits"), facts))) if facts else logps
+    return (logps, dict(zip(("entropy", "logits", "hits", "top_logp", "mean_logp"), facts))) if facts else logps
 
 
 def token_divergence(
@@ -182,7 +183,8 @@ class _TokenLogps(torch.autograd.Function):
         log_total = total.log()
         facts = [] if spread is None else [top + log_total - spread / total]
         if sums is not None:
-            facts += [sums / vocabulary, (chosen >= top).to(exact)]
+            mean = sums / vocabulary
+            facts += [mean, (chosen >= top).to(exact), -log_total, (mean - top) - log_total]
         ctx.mark_non_differentiable(*facts[1 if entropy else 0 :])
         ctx.save_for_backward(hidden, weight, bias, target, top + log_total, facts[0] if entropy else None)
         ctx.cap, ctx.chunk, ctx.kept = cap, chunk, kept

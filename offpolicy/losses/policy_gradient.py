@@ -48,7 +48,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from offpolicy.errors import UsageError
+from offpolicy.errors import UsageError, check_range
 from offpolicy.losses import advantages as adv
 from offpolicy.losses.answers import Answers, Judged
 from offpolicy.losses.components import COMPONENTS
@@ -140,6 +140,8 @@ class Objective:
                 f"parts of `objective` read `nucleus_entropy` of different shares, {sorted(self._nuclei)}; expected "
                 "one `nucleus`, as it is computed once."
             )
+        for share in self._nuclei:
+            check_range("nucleus", share, 0.0, 1.0, lower_open=True)
 
     @cached_property
     def _parts(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Tokens(NamedTuple):
         previous_kl: (B, T), the same to π_k.
         top_logp: (B, T), log-probability of the likeliest token at each place, without gradient.
         mean_log_ratio: (B, T), mean over the vocabulary of log π_θ − log π_k at each place, without gradient.
-        nucleus_entropy: (B, T) of the policy on the likeliest tokens of a share of its mass, renormalised, with
+        nucleus_entropy: (B, T) of the policy on the likeliest tokens that reach a share of its mass, renormalised, with
             gradient; the component says the share in an attribute ``nucleus``.
         uniform: (B, T), numbers in [0, 1) that are a function of the seed, the step, the answer and the place.
         columns: further columns of the store, by name, (B,) or (B, T), that a component lists in ``columns``: ``turn``

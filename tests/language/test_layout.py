@@ -180,7 +180,7 @@ def test_singles(llama: nn.Module) -> None:
     assert found.length.tolist() == [3, 2, 5, 2, 0, 3]
     logp = llama(input_ids=torch.tensor([PROMPTS[0] + CHOSEN[0]])).logits[0, 2:5].log_softmax(-1)
     torch.testing.assert_close(found.stats["entropy"][0], -(logp.exp() * logp).sum(), atol=1e-9, rtol=0)
-    assert set(found.stats) == {"logits", "entropy", "hits"}
+    assert {"logits", "entropy", "hits"} <= set(found.stats)
 
 
 @pytest.mark.parametrize(

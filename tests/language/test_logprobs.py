@@ -44,6 +44,7 @@ def slow(
     z = z / temperature
     logp = z.log_softmax(-1)
     facts = {"logits": z.mean(-1), "entropy": -(logp.exp() * logp).sum(-1), "hits": (z.argmax(-1) == target).to(z)}
+    facts |= {"top_logp": logp.amax(-1), "mean_logp": logp.mean(-1)}
     return logp.gather(1, target[:, None])[:, 0], facts
 
 

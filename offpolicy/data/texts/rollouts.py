@@ -30,7 +30,7 @@ from offpolicy.data.texts.sequences import Ragged, runs, spans, texts
 from offpolicy.errors import DataError
 
 OWN, DEMONSTRATION, CONTINUED = 0, 1, 2
-DERIVED = ("previous_logp", "old_value", "advantage", "returns")  # of the current iteration alone
+DERIVED = ("previous_logp", "previous_mean_logp", "old_value", "advantage", "returns")  # of the current iteration alone
 
 
 class Rollouts(NamedTuple):

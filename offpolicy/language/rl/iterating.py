@@ -271,6 +271,8 @@ class IteratingModule(LanguageModule):
             entropy=True,
             entropy_gradient=objective.entropy_gradient,
             others=self.scoring.others(batch),
+            vocabulary=bool(objective.reads & {"top_logp", "mean_log_ratio"}),
+            nucleus=objective.nucleus,
         )
         return batch_tokens(
             batch,
@@ -281,6 +283,7 @@ class IteratingModule(LanguageModule):
             real=real,
             demonstrations=bool(self.hparams.demonstrations),
             columns=objective.columns,
+            uniform=(self.seed or 0, self.global_step) if "uniform" in objective.reads else None,
         )
 
     # -- metrics, files, stopping --------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Scoring:
 
     def __init__(self, passes: Forward, objective: Objective, *, on_policy: bool, dropout: bool) -> None:
         self.passes, self.objective, self.on_policy = passes, objective, on_policy
-        self.hears = not (objective.uses_critic or dropout)
+        self.hears = not (objective.uses_critic or dropout or "mean_log_ratio" in objective.reads)
         self.base: Weights = self._snapshot()
         self.base_moved = False
         self.previous: Weights | None = None
@@ -118,7 +118,11 @@ class Scoring:
         rows, critic = np.unique(np.concatenate(steps)), objective.uses_critic
         known = np.setdiff1d(rows, steps[0]) if self.hears else rows
         columns: dict[str, Any] = dict(store.steps)
-        if "previous_logp" in columns and not critic:  # the advantage asked for it; the first step says it anew
+        more = [
+            *(["old_value"] if critic else []),
+            *(["previous_mean_logp"] if "mean_log_ratio" in objective.reads else []),
+        ]
+        if "previous_logp" in columns and not more:  # the advantage asked for it; the first step says it anew
             columns["previous_logp"] = np.array(columns["previous_logp"])
             columns["previous_logp"][spans(store, steps[0])[: None if self.hears else 0]] = np.nan
             known = known[np.isnan(columns["previous_logp"][store.start[known]])]
@@ -128,7 +132,7 @@ class Scoring:
                 columns.setdefault(name, np.full(store.num_steps, np.nan, values.dtype))
                 columns[name][spans(store, where)] = values
 
-        found = self.columns(bound, known, ("previous_logp", *(("old_value",) if critic else ())))
+        found = self.columns(bound, known, ("previous_logp", *more))
         fill(known, found | (from_critic(objective, store, rows, found["old_value"]) if critic else {}))
         if base:
             said = columns.get("base_logp", np.full(store.num_steps, np.nan))
@@ -195,8 +199,9 @@ class Scoring:
         mine, parts = np.array_split(by_length, processes.world_size())[processes.rank()], []
         for start in range(0, len(mine), passes.rows):
             batch = passes.gather(bound, mine[start : start + passes.rows])
-            scores = passes.scores(batch, entropy="entropy" in names)
+            scores = passes.scores(batch, entropy="entropy" in names, vocabulary="previous_mean_logp" in names)
             values = {"previous_logp": scores.logps, "base_logp": scores.logps, "entropy": scores.entropy}
+            values["previous_mean_logp"] = scores.mean_logp
             if "old_value" in names:
                 values["old_value"] = passes.values(batch, scores)
             parts.append((batch.row.numpy(), {name: values[name].cpu().numpy() for name in names}))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.compute.devices import send
+from offpolicy.data import sampling
 from offpolicy.data.texts.rollouts import Rollouts
 from offpolicy.data.texts.sequences import spread
 from offpolicy.errors import UsageError, nearest
@@ -55,6 +56,7 @@ def batch_tokens(
     real: bool,
     demonstrations: bool,
     columns: Collection[str] = (),
+    uniform: tuple[int, int] | None = None,
 ) -> Tokens:
     """The tokens of B answers, padded to (B, T).
 
@@ -70,6 +72,7 @@ def batch_tokens(
         real: false where the batch only fills up; then all of it is padding.
         demonstrations: whether some tokens may be of demonstrations.
         columns: of the store that the objective asks for, see :func:`check_columns`.
+        uniform: seed and step, of which the random numbers of the tokens are a function; None for none.
     """
     device, length = scores.logps.device, batch.answer.length
     size, width = len(length), int(length.max())
@@ -98,6 +101,9 @@ def batch_tokens(
             return padded(torch.ones_like(scores.logps, dtype=torch.int64)) - 1
         return ids
 
+    vocabulary = {"top_logp": scores.top_logp, "nucleus_entropy": scores.nucleus_entropy}
+    if "previous_mean_logp" in steps and scores.mean_logp is not None:
+        vocabulary["mean_log_ratio"] = scores.mean_logp - send(batch.steps["previous_mean_logp"], device)
     return Tokens(
         logp=logp,
         mask=padded(torch.full_like(scores.logps, float(real)).detach()),
@@ -110,7 +116,16 @@ def batch_tokens(
         entropy=None if scores.entropy is None else padded(scores.entropy),
         lag=iteration - facts["policy_version"],
         columns={name: asked(name) for name in columns} if columns else None,
+        uniform=None if uniform is None else send(numbers(*uniform, batch.row, width), device).to(logp.dtype),
+        **{name: padded(values) for name, values in vocabulary.items() if values is not None},
         **({} if value is None else {"value": padded(value)}),
         **{f"{name}_kl": padded(apart) for name, apart in scores.divergence.items()},
         **{name: steps[name] for name in ("old_value", "returns") if name in steps},
     )
+
+
+def numbers(seed: int, step: int, row: Tensor, width: int) -> Tensor:
+    """Numbers in [0, 1) of answers (B,) and places, (B, width) float64, whatever micro-batch an answer is in."""
+    key = sampling.keys(seed, "objective", torch.tensor([step], device="cpu"))[0]
+    place = row[:, None] * 2**32 + torch.arange(width, device="cpu")
+    return sampling.unit(sampling.bits(key, place)).clamp(max=1.0 - 2.0**-24)  # below 1 in float32 too

@@ -15,6 +15,7 @@ from tiny_rl import fit, method
 
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
+from offpolicy.language.rl.tokens import numbers
 from offpolicy.language.rl.whole_step import pieces
 from offpolicy.language.stepping import MicroBatches
 
@@ -107,3 +108,19 @@ def test_what_cannot_be_had_is_refused(policy: Path) -> None:
         fit(method("GRPO", policy, objective={"advantage": "made_parts.LeavesOut"}, lag=1), 1, held_out=False)
     with pytest.raises(UsageError, match=r"`micro_batch_size` is 2.*expected ≥ 4"):
         fit(method("GRPO", policy, objective={"terms": ["made_parts.Pairs"]}, micro_batch_size=2), 1, held_out=False)
+
+
+@pytest.mark.slow
+def test_facts_over_the_vocabulary(policy: Path) -> None:
+    """The same in one piece and in several; the mean log-ratio is 0 in the first step, when nothing has moved."""
+    part = {"objective": {"anchors": ["made_parts.Vocabulary"]}, "batch_size": 8}
+    whole, cut = trained(policy, **part), trained(policy, **part, micro_batch_size=3)
+    torch.testing.assert_close(weights(cut), weights(whole), rtol=1e-6, atol=1e-7)
+    rows = whole.course.rows(2)
+    bound = whole.course.rollouts
+    with torch.no_grad():
+        tokens = whole.tokens(whole.passes.gather(bound, rows))
+        model, text = whole.model, whole.passes.layout(whole.passes.gather(bound, rows))
+    assert text.target.numel() == int(tokens.mask.sum()) and tokens.mean_log_ratio is not None
+    assert model is not None and float(tokens.mean_log_ratio.abs().max()) > 1e-6  # after two steps of the iteration
+    assert numbers(0, 5, torch.tensor([3, 9]), 4)[1].tolist() == numbers(0, 5, torch.tensor([9]), 7)[0, :4].tolist()
