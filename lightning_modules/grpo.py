@@ -5,7 +5,8 @@ Every problem gets a group of answers; the advantage of an answer is its reward 
 min(ρA, clip(ρ, 1 − ε, 1 + ε)A) − β·KL(π_θ ‖ π_base), the divergence estimated per token by e^δ − δ − 1 with
 δ = log π_base − log π_θ (Eq. 3 and 4), or as ``kl`` says.
 
-``variant`` names what others change, and nothing else: :mod:`offpolicy.losses.variants` has them with their papers.
+``variant`` names what others change, and nothing else: :mod:`offpolicy.losses.variants` has them with their papers. One
+that needs other values of other options, as for drawing answers, sets those that are left at their defaults.
 
 With ``replay_fraction`` old answers are reused with the ratio to the policy that drew them ("gspo": to π_k, the policy
 at the start of the iteration), as ReMix does, which adds what keeps that stable.
@@ -17,21 +18,22 @@ multiplies by that of the whole answer.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from offpolicy.errors import check_choice, check_range
+from offpolicy.errors import UsageError, check_choice, check_range
+from offpolicy.language.module import LanguageModule
 from offpolicy.language.rl.rollouts import RolloutModule
 from offpolicy.losses.policy.anchors import ESTIMATORS
-from offpolicy.losses.variants import VARIANTS
-
-AGE_CAP = 3.0  # of importance weights with a lag; the bound that TRL gives weights of an engine
+from offpolicy.losses.variants.choosing import chosen, variant_of, variant_words
 
 
 class GRPO(RolloutModule):
     """Group-relative policy optimisation, on-policy unless ``replay_fraction`` says otherwise.
 
     Args:
-        variant: "grpo", "dr_grpo", "dapo", "gspo", "rloo", or another of :mod:`offpolicy.losses.variants`.
+        variant: "grpo", "dr_grpo", "dapo", "gspo", "rloo", or another of :mod:`offpolicy.losses.variants`:
+            ``python -m offpolicy.fit --model.help variants`` tells what each is.
         clip: how far the ratio may go below 1, in [0, 1]; None for the variant's (0.2).
         clip_high: how far above 1, ≥ 0; None for the variant's, or ``clip``.
         beta: coefficient ≥ 0 of the divergence from the policy at the start; the paper has 0.04, later work 0.
@@ -51,32 +53,49 @@ class GRPO(RolloutModule):
         entropy: float = 0.0,
         **rollouts: Any,
     ) -> None:
+        given = {"clip": clip, "clip_high": clip_high, "beta": beta, "kl": kl, "entropy": entropy, **rollouts}
+        self.of_variant = {
+            name: value
+            for name, value in variant_of(variant).options.items()
+            if given.get(name, DEFAULTS[name]) in (DEFAULTS[name], value)
+        }
+        rollouts |= {name: value for name, value in self.of_variant.items() if name not in OWN}
         super().__init__(**rollouts)
-        check_choice("variant", variant, VARIANTS)
         check_range("clip", clip or 0.0, 0.0, 1.0)
         for name, value in (("clip_high", clip_high), ("beta", beta), ("entropy", entropy)):
             check_range(name, value or 0.0, 0.0)
         check_choice("kl", kl, ESTIMATORS)
         self.save_hyperparameters()
+        self.hparams.update(self.of_variant)
         self.objective = self.compose()
 
     def parts(self) -> dict[str, Any]:
         h = self.hparams
-        variant = dict(VARIANTS[h.variant].parts)
-        trust = variant.pop("trust", {"name": "ppo", "low": 0.2})
-        if isinstance(trust, dict) and trust["name"] == "ppo":
-            high = trust.get("high") if h.clip is None else h.clip
-            trust = {**trust, "low": trust["low"] if h.clip is None else h.clip, "high": high}
-            trust |= {} if h.clip_high is None else {"high": h.clip_high}
-        late: dict[str, Any] = {}
-        if h.lag and "ratio" in variant:
-            late = {"weight": ({"name": "age", "cap": AGE_CAP},)}
-        elif h.lag:
-            late = {"ratio": {"name": "decoupled", "cap": AGE_CAP}}
-        return {
-            "trust": trust,
-            "anchors": ({"name": h.kl, "coef": h.beta},) if h.beta else (),
-            "entropy": {"name": "bonus", "coef": h.entropy} if h.entropy else "none",
-            **variant,
-            **late,
-        }
+        for option, slot in (("clip", "trust"), ("clip_high", "trust"), ("beta", "anchors"), ("entropy", "entropy")):
+            if h[option] and slot in (h.objective or {}):
+                raise UsageError(
+                    f"`{option}` is {h[option]}, and `objective` names the `{slot}` that it would be for; expected "
+                    f"one of the two. Leave `{option}` out, or give the part its own number in --model.objective."
+                )
+        return chosen(
+            variant_of(h.variant),
+            clip=h.clip,
+            clip_high=h.clip_high,
+            anchor={"name": h.kl, "coef": h.beta} if h.beta else None,
+            bonus={"name": "bonus", "coef": h.entropy} if h.entropy else None,
+            lag=h.lag,
+        )
+
+    def objective_facts(self) -> list[tuple[str, str]]:
+        variant = variant_of(self.hparams.variant)
+        lines = [] if variant.name == "grpo" else [("variant", variant_words(variant, self.of_variant))]
+        stale = bool(self.hparams.lag or self.hparams.replay_fraction) and variant.off_policy != "yes"
+        return [*lines, *([("old answers", variant.off_policy)] if stale else []), *super().objective_facts()]
+
+
+OWN = tuple(name for name in inspect.signature(GRPO.__init__).parameters if name not in ("self", "variant", "rollouts"))
+DEFAULTS = {
+    name: one.default
+    for kind in (LanguageModule, RolloutModule, GRPO)
+    for name, one in inspect.signature(kind.__init__).parameters.items()
+}

@@ -119,8 +119,10 @@ class Vocabulary:
     columns = frozenset({"group"})
 
     def __call__(self, tokens: Tokens, *, iteration: int) -> Tensor:
-        few, top, mean, drawn = (getattr(tokens, n) for n in ("nucleus_entropy", "top_logp", "mean_log_ratio", "uniform"))
+        few, top, mean, drawn = (
+            getattr(tokens, n) for n in ("nucleus_entropy", "top_logp", "mean_log_ratio", "uniform")
+        )
         kept = tokens.kept
         assert few.requires_grad or not torch.is_grad_enabled()
-        assert (top[kept] >= tokens.logp[kept].detach() - 1e-9).all() and (0 <= drawn).all() and (drawn < 1).all()
+        assert (top[kept] >= tokens.logp[kept].detach() - 1e-9).all() and (drawn >= 0).all() and (drawn < 1).all()
         return torch.where(kept, 0.1 * few + mean * tokens.logp + drawn * tokens.logp, 0.0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from offpolicy.language import logprobs
 from offpolicy.language.logprobs import token_divergence, token_logps
+from offpolicy.language.nucleus import nucleus_entropy
 
 N, D, V = 13, 6, 29
 
@@ -256,3 +259,25 @@ def test_memory_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         (logps + facts["entropy"]).sum().backward()
         token_divergence(hidden, weight, hidden.detach() + 1, weight.detach(), chunk=8).sum().backward()
     assert largest.numbers <= 8 * 1000
+
+
+def test_entropy_of_a_nucleus() -> None:
+    """Probabilities ½, ¼, ⅛, ⅛: of a share of 0.7 the first two count, with ⅔ and ⅓; of 1 all, 1.75·ln 2; of little
+    one, which has none. The gradient is that of the formula, in chunks or not."""
+    logits = torch.tensor([[0.5, 0.125, 0.25, 0.125]], dtype=torch.float64).log()
+    weight = torch.eye(4, dtype=torch.float64)
+    two = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    for share, expected in ((0.7, two), (1.0, 1.75 * math.log(2)), (0.3, 0.0), (0.5, 0.0), (0.51, two)):
+        found = nucleus_entropy(logits, weight, share)
+        torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float64), atol=1e-12, rtol=0)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(11, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def found(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return nucleus_entropy(h, w, 0.8, bias=b, softcap=3.0, scale=0.7, temperature=1.3, chunk=12)
+
+    whole = nucleus_entropy(hidden, head, 0.8, bias=bias, softcap=3.0, scale=0.7, temperature=1.3)
+    torch.testing.assert_close(found(hidden, head, bias), whole)
+    assert torch.autograd.gradcheck(found, (hidden, head, bias))

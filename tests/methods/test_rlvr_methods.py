@@ -20,6 +20,7 @@ from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
 from offpolicy.language.rl.engine import CONTINUES, Request
 from offpolicy.language.rl.engines import TransformersEngine
+from offpolicy.losses.variants import VARIANTS, Variant
 from offpolicy.training.checkpoints import newest_checkpoint
 
 
@@ -403,12 +404,38 @@ def test_dropout_is_no_part_of_what_the_policy_thought(policy: Path) -> None:
     np.testing.assert_allclose(steps["logp"], steps["sampler_logp"], atol=1e-4)
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_variants_beside_other_options(lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A divergence is added to a variant's own; an entropy bonus beside its own term is refused; its options hold where
+    a user leaves the default; each is an objective with a lag too."""
+    from lightning_modules.grpo import GRPO
+
+    for name, row in VARIANTS.items():
+        assert row.method or GRPO(policy="x", variant=name, lag=lag).objective
+    parts = {"anchors": ({"name": "k2", "coef": 0.1},), "entropy": {"name": "bonus", "coef": 0.2}}
+    made = Variant("made", "Made", "0000.00000", "nothing", parts, {"sweeps": 3, "group_size": 6, "beta": 0.5})
+    monkeypatch.setitem(VARIANTS, "made", made)
+    found = GRPO(policy="x", variant="made", group_size=4, lag=lag)
+    assert (found.hparams.sweeps, found.hparams.group_size, found.hparams.beta) == (3, 4, 0.5)
+    assert [one["name"] for one in found.objective.anchors] == ["k2", "k3"]  # type: ignore[index]
+    assert found.of_variant == {"sweeps": 3, "beta": 0.5}
+    again = GRPO(**found.hparams)
+    assert again.hparams == found.hparams and again.of_variant == found.of_variant
+    with pytest.raises(UsageError, match="has an entropy term of its own"):
+        GRPO(policy="x", variant="made", entropy=0.1)
+    monkeypatch.setitem(VARIANTS, "made", Variant("made", "Made", "", "", method="HPT"))
+    with pytest.raises(UsageError, match="Pass --model HPT"):
+        GRPO(policy="x", variant="made")
+
+
 def test_objectives_are_data(policy: Path) -> None:
-    from lightning_modules.grpo import GRPO, VARIANTS
+    from lightning_modules.grpo import GRPO
     from lightning_modules.rl_plus import RLPlus
 
-    found = {name: GRPO(policy="x", variant=name).objective for name in VARIANTS}
-    assert len(set(map(repr, found.values()))) == len(VARIANTS)
+    names = [name for name, row in VARIANTS.items() if not row.method]
+    found = {name: GRPO(policy="x", variant=name, lag=0).objective for name in names}
+    told = {name: (repr(found[name]), repr(sorted(VARIANTS[name].options.items()))) for name in names}
+    assert len(set(told.values())) == len(names)
     assert found["dapo"].trust == {"name": "ppo", "low": 0.2, "high": 0.28}
     assert GRPO(policy="x", variant="gspo", clip=1e-3).objective.trust["high"] == 1e-3  # type: ignore[index]
     changed = GRPO(policy="x", objective={"trust": "none", "anchors": [{"name": "k2", "coef": 0.5}]}).objective
@@ -427,6 +454,7 @@ astray.reads = {"base_logps"}  # type: ignore[attr-defined]
 
 OWN_PARTS = """
 import torch
+from offpolicy.losses.variants import VARIANTS, Variant
 from offpolicy.losses.policy_gradient import Ratio, Surrogate
 
 class Steps:
@@ -490,6 +518,8 @@ def test_components_of_ones_own_train(
 
 MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("GRPO", {"variant": "gpso"}, "Did you mean 'gspo'"),
+    ("GRPO", {"variant": "rloo", "clip": 0.2}, "`clip` is given, and the trust region of the variant 'rloo' is 'none'"),
+    ("GRPO", {"clip": 0.2, "objective": {"trust": "none"}}, "`clip` is 0.2, and `objective` names the `trust`"),
     ("GRPO", {"batch_size": 9}, "expected a multiple, as groups stay whole. Pass --model.batch_size 8"),
     ("GRPO", {"objective": {"trsut": "none"}}, "Did you mean 'trust'"),
     (

@@ -378,6 +378,10 @@ class RolloutModule(IteratingModule):
             return []
         return [("lag", self.ahead.fact(self.hparams.lag)), ("age", age_fact(self.objective))]
 
+    def objective_facts(self) -> list[tuple[str, str]]:
+        """The lines on the objective."""
+        return objective_facts(self.objective, self.micro.number * self.world_size)
+
     def sharding_notes(self) -> list[str]:
         """A sentence on the memory that drawing takes where the weights are shared out."""
         if self.device_mesh is None:
@@ -393,7 +397,7 @@ class RolloutModule(IteratingModule):
             facts=[
                 *self.answering.facts(),
                 *self._lag_facts(),
-                *objective_facts(self.objective, self.micro.number * self.world_size),
+                *self.objective_facts(),
                 self.policy_fact(),
                 self.padding_fact(),
                 *self.memory_facts(),

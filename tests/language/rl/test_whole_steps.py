@@ -120,7 +120,5 @@ def test_facts_over_the_vocabulary(policy: Path) -> None:
     bound = whole.course.rollouts
     with torch.no_grad():
         tokens = whole.tokens(whole.passes.gather(bound, rows))
-        model, text = whole.model, whole.passes.layout(whole.passes.gather(bound, rows))
-    assert text.target.numel() == int(tokens.mask.sum()) and tokens.mean_log_ratio is not None
-    assert model is not None and float(tokens.mean_log_ratio.abs().max()) > 1e-6  # after two steps of the iteration
+    assert tokens.mean_log_ratio is not None and float(tokens.mean_log_ratio.abs().max()) > 1e-6  # two steps have moved
     assert numbers(0, 5, torch.tensor([3, 9]), 4)[1].tolist() == numbers(0, 5, torch.tensor([9]), 7)[0, :4].tolist()
