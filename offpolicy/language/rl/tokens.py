@@ -34,11 +34,11 @@ def check_columns(columns: Collection[str], rewards: Collection[str], given: Col
 
     Args:
         columns: that the objective asks for. Of answers: ``OF_ANSWERS``, or ``reward/NAME``. Of tokens: ``turn``, which
-            is 0, as answers have one turn, and −1 outside of the answer.
+            is 0, as answers have one turn, and −1 outside of the answer; and ``token``, its number in the vocabulary.
         rewards: names of the rewards.
         given: columns that the advantage gives.
     """
-    known = [*OF_ANSWERS, "turn", *(f"reward/{name}" for name in rewards), *sorted(given)]
+    known = [*OF_ANSWERS, "turn", "token", *(f"reward/{name}" for name in rewards), *sorted(given)]
     for name in sorted(set(columns) - set(known)):
         raise UsageError(
             f"a component of `objective` asks for the column `{name}`, which answers do not have here; expected "
@@ -96,6 +96,8 @@ def batch_tokens(
             return send(length, device)
         if name in facts:
             return facts[name]
+        if name == "token":
+            return padded(send(batch.answer.token, device) + 1) - 1  # −1 outside of the answer
         ids = padded(send(batch.steps[name], device).long() + 1) - 1 if name in batch.steps else None
         if ids is None:  # an answer of one turn
             return padded(torch.ones_like(scores.logps, dtype=torch.int64)) - 1

@@ -84,7 +84,7 @@ ROWS = (
         "HAPO",
         "2509.16591",
         "bounds and advantages by the entropy of the token, normalised over the step",
-        {"trust": "entropy_adaptive", "weight": ("hapo",), "aggregation": "token_mean"},
+        {"ratio": "token", "trust": "entropy_adaptive", "weight": ("hapo",), "aggregation": "token_mean"},
         differs="in the code a sign is lost, so that lower bounds never move: signed=False",
         unverified="temperature by entropy and the mean of rewards by token are left out",
         needs="vocabulary",
