@@ -31,6 +31,8 @@ micro-batch of one process. What else it needs it says in attributes:
 - ``step_facts(step)`` → name → (B, T), (B,) or 0-d: what it wants to know of all answers of the step. It is called once
   before the first gradient, with the detached tokens of all micro-batches and processes; at its call the component
   finds in ``tokens.step`` the rows of its micro-batch.
+- ``check_answers(rewards, size)`` of an advantage: raises UsageError before training where it cannot do with the rewards
+  of these names, or with groups of this size.
 - ``state_dict()`` and ``load_state_dict(state)``: what it remembers, so that a resumed run goes on with it. That may
   change in ``step_facts`` and in the call of an advantage alone, which every process makes alike.
 
@@ -40,7 +42,7 @@ micro-batches (:mod:`offpolicy.losses.parts`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -268,6 +270,12 @@ class Objective:
         if self.takes_answers:
             raise UsageError("`advantage` sees more of the answers than rewards. Use `judged`.")
         return self._parts["advantage"](rewards, group, own)
+
+    def check_answers(self, rewards: Collection[str], size: int) -> None:
+        """Raise :class:`UsageError` where the advantage cannot do with these rewards, or groups of this size."""
+        check = told(self._parts["advantage"], "check_answers")
+        if check:
+            check(rewards, size)
 
     def judged(self, answers: Answers) -> Judged:
         """Advantages of answers, without gradient, and which of the answers count; as :meth:`advantages`."""

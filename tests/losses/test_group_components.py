@@ -201,7 +201,7 @@ def test_ada() -> None:
     half = (4 / 3 * (0.75 + 0.125), 4 * (0.25 + 0.375))
     close(made("ada", [1, 0, 1, 1], iteration=51, **facts), *normal(half[0], 0, half[0], half[1]))
     close(made("ada", [1, 0, 1, 1], iteration=101, **facts), *normal(1, 0, 1, 1))
-    with pytest.raises(UsageError, match="reads the reward 'format'; these answers have none by name"):
+    with pytest.raises(UsageError, match="reads the reward 'format'; there is none by name"):
         made("ada", [1, 0])
 
 

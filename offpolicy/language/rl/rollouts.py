@@ -277,6 +277,7 @@ class RolloutModule(IteratingModule):
             problems, self.tokenizer, self.hparams, words=self.words, held_out=self.eval_problems
         )
         check_columns(self.objective.columns, self.answering.rewards.names, self.objective.gives)
+        self.objective.check_answers(self.answering.rewards.names, self.hparams.group_size)
         self.ahead = Ahead(self.answering, lambda: self.seed or 0, self.wants_to_stop)
 
     def expected_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from offpolicy.losses.policy.groups import (
     AnswerAdvantage,
     answer_field,
     answer_part,
+    check_reward,
     group_median,
     group_numbers,
     group_places,
@@ -52,12 +54,8 @@ class MedianAdvantage(AnswerAdvantage):
     def __call__(self, answers: Answers) -> Judged:
         reward, counted, group = answers.reward.double(), self.counted(answers), answers.group
         size = group_total(counted.long(), group)
-        even = size[counted & (size % 2 == 0)]
-        if len(even):
-            raise UsageError(
-                f"a group has {int(even[0])} answers, of which none is the median; expected an odd number for 'median'."
-                " Draw one answer more per problem."
-            )
+        for even in size[counted & (size % 2 == 0)][:1]:
+            self._check_odd(int(even))
         off = reward - group_median(reward, group, counted)
         advantage = off / (group_median(off.abs(), group, counted) + self.eps)
         if self.rescale:
@@ -66,6 +64,17 @@ class MedianAdvantage(AnswerAdvantage):
         candidate = counted & (off == 0)
         pivot = candidate & (group_ranks((~candidate).long(), group) == 0)
         return Judged(advantage.to(answers.reward.dtype), ~pivot)
+
+    def check_answers(self, rewards: Collection[str], size: int) -> None:
+        if self.statistics == "all":
+            self._check_odd(size)
+
+    def _check_odd(self, size: int) -> None:
+        if size % 2 == 0:
+            raise UsageError(
+                f"a group has {size} answers, of which none is the median; expected an odd number for 'median'. Pass "
+                f"--model.group_size {size + 1} and a --model.batch_size that is a multiple of it."
+            )
 
 
 @dataclass(frozen=True)
@@ -202,6 +211,10 @@ class ConsistencyAdvantage(AnswerAdvantage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("gamma", self.gamma, 0.0)
+
+    def check_answers(self, rewards: Collection[str], size: int) -> None:
+        if self.answer:
+            check_reward(self.answer, rewards)
 
     def __call__(self, answers: Answers) -> Tensor:
         counted, group = self.counted(answers), answers.group

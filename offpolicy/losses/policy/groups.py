@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -99,12 +100,17 @@ def answer_part(answers: Answers, name: str) -> Tensor:
     Raises:
         UsageError: there is none of that name.
     """
-    if name not in answers.parts:
-        raise UsageError(
-            f"the advantage reads the reward '{name}'; these answers have {', '.join(answers.parts) or 'none by name'}."
-            " Add a reward of that name; its weight may be 0."
-        )
+    check_reward(name, answers.parts)
     return answers.parts[name]
+
+
+def check_reward(name: str, rewards: Collection[str]) -> None:
+    """Raise :class:`UsageError` unless there is a reward of this name."""
+    if name not in rewards:
+        raise UsageError(
+            f"the advantage reads the reward '{name}'; there {'are' if len(rewards) > 1 else 'is'} "
+            f"{', '.join(rewards) or 'none by name'}. Add one of that name to --model.rewards; its weight may be 0."
+        )
 
 
 def success_rates(answers: Answers, counted: Tensor) -> Tensor:

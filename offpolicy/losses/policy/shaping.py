@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from offpolicy.losses.policy.groups import (
     AnswerAdvantage,
     answer_field,
     answer_part,
+    check_reward,
     group_largest,
     group_numbers,
     group_places,
@@ -180,6 +182,9 @@ class RareFormatAdvantage(AnswerAdvantage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("iterations", self.iterations, 1)
+
+    def check_answers(self, rewards: Collection[str], size: int) -> None:
+        check_reward(self.format, rewards)
 
     def __call__(self, answers: Answers) -> Tensor:
         counted, (index, _) = self.counted(answers), group_numbers(answers.group)

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     "GRPO-late": ("GRPO", {"lag": 1, "demonstrations": 1, "demonstration_share": 0.5}, (2, 3), 8),
     "ReMix-late": ("ReMix", {"lag": 2, "min_ess": 0.9, "reincarnation": 3}, (3, 9), 12),
     "filtered": ("GRPO", {"filter": "signal", "rewards": ["tiny_rl.ends_early"], "lag": 1}, (3,), 6),
+    "risk": ("GRPO", {"objective": {"advantage": {"name": "risk", "bundle": 1}}}, (3,), 6),
     "own-state": ("GRPO", {"objective": {"weight": ["tiny_rl.Remembers"]}}, (3,), 6),
     "dropout": ("GRPO", {"lora_rank": 2, "lora_dropout": 0.3, "kl": "full", "beta": 0.1}, (3,), 6),
 }
