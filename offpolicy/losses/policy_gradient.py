@@ -31,7 +31,7 @@ micro-batch of one process. What else it needs it says in attributes:
 - ``step_facts(step)`` → name → (B, T), (B,) or 0-d: what it wants to know of all answers of the step. It is called once
   before the first gradient, with the detached tokens of all micro-batches and processes; at its call the component
   finds in ``tokens.step`` the rows of its micro-batch.
-- ``check_answers(rewards, size)`` of an advantage: raises UsageError before training where it cannot do with the rewards
+- ``check_answers(rewards, size)`` of an advantage: raises UsageError before training where it cannot do with rewards
   of these names, or with groups of this size.
 - ``state_dict()`` and ``load_state_dict(state)``: what it remembers, so that a resumed run goes on with it. That may
   change in ``step_facts`` and in the call of an advantage alone, which every process makes alike.
