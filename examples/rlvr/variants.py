@@ -6,7 +6,8 @@ usage: python examples/rlvr/variants.py [--variants grpo dapo …] [--lags 0 4 1
 ``addition``: two-digit sums by the warmed-up policy of addition.py, checked by arithmetic; a reward of 0 or 1.
 ``order``: four digits are to be written in ascending order; the reward is the share of the places that are right, so
 half-right answers are paid. Every variant starts from the same weights, with its published defaults, and writes the
-same number of answers: 32 problems with 8 answers per iteration, two updates of 128. With a lag L all answers are of
+same number of answers: 32 problems with 8 answers per iteration, two updates of 128 (``mc_grpo``, which takes odd groups: 28
+with 9, two of 126). With a lag L all answers are of
 the policy of L iterations ago. Measured at the end: on held-out problems the most likely answer, the mean of 4 sampled
 ones, and any of the 4, on sums with a carry too; on the last training answers the entropy per token and the length.
 A variant is compared with GRPO at the same task and lag by Welch's test over seeds, corrected by Holm's rule for all
@@ -32,6 +33,7 @@ VARIANTS = ["grpo", "dr_grpo", "dapo", "gspo", "mc_grpo", "ngrpo", "bnpo", "unli
 VARIANTS += ["kl_cov", "bapo", "steer", "lp_reg", "vcpo", "rover"]
 LAGGED = ["grpo", "gspo", "bapo", "vcpo", "unlikeliness", "clip_cov"]  # what stale answers are tried on
 COMMON: dict[str, Any] = {"lr": 1e-4, "batch_size": 128, "minibatches": 2, "group_size": 8, "eval_rows": 0}
+SETTINGS: dict[str, dict[str, Any]] = {"mc_grpo": {"group_size": 9, "batch_size": 126}}  # where they must differ
 CLAIMS = {  # name → what its paper says it improves
     "unlikeliness": "pass@4",
     "clip_cov": "entropy",
@@ -99,9 +101,8 @@ def one_run(task: str, variant: str, lag: int, seed: int, root: Path, answers: i
     name, options = task_data(task, root)
     rewards = None if task == "addition" else ["variants.right_places"]
     longest = 4 if task == "addition" else 6
-    method = op.GRPO(
-        policy=str(policy), variant=variant, lag=lag, rewards=rewards, max_new_tokens=longest, export="none", **COMMON
-    )
+    settings = COMMON | SETTINGS.get(variant, {}) | {"max_new_tokens": longest, "export": "none"}
+    method = op.GRPO(policy=str(policy), variant=variant, lag=lag, rewards=rewards, **settings)
     result = op.fit(
         method,
         ProblemData(name, show=0, **options),
