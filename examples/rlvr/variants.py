@@ -6,10 +6,10 @@ usage: python examples/rlvr/variants.py [--variants grpo dapo …] [--lags 0 4 1
 ``addition``: two-digit sums by the warmed-up policy of addition.py, checked by arithmetic; a reward of 0 or 1.
 ``order``: four digits are to be written in ascending order; the reward is the share of the places that are right, so
 half-right answers are paid. Every variant starts from the same weights, with its published defaults, and writes the
-same number of answers: 32 problems with 8 answers per iteration, two updates of 128 (``mc_grpo``, which takes odd groups: 28
-with 9, two of 126). With a lag L all answers are of
-the policy of L iterations ago. Measured at the end: on held-out problems the most likely answer, the mean of 4 sampled
-ones, and any of the 4, on sums with a carry too; on the last training answers the entropy per token and the length.
+same number of answers: 32 problems with 8 answers per iteration, two updates of 128 (``mc_grpo`` takes odd groups: 28
+problems with 9, two of 126). With a lag L all answers are of the policy of L iterations ago. Measured at the end: on
+held-out problems the most likely answer, the mean of 4 sampled ones, and any of the 4, on sums with a carry too; on the
+last training answers the entropy per token and the length.
 A variant is compared with GRPO at the same task and lag by Welch's test over seeds, corrected by Holm's rule for all
 variants of a column. Prints Markdown tables; a run that is there is not made again.
 """
