@@ -44,4 +44,5 @@ METHODS = {
     "GRPO": "grpo",
     "ReMix": "remix",
     "RLPlus": "rl_plus",
+    "HPT": "hpt",
 }

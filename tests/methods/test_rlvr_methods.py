@@ -106,6 +106,17 @@ def obvious_loss(name: str, model: Any, start: Any, module: Any, stores: Stores,
             share = max(1 - 0.1 * max(k - 1, 0), 0.5)  # start 1, every 1
             convex = share * kl_of(kl, whole, base, token) + (1 - share) * kl_of(kl, whole, old, token)
             total = total - (gain - module.hparams.beta * convex + 1e-3 * entropy).mean() / len(rows)
+        elif name == "HPT":  # three own answers and a demonstration; one right answer opens the gate
+            mine = group & (store.episodes["source"] == 0)
+            shows = (store.episodes["reward"][mine] >= module.hparams.success).sum() == 0
+            assert bool(external.all()) == shows
+            centred = store.episodes["reward"][row] - store.episodes["reward"][mine].mean()
+            shown = store.episodes["source"][rows] == 1
+            if shows:
+                total = total - 0.3 * logp.sum() / store.length[rows][shown].sum()
+            else:
+                total = total - ((logp - previous).exp() * centred).sum() / (len(rows) * module.hparams.max_new_tokens)
+            total = total - 1e-3 * entropy.sum() / store.length[rows].sum()
         else:
             mixed = 2 * logp.exp() / (1.5 * previous.exp() + 0.5 / 64) * (1 - logp.detach().exp()) ** 0.5
             ratio = torch.where(external, mixed, (logp - previous).exp())
@@ -124,6 +135,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ReMix", {"kl_start": 1, "kl_every": 1, "beta": 0.3, "kl": "full", "chunk": 9}),
     ("RLPlus", {}),
     ("RLPlus", {"demonstration_share": 0.5}),
+    ("HPT", {"success": 0.6, "sft": 0.3}),
 ]
 
 

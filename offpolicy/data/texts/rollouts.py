@@ -238,6 +238,7 @@ def steps_of(
     seed: int,
     iteration: int,
     drop_duplicates: bool = False,
+    used: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """The rows of every optimiser step of an iteration, group by group, the longest group first; none that is left out.
 
@@ -246,10 +247,12 @@ def steps_of(
         replayed: groups of earlier iterations by sweep.
         minibatches: steps per sweep, ≥ 1; each takes whole groups.
         drop_duplicates: leave out answers of a replayed group that repeat another one of it.
+        used: (E,) bool, the answers that a replayed group brings; None for all.
     """
     by_group = group_rows(store)
     kept = ~store.episodes.get("left_out", np.zeros(store.num_episodes, bool))
     asked = iteration_of(store)
+    kept &= True if used is None else used | (asked == iteration)
     fresh = np.unique(store.episodes["group"][asked == iteration])
     steps = []
     for sweep, old in enumerate(replayed):
@@ -257,7 +260,7 @@ def steps_of(
         for part in np.array_split(names, minibatches):
             rows = [by_group[name][kept[by_group[name]]] for name in part.tolist()]
             if drop_duplicates:
-                rows = [first_of_equal(store, r) if asked[r[0]] < iteration else r for r in rows]
+                rows = [first_of_equal(store, r) if (asked[r] < iteration).all() else r for r in rows]
             rows.sort(key=lambda r: -int(store.length[r].sum()))
             steps.append(np.concatenate([np.empty(0, np.int64), *rows]))
     return steps

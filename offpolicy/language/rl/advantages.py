@@ -17,20 +17,26 @@ import torch
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.rollouts import OWN
 from offpolicy.errors import UsageError
+from offpolicy.language.rl.filtering import Filters
 from offpolicy.losses.answers import Answers
 from offpolicy.losses.policy_gradient import Objective
 
 PART = "reward/"  # before the name of a reward in the store
 
 
-def from_groups(objective: Objective, fresh: Replay, k: int, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def from_groups(
+    objective: Objective, fresh: Replay, k: int, means: Mapping[str, np.ndarray], filters: Filters
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The advantage of each of the new answers of an iteration, and which are left out of every step; (E,) each.
+
+    And for the metrics, how many each filter leaves out.
 
     Args:
         objective: with an advantage from groups.
         fresh: the new answers, whole groups of all processes.
         k: the iteration.
         means: ``mean_logp`` and ``mean_entropy`` of the answers, where the advantage reads them.
+        filters: that look at the answers once they have advantages.
 
     Raises:
         UsageError: the advantage gave something else.
@@ -48,8 +54,9 @@ def from_groups(objective: Objective, fresh: Replay, k: int, means: Mapping[str,
         **{name: torch.from_numpy(values) for name, values in means.items()},
     )
     judged = objective.judged(answers)
+    kept, said = filters.kept(answers, judged.advantage)
     found = {"advantage": judged.advantage}
-    found |= {"left_out": ~judged.kept} if objective.takes_answers else {}
+    found |= {"left_out": ~(judged.kept & kept)} if objective.takes_answers or filters.masks else {}
     found |= {} if judged.weight is None else {"weight": judged.weight}
     for name, values in found.items():
         if values.shape != answers.reward.shape:
@@ -57,7 +64,7 @@ def from_groups(objective: Objective, fresh: Replay, k: int, means: Mapping[str,
                 f"the advantage of `objective` gave `{name}` of shape {tuple(values.shape)} for {len(answers.reward)} "
                 "answers; expected one for each answer."
             )
-    return {name: values.numpy() for name, values in found.items()}
+    return {name: values.numpy() for name, values in found.items()}, said
 
 
 def left_out_facts(fresh: Replay) -> dict[str, float]:

@@ -117,7 +117,7 @@ def most_varied(values: Tensor, count: int) -> Tensor:
     return torch.cat([order[:cut], order[n - count + cut :]])
 
 
-FILTERS: dict[str, Any] = {"signal": Signal}
+FILTERS: dict[str, Any] = {"signal": Signal, "ended": Ended, "spread": Spread, "variance": Variance}
 
 
 class Filters:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
+from offpolicy.data.texts.replaying import Recent
 from offpolicy.data.texts.rollouts import BoundRollouts, Rollouts
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.reference import evaluating
@@ -49,6 +51,7 @@ class IteratingModule(LanguageModule):
 
     objective: Objective
     critic: Any
+    replay_rule: Recent
 
     def prepare_state(self) -> None:
         self.course = Course()
@@ -103,7 +106,7 @@ class IteratingModule(LanguageModule):
             self._recorder = Recorder(Path(self.trainer.default_root_dir) / "records.jsonl", self.iteration)
         self.course.lay_out([], None)
         if store is not None and self.iteration:  # a checkpoint stopped in the middle of an iteration
-            old = replayed_now(store, self.iteration, self.shape, self.seed or 0)
+            old = replayed_now(store, self.iteration, self.shape, self.seed or 0, self.replay_rule)
             self.course.lay_out(self._plan_steps(store, self.iteration, old), BoundRollouts(self.problems, store))
 
     def on_train_end(self) -> None:
@@ -136,9 +139,8 @@ class IteratingModule(LanguageModule):
             self.answering.sync(self.model, k)
             store = self.before_iteration(k, store)
             wanted = min(shape.replayed(fraction), shape.groups - ahead.groups_of(k))
-            store, old = self.scoring.admit(
-                self.problems, store, wanted, sweeps, k, seed=seed, least=self.hparams.min_ess
-            )
+            draw = partial(self.replay_rule.drawn, count=wanted, sweeps=sweeps, seed=seed, iteration=k)
+            store, old = self.scoring.admit(self.problems, store, draw, k, least=self.hparams.min_ess if wanted else 0)
             groups = shape.groups - len(old[0])
             stop = self.wants_to_stop, self.on_any_process
             seen = course.problems_seen + ahead.groups
@@ -153,9 +155,11 @@ class IteratingModule(LanguageModule):
             )
             ahead.drop(k)
             if not self.objective.uses_critic:
+                fresh, facts["replay/injected"] = self.replay_rule.completed(fresh, store)
                 means = self.scoring.means(BoundRollouts(self.problems, fresh), k)
-                fresh.episodes.update(from_groups(self.objective, fresh, k, means))
-                facts |= left_out_facts(fresh)
+                columns, said = from_groups(self.objective, fresh, k, means, self.answering.filters)
+                fresh.episodes.update(columns)
+                facts |= left_out_facts(fresh) | said
             store = store_of.merged_answers(store, fresh)
             steps = self._plan_steps(store, k, sweeps_of(old, len(old[0]) > 0, fraction))
             bound = BoundRollouts(self.problems, store)
@@ -184,6 +188,7 @@ class IteratingModule(LanguageModule):
             seed=self.seed or 0,
             iteration=k,
             drop_duplicates=self.hparams.drop_duplicates,
+            used=self.replay_rule.used(store),
         )
 
     # -- a step --------------------------------------------------------------------------------------------------------

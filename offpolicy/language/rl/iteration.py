@@ -10,6 +10,7 @@ import numpy as np
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
+from offpolicy.data.texts.replaying import Recent
 from offpolicy.data.texts.rollouts import BoundRollouts
 
 Mixture = Callable[[int], tuple[float, int]]  # iteration from 1 → share of replayed answers, sweeps
@@ -112,12 +113,12 @@ class Course:
         self._facts = {name: list(pair) for name, pair in state["facts"].items()}
 
 
-def replayed_now(store: Replay, k: int, shape: Shape, seed: int) -> list[np.ndarray]:
+def replayed_now(store: Replay, k: int, shape: Shape, seed: int, rule: Recent) -> list[np.ndarray]:
     """For every sweep the replayed groups of an iteration that a checkpoint stopped in the middle of."""
     asked = store_of.iteration_of(store)
     fraction, sweeps = shape.mixture(k)
     wanted = shape.groups - len(np.unique(store.episodes["group"][asked == k]))
-    old = store_of.drawn(store_of.select_answers(store, asked < k), wanted, sweeps, seed, k)
+    old = rule.drawn(store_of.select_answers(store, asked < k), wanted, sweeps, seed, k)
     return sweeps_of(old, bool(wanted), fraction)
 
 

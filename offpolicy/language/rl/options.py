@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from offpolicy.data.texts.replaying import Recent
 from offpolicy.errors import DataError, UsageError, check_choice, check_range
 from offpolicy.language.rl.critic import CRITICS
 from offpolicy.language.rl.engine import engine_name
@@ -93,6 +94,45 @@ def check_filter(spec: Any, own: int, engine: Any) -> None:
         raise UsageError(
             "`filter` is 'signal' and the engine 'replay' reads recorded answers, which has none for problems that are "
             "asked again; expected an engine that draws, or no filter: records hold what it kept."
+        )
+
+
+def check_replay(rule: Any, options: Any, *, critic: bool) -> None:
+    """Raise :class:`UsageError` for a rule of replay that does not go with the other options."""
+    fraction, name = options.replay_fraction, getattr(rule, "name", type(rule).__name__)
+    if not isinstance(rule, Recent):
+        raise UsageError(f"`replay` is {name!r}; expected a class that extends offpolicy.data.texts.replaying.Recent.")
+    if type(rule) is Recent:
+        return
+    if critic:
+        raise UsageError(
+            f"`replay` is '{name}', which compares the answers of a group, and the objective has a critic, whose "
+            "answers stand alone; expected an advantage from groups, or 'recent'."
+        )
+    if rule.draws and not fraction:
+        raise UsageError(
+            f"`replay` is '{name}' and `replay_fraction` 0, so nothing would be used again; expected a share. Pass "
+            "--model.replay_fraction 0.25 --model.replay_window 4."
+        )
+    if not rule.draws and fraction:
+        raise UsageError(
+            f"`replay` is '{name}', which puts single answers into new groups, and `replay_fraction` {fraction} asks "
+            "for whole groups, which it does not keep; expected 0."
+        )
+    signal = options.filter if isinstance(options.filter, list | tuple) else [options.filter]
+    if not rule.draws and any((f.get("name") if isinstance(f, Mapping) else f) == "signal" for f in signal):
+        raise UsageError(
+            f"`replay` is '{name}', which completes groups without success, and `filter` 'signal' drops them first; "
+            "expected one of both."
+        )
+
+
+def check_masks(masks: Collection[str], *, critic: bool) -> None:
+    """Raise :class:`UsageError` for filters of answers beside a critic."""
+    if masks and critic:
+        raise UsageError(
+            f"`filter` has {', '.join(masks)}, which look at advantages of whole answers, and those of the objective "
+            "come from a critic; expected an advantage from groups, or no filter but 'signal'."
         )
 
 

@@ -44,8 +44,8 @@ from torch.optim import Optimizer
 from offpolicy.compute import processes
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
-from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.problems import ProblemData
+from offpolicy.data.texts.replaying import RULES, Recent
 from offpolicy.language import policy as policies
 from offpolicy.language.checks import check_tokens
 from offpolicy.language.meters import SumMeter
@@ -60,8 +60,10 @@ from offpolicy.language.rl.iteration import Shape
 from offpolicy.language.rl.objective import age_fact, composed, load_parts, objective_facts
 from offpolicy.language.rl.options import (
     check_engine_lag,
+    check_masks,
     check_problems,
     check_reads_of_answers,
+    check_replay,
     check_rollout_options,
 )
 from offpolicy.language.rl.scoring import Scoring
@@ -71,9 +73,11 @@ from offpolicy.language.rl.whole_step import WholeStep
 from offpolicy.language.room import base_dtype
 from offpolicy.language.sharding import gathered_model, shard
 from offpolicy.losses.policy_gradient import Objective
+from offpolicy.registry import make
 from offpolicy.training.description import Description
 from offpolicy.training.lightning_private import trainer_of
 from offpolicy.training.seed_room import size
+from offpolicy.trust import speaking
 
 
 class RolloutModule(IteratingModule):
@@ -113,8 +117,10 @@ class RolloutModule(IteratingModule):
         min_ess: answers of an iteration are forgotten once their effective sample size under π_k, as a share of their
             number, is below this, in [0, 1].
         drop_duplicates: leave out replayed answers that repeat another one of their group.
-        filter: which new answers an iteration learns from: "signal", or ``{"name": …, parameters}``
-            (:mod:`offpolicy.language.rl.filtering`).
+        filter: which new answers an iteration learns from: "signal", "ended", "spread", "variance", ``{"name": …,
+            parameters}``, an import path of your own, or a list of them (:mod:`offpolicy.language.rl.filtering`).
+        replay: which answers of earlier iterations are used again: "recent", "ssb", "exgrpo", "r3", ``{"name": …,
+            parameters}``, or an import path (:mod:`offpolicy.data.texts.replaying`).
         demonstrations: answers of each group that are demonstrations of the data, where there is one: 0 or 1.
         demonstration_share: of a demonstration that is given, in (0, 1]: below 1 the policy goes on from its first
             tokens (a share of them, rounded down; at least one, never the last).
@@ -156,6 +162,7 @@ class RolloutModule(IteratingModule):
         min_ess: float = 0.0,
         drop_duplicates: bool = False,
         filter: Any = None,
+        replay: Any = "recent",
         demonstrations: int = 0,
         demonstration_share: float = 1.0,
         base_kl: bool = True,
@@ -173,6 +180,8 @@ class RolloutModule(IteratingModule):
         super().__init__(lr=lr, lr_schedule=lr_schedule, warmup_ratio=warmup_ratio, **language)
         check_rollout_options(locals(), self.hparams.batch_size, self.hparams.reference)
         self.save_hyperparameters()
+        with speaking(self.words):
+            self.replay_rule = make("replay", replay, RULES)
         if type(self).parts is RolloutModule.parts:
             self.objective = self.compose()
         self.meter = SumMeter()
@@ -205,7 +214,7 @@ class RolloutModule(IteratingModule):
 
     def before_iteration(self, iteration: int, store: Replay | None) -> Replay | None:
         """What is left of the store of answers when an iteration begins; also the place to move the base."""
-        return store_of.recent(store, iteration - self.hparams.replay_window)
+        return self.replay_rule.stays(store, iteration - self.hparams.replay_window)
 
     # -- construction --------------------------------------------------------------------------------------------------
 
@@ -276,6 +285,8 @@ class RolloutModule(IteratingModule):
         self.answering = Answering(
             problems, self.tokenizer, self.hparams, words=self.words, held_out=self.eval_problems
         )
+        check_replay(self.replay_rule, self.hparams, critic=self.objective.uses_critic)
+        check_masks(self.answering.filters.masks, critic=self.objective.uses_critic)
         check_columns(self.objective.columns, self.answering.rewards.names, self.objective.gives)
         self.objective.check_answers(self.answering.rewards.names, self.hparams.group_size)
         self.ahead = Ahead(self.answering, lambda: self.seed or 0, self.wants_to_stop)
@@ -383,6 +394,11 @@ class RolloutModule(IteratingModule):
         """The lines on the objective."""
         return objective_facts(self.objective, self.micro.number * self.world_size)
 
+    def _replay_facts(self) -> list[tuple[str, str]]:
+        """The line on a rule of replay other than the usual one."""
+        rule = type(self.replay_rule)
+        return [] if rule is Recent else [("replay", (rule.__doc__ or rule.__name__).strip().partition("\n")[0])]
+
     def sharding_notes(self) -> list[str]:
         """A sentence on the memory that drawing takes where the weights are shared out."""
         if self.device_mesh is None:
@@ -398,6 +414,7 @@ class RolloutModule(IteratingModule):
             facts=[
                 *self.answering.facts(),
                 *self._lag_facts(),
+                *self._replay_facts(),
                 *self.objective_facts(),
                 self.policy_fact(),
                 self.padding_fact(),

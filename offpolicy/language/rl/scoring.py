@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -222,11 +222,9 @@ class Scoring:
         self,
         problems: Replay,
         store: Replay | None,
-        wanted: int,
-        sweeps: int,
+        draw: Callable[[Replay | None], list[np.ndarray]],
         k: int,
         *,
-        seed: int,
         least: float,
     ) -> tuple[Replay | None, list[np.ndarray]]:
         """Draw replayed groups, forgetting iterations whose answers are too far from the policy.
@@ -234,18 +232,16 @@ class Scoring:
         Args:
             problems: what the answers answer.
             store: of the answers of earlier iterations; None where there are none.
-            wanted: groups for each sweep.
-            sweeps: how often groups are drawn.
+            draw: the groups of each sweep, of what is left of a store.
             k: the iteration that begins.
-            seed: of the run.
             least: effective sample size, as a share of their number, that answers of an iteration must have to stay.
 
         Returns:
             What is left of the store, and the groups of each sweep.
         """
         while True:
-            old = store_of.drawn(store, wanted, sweeps, seed, k)
-            if not (least and store is not None and wanted):
+            old = draw(store)
+            if not (least and store is not None):
                 return store, old
             rows = np.flatnonzero(np.isin(store.episodes["group"], np.concatenate(old)))
             now = self.columns(BoundRollouts(problems, store), rows, ("previous_logp",))["previous_logp"]

@@ -59,10 +59,11 @@ def test_masks() -> None:
     "spec, said",
     [
         ("sygnal", "Did you mean 'signal'"),
-        (["signal", "signal"], "has 'signal' twice"),
+        (["ended", "ended"], "has 'ended' twice"),
         ({"name": "signal", "reward": "lenght"}, "Did you mean 'length'"),
         ({"name": "signal", "redraws": 0}, "`redraws` is 0"),
-        ({"name": "signal", "share": 1}, "takes no `share`"),
+        ({"name": "variance", "keep": 0.0}, "`keep` is 0"),
+        ({"name": "spread", "share": 1}, "takes no `share`"),
     ],
 )
 def test_bad_filters(spec: Any, said: str) -> None:
@@ -132,3 +133,16 @@ def test_refusals(policy: Path) -> None:
         make(group_size=1, objective={"advantage": "batch_std"})
     with pytest.raises(UsageError, match="records hold what it kept"):
         make(engine="replay", records="x.jsonl")
+
+
+def test_answers_are_left_out_of_steps_and_stay_in_the_store(policy: Path) -> None:
+    """Half of the own answers by variance; the most and the least of them."""
+    module = fit(method("GRPO", policy, filter=["variance"], batch_size=8), 2, held_out=False)
+    store, steps = module.course.rollouts.store, module.course.steps
+    kept = ~store.episodes["left_out"]
+    assert store.num_episodes == 16 and kept.sum() == 8 == sum(map(len, steps))
+    assert sorted(np.concatenate(steps)) == np.flatnonzero(kept).tolist()
+    advantage = store.episodes["advantage"]
+    assert advantage[kept].var() >= advantage.var()
+    with pytest.raises(UsageError, match="come from a critic"):
+        fit(method("ReMix", policy, base="ppo", filter="ended"), 1)

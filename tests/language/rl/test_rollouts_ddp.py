@@ -23,6 +23,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "GRPO": ("GRPO", {"beta": 0.1, "micro_batch_size": 3, "batch_size": 12}),
     "GRPO-late": ("GRPO", {"lag": 1, "batch_size": 12, "demonstrations": 1, "demonstration_share": 0.5}),
     "filtered": ("GRPO", {"filter": "signal", "rewards": ["tiny_rl.ends_early"], "batch_size": 12}),
+    "r3": ("GRPO", {"replay": {"name": "r3", "success": 0.5}, "rewards": ["tiny_rl.ends_early"], "batch_size": 12}),
+    "HPT": ("HPT", {"success": 0.6, "micro_batch_size": 3}),
     "ReMix": ("ReMix", {"base": "ppo", "group_size": 1, "reincarnation": 2, "micro_batch_size": 3, "kl": "full"}),
     "RLPlus": ("RLPlus", {"aggregation": "token_mean"}),
 }

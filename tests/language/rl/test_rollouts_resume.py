@@ -36,6 +36,9 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     "ReMix-late": ("ReMix", {"lag": 2, "min_ess": 0.9, "reincarnation": 3}, (3, 9), 12),
     "filtered": ("GRPO", {"filter": "signal", "rewards": ["tiny_rl.ends_early"], "lag": 1}, (3,), 6),
     "risk": ("GRPO", {"objective": {"advantage": {"name": "risk", "bundle": 1}}}, (3,), 6),
+    "ssb": ("GRPO", {"replay": "ssb", "replay_fraction": 0.5, "replay_window": 2, "filter": "ended"}, (3,), 6),
+    "r3": ("GRPO", {"replay": {"name": "r3", "success": 0.5}, "rewards": ["tiny_rl.ends_early"]}, (3,), 6),
+    "HPT": ("HPT", {"success": 0.6}, (3,), 6),
     "own-state": ("GRPO", {"objective": {"weight": ["tiny_rl.Remembers"]}}, (3,), 6),
     "dropout": ("GRPO", {"lora_rank": 2, "lora_dropout": 0.3, "kl": "full", "beta": 0.1}, (3,), 6),
 }
