@@ -420,12 +420,16 @@ class Collection:
         names = [
             n for n in ("obs", "action", "reward", "terminated", "next_obs", "valid_td") if n in self.offline.steps
         ]
-        none = np.full(self.offline.num_episodes, -1)
+        none, tail = np.full(self.offline.num_episodes, -1), self.offline.tail
+        if not tail and "next_obs" not in names:  # else what is collected would lose its last observations
+            last = to_numpy(self.offline.steps["obs"])[:1]
+            unknown = np.zeros((len(none), *last.shape[1:]), last.dtype)
+            tail = {"obs": unknown, "valid": np.zeros(len(none), bool)}
         plain = Replay(
             {name: self.offline.steps[name] for name in names},
             start=self.offline.start,
             length=self.offline.length,
-            tail=self.offline.tail,
+            tail=tail,
             episodes={"episode": none, "seed": none},
             meta=self.offline.meta,
         )

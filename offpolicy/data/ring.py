@@ -25,6 +25,8 @@ class Ring(Replay):
     """
 
     kept = 0  # rows at the front that no episode takes the place of
+    appends = 0
+    newest: tuple[Replay, list[int]]  # what was appended last, and the row where each episode of it begins
 
     def __init__(self, first: Replay, capacity: int, *, keep: bool = False) -> None:
         if capacity < first.num_steps:
@@ -84,13 +86,21 @@ class Ring(Replay):
             raise DataError(
                 f"an episode has {new.length.max()} steps; expected at most {self.capacity - self.kept} (the ring)."
             )
-        for episode in range(new.num_episodes):
-            self._append_one(new, episode)
+        self.newest = new, [self._append_one(new, episode) for episode in range(new.num_episodes)]
+        self.appends += 1
         for name in [n for n in vars(self) if isinstance(getattr(type(self), n, None), cached_property)]:
             del self.__dict__[name]
         self.version += 1
 
-    def _append_one(self, new: Replay, episode: int) -> None:
+    def spans(self) -> tuple[int, int, int]:
+        """The rows in use: all below the write head, and those from the second number to the third, which the last way
+        round the ring has left."""
+        older = self.start >= self.head
+        if not older.any():
+            return self.head, self.head, self.head
+        return self.head, int(self.start[older].min()), int((self.start + self.length)[older].max())
+
+    def _append_one(self, new: Replay, episode: int) -> int:
         length, source = int(new.length[episode]), int(new.start[episode])
         first = self.head if self.head + length <= self.capacity else self.kept
         alive = (self.start >= first + length) | (self.start + self.length <= first)
@@ -108,3 +118,4 @@ class Ring(Replay):
                 row = to_numpy(theirs[name])[episode : episode + 1]
                 ours[name] = np.concatenate([to_numpy(ours[name])[alive], row])
         self.head = first + length
+        return first

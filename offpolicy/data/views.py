@@ -94,6 +94,7 @@ class BoundView:
         split: tuple[int, float] | None = None,
     ) -> None:
         self.count = rows if isinstance(rows, int) else len(rows)
+        self.number: int | Tensor = self.count  # as draws take it: a tensor in its place where items become more
         self.split = split
         if split is not None and weight is not None:
             raise UsageError(
@@ -141,13 +142,13 @@ class BoundView:
         front, share = self.split
         exact = row.double()  # 100 · 0.53 is less than 53 in float32, and can be by a bit in float64
         first = ((exact + 1) * share + 1e-9).floor() > (exact * share + 1e-9).floor()
-        count, start = torch.where(first, front, self.count - front), torch.where(first, 0, front)
+        count, start = torch.where(first, front, self.number - front), torch.where(first, 0, front)
         return start + (unit(word) * count).long()
 
     def items(self, u: Tensor) -> Tensor:
         """The same from float64 uniforms in [0, 1)."""
         if self.cumulative is None:
-            return (u * self.count).long()
+            return (u * self.number).long()
         run = torch.searchsorted(self.cumulative, u.contiguous(), right=True).clamp_(max=len(self.cumulative) - 1)
         low, density, first, last = (x[run] for x in self.runs)
         return torch.minimum(first + ((u - low) * density).long(), last)
@@ -155,6 +156,10 @@ class BoundView:
     def gather(self, items: Tensor) -> Any:
         """The batch of these items, with fields of shape ``items.shape + …``."""
         raise NotImplementedError
+
+    def grow(self, replay: Replay) -> bool:
+        """Take up what was appended to the replay at once, in tensors that stay in their places; else return False."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -192,12 +197,15 @@ class TransitionView:
 
     def bind(self, replay: Replay, normalizer: Normalizer, device: torch.device) -> BoundView:
         """Gather from one packed table on the device where it fits, column by column otherwise."""
+        from offpolicy.data.growing import GrowingTransitions, grows
+
         obs, action = replay.steps["obs"], replay.steps["action"]
-        width = 2 * row_width(obs) + 2 * row_width(action) + 3
-        fits = replay.num_steps * width * 4 <= PACK_LIMIT
+        width, growing = 2 * row_width(obs) + 2 * row_width(action) + 3, grows(self, replay)
+        fits = (len(obs) if growing else replay.num_steps) * width * 4 <= PACK_LIMIT
         floats = all(is_float(replay.steps[k]) for k in ("obs", "action", "reward") if k in replay.steps)
         if fits and obs.ndim == 2 and not replay.is_mapped and floats:
-            return PackedTransitions(self, replay, normalizer, device)
+            kind: Any = GrowingTransitions if growing else PackedTransitions
+            return kind(self, replay, normalizer, device)
         return ColumnTransitions(self, replay, normalizer, device)
 
     def weights(self, replay: Replay) -> np.ndarray | None:
@@ -266,28 +274,45 @@ class PackedTransitions(BoundView):
         rows = view.rows(replay)
         split = split_items(replay, rows)
         super().__init__(replay.num_steps if rows is None else rows, device, view.weights(replay), split)
+        self.lay_out(view, replay, normalizer, len(self))
+        every = np.arange(replay.num_steps) if rows is None else rows
+        self.write(replay, every, np.arange(len(self)))
+
+    def lay_out(self, view: TransitionView, replay: Replay, normalizer: Normalizer, rows: int) -> None:
+        """Room for so many transitions, with nothing in it."""
         obs, act = row_width(replay.steps["obs"]), row_width(replay.steps["action"])
+        self.view, self.normalizer = view, normalizer
         self.widths = {"obs": obs, "action": act, "next_obs": obs, "reward": 0, "terminated": 0}
         self.widths |= {"next_action": act} if view.next_action else {}
         self.widths |= {"discount": 0} if view.n_step > 1 else {}
         dtype = normalizer.obs_scale.dtype
-        self.extra = ExtraColumns(view.extra, replay, device, device, dtype)
-        self.table = torch.empty(len(self), sum(max(w, 1) for w in self.widths.values()), dtype=dtype, device=device)
-        for i in range(0, len(self), CHUNK):  # no second copy of the data at any time
-            some = np.arange(i, min(i + CHUNK, len(self))) if rows is None else rows[i : i + CHUNK]
-            part = view.fields(replay, some, normalizer)
-            columns = [part[name].reshape(-1, max(w, 1)).to(dtype) for name, w in self.widths.items()]
-            torch.cat(columns, dim=-1, out=self.table[i : i + CHUNK])
+        self.extra = ExtraColumns(view.extra, replay, self.device, self.device, dtype)
+        width = sum(max(w, 1) for w in self.widths.values())
+        self.table = torch.empty(rows, width, dtype=dtype, device=self.device)
+
+    def write(self, replay: Replay, rows: np.ndarray, places: np.ndarray) -> None:
+        """Put the transitions that start at these rows at these places of the table; places that follow each other are
+        written as one."""
+        for i in range(0, len(rows), CHUNK):  # no second copy of the data at any time
+            part, place = self.view.fields(replay, rows[i : i + CHUNK], self.normalizer), places[i : i + CHUNK]
+            columns = [part[name].reshape(-1, max(w, 1)).to(self.table.dtype) for name, w in self.widths.items()]
+            if place[-1] - place[0] == len(place) - 1:
+                torch.cat(columns, dim=-1, out=self.table[place[0] : place[-1] + 1])
+            else:
+                self.table[torch.from_numpy(place).to(self.device)] = torch.cat(columns, dim=-1)
 
     def gather(self, items: Tensor) -> Transitions:
-        flat = self.table.index_select(0, items.reshape(-1))
+        return self.read(items, self.row(items))
+
+    def read(self, places: Tensor, row: Tensor) -> Transitions:
+        """The batch of the transitions at these places of the table, which are these rows of the replay."""
+        flat = self.table.index_select(0, places.reshape(-1))
         columns = flat.split([max(w, 1) for w in self.widths.values()], dim=-1)
         fields = {
-            name: column.contiguous().reshape((*items.shape, w) if w else items.shape)
+            name: column.contiguous().reshape((*places.shape, w) if w else places.shape)
             for (name, w), column in zip(self.widths.items(), columns, strict=True)
         }
         fields["terminated"] = fields["terminated"] != 0
-        row = self.row(items)
         return Transitions(**fields, row=row, extra=self.extra.take(row))
 
     def pairs(self) -> tuple[Tensor, Tensor]:

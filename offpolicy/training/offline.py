@@ -342,8 +342,18 @@ class OfflineModule(SteppingModule):
         replay = self.trainer.datamodule.replay  # type: ignore[attr-defined]
         version = (id(replay), replay.version)
         if self.bound is None or version != self._bound_version:
-            self.bind(self.select(replay))
+            chosen = self.select(replay)
+            if not self._grows(chosen):
+                self.bind(chosen)
             self._bound_version = version
+
+    def _grows(self, replay: Replay) -> bool:
+        """Whether what is bound took up what the replay has gained, so that graphs and compiled code stay.
+
+        Not where a method has an index over the data (:meth:`on_bind`).
+        """
+        plain = type(self).on_bind is OfflineModule.on_bind
+        return plain and self.bound is not None and self.bound.grow(replay)
 
     def teardown(self, stage: str) -> None:
         self.restore_settings()

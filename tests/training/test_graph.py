@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import recorded
 import torch
+from counting import collect
 from toy import METHODS, differences, fit, method, run_files, toy_replay, weights
 
 from lightning_modules.td3bc import TD3BC
@@ -383,3 +384,13 @@ def test_the_clock_counts_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> 
         watch.stop(device, wait=True)
         now[0] += 100.0  # an evaluation
         assert watch.read() == pytest.approx(10 / seconds)
+
+
+def test_a_graph_stays_while_data_are_collected(graphs: type[recorded.Recorder], tmp_path: Any) -> None:
+    """Four rounds of ten updates: the first runs by itself, the second is recorded, and three times it is repeated."""
+    found = {}
+    for mode in (False, True):
+        result = collect(tmp_path / str(mode), eval_every=0, graph=mode)
+        found[mode] = run_files(result.folder, result.updates)["state_dict"]
+    assert (graphs.made, graphs.repeated) == (1, 3)
+    assert not differences(found[False], found[True])
