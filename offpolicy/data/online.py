@@ -20,17 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from offpolicy.compute.generators import isolated_rng
 from offpolicy.compute.processes import is_first_process, wait_for_all
 from offpolicy.data import sampling
 from offpolicy.data.columns import to_numpy
 from offpolicy.data.mixing import SPLIT, joined
+from offpolicy.data.players import Players
 from offpolicy.data.replay import Replay
 from offpolicy.data.ring import Ring
-from offpolicy.data.rounds import StepNoise, Steps, fitted, pieces_joined
-from offpolicy.data.spaces import bounds_meta
-from offpolicy.environments.checks import Episode
-from offpolicy.environments.collecting import Simulator
+from offpolicy.data.rounds import StepNoise, fitted, pieces_joined
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.given import whole_fields
 from offpolicy.trust import REFUSED, check_environment, environment_refusal
@@ -49,6 +46,7 @@ FIXED = (
     "episodes",
     "capacity",
     "explore_noise",
+    "envs",
 )
 
 
@@ -72,6 +70,7 @@ class OnlineOptions:
         episodes: what becomes of an episode that runs when a round ends: "cut" (the next round starts a new one),
             "whole" (it is played to its end before) or "keep" (it goes on in the next round).
         explore_noise: standard deviation of the noise on actions of deterministic policies, of actions in [-1, 1], ≥ 0.
+        envs: environments side by side, ≥ 1, which share out the steps of a round; the policy is asked for all at once.
     """
 
     env: str | None = None
@@ -85,6 +84,7 @@ class OnlineOptions:
     capacity: int | None = None
     episodes: str = "cut"
     explore_noise: float = 0.1
+    envs: int = 1
 
     def __post_init__(self) -> None:
         whole_fields(self, "data.online")
@@ -96,6 +96,7 @@ class OnlineOptions:
             "warmup_steps": 0,
             "capacity": 1,
             "explore_noise": 0.0,
+            "envs": 1,
         }
         for name, low in lows.items():
             if getattr(self, name) is not None:
@@ -142,7 +143,7 @@ class Collection:
 
     Attributes:
         switch: the update at which collecting begins.
-        rounds, steps, played: rounds, environment steps and episodes so far.
+        rounds: so far.
         news: numbers of the newest round, for a row of metrics.
         seconds: spent on collecting since :meth:`row` was last asked.
 
@@ -173,8 +174,9 @@ class Collection:
         check_environment(meta, "data.online.env")
         if meta.get(REFUSED):
             raise UsageError(f"no data can be collected: {environment_refusal(meta[REFUSED])}.")
-        self.simulator = Simulator(meta)
-        self.env_id, self.env_kwargs = self.simulator.env_id, dict(meta.get("env_kwargs") or {})
+        keep, whole = (options.episodes == kind for kind in ("keep", "whole"))
+        self.players = Players(meta, options.envs, keep=keep, whole=whole)
+        self.simulator, self.env_id = self.players.simulator, self.players.env_id
         random = max(1, min(RANDOM_STEPS, options.env_steps // 10)) if offline is None else 0
         self.random_steps = random if options.random_steps is None else options.random_steps
         self._check()
@@ -182,11 +184,18 @@ class Collection:
 
     def _check(self) -> None:
         o, sim = self.options, self.simulator
-        if o.episodes != "keep" and sim.limit > o.round_steps:
+        longest = sim.limit * o.envs
+        beside = f" in each of {o.envs} environments (`data.online.envs`)" if o.envs > 1 else ""
+        if o.episodes != "keep" and longest > o.round_steps:
             raise UsageError(
-                f"an episode of {self.env_id} has up to {sim.limit:,} steps and `data.online.round_steps` is "
+                f"an episode of {self.env_id} has up to {sim.limit:,} steps{beside} and `data.online.round_steps` is "
                 f"{o.round_steps:,}, too few with `data.online.episodes` {o.episodes!r}; expected rounds of at "
-                f"least {sim.limit:,} steps, or --data.online.episodes keep."
+                f"least {longest:,} steps, or --data.online.episodes keep."
+            )
+        if o.envs > o.round_steps:
+            raise UsageError(
+                f"`data.online.envs` is {o.envs:,}, and `data.online.round_steps` {o.round_steps:,}; expected at least "
+                "a step of each environment in a round. Lower the one or raise the other."
             )
         if o.episodes == "whole" and not sim.limit:  # an episode could last for several rounds
             raise UsageError(
@@ -199,7 +208,7 @@ class Collection:
                 "(`data.online.random_steps`, `warmup_steps`); expected more, as updates begin after them. Lower these."
             )
         # rows beyond rounds: an episode that is played to its end; one that goes on stays whole until it has ended
-        spare = {"cut": 0, "whole": sim.limit, "keep": 2 * sim.limit}[o.episodes]
+        spare = {"cut": 0, "whole": longest, "keep": 2 * longest + (o.envs > 1) * o.round_steps}[o.episodes]
         if self.offline is None:
             if o.mix != "union":
                 raise UsageError(
@@ -234,14 +243,22 @@ class Collection:
 
     def reset(self) -> None:
         """Back to the beginning, as nothing had been collected."""
-        self.rounds = self.steps = self.played = 0
+        self.players.reset(self.seed)
+        self.rounds = 0
         self.hash, self.news, self.seconds = "", dict[str, float](), 0.0
         self.ring: Ring | None = None
         self.random_part: Replay | None = None  # what a run from scratch begins with
-        self._episode: Episode | None = None
-        self._obs = np.zeros(self.simulator.obs_dim, np.float32)
-        self._return, self._length = 0.0, 0
         self._uniform = StepNoise("random", self.seed, self.simulator.action_dim, sampling.uniforms)
+
+    @property
+    def steps(self) -> int:
+        """Environment steps so far."""
+        return self.players.steps
+
+    @property
+    def played(self) -> int:
+        """Episodes so far that ended or were cut."""
+        return self.players.ended
 
     @property
     def updates(self) -> int:
@@ -258,7 +275,7 @@ class Collection:
         self.reset()  # also beside offline data, as the seed may be said late
         if self.offline is not None:
             return self.offline
-        self.random_part = self._play(self._random, self.random_steps)
+        self.random_part = self.players.play(self._uniformly, self.random_steps)
         return self.random_part
 
     def row(self, updates: int, training: float) -> dict[str, float]:
@@ -274,6 +291,7 @@ class Collection:
             random = f", the first {self.random_steps:,} with uniform actions"
         random += f", {o.warmup_steps:,} by the policy before it learns" if o.warmup_steps else ""
         rest = {"cut": "an episode is cut where a round ends", "whole": "whole episodes", "keep": "episodes go on"}
+        side = f" in {o.envs} environments side by side" if o.envs > 1 else ""
         mix = {"union": "all rows alike", "half": "half of each batch offline", "none": "without the offline rows"}
         drawn = mix.get(str(o.mix), f"{o.share} of each batch offline" if o.share else "")
         began = f"from update {self.switch:,} on: " if self.switch else ""
@@ -282,7 +300,7 @@ class Collection:
                 "online",
                 f"{began}{o.env_steps:,} steps of {self.env_id}{random}" + (f"; {drawn}" if self.offline else ""),
             ),
-            ("", f"rounds of {o.round_steps:,} steps and {o.round_steps * o.utd:,} updates; {rest[o.episodes]}"),
+            ("", f"rounds of {o.round_steps:,} steps{side} and {o.round_steps * o.utd:,} updates; {rest[o.episodes]}"),
         ]
 
     # -- collecting ----------------------------------------------------------------------------------------------------
@@ -314,81 +332,31 @@ class Collection:
         noise = StepNoise("explore", self.seed, self.simulator.action_dim)
         scale = self.options.explore_noise
 
-        def choose(obs: np.ndarray, step: int) -> np.ndarray:
-            if step < self.random_steps:
-                return self._random(obs, step)
-            action = policy.exploratory_action(obs, noise.of(step), scale)
+        def choose(obs: np.ndarray, steps: range) -> np.ndarray:
+            first = min(max(self.random_steps - steps.start, 0), len(steps))  # so many of them are random
+            if first == len(steps):
+                return self._uniformly(obs, steps)
+            drawn = torch.stack([noise.of(step) for step in steps[first:]])
+            action = policy.exploratory_action(obs[first:], drawn, scale)
             if not np.isfinite(action).all():
-                raise UsageError(f"the policy gave {action} at environment step {step:,}; expected finite numbers.")
-            return action
+                number = steps[first + int(np.flatnonzero(~np.isfinite(action).all(1))[0])]
+                raise UsageError(f"the policy gave {action} at environment step {number:,}; expected finite numbers.")
+            return np.concatenate([self._uniformly(obs[:first], steps[:first]), action]) if first else action
 
         training = policy.training
         policy.eval()
         try:
             with torch.no_grad(), torch.autocast(policy.device.type, enabled=False):
-                found = self._play(choose, until)
+                found = self.players.play(choose, until)
         finally:
             policy.train(training)
         found.meta["updates"] = policy.global_step
         return found
 
-    def _random(self, obs: np.ndarray, step: int) -> np.ndarray:
+    def _uniformly(self, obs: np.ndarray, steps: range) -> np.ndarray:
         sim = self.simulator
-        return sim.low + self._uniform.of(step).numpy().astype(np.float32) * (sim.high - sim.low)
-
-    def _play(self, choose: Callable[[np.ndarray, int], np.ndarray], until: int) -> Replay:
-        """Play until there are this many environment steps in all; with whole episodes, until the next end."""
-        sim, steps, keep = self.simulator, Steps(), self.options.episodes == "keep"
-        ends: list[tuple[float, int]] = []
-        with isolated_rng(self._number("round", self.steps)):
-            while self.steps < until or (self.options.episodes == "whole" and self._episode is not None):
-                if self._episode is None:
-                    self._episode = sim.begin(self.played, self._number("reset", self.played), self._obs)
-                    self._return, self._length = 0.0, 0
-                obs = self._obs.copy()
-                action = sim.playable(choose(obs, self.steps))
-                reward, over, _ = self._episode.step(action, self._obs)
-                steps.add(obs, action, reward, self._episode.terminated)
-                self._return, self._length, self.steps = self._return + reward, self._length + 1, self.steps + 1
-                if over:
-                    ends.append((self._return, self._length))
-                if over or (self.steps >= until and self.options.episodes != "whole"):
-                    self._episode.check_finite(self._obs)
-                    steps.end(self._obs, self.played, self._episode.seed)
-                    if over or not keep:
-                        self._episode, self.played = None, self.played + 1
-        means = np.mean(ends, 0).tolist() if ends else [None, None]
-        return steps.replay(
-            {
-                **self._meta(),
-                "online": {
-                    "steps": self.steps,
-                    "episodes": self.played,
-                    "open": self._episode is not None,
-                    "ended": len(ends),
-                    "return_mean": means[0],
-                    "length_mean": means[1],
-                },
-            }
-        )
-
-    def _meta(self) -> dict[str, Any]:
-        sim = self.simulator
-        space = sim.action_space
-        return {
-            "name": self.env_id,
-            "source": "collected",
-            "env_id": self.env_id,
-            "env_kwargs": self.env_kwargs,
-            **({"obs_keys": ["/".join(key) for key in sim.keys]} if sim.keys else {}),
-            **({"max_episode_steps": sim.limit} if sim.limit else {}),
-            **bounds_meta(space.low, space.high, "environment"),
-        }
-
-    def _number(self, stream: str, count: int) -> int:
-        """A seed below 2³¹ that is a hash of the run's seed and a count."""
-        word = sampling.keys(self.seed, stream, torch.tensor([count], device="cpu"))[0]
-        return int(word) & 0x7FFFFFFF
+        drawn = np.stack([self._uniform.of(step).numpy().astype(np.float32) for step in steps])
+        return sim.low + drawn * (sim.high - sim.low)
 
     # -- the store -----------------------------------------------------------------------------------------------------
 
@@ -400,7 +368,8 @@ class Collection:
         else:
             self.ring.append(fitted(segment, self.ring))
         found = segment.meta["online"]
-        self.rounds, self.steps, self.played = self.rounds + 1, found["steps"], found["episodes"]
+        self.players.count_from(found)
+        self.rounds += 1
         self.hash = hashlib.sha256(f"{self.hash}{segment.fingerprint()}".encode()).hexdigest()
         assert self.ring is not None
         self.ring.version = self.rounds
@@ -414,7 +383,7 @@ class Collection:
             assert self.random_part is not None or self.offline is not None
             random = self.random_part
             start = segment if random is None else joined([random, segment], meta=random.meta)
-            room = o.env_steps + (self.simulator.limit if o.episodes == "whole" else 0)
+            room = o.env_steps + (o.envs * self.simulator.limit if o.episodes == "whole" else 0)
             self.ring = Ring(start, o.capacity or room)
             return
         names = [
@@ -434,7 +403,7 @@ class Collection:
             meta=self.offline.meta,
         )
         rows = plain.num_steps
-        room = rows + o.env_steps + (self.simulator.limit if o.episodes == "whole" else 0)
+        room = rows + o.env_steps + (o.envs * self.simulator.limit if o.episodes == "whole" else 0)
         self.ring = Ring(plain, o.capacity or room, keep=True)
         if o.share is not None:
             self.ring.meta = {**self.ring.meta, SPLIT: [rows, o.share]}
@@ -477,10 +446,14 @@ class Collection:
             self.take(segment)
         if self.hash != state["hash"]:
             raise DataError(f"the rounds in {folders[0]} are not those of the checkpoint. Restore that folder.")
-        if segment is not None:  # else the episode of the random steps goes on
-            self._episode = None
-            if segment.meta["online"]["open"]:
-                self._revive()
+        if segment is None or self.ring is None:  # the episodes of the random steps go on
+            return self.ring
+        if not self.players.revive(segment.meta["online"], self.ring):
+            log.warning(
+                "%s does not repeat an episode from its seed and its actions, so what ran when the checkpoint was "
+                "written is cut, and a new one begins: the run goes on, but not bit for bit.",
+                self.env_id,
+            )
         return self.ring
 
     def _found(self, name: str, folders: list[Path]) -> Path:
@@ -494,42 +467,20 @@ class Collection:
             "run, or start a fresh one."
         )
 
-    def _revive(self) -> None:
-        """Bring the environment to where the newest episode stands: from its seed, by its actions."""
-        ring, sim = self.ring, self.simulator
-        assert ring is not None
-        pieces = np.flatnonzero(ring.episodes["episode"] == self.played)
-        rows = np.concatenate([np.arange(ring.start[i], ring.start[i] + ring.length[i]) for i in pieces])
-        reward, obs = 0.0, np.zeros_like(self._obs)
-        with isolated_rng(self._number("round", self.steps)):
-            episode = sim.begin(self.played, self._number("reset", self.played), obs)
-            same = bool((to_numpy(ring.steps["obs"])[rows[0]] == obs).all())
-            for row in rows if same else ():
-                gain, over, _ = episode.step(sim.playable(to_numpy(ring.steps["action"])[row]), obs)
-                reward += gain
-                same = same and not over
-        if same and (to_numpy(ring.next_obs(ring.end[pieces[-1:]]))[0] == obs).all():
-            self._episode, self._obs, self._return, self._length = episode, obs, reward, len(rows)
-            return
-        self.played += 1
-        log.warning(
-            "%s does not repeat an episode from its seed and its actions, so the one that ran when the checkpoint was "
-            "written is cut, and a new one begins: the run goes on, but not bit for bit.",
-            self.env_id,
-        )
-
     def save(self, folder: Path) -> Path | None:
         """Write what was collected as a data set of its own; pieces of one episode become one again."""
         ring = self.ring
         if ring is None:
             return None
         own = np.flatnonzero(ring.episodes["episode"] >= 0)
-        whole = joined([ring.filter(own)], meta={**self._meta(), "notes": [self._told()]})
+        own = own[np.argsort(ring.episodes["episode"][own], kind="stable")]  # pieces of one episode behind each other
+        whole = joined([ring.filter(own)], meta={**self.players.meta(), "notes": [self._told()]})
         return pieces_joined(whole).save(folder, overwrite=True)
 
     def _told(self) -> str:
         o = self.options
+        side = f" in {o.envs} environments" if o.envs > 1 else ""
         return (
             f"collected in training, {self.steps:,} steps of {self.env_id}: {self.random_steps:,} with uniform "
-            f"actions, then rounds of {o.round_steps:,} steps; episodes that ran when a round ended: {o.episodes}"
+            f"actions, then rounds of {o.round_steps:,} steps{side}; episodes that ran when a round ended: {o.episodes}"
         )

@@ -174,13 +174,14 @@ class ActingModule(Module):
         return self.policy(obs) + scale * noise
 
     def exploratory_action(self, obs: np.ndarray, noise: Tensor, scale: float) -> np.ndarray:
-        """:meth:`explore` in environment units: an observation (O,) and noise (A,) → action (A,) float32.
+        """:meth:`explore` in environment units: observations (O,) or (n, O) and noise (A,) or (n, A) → float32 actions.
 
         The method is in evaluation mode, and no gradient is wanted.
         """
         x = self.normalized(obs)
-        action = self.explore(x, noise.to(x)[None], scale).clamp(-1.0, 1.0)
-        return self.normalizer.environment_action(action)[0].float().cpu().numpy()
+        action = self.explore(x, noise.to(x).reshape(len(x), -1), scale).clamp(-1.0, 1.0)
+        found = self.normalizer.environment_action(action).float().cpu().numpy()
+        return found if np.ndim(obs) == 2 else found[0]
 
     def ask(self, question: Callable[[], Any]) -> Any:
         """The answer of the networks in evaluation mode; with seeds that of each, along a new first axis."""

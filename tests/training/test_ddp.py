@@ -87,7 +87,7 @@ def main(root: Path) -> None:
     drew = data.renewal.model.calls, generator.calls
     found["pool"] = {"weights": own, "calls": drew, "drawn": drawn.fingerprint()}
     module = method("SAC")  # the first process collects
-    fit(module, scratch(), 40, root / "collected", precision="64-true", **two)
+    fit(module, scratch(episodes="keep", envs=3), 40, root / "collected", precision="64-true", **two)
     found["collected"] = {"weights": {k: v.tolist() for k, v in weights(module).items()}}
     (root / f"rank{rank}.json").write_text(json.dumps(found))
 
@@ -161,7 +161,7 @@ def test_what_is_collected_is_the_same(
     first, second = (found["collected"]["weights"] for found in pair[1])
     assert first == second
     monkeypatch.setattr(Counting, "starts", {})
-    module = fit(method("SAC"), scratch(), 40, tmp_path, precision="64-true")
+    module = fit(method("SAC"), scratch(episodes="keep", envs=3), 40, tmp_path, precision="64-true")
     for key, value in weights(module).items():  # what is collected is float32
         torch.testing.assert_close(torch.tensor(first[key], dtype=value.dtype), value, rtol=1e-6, atol=1e-6)
 

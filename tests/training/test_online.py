@@ -28,6 +28,12 @@ from offpolicy.files import Table
 from offpolicy.training.switching import online_measures
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    **{kind: {"episodes": kind} for kind in ("cut", "keep", "whole")},
+    "three": {"episodes": "keep", "envs": 3},
+}
+
+
 class Kill(Callback):
     """Ends the process before the first block that starts at or after an update, without a word."""
 
@@ -44,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, op.FitResult]:
     """A run of each kind of rounds."""
     root = tmp_path_factory.mktemp("runs")
     Counting.starts.clear()  # other files play it too
-    return {kind: collect(root / kind, scratch(episodes=kind)) for kind in ("cut", "keep", "whole")}
+    return {kind: collect(root / kind, scratch(**options)) for kind, options in KINDS.items()}
 
 
 def collected(result: op.FitResult | Path) -> Replay:
@@ -52,7 +58,7 @@ def collected(result: op.FitResult | Path) -> Replay:
     return Replay.load(folder / "replay" / "collected")
 
 
-@pytest.mark.parametrize("episodes", ["cut", "keep", "whole"])
+@pytest.mark.parametrize("episodes", KINDS)
 def test_every_transition_is_right(runs: dict[str, op.FitResult], episodes: str) -> None:
     """s' is (episode, t + 1) always; only an end by itself is terminated, a limit and a cut are not."""
     result = runs[episodes]
@@ -64,7 +70,8 @@ def test_every_transition_is_right(runs: dict[str, op.FitResult], episodes: str)
     assert (found.steps["reward"] == following[:, 1]).all()
     assert (found.steps["terminated"] == (following[:, 1] == 3 + 2 * (obs[:, 0] % 3))).all()
     assert (obs[found.start, 1] == 0).all()
-    if episodes != "cut":
+    assert found.episodes["episode"].tolist() == list(range(found.num_episodes))
+    if episodes not in ("cut", "three"):
         lengths = found.length if episodes == "whole" else found.length[:-1]
         number = obs[found.start, 0].astype(int) % 3
         assert [(3, 5, 6)[i] for i in number[: len(lengths)]] == lengths.tolist()
@@ -100,6 +107,18 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(runs: dict[str, op.FitResult]
         collect(None, scratch(episodes="keep", env_steps=80), ckpt_path=folder, **options)
 
 
+def test_three_environments_go_on_bit_for_bit(runs: dict[str, op.FitResult], tmp_path: Path) -> None:
+    """In the middle of a round, with an episode in each."""
+    with pytest.raises(ZeroDivisionError):
+        collect(tmp_path, scratch(**KINDS["three"]), callbacks=[Crash(15)], save_every=5)
+    collect(None, scratch(**KINDS["three"]), ckpt_path=tmp_path, save_every=5)
+    ours, theirs = (run_files(folder, 40) for folder in (tmp_path, runs["three"].folder))
+    assert not differences(ours["state_dict"], theirs["state_dict"]) and ours["metrics"] == theirs["metrics"]
+    assert collected(tmp_path).fingerprint() == collected(runs["three"]).fingerprint()
+    with pytest.raises(UsageError, match="`data.online.envs` is 2, and was 3"):
+        collect(None, scratch(episodes="keep", envs=2), ckpt_path=tmp_path)
+
+
 def test_an_environment_that_does_not_repeat_itself_is_cut(
     runs: dict[str, op.FitResult], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +149,9 @@ def test_an_environment_that_does_not_repeat_itself_is_cut(
         ({"mix": "third"}, "mix"),
         ({"episodes": "all"}, "episodes"),
         ({"utd": 0}, "utd"),
+        ({"envs": 0}, "envs"),
+        ({"envs": 2}, "up to 6 steps in each of 2 environments .* at least 12 steps"),
+        ({"envs": 11, "episodes": "keep"}, "at least a step of each"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_collected(
