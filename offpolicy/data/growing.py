@@ -83,7 +83,7 @@ class GrowingTransitions(PackedTransitions):
 
 
 def grows(view: Any, replay: Replay) -> bool:
-    """Whether a replay is a ring whose transitions are packed as they come, as all rows that may leave it are usable."""
+    """Whether a replay is a ring whose transitions are packed as they come: all rows that may leave are usable."""
     if not isinstance(replay, Ring) or view.weight is not None or view.extra or SHARE in replay.meta:
         return False
     return int((replay.usable_rows() >= replay.kept).sum()) == replay.num_steps - replay.kept

@@ -27,7 +27,6 @@ from offpolicy.errors import UsageError
 from offpolicy.files import Table
 from offpolicy.training.switching import online_measures
 
-
 KINDS: dict[str, dict[str, Any]] = {
     **{kind: {"episodes": kind} for kind in ("cut", "keep", "whole")},
     "three": {"episodes": "keep", "envs": 3},
@@ -150,7 +149,7 @@ def test_an_environment_that_does_not_repeat_itself_is_cut(
         ({"episodes": "all"}, "episodes"),
         ({"utd": 0}, "utd"),
         ({"envs": 0}, "envs"),
-        ({"envs": 2}, "up to 6 steps in each of 2 environments .* at least 12 steps"),
+        ({"envs": 2}, r"up to 6 steps in each of 2 environments .* at least 12 steps"),
         ({"envs": 11, "episodes": "keep"}, "at least a step of each"),
     ],
 )
