@@ -114,7 +114,7 @@ def test_three_environments_go_on_bit_for_bit(runs: dict[str, op.FitResult], tmp
     ours, theirs = (run_files(folder, 40) for folder in (tmp_path, runs["three"].folder))
     assert not differences(ours["state_dict"], theirs["state_dict"]) and ours["metrics"] == theirs["metrics"]
     assert collected(tmp_path).fingerprint() == collected(runs["three"]).fingerprint()
-    with pytest.raises(UsageError, match="`data.online.envs` is 2, and was 3"):
+    with pytest.raises(UsageError, match=r"`data.online.envs` is 2, and was 3"):
         collect(None, scratch(episodes="keep", envs=2), ckpt_path=tmp_path)
 
 
