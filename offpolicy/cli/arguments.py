@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from offpolicy.cli.help import option_lines, options_of
+from offpolicy.cli.objective_help import TOPICS, topic_text
 from offpolicy.cli.pages import page
 from offpolicy.cli.reader import spelled
 from offpolicy.data.names import HUB_ID, Target, resolve
@@ -59,6 +60,7 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
 
 {run}
   --model.OPTION X      settings of the method; --model.help NAME lists them
+                        --model.help objective and --model.help variants: parts and variants of GRPO's objective
   --data.OPTION X       reading the data: download, on_bad, clip_actions, timeout_step, sha256;
                         for your own files: env_id, env_kwargs, obs_keys, max_episode_steps
                         texts: columns, split, tokenizer, max_length, eval_data, eval_fraction, show
@@ -124,6 +126,9 @@ def read_command(argv: Iterable[str]) -> Command:
     last = dict(pairs)
     if "help" in last and last["help"] != "all":
         print(help_text(last.get("model")), end="")
+        raise SystemExit(0)
+    if last.get("model.help") in TOPICS:
+        print(topic_text(str(last["model.help"])), end="")
         raise SystemExit(0)
     if "help" in last or "model.help" in last:
         path = class_path(last.get("model.help") or last.get("model") or DEFAULT_METHOD)

@@ -7,15 +7,19 @@ import re
 from dataclasses import fields
 
 import pytest
+from scripts import ROOT
 
 import offpolicy as op
 import offpolicy.api
 from offpolicy import evaluate, export, fit, generate, sample
 from offpolicy.cli.help import documented, options_of
+from offpolicy.cli.objective_help import first_sentence, objective_text, variants_text
 from offpolicy.cli.reader import Parser, spelled
 from offpolicy.data import __main__ as data_command
 from offpolicy.errors import UsageError
 from offpolicy.language import generation as answers
+from offpolicy.losses.components import COMPONENTS
+from offpolicy.losses.variants import VARIANTS
 from offpolicy.training.options import RunOptions
 
 
@@ -140,3 +144,31 @@ def test_defaults_of_a_command_are_those_of_its_function(
     assert len(wanted) >= 3
     for name, default in wanted.items():
         assert told[name] == default or told[name] is None or default is inspect.Parameter.empty, name
+
+
+def test_parts_of_the_objective_and_variants_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = ("trust\n  ppo", "min(ρA, clip(ρ, 1 − low", "[low, high]", "terms\n", "lr\n")
+    variants = ("dapo              DAPO (arXiv:2503.14476):", "--model.variant NAME")
+    for topic, words in (("objective", parts), ("variants", variants)):
+        with pytest.raises(SystemExit) as caught:
+            fit.main(["--model.help", topic])
+        assert not caught.value.code
+        said = capsys.readouterr().out
+        assert all(word in said for word in words) and max(map(len, said.splitlines())) <= 120
+
+
+def test_every_part_and_variant_is_told() -> None:
+    text = objective_text() + variants_text()
+    for slot, known in COMPONENTS.items():
+        for name, kind in known.items():
+            assert f"\n  {name:<17} {first_sentence(kind)[:20]}" in text, (slot, name)
+    assert all(f"\n  {row.method or row.name:<17} {row.title[:20]}" in text for row in VARIANTS.values())
+
+
+def test_the_table_of_variants_is_what_the_code_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the measured column, which the page has by itself. Else: python examples/rlvr/objective_table.py"""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "rlvr"))
+    import objective_table
+
+    page = objective_table.PAGE.read_text()
+    assert objective_table.page_of(page, objective_table.known_times(page)) == page

@@ -434,7 +434,7 @@ def test_variants_beside_other_options(lag: int, monkeypatch: pytest.MonkeyPatch
     again = GRPO(**found.hparams)
     assert again.hparams == found.hparams and again.of_variant == found.of_variant
     with pytest.raises(UsageError, match="has an entropy term of its own"):
-        GRPO(policy="x", variant="made", entropy=0.1)
+        GRPO(policy="x", variant="made", group_size=4, entropy=0.1)
     monkeypatch.setitem(VARIANTS, "made", Variant("made", "Made", "", "", method="HPT"))
     with pytest.raises(UsageError, match="Pass --model HPT"):
         GRPO(policy="x", variant="made")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_parts import MANY_PARTS
 from tiny_rl import fit, method
 from toy import differences, run_files
 
@@ -25,6 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "filtered": ("GRPO", {"filter": "signal", "rewards": ["tiny_rl.ends_early"], "batch_size": 12}),
     "r3": ("GRPO", {"replay": {"name": "r3", "success": 0.5}, "rewards": ["tiny_rl.ends_early"], "batch_size": 12}),
     "HPT": ("HPT", {"success": 0.6, "micro_batch_size": 3}),
+    "many-parts": ("GRPO", {"objective": MANY_PARTS, "batch_size": 12, "micro_batch_size": 4}),
     "ReMix": ("ReMix", {"base": "ppo", "group_size": 1, "reincarnation": 2, "micro_batch_size": 3, "kl": "full"}),
     "RLPlus": ("RLPlus", {"aggregation": "token_mean"}),
 }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from forks import run_copy
+from made_parts import MANY_PARTS
 from tiny_rl import fit, make_policy, method, toy_problems
 from toy import differences, run_files
 
@@ -40,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     "r3": ("GRPO", {"replay": {"name": "r3", "success": 0.5}, "rewards": ["tiny_rl.ends_early"]}, (3,), 6),
     "HPT": ("HPT", {"success": 0.6}, (3,), 6),
     "own-state": ("GRPO", {"objective": {"weight": ["tiny_rl.Remembers"]}}, (3,), 6),
+    "many-parts": ("GRPO", {"objective": MANY_PARTS, "micro_batch_size": 5}, (3,), 6),
     "dropout": ("GRPO", {"lora_rank": 2, "lora_dropout": 0.3, "kl": "full", "beta": 0.1}, (3,), 6),
 }
 

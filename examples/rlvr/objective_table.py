@@ -1,0 +1,136 @@
+"""Writes the table of published variants in docs/objective.md from the code.
+
+usage: python examples/rlvr/objective_table.py [--measure] [--check]
+
+``--measure`` times the objective of each variant beside GRPO's: facts of the step, loss and gradient by the tokens'
+log-probabilities, without a model, for 64 answers of at most 256 tokens; median over interleaved rounds. Without it the
+column stays as it is. ``--check`` changes nothing and exits with 1 where the page is not what the code says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
+from offpolicy.losses.variants import VARIANTS, Variant
+
+PAGE = Path(__file__).parents[2] / "docs" / "objective.md"
+BEGIN, END = "<!-- table: python examples/rlvr/objective_table.py -->", "<!-- end of the table -->"
+HEAD = ("variant", "paper", "what it changes", "parts", "tested by", "old answers", "needs", "passes more", "ms")
+ROWS, GROUP, LENGTH, ROUNDS = 64, 8, 256, 15
+
+
+def shown(spec: Any) -> str:
+    """A component with its parameters."""
+    if isinstance(spec, str):
+        return spec
+    if isinstance(spec, Mapping):
+        more = ", ".join(f"{name} {value}" for name, value in spec.items() if name != "name")
+        return f"{spec['name']}({more})" if more else str(spec["name"])
+    return " + ".join(map(shown, spec))
+
+
+def passes(variant: Variant) -> str:
+    """Forward passes beside those of GRPO."""
+    if variant.method:
+        return "see the method"
+    objective, found = Objective(**variant.parts), []
+    if objective.sees_step:
+        found.append("1 where a step is cut")
+    if objective.reads_of_answers & {"mean_logp", "mean_entropy"} or "mean_log_ratio" in objective.reads:
+        found.append("the first step's answers")
+    found += [f"1 of {words}" for name, words in (("base_logp", "the base"), ("base_kl", "the base, whole vocabulary"),
+              ("previous_kl", "π_k, whole vocabulary")) if name in objective.reads]  # fmt: skip
+    return "; ".join(found)
+
+
+def cells(variant: Variant) -> list[str]:
+    """The row of a variant, without the measured column."""
+    parts = [f"{slot} `{shown(spec)}`" for slot, spec in variant.parts.items() if spec not in ("none", ())]
+    parts += [f"`{name} {value}`" for name, value in variant.options.items()]
+    name = f"`--model {variant.method}`" if variant.method else f"`{variant.name}`"
+    paper = variant.paper
+    paper = f"[{paper}](https://arxiv.org/abs/{paper})" if paper[:1].isdigit() else paper
+    notes = {"Paper and code": variant.differs, "Unverified": variant.unverified}
+    changes = variant.formula + "".join(f". {label}: {text}" for label, text in notes.items() if text)
+    row = [name, f"{variant.title} {paper}".strip(), changes, "; ".join(parts)]
+    row += [variant.tested, variant.off_policy, variant.needs, passes(variant)]
+    return [re.sub(r"\s+", " ", cell).replace("|", "\\|") for cell in row]
+
+
+def measured() -> dict[str, str]:
+    """Milliseconds of each objective, by the first column of its row."""
+    made = {cells(v)[0]: Objective(**v.parts) for v in VARIANTS.values() if not v.method}
+    spent: dict[str, list[float]] = {name: [] for name in made}
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    grid, row = (ROWS, LENGTH), torch.arange(ROWS)
+    mask = (torch.arange(LENGTH) < torch.randint(64, LENGTH + 1, (ROWS, 1), generator=generator)).float()
+    fields: dict[str, Any] = {name: -drawn(*grid) for name in Tokens._fields if name.endswith("logp")}
+    fields |= {name: drawn(*grid) for name in Tokens._fields if name not in fields}
+    turn = torch.where(mask > 0, 0, -1)
+    columns = {"group": row // GROUP, "prompt": row // GROUP, "reward": drawn(ROWS).round(), "ended": row % 7 > 0}
+    columns |= {"length": mask.sum(-1).long(), "turn": turn, "segment": turn, "weight": drawn(ROWS)}
+    columns |= {name: drawn(*grid) for one in made.values() for name in one.columns - columns.keys()}
+    fields |= {"mask": mask, "advantage": drawn(ROWS) - 0.5, "lag": row % 2, "step": None, "columns": columns}
+    fields |= {"external": (row % GROUP == 0)[:, None].expand(grid)}
+    totals = Totals(ROWS, int(mask.sum()), LENGTH, LENGTH)
+    for _ in range(ROUNDS):
+        for name, objective in made.items():
+            given = Tokens(**{**fields, "logp": fields["logp"].clone().requires_grad_()})
+            began = time.perf_counter()
+            objective.rate_factor(given, iteration=1)
+            loss, _ = objective.loss(given, totals, iteration=1, health=False)
+            loss.backward()
+            spent[name].append(1e3 * (time.perf_counter() - began))
+    return {name: f"{statistics.median(times):.1f}" for name, times in spent.items()}
+
+
+def table(times: Mapping[str, str]) -> str:
+    """The table, with these times where they are known."""
+    rows = [cells(variant) for variant in VARIANTS.values()]
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    return "\n".join([*lines, *("| " + " | ".join([*row, times.get(row[0], "–")]) + " |" for row in rows)])
+
+
+def known_times(page: str) -> dict[str, str]:
+    """The measured column of a page, by the first."""
+    rows = [re.split(r"(?<!\\)\|", line) for line in page.splitlines() if line.startswith("| `")]
+    return {row[1].strip(): row[-2].strip() for row in rows}
+
+
+def page_of(page: str, times: Mapping[str, str]) -> str:
+    """A page with the table that the code says."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{table(times)}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> int:
+    """Write the page, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    page = PAGE.read_text()
+    made = page_of(page, measured() if args.measure else known_times(page))
+    if args.check:
+        return int(made != page)
+    PAGE.write_text(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
