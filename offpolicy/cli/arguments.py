@@ -132,7 +132,8 @@ def read_command(argv: Iterable[str]) -> Command:
         raise SystemExit(0)
     if "help" in last or "model.help" in last:
         path = class_path(last.get("model.help") or last.get("model") or DEFAULT_METHOD)
-        return Command(path, flags=[("help", None)] if "help" in last else [("model.help", path)])
+        flags = [("help", None)] if "help" in last else [("model.help", path)]
+        return Command(path, flags=flags, words=Words(packages=(path.partition(".")[0],)))  # the user typed it
 
     check_options((name for name, _ in pairs), {"run": [f.name for f in fields(RunOptions)]})
     typed = names_in([parsed(value) for name, value in pairs if name not in NO_NAMES])

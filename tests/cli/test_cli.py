@@ -196,7 +196,11 @@ def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert caught.value.code == 0
     assert len(text.splitlines()) <= 40 and "TD3BC" in text
-    for argv, part in ((["--model.help", "iql"], "--model.expectile"), (["--help=all"], "--trainer.gradient_clip_val")):
+    for argv, part in (
+        (["--model.help", "iql"], "--model.expectile"),
+        (["--model.help", "examples.own_method.AWR"], "--model.beta"),
+        (["--help=all"], "--trainer.gradient_clip_val"),
+    ):
         with pytest.raises(SystemExit) as caught:
             fit.main(argv)
         assert not caught.value.code and part in capsys.readouterr().out
