@@ -25,7 +25,7 @@ KINDS = {
     "Goals": "GCBC GCIVL GCIQL HIQL OTA",
     "Models of data and values of policies": "TrajectoryDiffusion WorldModel RAVL MBPO FQE",
     "Preference tuning": "SFT DPO CDPO RDPO RPO IPO INPO SimPO CPO ORPO KTO",
-    "Reinforcement tuning": "GRPO ReMix RLPlus",
+    "Reinforcement tuning": "GRPO ReMix RLPlus HPT",
 }
 
 
