@@ -14,8 +14,11 @@ from offpolicy.compute.processes import sum_over_processes, world_size
 from offpolicy.data.sampling import permutation
 from offpolicy.data.texts.sequences import BoundTexts, row_weights
 from offpolicy.language.meters import RowMeter
-from offpolicy.losses.preference import idealised_ranking_accuracy
+from offpolicy.losses.preference import idealised_ranking_accuracy, loss_to_rank
 from offpolicy.training.meter import Metrics
+
+BETAS = (0.01, 0.1, 1.0, 5.0, 10.0)  # of the paper's table
+IDEAL = "idealised_ranking_accuracy"
 
 
 def eval_sample(rows: int, limit: int) -> np.ndarray:
@@ -47,9 +50,33 @@ def evaluate(
     return meter.read(sum_over_processes)
 
 
-def idealised(scores: Any, beta: float | None) -> dict[str, Tensor]:
-    """What a perfectly optimised policy would rank right (arXiv:2405.19534): of pairs, and methods with a β."""
+def idealised(scores: Any, beta: float | None, reference_weight: float = 1.0) -> dict[str, Tensor]:
+    """What a perfectly optimised policy would rank right (arXiv:2405.19534): of pairs, and methods with a β.
+
+    At the β of the method, by sums and by means per token; and at every β of a grid, which `ranges_of_grid` sums up.
+    The column ``agreement`` says how many people agree with a label.
+    """
     if not (beta and hasattr(scores, "chosen")):
         return {}
-    chosen, rejected = scores.chosen.ref_logps, scores.rejected.ref_logps
-    return {"idealised_ranking_accuracy": idealised_ranking_accuracy(chosen, rejected, beta=beta)}
+    sides = (scores.chosen, scores.rejected)
+    sums = [reference_weight * side.ref_logps for side in sides]
+    means = [one / side.length for one, side in zip(sums, sides)]
+    agreement = scores.facts.get("agreement", 0.75)
+    found = {
+        IDEAL: idealised_ranking_accuracy(*sums, beta=beta, agreement=agreement),
+        f"{IDEAL}_normalised": idealised_ranking_accuracy(*means, beta=beta, agreement=agreement),
+        "loss_to_rank": loss_to_rank(*sums, beta=beta),
+    }
+    for name, logps in ((IDEAL, sums), (f"{IDEAL}_normalised", means)):
+        found |= {f"{name}@{b}": idealised_ranking_accuracy(*logps, beta=b, agreement=agreement) for b in BETAS}
+    return found
+
+
+def ranges_of_grid(numbers: dict[str, float]) -> dict[str, float]:
+    """The least, the median and the largest idealised accuracy over the grid in place of one number for every β."""
+    found = {name: value for name, value in numbers.items() if "@" not in name}
+    for name in (IDEAL, f"{IDEAL}_normalised"):
+        grid = sorted(numbers[f"{name}@{b}"] for b in BETAS if f"{name}@{b}" in numbers)
+        if grid:
+            found |= {f"{name}_min": grid[0], f"{name}_median": grid[len(grid) // 2], f"{name}_max": grid[-1]}
+    return found

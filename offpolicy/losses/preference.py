@@ -7,6 +7,7 @@ token, or log-ratios log π(y|x) − log π_ref(y|x), as each function says. ℓ
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offpolicy.errors import check_range
+from offpolicy.losses.groups import candidate_entropy
 from offpolicy.losses.scores import PairScores, TokenMean
 
 NllForm = Literal["sum", "sequence_mean", "token_mean"]
@@ -218,20 +220,28 @@ def ranking_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def idealised_ranking_accuracy(
-    ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float, agreement: float = 0.75
+    ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float, agreement: float | Tensor = 0.75
 ) -> Tensor:
-    """1 where a policy that optimised DPO perfectly would prefer y_w (arXiv:2405.19534, section 3).
+    """1 where a policy that optimised DPO perfectly would prefer y_w (arXiv:2405.19534, section 3); a tie is wrong.
 
-    That is where Δ_ref + (1/β)·log(α/(1 − α)) > 0.
+    That is where Δ_ref + (1/β)·log(α/(1 − α)) > 0. With log-probabilities per token it is the paper's length-normalised
+    ideal. The authors' script divides the two log-probabilities in its other branch, and takes quotients within 5 % of
+    1 for ties; here it is the formula.
 
     Args:
-        ref_chosen: summed log-probability of y_w under the reference, (B,).
+        ref_chosen: log-probability of y_w under the reference, summed or per token, (B,).
         ref_rejected: the same of y_l, (B,).
         beta: of the objective, > 0.
-        agreement: α, share of people who prefer y_w, in [0.5, 1); 0.75 when it is not known.
+        agreement: α, share of people who prefer y_w: one number in [0.5, 1), 0.75 when it is not known, or (B,) in
+            [0, 1], where a share of 0 counts as 1e-3 on either side, as in the authors' script.
     """
-    check_range("agreement", agreement, 0.5, 1.0, upper_open=True)
-    bonus = torch.logit(torch.tensor(agreement, dtype=torch.float64, device="cpu")).item() / beta
+    check_range("beta", beta, 0.0, lower_open=True)
+    if not isinstance(agreement, Tensor):
+        check_range("agreement", agreement, 0.5, 1.0, upper_open=True)
+        bonus: float | Tensor = math.log(agreement / (1.0 - agreement)) / beta
+    else:
+        for_chosen, other = (torch.where(share > 0, share, 1e-3) for share in (agreement, 1.0 - agreement))
+        bonus = (for_chosen / other).log() / beta
     return (ref_chosen - ref_rejected + bonus > 0).to(ref_chosen.dtype)
 
 
@@ -272,9 +282,12 @@ def preference_metrics(
     if chosen.ref_logps is not None and rejected.ref_logps is not None:
         metrics["logps/chosen_drift"] = chosen.log_ratio
         metrics["logps/rejected_drift"] = rejected.log_ratio
-        metrics["ref_ranking_accuracy"] = ranking_accuracy(
-            chosen.ref_logps / chosen.length, rejected.ref_logps / rejected.length
-        )
+        before = ranking_accuracy(chosen.ref_logps / chosen.length, rejected.ref_logps / rejected.length)
+        metrics["ref_ranking_accuracy"] = before
+        metrics["ranking_mended"] = metrics["ranking_accuracy"] * (1 - before)  # wrong under the reference, right now
+        metrics["ranking_broken"] = before * (1 - metrics["ranking_accuracy"])
+        both = torch.stack([chosen.log_ratio, rejected.log_ratio], 1)
+        metrics["candidate_entropy"] = candidate_entropy(both, torch.ones_like(both, dtype=torch.bool))
     pooled = {}
     if chosen.stats:
         entropy = chosen.stats["entropy"] + rejected.stats["entropy"]

@@ -66,24 +66,41 @@ def preference(material: Material) -> Section:
     found.parts.append(tag("p", f"{words} {FEW}"))
     found.parts += panels_by_task(records, PREFERENCE, "preference", material)
     found.parts += pair_margins(records, material) or margins(records, material)
+    found.parts += losses_to_rank(records, material)
     return found
 
 
 def pair_margins(records: Sequence[RunRecord], material: Material) -> list[Markup]:
     """Histograms of the margins of single pairs at the last evaluation, over the seeds of each method."""
-    panels: dict[str, dict[str, np.ndarray]] = {}
-    for (task, method), some in by_cell(records, material.labels).items():
-        every = np.concatenate([read_margins(one.run.folder) for one in newest(some)])
-        if len(every):
-            panels.setdefault(task, {})[method] = every
-    if not panels:
-        return []
     words = (
         "Margins of single held-out pairs at the last evaluation of each run, all seeds of a method together. Above 0 "
         "the chosen answer has the larger reward."
     )
+    return _of_pairs(records, material, 0, ("pair-margins", "margin of a pair", words))
+
+
+def losses_to_rank(records: Sequence[RunRecord], material: Material) -> list[Markup]:
+    """Histograms of the loss below which single pairs are ranked right, of methods with such a loss."""
+    words = (
+        "Loss below which the policy prefers the chosen answer of a held-out pair (arXiv:2405.19534). Small where the "
+        "reference prefers the other one by far: such pairs are hardly ever turned. At ln 2 the reference is undecided."
+    )
+    return _of_pairs(records, material, 1, ("loss-to-rank", "loss below which a pair is ranked right", words))
+
+
+def _of_pairs(
+    records: Sequence[RunRecord], material: Material, column: int, names: tuple[str, str, str]
+) -> list[Markup]:
+    """Histograms of a number of single pairs; ``names`` are of the file, the axis, and what is said below."""
+    panels: dict[str, dict[str, np.ndarray]] = {}
+    for (task, method), some in by_cell(records, material.labels).items():
+        every = np.concatenate([read_margins(one.run.folder, column) for one in newest(some)])
+        if len(every):
+            panels.setdefault(task, {})[method] = every
+    if not panels:
+        return []
     looks = {name: look for name, look in material.looks.items() if any(name in methods for methods in panels.values())}
-    return [shown_figure(draw_histograms("pair-margins", panels, looks, "margin of a pair", material.figures), words)]
+    return [shown_figure(draw_histograms(names[0], panels, looks, names[1], material.figures), names[2])]
 
 
 def margins(records: Sequence[RunRecord], material: Material) -> list[Markup]:

@@ -76,11 +76,14 @@ def read_record(run: Run) -> RunRecord:
     return RunRecord(run, run_state(run, columns), columns, clock, versions_of(run.folder), commands)
 
 
-def read_margins(folder: Path) -> np.ndarray:
-    """The finite margins of single pairs at the newest evaluation of a run, (n,); empty where it keeps none."""
+def read_margins(folder: Path, column: int = 0) -> np.ndarray:
+    """The finite margins of single pairs at the newest evaluation of a run, (n,); empty where it keeps none.
+
+    The second column has the losses below which they are ranked right.
+    """
     rows = csv.reader(io.StringIO(_text(folder / MARGINS)[:MOST_TEXT]))
     try:
-        values = [_number(row, 2) for row in rows if row and row[0].isdigit()]
+        values = [_number(row, 2 + column) for row in rows if row and row[0].isdigit()]
     except csv.Error:
         return np.empty(0)
     known = np.array([value for value in values if value is not None], np.float64)

@@ -355,6 +355,22 @@ def test_ranking_accuracies() -> None:
     assert ideal.tolist() == [1.0, 0.0]
 
 
+def test_idealised_accuracy_with_a_share_for_every_pair() -> None:
+    """At β = 0.1 the bonus is 10·ln(α/(1 − α)): −21.97, 0, 21.97 for 0.1, 0.5, 0.9; 10·ln(1/1e-3) = 69.08 for 1, and
+    its negative for 0."""
+    share, low = f64(0.1, 0.5, 0.9, 1.0, 0.0), f64(21.9, 0.0, -21.9, -69.0, 69.0)
+    ideal = idealised_ranking_accuracy(low, torch.zeros_like(low), beta=0.1, agreement=share)
+    assert ideal.tolist() == [0.0, 0.0, 1.0, 1.0, 0.0]
+    raised = idealised_ranking_accuracy(low + 0.2, torch.zeros_like(low), beta=0.1, agreement=share)
+    assert raised.tolist() == [1.0] * 5
+
+
+def test_loss_to_rank_of_the_theorem() -> None:
+    """Theorem 4.1: −log σ(β·c) with c = −Δ_ref; at β = 0.1 c = 5 gives 0.474077, c = 30 gives 0.048587."""
+    found = loss_to_rank(f64(-5.0, -30.0), f64(0.0, 0.0), beta=0.1)
+    torch.testing.assert_close(found, f64(0.474077, 0.048587), rtol=0, atol=5e-7)
+
+
 def test_a_pair_is_ranked_correctly_below_its_loss_to_rank() -> None:
     """ℓ(u) < −log σ(−β·Δ_ref) exactly where Δ_θ > 0."""
     generator = torch.Generator().manual_seed(1)
@@ -387,6 +403,9 @@ def test_metrics_of_pairs() -> None:
             "logps/chosen_drift": 2.0,
             "logps/rejected_drift": -1.0,
             "ref_ranking_accuracy": 1.0,  # −2 > −2.5
+            "ranking_mended": 0.0,
+            "ranking_broken": 0.0,
+            "candidate_entropy": 0.27535995,  # H(σ(3), σ(−3))/ln 2 from the drifts 2 and −1
             "logits/chosen": 2.0,
             "logits/rejected": 1.0,
             "entropy": 1.0,  # (2 + 4) / (4 + 2)

@@ -103,6 +103,8 @@ def test_values_against_the_formulas() -> None:
     ratio = -log_sigmoid((odds[0] / odds[1]).log())
     expected = {
         ("DPO", ()): dpo,
+        ("DPO", (("reference_weight", 0.0),)): -log_sigmoid(0.3 * (sw - sl)),
+        ("DPO", (("reference_weight", 0.4),)): -log_sigmoid(0.3 * (sw - sl - 0.4 * (w.ref_logps - x.ref_logps))),
         ("CDPO", (("label_smoothing", 0.2),)): 0.8 * dpo - 0.2 * log_sigmoid(-u),
         ("RDPO", (("label_smoothing", 0.2),)): (0.8 * dpo + 0.2 * log_sigmoid(-u)) / 0.6,
         ("RPO", ()): dpo - 0.005 * 0.3 * sw,
@@ -244,6 +246,19 @@ def test_metrics_are_detached_and_one_per_row(name: str) -> None:
         assert "nll_loss" in metrics
 
 
+def test_a_ranking_is_mended_or_broken() -> None:
+    """Against the reference's ranking by mean log-probabilities: wrong → right, right → wrong, right → right."""
+    length = torch.full((3,), 2.0).double()
+    policy, ref = ([torch.tensor(x).double() for x in pair] for pair in (
+        ([-1.0, -3.0, -1.0], [-2.0, -2.0, -2.0]), ([-3.0, -1.0, -1.0], [-2.0, -2.0, -2.0])))  # fmt: skip
+    s = PairScores(*(Scores(p.requires_grad_(), length, r) for p, r in zip(policy, ref)))
+    _, metrics = make("DPO").loss(s)
+    assert metrics["ranking_mended"].tolist() == [1, 0, 0] and metrics["ranking_broken"].tolist() == [0, 1, 0]
+    h = torch.tensor([2.0, 0.0]).double().softmax(0)
+    torch.testing.assert_close(metrics["candidate_entropy"][0], -(h * h.log()).sum() / math.log(2))
+    assert metrics["candidate_entropy"][2] == 1.0
+
+
 def test_kto_reports_by_label() -> None:
     s = single_scores()
     label = s.facts["label"]
@@ -268,6 +283,7 @@ def test_what_methods_need() -> None:
     reference = {name for name in (*PAIRED, *SINGLE) if make(name).uses_reference}
     assert reference == {"DPO", "CDPO", "RDPO", "RPO", "IPO", "INPO", "KTO"}
     assert {name for name in (*PAIRED, *SINGLE) if make(name).uses_previous} == {"INPO"}
+    assert not make("DPO", reference_weight=0.0).uses_reference and make("DPO", reference_weight=0.1).uses_reference
     assert {name for name in (*PAIRED, *SINGLE) if make(name).scores_prompt} == {"ORPO"}
     assert not make("ORPO", nll_on_prompt=False).scores_prompt
     assert {name for name in (*PAIRED, *SINGLE) if make(name).uses_mismatched} == {"KTO"}
@@ -277,6 +293,7 @@ def test_what_methods_need() -> None:
     ("name", "options", "message"),
     [
         ("DPO", {"beta": 0.0}, "beta"),
+        ("DPO", {"reference_weight": -0.5}, "reference_weight"),
         ("RDPO", {"label_smoothing": 0.5}, "label_smoothing"),
         ("CDPO", {"label_smoothing": -0.1}, "label_smoothing"),
         ("SimPO", {"gamma": 1.0, "gamma_beta_ratio": 0.5}, "Leave one out"),
