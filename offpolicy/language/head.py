@@ -18,7 +18,7 @@ from offpolicy.data.texts.sequences import Pairs, Ragged, Singles
 from offpolicy.errors import UsageError
 from offpolicy.language.attention import attention_inputs, shares_prompt, take_packed
 from offpolicy.language.layout import Layout, pair_layout, single_layout
-from offpolicy.language.logprobs import token_divergence, token_logps
+from offpolicy.language.logprobs import plain_logits, token_divergence, token_logps
 from offpolicy.language.nucleus import nucleus_entropy
 from offpolicy.language.reading import call, in_eval, taken
 
@@ -28,14 +28,21 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 
 class Answers(NamedTuple):
     """Scores of A answers: ``sum_logps (A,)`` nats, ``length (A,)`` scored tokens, both float32; ``stats``: sums over
-    the tokens of each answer by name, each (A,), without gradient."""
+    the tokens of each answer by name, each (A,), without gradient; ``sum_values (A,)``: of a value per token."""
 
     sum_logps: Tensor
     length: Tensor
     stats: dict[str, Tensor]
+    sum_values: Tensor | None = None
 
 
-def score(model: nn.Module, layout: Layout, *, chunk: int = 256, stats: bool = False) -> Answers:
+# head, states (n, D), targets (n,), their log-probabilities (n,) → a value of each, (n,)
+TokenValue = Callable[["Head", Tensor, Tensor, Tensor], Tensor]
+
+
+def score(
+    model: nn.Module, layout: Layout, *, chunk: int = 256, stats: bool = False, value: TokenValue | None = None
+) -> Answers:
     """Log-probability of every answer under a causal language model, differentiable in its parameters.
 
     The head is applied to scored positions only, in tiles (`token_logps`).
@@ -45,11 +52,12 @@ def score(model: nn.Module, layout: Layout, *, chunk: int = 256, stats: bool = F
         layout: the rows, on the model's device.
         chunk: at most ``chunk * V`` logits exist at a time.
         stats: also sum ``logits``, ``entropy`` and ``hits`` (see `token_logps`) over each answer.
+        value: also sum this value of every scored token over each answer.
 
     Raises:
         UsageError: `token_logps` cannot compute the model's head.
     """
-    return _in_forward(_score, model, layout, chunk, stats)
+    return _in_forward(_score, model, layout, chunk, stats, value)
 
 
 def _in_forward(call: Callable[..., Any], model: nn.Module, layout: Layout, *args: Any) -> Any:
@@ -76,12 +84,16 @@ def _check_exact(model: nn.Module, layout: Layout) -> None:
         check_packed(model)
 
 
-def _score(model: nn.Module, layout: Layout, chunk: int, stats: bool) -> Answers:
+def _score(model: nn.Module, layout: Layout, chunk: int, stats: bool, value: TokenValue | None = None) -> Answers:
     head = Head(model)
-    found = head.logps(_hidden(head, layout), layout.target, chunk, stats)
+    hidden = _hidden(head, layout)
+    found = head.logps(hidden, layout.target, chunk, stats)
     logps, facts = found if stats else (found, {})
     return Answers(
-        _per_answer(logps, layout), layout.length.float(), {k: _per_answer(v, layout) for k, v in facts.items()}
+        _per_answer(logps, layout),
+        layout.length.float(),
+        {k: _per_answer(v, layout) for k, v in facts.items()},
+        None if value is None else _per_answer(value(head, hidden, layout.target, logps), layout),
     )
 
 
@@ -310,6 +322,10 @@ class Head:
         """:func:`offpolicy.language.nucleus.nucleus_entropy` under this head."""
         how = {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
         return nucleus_entropy(hidden, self.weight, share, **how, temperature=temperature, chunk=chunk)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits of n places over the whole vocabulary, (n, V), as many at once."""
+        return plain_logits(hidden, self.weight, self.bias, softcap=self.softcap, scale=self.scale)
 
     def divergence(self, hidden: Tensor, other: FinalStates, chunk: int = 256, temperature: float = 1.0) -> Tensor:
         """`token_divergence` of this head from another of the same kind."""

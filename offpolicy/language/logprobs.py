@@ -106,24 +106,28 @@ def token_divergence(
     Returns:
         Nats, ≥ 0, (n,) float32 (float64 for float64 input).
     """
-    dtype = _product_type(hidden, weight)
-
-    def log_probabilities(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        z = (h.to(dtype) @ w.to(dtype).T).to(_accumulator(dtype))
-        z = z * scale if b is None else (z + b) * scale
-        z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        return (z / temperature).log_softmax(-1)
+    how: dict[str, Any] = {"softcap": softcap, "scale": scale}
 
     def divergence(h: Tensor, other: Tensor) -> Tensor:
-        with torch.autocast(h.device.type, enabled=False):
-            logp = log_probabilities(h, weight, bias)
-            with torch.no_grad():
-                logq = log_probabilities(other, other_weight, other_bias)
-            return (logp.exp() * (logp - logq)).sum(-1)
+        logp = (plain_logits(h, weight, bias, **how) / temperature).log_softmax(-1)
+        with torch.no_grad():
+            logq = (plain_logits(other, other_weight, other_bias, **how) / temperature).log_softmax(-1)
+        return (logp.exp() * (logp - logq)).sum(-1)
 
     size = max(1, chunk // 4)  # about four tables of this many places exist at once
     parts = zip(hidden.split(size), other_hidden.split(size), strict=True)
     return torch.cat([checkpoint(divergence, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
+
+
+def plain_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, softcap: float | None = None, scale: float = 1.0
+) -> Tensor:
+    """All logits of n places at once, (n, V), for few places; arguments as of `token_logps`."""
+    dtype = _product_type(hidden, weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        z = (hidden.to(dtype) @ weight.to(dtype).T).to(_accumulator(dtype))
+        z = z * scale if bias is None else (z + bias) * scale
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 def _product_type(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -37,6 +37,7 @@ class Scores(NamedTuple):
             "entropy" (nats), "hits" (1 where the token is the most likely one). Empty except on steps that are logged.
         previous_logps: the same sum under the policy that training started from, (B,); None unless the method asks for
             it with ``uses_previous``. No gradient.
+        sum_values: a value per token summed over the answer, (B,); None unless the method defines one.
     """
 
     sum_logps: Tensor
@@ -46,6 +47,7 @@ class Scores(NamedTuple):
     prompt_length: Tensor | None = None
     stats: dict[str, Tensor] = {}  # never changed in place
     previous_logps: Tensor | None = None
+    sum_values: Tensor | None = None
 
     @property
     def mean_logps(self) -> Tensor:
@@ -79,6 +81,35 @@ class PairScores(NamedTuple):
     facts: dict[str, Tensor] = {}
     mean_chosen_length: Tensor | float = 1.0
     mean_sequence_length: Tensor | float | None = None
+
+
+class GroupScores(NamedTuple):
+    """A micro-batch of rows with up to K answers each; numbers are 0 where a row has fewer.
+
+    Attributes:
+        sum_logps: log π(y|x) summed over the tokens of each answer, nats, (B, K). Carries the gradient.
+        length: number of those tokens, (B, K), float; 0 where there is no answer.
+        ref_logps: the same sums under the reference, (B, K); None for methods without one. No gradient.
+        facts: columns of the rows by name, (B, …) each: ``score (B, K)``, …
+        stats: as of :class:`Scores`, (B, K) each.
+    """
+
+    sum_logps: Tensor
+    length: Tensor
+    ref_logps: Tensor | None = None
+    facts: dict[str, Tensor] = {}
+    stats: dict[str, Tensor] = {}
+
+    @property
+    def present(self) -> Tensor:
+        """Which answers are there, (B, K) bool."""
+        return self.length > 0
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log π(y|x) − log π_ref(y|x), nats, (B, K). Only for methods with a reference."""
+        assert self.ref_logps is not None  # `uses_reference`
+        return self.sum_logps - self.ref_logps
 
 
 class SingleScores(NamedTuple):
