@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     played.add_argument("--seed", type=int, metavar="S", help="of the training and the episodes (0)")
     played.add_argument("--jobs", type=int, metavar="J", help="processes that play; any number makes the same set (1)")
     make.add_argument("--out", metavar="FOLDER", help="write it there instead of the data folder")
+    texts = "texts that `make instructions` makes pairs of prompts from (for MAPL), into the file --out"
+    make.add_argument("--from", dest="source", metavar="TEXTS", help=texts)
     make.add_argument("--check", action="store_true", help="measure its reference scores again (a minute or two)")
     make.set_defaults(run=_make)
     show = commands.add_parser("show", help="print the data report of a set; without a name, list the known names")
@@ -107,6 +109,10 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _make(options: argparse.Namespace) -> None:
+    if options.names == ["instructions"]:
+        return _make_instructions(options)
+    if options.source is not None:
+        raise UsageError("--from was given, which is for `make instructions`; expected no other set. Leave it out.")
     targets = [resolve(name) for name in options.names]
     if options.out and len(targets) > 1:
         raise UsageError(f"--out was given for {len(targets)} sets; expected one. Make them one by one.")
@@ -123,6 +129,23 @@ def _make(options: argparse.Namespace) -> None:
             _make_simulated(target, options)
         else:
             _make_fixed(target, options)
+
+
+def _make_instructions(options: argparse.Namespace) -> None:
+    for name in ("steps", "rows", "jobs"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} was given, and every row of --from is used. Leave it out.")
+    if not options.source or not options.out or options.check:
+        raise UsageError(
+            "`make instructions` was not told its texts and a new file, or has --check; expected --from TEXTS --out "
+            "FILE.jsonl."
+        )
+    from offpolicy.data.texts.instructions import make_instructions
+
+    found = make_instructions(options.source, options.out, seed=options.seed or 0)
+    told = {"ordinary": "as they are", "intra": "one answer to two prompts", "inter": "two answers under two prompts"}
+    words = ", ".join(f"{found[kind]:,} {word}" for kind, word in told.items() if found[kind])
+    print(f"{options.out}: {found.total():,} pairs ({words}), for --model MAPL")
 
 
 def _make_fixed(target: Target, options: argparse.Namespace) -> None:
