@@ -49,6 +49,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--verifier", default="auto", help=f"auto, none, {known}, or an import path of your own function"
     )
+    parser.add_argument("--revisions", type=int, default=0, help="how often the model revises its answers (SRPO)")
+    parser.add_argument(
+        "--revision_request", metavar="TEXT", help="what asks for a revision (as in the run's training)"
+    )
     parser.add_argument("--out", help="file to write (in the run folder, else answers.jsonl)")
     add_trust(parser)
     args, rest = parser.parse_known_args(argv)
@@ -72,7 +76,8 @@ def main(argv: list[str]) -> int:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     names = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
     options = {name: getattr(args, name) for name in names}
-    rows, numbers = answer_prompts(model, tokenizer, prompts, verifier=verifier, **options)
+    revising, request = revisions_of(args, settings, asked, tokenizer)
+    rows, numbers = answer_prompts(model, tokenizer, prompts, verifier=verifier, **revising, **options)
     file = Path(args.out) if args.out else file
     atomic_write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     summary = {"model": args.run, "prompts": len(prompts), **options, **numbers}
@@ -81,6 +86,10 @@ def main(argv: list[str]) -> int:
     print(f"{words}, {len(prompts):,} prompts, {args.num_samples} answers each")
     if how:
         print(screen.line("prompts", how))
+    if request:
+        print(screen.line("revisions", f"{args.revisions}, each asked for by {request!r}"))
+    for name in sorted(name for name in numbers if name.startswith("score_")):
+        print(screen.line(name, f"{numbers[name]:.4g} before revision {int(name.removeprefix('score_')) + 1}"))
     print(first_answers(rows))
     for name, label, meaning in (
         ("score", "score", f"mean over answers ({getattr(verifier, '__name__', 'verifier')})"),
@@ -141,6 +150,31 @@ def find_prompts(
     options = {k: v for k, v in (settings | asked).items() if k in ("on_bad", "max_bad")}
     found = asking.read_prompts(source, tokenizer, put, columns=asked.get("columns"), **options)
     return [Prompt(ids, None) for ids in found[: args.prompts or None]], words
+
+
+def revisions_of(
+    args: argparse.Namespace, settings: dict[str, Any], asked: dict[str, Any], tokenizer: Any
+) -> tuple[dict[str, Any], str]:
+    """Arguments of :func:`answer_prompts` for the revisions that a command asks for, and the request.
+
+    Raises:
+        UsageError: a request without revisions.
+    """
+    from offpolicy.cli.arguments import read_settings
+    from offpolicy.data.texts.conditioning import REQUEST, Revisions
+    from offpolicy.errors import check_range
+
+    check_range("revisions", args.revisions, 0)
+    if not args.revisions:
+        if args.revision_request:
+            raise UsageError("--revision_request was given without --revisions; expected both. Pass --revisions 1.")
+        return {}, ""
+    folder = Path(args.run)
+    trained = read_settings(str(folder)) if (folder / "config.yaml").is_file() else {}
+    request = args.revision_request or str(trained.get("model.template") or REQUEST)
+    chat = asked.get("chat", bool(tokenizer.chat_template) and _trained_on_messages(settings))
+    revise = Revisions(tokenizer, request, chat=bool(chat))
+    return {"revisions": args.revisions, "revise": revise.prompt_after}, request
 
 
 def _asking(

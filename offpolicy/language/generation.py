@@ -20,6 +20,9 @@ from offpolicy.data.texts.stops import stop_ids
 from offpolicy.errors import UsageError, check_range
 from offpolicy.language.reading import Reader, Way, together, way_of
 
+# prompt, answer, right answer → a score, None where it cannot say
+TextScore = Callable[[str, str, str | None], float | None]
+
 
 class Answer(NamedTuple):
     """One drawn answer: its ``token`` ids, int64 (n,), with the stop token if it ``ended`` with one."""
@@ -229,7 +232,9 @@ def answer_prompts(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     *,
-    verifier: Callable[[str, str, str | None], float | None] | None = None,
+    verifier: TextScore | None = None,
+    revisions: int = 0,
+    revise: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     **options: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Draw answers to prompts, as texts, and score them.
@@ -239,21 +244,53 @@ def answer_prompts(
         tokenizer: of ``transformers``.
         prompts: see :func:`prompts_of`.
         verifier: see :mod:`offpolicy.language.rl.verifiers`; None for no scores.
+        revisions: how often the model revises its answers; the last ones are the row's.
+        revise: tokens of a prompt and of an answer, without its stop token → tokens that ask for a revision.
         options: further arguments of :func:`sample`.
 
     Returns:
         One row per prompt with ``prompt``, ``completions``, with a verifier ``scores`` (a row whose answers it could
         not judge has none), ``lengths``, ``ended`` and ``reference``: a scored list, which is data to train on. And the
         :func:`statistics`, with a verifier also ``score`` and ``best_score`` (mean over prompts of the best answer).
+        With revisions rows have ``drafts``, the completions before each of them, and ``score_0`` … say the score of
+        the first draft and of those that follow.
     """
     options.setdefault("stop", stop_ids(model, tokenizer))
     drawn = sample(model, [prompt.token for prompt in prompts], **options)
+    drafts, before = [], {}
+    for k in range(revisions):
+        assert revise is not None
+        rows, numbers = _told(tokenizer, prompts, drawn, verifier, options["stop"])
+        drafts.append([row["completions"] for row in rows])
+        before |= {f"score_{k}": numbers["score"]} if "score" in numbers else {}
+        asked = [
+            revise(prompt.token, unended(answer.token, options["stop"]))
+            for prompt, answers in zip(prompts, drawn)
+            for answer in answers
+        ]
+        more = {**options, "num_samples": 1, "seed": options.get("seed", 0) + k + 1}
+        revised, size = sample(model, asked, **more), len(drawn[0])
+        drawn = [[one[0] for one in revised[i : i + size]] for i in range(0, len(revised), size)]
+    rows, numbers = _told(tokenizer, prompts, drawn, verifier, options["stop"])
+    for i, row in enumerate(rows if revisions else []):
+        row["drafts"] = [draft[i] for draft in drafts]
+    return rows, numbers | before
+
+
+def _told(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    drawn: Sequence[Sequence[Answer]],
+    verifier: TextScore | None,
+    stop: Iterable[int],
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Answers as texts with their scores, a row per prompt, and numbers about them."""
     rows, scores = [], []
     for prompt, answers in zip(prompts, drawn):
         text = prompt_text(tokenizer, prompt.token)
-        good = None if prompt.reference is None else unended(prompt.reference, options["stop"])
+        good = None if prompt.reference is None else unended(prompt.reference, stop)
         reference = None if good is None else answer_text(tokenizer, prompt.token, good)
-        drawn_tokens = [unended(answer.token, options["stop"]) for answer in answers]
+        drawn_tokens = [unended(answer.token, stop) for answer in answers]
         completions = [answer_text(tokenizer, prompt.token, token) for token in drawn_tokens]
         row: dict[str, Any] = {"prompt": text, "completions": completions}
         if verifier is not None:
