@@ -19,11 +19,11 @@ from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.module import TextData
 from offpolicy.data.texts.preview import report, samples
-from offpolicy.data.texts.sequences import BoundTexts, PairView, row_weights
+from offpolicy.data.texts.sequences import BoundTexts, Pairs, PairView, TextGroups, row_weights
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.checks import check_tokens
-from offpolicy.language.evaluation import eval_sample, evaluate, idealised
+from offpolicy.language.evaluation import eval_sample, evaluate, idealised, ranges_of_grid
 from offpolicy.language.generation import positions
 from offpolicy.language.head import Answers, score
 from offpolicy.language.layout import Layout, pair_layout, single_layout
@@ -33,7 +33,7 @@ from offpolicy.language.pair_margins import keep_pair_margins
 from offpolicy.language.plan import RowPlan, previous_of_other_prompt
 from offpolicy.language.reference import Passes, Reference, ReferenceTable, evaluating
 from offpolicy.language.room import base_dtype
-from offpolicy.losses.scores import PairScores, Scores, SingleScores
+from offpolicy.losses.scores import GroupScores, PairScores, Scores, SingleScores
 from offpolicy.training import divergence
 from offpolicy.training.description import Description
 from offpolicy.training.lightning_private import trainer_of
@@ -61,8 +61,8 @@ class StepMeans(NamedTuple):
 class PreferenceModule(LanguageModule):
     """Base of methods that learn from given texts.
 
-    A method declares ``view`` (:class:`PairView` or :class:`SingleView`) and the attributes below, and defines
-    ``loss``. The attributes may be properties that depend on the options.
+    A method declares ``view`` (:class:`PairView`, :class:`SingleView` or one of groups) and the attributes below, and
+    defines ``loss``. The attributes may be properties that depend on the options.
 
     Attributes:
         view: what a row of the data is.
@@ -94,7 +94,8 @@ class PreferenceModule(LanguageModule):
         """Loss per row, (B,), and metrics of (B,) each, detached.
 
         Args:
-            scores: :class:`PairScores` or :class:`SingleScores` of :mod:`offpolicy.losses.scores`.
+            scores: :class:`PairScores`, :class:`SingleScores` or :class:`GroupScores` of
+                :mod:`offpolicy.losses.scores`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss(scores).")
 
@@ -113,7 +114,7 @@ class PreferenceModule(LanguageModule):
         return TextData
 
     def planned_steps(self, data: DataModule) -> int | None:
-        rows = len(self.texts_of(data.load()))
+        rows = len(self.texts_of(data.load()) if self._table is None else self._table.texts)
         return max(1, math.ceil(self.hparams.epochs * math.ceil(rows / self.hparams.batch_size)))
 
     def take_data(self, data: Any) -> None:
@@ -143,7 +144,7 @@ class PreferenceModule(LanguageModule):
 
     def workload(self) -> dict[str, Any]:
         h, shares = self.hparams, self.hparams.shared_prompt is not False
-        pairs = self._table is not None and self._table.texts.lengths.shape[1] > 2
+        pairs = isinstance(self.view, PairView)
         beside = self.uses_reference and h.reference not in ("auto", "precomputed", "adapter_off")
         kind = "bfloat16" if base_dtype(h, self._training_device) == "bfloat16" else "float32"
         return {"own_mask": pairs and shares, "reference": kind if beside else None}
@@ -281,8 +282,10 @@ class PreferenceModule(LanguageModule):
     def layout(self, batch: Any) -> Layout:
         """The rows of one forward pass over a batch of texts, on the device."""
         how: dict[str, Any] = {"prompt_too": self.scores_prompt, "padding_free": self.padding_free}
-        if isinstance(self.view, PairView):
+        if isinstance(batch, Pairs):
             layout = pair_layout(batch, self.pad_id, shared_prompt=self.shared_prompt, **how)
+        elif isinstance(batch, TextGroups):
+            layout = single_layout(batch.singles(), self.pad_id, **how)
         else:
             layout = single_layout(batch, self.pad_id, **how)
         return layout.to(self.device if trainer_of(self) is None else self.trainer.strategy.root_device)
@@ -292,7 +295,7 @@ class PreferenceModule(LanguageModule):
         return score(model, layout, chunk=self.hparams.chunk, stats=stats)
 
     def scores(self, table: ReferenceTable, rows: np.ndarray, means: StepMeans, *, stats: bool = False) -> Any:
-        """What :meth:`loss` takes, for rows of a table: :class:`PairScores` or :class:`SingleScores`."""
+        """What :meth:`loss` takes, for rows of a table."""
         batch = table.texts.gather(rows)
         layout = self.layout(batch)
         if torch.is_grad_enabled():
@@ -303,6 +306,11 @@ class PreferenceModule(LanguageModule):
         previous = None if start is None else self._logps_under(start, table, rows, layout, answers.sum_logps)
         facts = {name: send(value, answers.length.device) for name, value in batch.facts.items()}
         size = len(rows)
+        if isinstance(batch, TextGroups):
+            columns = {"": answers.sum_logps, "length": answers.length, **answers.stats}
+            found = {k: torch.stack(table.texts.per_answer(v, rows), 1) for k, v in columns.items()}
+            under = None if reference is None else torch.stack(reference, 1)
+            return GroupScores(found.pop(""), found.pop("length"), under, facts, found)
 
         def part(i: int, prompt: int | None) -> Scores:
             own = slice(i * size, (i + 1) * size)
@@ -315,6 +323,7 @@ class PreferenceModule(LanguageModule):
                 None if other is None else answers.length[other],
                 {name: value[own] for name, value in answers.stats.items()},
                 None if previous is None else previous[i],
+                None if answers.sum_values is None else answers.sum_values[own],
             )
 
         if isinstance(self.view, PairView):
@@ -394,18 +403,20 @@ class PreferenceModule(LanguageModule):
             return {}
         rows = table.needed[np.argsort(-table.texts.lengths[table.needed].sum(1), kind="stable")]
         beta = self.hparams.get("beta") if self.uses_reference else None
-        margins: list[tuple[np.ndarray, Tensor]] = []
+        weight = self.hparams.get("reference_weight", 1.0)
+        margins: list[tuple[np.ndarray, Tensor, Tensor | None]] = []
 
         def judge(some: np.ndarray) -> tuple[Tensor, Metrics]:
             scores = self.scores(table, some, means, stats=True)
             loss, metrics = self.loss(scores)
+            ideal = idealised(scores, beta, weight)
             if "rewards/margins" in metrics:
-                margins.append((some, metrics["rewards/margins"]))
-            return loss, metrics | idealised(scores, beta)
+                margins.append((some, metrics["rewards/margins"], ideal.get("loss_to_rank")))
+            return loss, metrics | ideal
 
         with evaluating(self.model), self.precision_context():
             means = self.step_means(table, rows)
-            numbers = evaluate(table.texts, rows, judge, self.micro.rows, self.device)
+            numbers = ranges_of_grid(evaluate(table.texts, rows, judge, self.micro.rows, self.device))
         if margins and self.run_log.files is not None:
             keep_pair_margins(self.run_log.files.folder, self.global_step, margins)
         return numbers

@@ -197,7 +197,7 @@ class Reference:
             for start in range(0, len(rows), passes.rows):
                 some = rows[start : start + passes.rows]
                 found = passes.answers(model, passes.layout(texts.gather(some))).sum_logps
-                parts.append(found[: len(names) * len(some)].view(len(names), -1).cpu())
+                parts.append(torch.stack(texts.per_answer(found, some)).cpu())
         return {name: torch.cat([part[i] for part in parts]).numpy() for i, name in enumerate(names)}
 
     def logps(self, table: ReferenceTable, rows: np.ndarray, layout: Layout, like: Tensor) -> list[Tensor]:
@@ -210,7 +210,7 @@ class Reference:
         Raises:
             LookupError: one of these rows is not ``needed``.
         """
-        names, size = [self._own(name) for name in column_names(table.texts)], len(rows)
+        names = [self._own(name) for name in column_names(table.texts)]
         if names[0] in table.columns:
             if np.isnan(table.columns[names[0]][rows]).any():
                 raise LookupError("rows that nobody announced")
@@ -219,7 +219,7 @@ class Reference:
         model = self.policy if self._live is None else self._live
         with evaluating(model), nullcontext() if self._live is not None else model.disable_adapter():
             found = self.passes.answers(model, layout).sum_logps
-        return [found[i * size : (i + 1) * size] for i in range(len(names))]
+        return table.texts.per_answer(found, rows)
 
     def check_start(self, scores: Any) -> None:
         """At its start the policy is its own reference, so their log-probabilities agree.
@@ -232,7 +232,8 @@ class Reference:
             return
         low = next(policies.base_of(self.policy).parameters()).dtype == torch.bfloat16
         tolerance = 2e-2 if low or "bf16" in self.passes.precision else 1e-3
-        for part in (scores.answer,) if hasattr(scores, "answer") else (scores.chosen, scores.rejected):
+        sides = [part for part in ("answer", "chosen", "rejected") if hasattr(scores, part)]
+        for part in [getattr(scores, side) for side in sides] or [scores]:
             apart = (part.sum_logps.detach() - getattr(part, f"{self.name}_logps")).abs()
             if not (apart <= tolerance * (10.0 + part.sum_logps.detach().abs())).all():
                 raise UsageError(

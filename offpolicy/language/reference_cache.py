@@ -21,7 +21,7 @@ import torch
 
 from offpolicy.compute import processes
 from offpolicy.data.columns import to_numpy
-from offpolicy.data.texts.sequences import SCORED, BoundTexts
+from offpolicy.data.texts.sequences import SCORED, BoundGroups, BoundTexts
 from offpolicy.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,8 @@ def columns_of(
 
 
 def column_names(bound: BoundTexts) -> list[str]:
+    if isinstance(bound, BoundGroups):
+        return [f"ref_logps_{i}" for i in range(bound.index.shape[1] // 2)]
     return ["ref_chosen_logps", "ref_rejected_logps"] if bound.index.shape[1] == 4 else ["ref_logps"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,41 @@ def toy_pairs(rows: int = 13, seed: int = 0, **facts: np.ndarray) -> Replay:
     return Replay(steps, start=np.cumsum(length) - length, length=length, tables=tables, meta=meta)
 
 
+def toy_lists(rows: int = 13, seed: int = 0, objectives: int = 0) -> Replay:
+    """Random prompts with two or three scored answers each; with ``objectives`` every score is as many numbers."""
+    rng = np.random.default_rng(seed)
+    texts: list[np.ndarray] = []
+    table, group = [], []
+    for row in range(rows):
+        prompt = len(texts)
+        texts += [rng.integers(3, VOCABULARY, rng.integers(2, 8)) for _ in range(1 + rng.integers(2, 4))]
+        table += [[prompt, answer] for answer in range(prompt + 1, len(texts))]
+        group += [row] * (len(texts) - prompt - 1)
+    length = np.array([len(text) for text in texts])
+    score = rng.normal(size=(len(table), objectives) if objectives else len(table)).astype(np.float32)
+    tables = {"singles": np.array(table), "singles/group": np.array(group), "singles/score": score}
+    steps = {"token": np.concatenate(texts).astype(np.uint8)}
+    meta = {"name": "toy-lists", "source": "text"}
+    return Replay(steps, start=np.cumsum(length) - length, length=length, tables=tables, meta=meta)
+
+
+def toy_prompt_pairs(rows: int = 13, seed: int = 0) -> Replay:
+    """Toy pairs of which a third are one answer to two prompts, and a third two answers under two prompts."""
+    replay = toy_pairs(rows, seed)
+    table, other = replay.tables["pairs"].copy(), np.roll(replay.tables["pairs"][:, 0], 1)
+    table[1::3, 3] = table[1::3, 1]
+    for first in (1, 2):
+        table[first::3, 2] = other[first::3]
+    tables = replay.tables | {"pairs": table}
+    return Replay(replay.steps, start=replay.start, length=replay.length, tables=tables, meta=replay.meta)
+
+
+def toy_texts(module: LanguageModule, rows: int = 13, seed: int = 0) -> Replay:
+    """Toy data of the kind that a method learns from."""
+    makers: dict[str, Any] = {"CoPG": toy_lists, "DPA": partial(toy_lists, objectives=2), "MAPL": toy_prompt_pairs}
+    return makers.get(type(module).__name__, toy_pairs)(rows, seed)
+
+
 def method(name: str, policy: Path, **options: Any) -> Any:
     """A small method, with seed 0, rows every 2 steps and an evaluation every 3."""
     settings = {"policy": str(policy), "lr": 1e-2, "batch_size": 4, "ref_cache": str(policy.parent / "references")}
@@ -105,7 +141,7 @@ def fit(
     """Train to ``max_steps``, in a run folder when one is given."""
     from toy import UndrawnFolder, quiet
 
-    data = TextData.of(replay or toy_pairs(), toy_pairs(5, seed=1) if held_out else None)
+    data = TextData.of(replay or toy_texts(module), toy_texts(module, 5, 1) if held_out else None)
     if folder:
         options |= {"default_root_dir": str(folder), "enable_checkpointing": True}
         callbacks = [*callbacks, UndrawnFolder(folder)]

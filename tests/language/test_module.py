@@ -54,7 +54,7 @@ def assert_same(first: Any, second: Any, tolerance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["DPO", "KTO", "ORPO", "CPO", "SFT"])
+@pytest.mark.parametrize("name", ["DPO", "KTO", "ORPO", "CPO", "SFT", "CoPG"])
 def test_micro_batches_do_not_change_the_result(name: str, policy: Path) -> None:
     """Losses with terms over all tokens of a step (ORPO, CPO, SFT) or all answers (KTO) included; 13 rows make a last
     step of one row, which leaves micro-batches empty."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -18,6 +19,7 @@ from offpolicy.data.texts.rendering import CALLS, Row, Text, written
 from offpolicy.data.texts.sequences import SCORED
 from offpolicy.data.texts.stops import turn_end
 from offpolicy.data.texts.tokens import Encoded, Limits, encode, fingerprint
+from offpolicy.errors import DataError
 
 
 class Builder:
@@ -37,7 +39,7 @@ class Builder:
         index: list[list[int]] = []
         kept: list[Record] = []
         for record, encoded in zip(made, self._encode(made)):
-            fault = next((one for one in encoded if one.fault), None)
+            fault = next((one for one in encoded if one.fault), None) or _same_text(encoded)
             if fault is not None:
                 self.faults.add(record.row, fault.where, fault.fault, fault.found)
                 continue
@@ -169,6 +171,14 @@ class Builder:
         return bool(special & {int(i) for i in ids[-3:]})
 
 
+def _same_text(encoded: list[Encoded]) -> Encoded | None:
+    """The second of two rows with the same tokens, as a fault."""
+    if len(encoded) < 2 or not all(np.array_equal(a, b) for a, b in zip(*((x.prompt, *x.answers) for x in encoded))):
+        return None
+    cut = any(one.cut_prompt or one.cut_answer for one in encoded)
+    return replace(encoded[1], fault="identical_cut" if cut else "identical", found="the same tokens on both sides")
+
+
 def _flat(text: Text) -> str:
     return text if isinstance(text, str) else "\n".join(m["content"] for m in text)
 
@@ -185,6 +195,12 @@ def _columns(kept: list[Record], table: str) -> dict[str, np.ndarray]:
     types = {"label": bool, "group": np.int64}
     for name in kept[0].facts:
         values = [r.facts[name] for r in kept]
+        sizes = {len(value) if isinstance(value, list) else 0 for value in values}
+        if len(sizes) > 1:
+            raise DataError(
+                f"the {name} of an answer holds {' or '.join(map(str, sorted(sizes)))} numbers (0: no list); expected "
+                "as many in all rows. Correct the column."
+            )
         columns[f"{table}/{name}"] = np.asarray(values, dtype=types.get(name, np.float32))
     return columns
 

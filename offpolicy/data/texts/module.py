@@ -32,7 +32,8 @@ class TextData(TokenisedData):
             Decided from the longer answer of a pair, so that both sides keep the same prompt.
         chat_template_kwargs: passed to the chat template of the tokenizer ({"enable_thinking": False}).
         pair_strategy: how a list of scored answers becomes pairs: "best_vs_worst", "best_vs_random", "all_pairs",
-            "adjacent" (neighbours in the order of scores), or "none" (single answers with ``score`` and ``group``).
+            "adjacent" (neighbours in the order of scores), "independent" (the first with the second, the third with
+            the fourth, whatever their scores), or "none" (single answers with ``score`` and ``group``).
         min_score_gap: leave out pairs whose scores differ by less; equal scores in a list never make a pair.
         max_bad: largest share of rows that ``on_bad="drop"`` may drop, in [0, 1].
         eval_data: held-out data, named as ``name`` and read with the same options; "NAME@SPLIT" takes another split.

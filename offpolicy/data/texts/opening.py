@@ -94,6 +94,7 @@ def open_texts(
         "rows": source.rows,
         kind: len(replay.tables[kind]),
         "format": str(form),
+        "style": form.style,
         "columns": form.columns,
         "dropped": faults.counts(),
         "notes": [*source.notes, *_notes(counts)],

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offpolicy.compute.devices import send
 from offpolicy.data.columns import to_numpy
 from offpolicy.data.replay import Replay
 from offpolicy.errors import DataError
@@ -65,6 +66,23 @@ class Singles(NamedTuple):
     answer: Ragged
     facts: dict[str, Tensor]
     row: Tensor
+
+
+class TextGroups(NamedTuple):
+    """A batch of B rows with up to K prompts and answers each, A in all, ordered by place in the row, then by row.
+
+    ``place (A,)`` is k·B + row of each; ``facts`` and ``row`` as in :class:`Pairs`.
+    """
+
+    prompt: Ragged
+    answer: Ragged
+    place: Tensor
+    facts: dict[str, Tensor]
+    row: Tensor
+
+    def singles(self) -> Singles:
+        """The A prompts and answers as rows of their own."""
+        return Singles(self.prompt, self.answer, {}, self.place)
 
 
 def spread(length: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +133,7 @@ class BoundTexts:
     """A view of texts bound to a replay: gathers any rows of its index table at once.
 
     Attributes:
-        index: (n, k) int64, episode numbers; k is 4 for pairs and 2 for singles.
+        index: (n, k) int64, episode numbers, −1 for none; k is 4 for pairs and 2 for singles.
         lengths: (n, k) int64, tokens of each.
         scored: (n, k) int64, tokens of each that the model writes.
         facts: columns by name, (n, …).
@@ -126,8 +144,9 @@ class BoundTexts:
             raise DataError("the data have no row to train on; expected at least one pair or prompt with an answer.")
         self.replay, self.kind = replay, kind
         self.index, self.facts = np.asarray(index, dtype=np.int64), facts
-        self.lengths = replay.length[self.index]
-        self.scored = scored_lengths(replay)[self.index]
+        there = self.index >= 0
+        self.lengths = np.where(there, replay.length[self.index], 0)
+        self.scored = np.where(there, scored_lengths(replay)[self.index], 0)
         if "weight" in facts:
             check_weights(facts["weight"], replay.meta.get("name", "the data"))
 
@@ -140,6 +159,35 @@ class BoundTexts:
         parts = [texts(self.replay, column) for column in self.index[rows].T]
         facts = {name: torch.from_numpy(np.asarray(column[rows])) for name, column in self.facts.items()}
         return self.kind(*parts, facts=facts, row=torch.from_numpy(rows))
+
+    def per_answer(self, values: Tensor, rows: np.ndarray) -> list[Tensor]:
+        """Numbers of all answers of a batch of these rows (B,), apart by their place in the row: (B,) each."""
+        return [values[i * len(rows) : (i + 1) * len(rows)] for i in range(self.index.shape[1] // 2)]
+
+
+class BoundGroups(BoundTexts):
+    """Rows of up to K prompts with an answer each: ``index (n, 2K)``, −1 where a row has fewer."""
+
+    def __init__(self, replay: Replay, index: np.ndarray, facts: dict[str, np.ndarray]) -> None:
+        super().__init__(replay, index, facts, TextGroups)
+
+    def _places(self, rows: np.ndarray) -> np.ndarray:
+        """Which of the K·B places of these rows (B,) have an answer, ascending."""
+        return np.flatnonzero(self.index[rows, 1::2].T.reshape(-1) >= 0)
+
+    def gather(self, rows: np.ndarray | Tensor) -> TextGroups:
+        rows = np.asarray(rows, dtype=np.int64)
+        place = self._places(rows)
+        prompt, answer = (self.index[rows, i::2].T.reshape(-1)[place] for i in (0, 1))
+        facts = {name: torch.from_numpy(np.asarray(column[rows])) for name, column in self.facts.items()}
+        found = (texts(self.replay, prompt), texts(self.replay, answer), torch.from_numpy(place))
+        return TextGroups(*found, facts=facts, row=torch.from_numpy(rows))
+
+    def per_answer(self, values: Tensor, rows: np.ndarray) -> list[Tensor]:
+        """As of its parent; 0 where a row has no answer."""
+        place = send(torch.from_numpy(self._places(rows)), values.device)
+        places = values.new_zeros(self.index.shape[1] // 2 * len(rows))
+        return list(places.index_copy(0, place, values[: len(place)]).view(-1, len(rows)))
 
 
 @dataclass(frozen=True)
@@ -176,6 +224,92 @@ class SingleView:
         if "pairs/weight" in replay.tables:  # both answers of a pair have its weight
             facts["weight"] = np.repeat(to_numpy(replay.tables["pairs/weight"]), sides)
         return BoundTexts(replay, pairs[:, : 2 * sides].reshape(-1, 2), facts, Singles)
+
+
+@dataclass(frozen=True)
+class ScoredGroupView:
+    """All scored answers to a prompt as one row: batches of :class:`TextGroups` with the fact ``score (B, K)``.
+
+    Lists of scored answers read with ``pair_strategy="none"``, or pairs with the scores of both sides.
+
+    Args:
+        objectives: every score is a list of k numbers, ``score (B, K, k)``; else it is one number.
+    """
+
+    objectives: bool = False
+
+    def bind(self, replay: Replay) -> BoundGroups:
+        _check_texts(replay)
+        if "singles" in replay.tables:
+            found = _groups_of_singles(replay)
+            if (found.facts["score"].ndim > 2) != self.objectives:
+                kinds = ("one number", "a list of numbers, one for each objective")
+                raise DataError(
+                    f"the score of an answer is {kinds[not self.objectives]}; expected {kinds[self.objectives]}. Pass "
+                    f"other data, or choose {'CoPG' if self.objectives else 'DPA'}."
+                )
+            return found
+        facts = facts_of(replay, "pairs")
+        if str(replay.meta.get("format", "")).startswith("lists"):
+            raise DataError(
+                "the lists of scored answers were made pairs; expected all answers of a list. Pass "
+                "--data.pair_strategy none."
+            )
+        if self.objectives or not {"score_chosen", "score_rejected"} <= facts.keys():
+            raise DataError(
+                "the pairs have no such scores; expected columns `score_chosen` and `score_rejected`, or lists of "
+                "scored answers (`completions`, `scores`) with --data.pair_strategy none. Name them with "
+                "`--data.columns`."
+            )
+        scores = np.stack([facts["score_chosen"], facts["score_rejected"]], axis=1)
+        weight = {"weight": facts["weight"]} if "weight" in facts else {}
+        return BoundGroups(replay, replay.tables["pairs"], {"score": scores, **weight})
+
+
+@dataclass(frozen=True)
+class TwoPromptView:
+    """Pairs that differ in answers, prompts or both: batches of :class:`TextGroups` with the fact ``kind (B,)``.
+
+    Kind 0 is two answers to one prompt, 1 one answer to two prompts, 2 two answers under two prompts. The texts of a
+    row are the chosen and the rejected with their own prompts; of kind 2 also the rejected answer under the prompt of
+    the chosen, then the chosen answer under the prompt of the rejected.
+    """
+
+    def bind(self, replay: Replay) -> BoundGroups:
+        bound = PairView().bind(replay)
+        index = bound.index
+        prompts, answers = (index[:, i] != index[:, i + 2] for i in (0, 1))
+        if not (prompts | answers).all():
+            raise DataError(
+                f"{int((~(prompts | answers)).sum())} pairs have equal prompts and equal answers; expected sides that "
+                "differ. Leave these rows out."
+            )
+        kind = np.where(prompts & answers, 2, np.where(prompts, 1, 0))
+        if (kind == 2).any():
+            crossed = np.where((kind == 2)[:, None], index[:, [0, 3, 2, 1]], -1)
+            index = np.concatenate([index, crossed], axis=1)
+        return BoundGroups(replay, index, {**bound.facts, "kind": kind})
+
+
+def _groups_of_singles(replay: Replay) -> BoundGroups:
+    """Singles with equal numbers in their column ``group`` as one row each, in the order of these numbers."""
+    facts = facts_of(replay, "singles")
+    if not {"group", "score"} <= facts.keys():
+        raise DataError(
+            "the single answers have no scores by which those to one prompt compare; expected lists of scored answers "
+            "(`completions`, `scores`) with --data.pair_strategy none. Pass such data, or choose SFT or KTO."
+        )
+    order = np.argsort(facts["group"], kind="stable")
+    _, begin, size = np.unique(facts["group"][order], return_index=True, return_counts=True)
+    begin, size = begin[size > 1], size[size > 1]  # one answer alone compares with nothing
+    if not len(size):
+        raise DataError("no prompt has two scored answers; expected at least two, as they are compared. Pass others.")
+    place = np.arange(size.max())
+    there = place < size[:, None]
+    row = order[np.where(there, begin[:, None] + place, 0)]  # (n, K)
+    index = np.where(there[:, :, None], replay.tables["singles"][row], -1).reshape(len(size), -1)
+    score = np.where(there[..., None] if facts["score"].ndim > 1 else there, facts["score"][row], 0.0)
+    return BoundGroups(replay, index, {"score": score.astype(facts["score"].dtype)})
 
 
 def row_weights(bound: BoundTexts, rows: np.ndarray) -> np.ndarray:

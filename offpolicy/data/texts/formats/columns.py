@@ -32,6 +32,9 @@ def named_columns(source: Source, columns: dict[str, str | None]) -> dict[str, s
     plain = {n: n for n in NAMES if n in source.names and n != "system" and n not in columns.values()}
     if "scores" not in source.names and "ratings" in source.names:
         plain["scores"] = "ratings"
+    for ours, other in (("prompt_chosen", "chosen_prompt"), ("prompt_rejected", "rejected_prompt")):
+        if ours not in source.names and other in source.names:
+            plain[ours] = other
     return {ours: theirs for ours, theirs in {**plain, **columns}.items() if theirs is not None}
 
 

@@ -21,7 +21,10 @@ FAULTS = {  # kind → what is wrong, what was expected
         "the same turn before the answers; remove the keys that differ",
     ),
     "last_prompt_role": ("a prompt that ends with a turn of the assistant", "a turn of the user at its end"),
-    "identical": ("two equal answers (white space at their ends aside)", "chosen and rejected that differ"),
+    "identical": (
+        "two equal answers (white space at their ends aside)",
+        "chosen and rejected that differ, or one answer to two prompts",
+    ),
     "repeated": (
         "the prompt repeated in the answer",
         "the answer alone; where every row repeats it, pass --data.columns '{\"prompt\": null}'",

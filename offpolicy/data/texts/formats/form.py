@@ -66,6 +66,7 @@ class PromptStyle:
         words: the same for a person.
         columns: that the prompt is read from; none where it stands in the answers.
         place: the column that a fault in the prompt is told of.
+        for_each_side: whether each side has its own, so that an answer to two prompts is a pair.
         apart: whether the answers hold no turn of the prompt, so that one that begins with it repeats it.
     """
 
@@ -74,6 +75,7 @@ class PromptStyle:
     columns: ClassVar[tuple[str, ...]] = ()
     place: ClassVar[str] = "prompt"
     apart: ClassVar[bool] = False
+    for_each_side: ClassVar[bool] = False
 
     def fits(self, seen: Seen) -> bool:
         """Whether the prompts of a source stand there."""

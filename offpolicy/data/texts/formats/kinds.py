@@ -14,8 +14,9 @@ from offpolicy.data.texts.formats.form import AnswerKind, Format
 from offpolicy.data.texts.formats.source import Record
 from offpolicy.data.texts.formats.values import checked_answer, label_of, numbers_in, template_options
 from offpolicy.data.texts.messages import Fault, blank, read_text, same
+from offpolicy.errors import DataError
 
-STRATEGIES = ("best_vs_worst", "best_vs_random", "all_pairs", "adjacent", "none")
+STRATEGIES = ("best_vs_worst", "best_vs_random", "all_pairs", "adjacent", "independent", "none")
 
 
 class PreferencePairs(AnswerKind):
@@ -29,9 +30,12 @@ class PreferencePairs(AnswerKind):
 
     def read(self, row: int, values: dict[str, Any], form: Format, counts: Counter[str]) -> Iterator[Record]:
         chosen, rejected = (read_text(values[name], name) for name in self.answers)
-        if same(chosen, rejected):
+        equal = same(chosen, rejected)
+        if equal and (blank(chosen) or not form.prompt.for_each_side):
             raise Fault(*(("chosen", "empty") if blank(chosen) else ("rejected", "identical")), chosen)
         prompt, other, (chosen, rejected) = form.prompt.part(values, (chosen, rejected), form.chat, counts)
+        if equal and same(prompt, other):
+            raise Fault("rejected", "identical", chosen)
         chosen = checked_answer(prompt, chosen, "chosen", form.chat, form.prompt.apart)
         rejected = checked_answer(other or prompt, rejected, "rejected", form.chat, form.prompt.apart)
         if isinstance(prompt, str) and form.prompt.columns == ("prompt",) and prompt.strip():
@@ -65,12 +69,15 @@ class ScoredLists(AnswerKind):
         template = template_options(values, row)
         made: list[Record] = []
         for answer, score in zip(answers, scores):
-            if score is None or not isinstance(score, int | float) or not math.isfinite(score):
+            several = isinstance(score, list) and len(score) > 0
+            numbers = score if several else [score]
+            if not all(isinstance(one, int | float) and math.isfinite(one) for one in numbers):
                 counts["answers in lists left out, as they have no score"] += 1
                 continue
             text = read_text(answer, "completions")
             one = checked_answer(prompt, text, "completions", form.chat, form.prompt.apart)
-            made.append(Record(row, prompt, (one,), None, {"score": float(score)}, template))
+            value = [float(number) for number in score] if several else float(score)
+            made.append(Record(row, prompt, (one,), None, {"score": value}, template))
         if len(made) < 2:
             raise Fault("scores", "scores", scores)
         yield from made
@@ -81,12 +88,20 @@ class ScoredLists(AnswerKind):
             for one in made:
                 one.facts["group"] = row
             return made
+        if any(isinstance(one.facts["score"], list) for one in made):
+            raise DataError(
+                "the scores of an answer are several numbers, by which it cannot be ordered; expected one for pairs. "
+                "Pass --data.pair_strategy none to learn by all of them (DPA)."
+            )
         order = sorted(made, key=lambda one: -one.facts["score"])  # stable: equal scores stay in the order of the list
         if strategy == "best_vs_worst":
             chosen = [(order[0], order[-1])]
         elif strategy == "best_vs_random":
             digest = sha256(json.dumps([row, order[0].prompt], sort_keys=True).encode()).digest()
             chosen = [(order[0], order[1 + int.from_bytes(digest[:8], "big") % (len(order) - 1)])]
+        elif strategy == "independent":  # of their scores: the first with the second, the third with the fourth
+            turned = [made[i : i + 2] for i in range(0, len(made) - 1, 2)]
+            chosen = [(a, b) if a.facts["score"] >= b.facts["score"] else (b, a) for a, b in turned]
         else:
             chosen = list(combinations(order, 2) if strategy == "all_pairs" else pairwise(order))
         pairs = []

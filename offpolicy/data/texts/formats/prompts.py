@@ -38,7 +38,7 @@ class OwnForEachSide(PromptStyle):
     """One column for the prompt of each side."""
 
     name, words = "two", "a prompt for each side"
-    columns, place, apart = ("prompt_chosen", "prompt_rejected"), "prompt_chosen", True
+    columns, place, apart, for_each_side = ("prompt_chosen", "prompt_rejected"), "prompt_chosen", True, True
 
     def fits(self, seen: Seen) -> bool:
         return seen.kind.name == "pairs" and all(name in seen.columns for name in self.columns)

@@ -42,12 +42,12 @@ class Record:
     """A prompt with its answers.
 
     ``answers`` holds chosen and rejected, or one answer. ``rejected_prompt`` is set where the sides have different
-    prompts. ``facts`` are numbers by name.
+    prompts. ``facts`` are numbers by name; the score of an answer may be a list of them.
     """
 
     row: int
     prompt: Text
     answers: tuple[Text, ...]
     rejected_prompt: Text | None = None
-    facts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     template: dict[str, Any] = field(default_factory=dict)
