@@ -65,7 +65,7 @@ class MAPL(PreferenceModule):
         better, worse = ratio[:, 0], torch.where(inter, -ratio[:, 1], ratio[:, 1])
         if ratio.shape[1] > 2:  # the other answer under each prompt, of rows with four texts
             better, worse = better - ratio[:, 2], worse + ratio[:, 3]
-        weight = torch.where(inter, h.inter_weight, torch.where(kind == 1, h.intra_weight, 1.0)).to(ratio.dtype)
+        weight = torch.ones_like(better).masked_fill(kind == 1, h.intra_weight).masked_fill(inter, h.inter_weight)
         margin = h.beta * (better - worse).detach()
         metrics: dict[str, Any] = {
             "rewards/margins": margin,

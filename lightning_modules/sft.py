@@ -12,7 +12,6 @@ limit is the default; the paper draws 256 at 0.7 and has a miss of −0.1, which
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +72,7 @@ class SFT(PreferenceModule):
         *,
         reduction: str = "token_mean",
         weighting: str = "none",
-        draws: float = math.inf,
+        draws: int | str = "inf",
         miss: float = -0.1,
         draw_temperature: float | None = None,
         lr: float = 2e-5,
@@ -82,17 +81,16 @@ class SFT(PreferenceModule):
         super().__init__(lr=lr, **language)
         check_choice("reduction", reduction, NLL_FORMS)
         check_choice("weighting", weighting, WEIGHTINGS)
-        check_range("draws", draws, 1)
-        if draws != math.inf and draws != int(draws):
-            raise UsageError(f"`draws` is {draws}; expected a whole number, or inf for the limit.")
-        if weighting != "otr" and (draws, miss, draw_temperature) != (math.inf, -0.1, None):
+        if draws != "inf" and (not isinstance(draws, int) or draws < 1):
+            raise UsageError(f"`draws` is {draws}; expected a whole number ≥ 1, or inf for the limit.")
+        if weighting != "otr" and (draws, miss, draw_temperature) != ("inf", -0.1, None):
             raise UsageError(
                 f"`draws`, `miss` or `draw_temperature` was given, and `weighting` is '{weighting}', which has none; "
                 "expected 'otr'. Pass --model.weighting otr, or leave them out."
             )
         if draw_temperature is not None:
             check_range("draw_temperature", draw_temperature, 0.0, lower_open=True)
-            if draws == math.inf:
+            if draws == "inf":
                 raise UsageError(
                     "`draw_temperature` was given, and `draws` is inf, which draws nothing; expected a number of "
                     "draws. Pass --model.draws 256, or leave it out."
@@ -111,13 +109,13 @@ class SFT(PreferenceModule):
     def _token_value(self, layout: Layout) -> TokenValue:
         """The value of a token that is maximised, log-probabilities aside."""
         h = self.hparams
-        if h.weighting == "dft" or h.draws == math.inf:
+        if h.weighting == "dft" or h.draws == "inf":
             scale = 1.0 if h.weighting == "dft" else 1.0 - h.miss
             return lambda head, hidden, target, logps: scale * logps.detach().exp() * logps
         step = torch.tensor([self.global_step], device="cpu")
         key = keys(self.seed or 0, "one-token draws", step)[0]
         seeds = token_keys(layout, *(send(x, layout.answer.device) for x in (torch.from_numpy(self._rows), key)))
-        how = {"draws": int(h.draws), "miss": h.miss, "temperature": h.draw_temperature or DRAW_TEMPERATURE}
+        how = {"draws": h.draws, "miss": h.miss, "temperature": h.draw_temperature or DRAW_TEMPERATURE}
         return lambda head, hidden, target, logps: drawn_value(head, hidden, target, seeds, chunk=h.chunk, **how)
 
     def loss(self, scores: SingleScores) -> tuple[Tensor, Metrics]:

@@ -60,7 +60,8 @@ def drawn_value(
             summed = (z.double() / temperature).softmax(-1).cumsum(-1)
             uniform = unit(bits(key, torch.arange(draws, device=key.device)))
             drawn = torch.searchsorted(summed, uniform * summed[:, -1:], right=True).clamp(max=z.shape[1] - 1)
-            reward = torch.where(drawn == label[:, None], 1.0, miss).to(z.dtype)
+            hit = (drawn == label[:, None]).to(z.dtype)
+            reward = hit + miss * (1.0 - hit)
         return (reward * z.log_softmax(-1).gather(1, drawn)).mean(1)
 
     parts = [x.split(max(1, chunk // 4)) for x in (hidden, target, keys)]

@@ -113,10 +113,10 @@ def toy_prompt_pairs(rows: int = 13, seed: int = 0) -> Replay:
     return Replay(replay.steps, start=replay.start, length=replay.length, tables=tables, meta=replay.meta)
 
 
-def toy_texts(module: LanguageModule, rows: int = 13, seed: int = 0) -> Replay:
-    """Toy data of the kind that a method learns from."""
+def toy_texts(name: str, rows: int = 13, seed: int = 0) -> Replay:
+    """Toy data of the kind that the method of this name learns from."""
     makers: dict[str, Any] = {"CoPG": toy_lists, "DPA": partial(toy_lists, objectives=2), "MAPL": toy_prompt_pairs}
-    return makers.get(type(module).__name__, toy_pairs)(rows, seed)
+    return makers.get(name, toy_pairs)(rows, seed)
 
 
 def method(name: str, policy: Path, **options: Any) -> Any:
@@ -141,7 +141,8 @@ def fit(
     """Train to ``max_steps``, in a run folder when one is given."""
     from toy import UndrawnFolder, quiet
 
-    data = TextData.of(replay or toy_texts(module), toy_texts(module, 5, 1) if held_out else None)
+    name = type(module).__name__
+    data = TextData.of(replay or toy_texts(name), toy_texts(name, 5, 1) if held_out else None)
     if folder:
         options |= {"default_root_dir": str(folder), "enable_checkpointing": True}
         callbacks = [*callbacks, UndrawnFolder(folder)]

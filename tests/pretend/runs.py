@@ -58,6 +58,7 @@ CRITIC = {"advantage": "gae", "value": "squared"}
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other code
     "PRDC": [{"search": "tree", "num_neighbors": 3}, {"search": "brute"}, {"state_weight": 0.0}],
     "DPO": [{"shared_prompt": False, "micro_batch_size": 1}],
+    "SFT": [{"weighting": "otr", "draws": 3}],
     "GRPO": [
         {
             "engine": "tiny",
@@ -126,7 +127,7 @@ class Place:
         if self.rolls_out:
             return ProblemData.of(tiny_rl.toy_problems(), tiny_rl.toy_problems(5, seed=1))
         if self.kind.trains_on_texts:
-            return TextData.of(tiny.toy_pairs(), tiny.toy_pairs(5, seed=1))
+            return TextData.of(tiny.toy_texts(self.name), tiny.toy_texts(self.name, 5, 1))
         return toy.toy_replay()
 
     def fit(self, folder: str, method: Any, max_steps: int, every: int, **options: Any) -> Any:

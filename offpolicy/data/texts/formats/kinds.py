@@ -34,7 +34,7 @@ class PreferencePairs(AnswerKind):
         if equal and (blank(chosen) or not form.prompt.for_each_side):
             raise Fault(*(("chosen", "empty") if blank(chosen) else ("rejected", "identical")), chosen)
         prompt, other, (chosen, rejected) = form.prompt.part(values, (chosen, rejected), form.chat, counts)
-        if equal and same(prompt, other):
+        if equal and (other is None or same(prompt, other)):
             raise Fault("rejected", "identical", chosen)
         chosen = checked_answer(prompt, chosen, "chosen", form.chat, form.prompt.apart)
         rejected = checked_answer(other or prompt, rejected, "rejected", form.chat, form.prompt.apart)
