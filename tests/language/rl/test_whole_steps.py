@@ -15,9 +15,11 @@ from tiny_rl import fit, method
 
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
+from offpolicy.language.rl.objective import objective_facts
 from offpolicy.language.rl.tokens import numbers
 from offpolicy.language.rl.whole_step import pieces
 from offpolicy.language.stepping import MicroBatches
+from offpolicy.losses.policy_gradient import Objective
 
 
 def weights(module: Any) -> torch.Tensor:
@@ -122,3 +124,13 @@ def test_facts_over_the_vocabulary(policy: Path) -> None:
         tokens = whole.tokens(whole.passes.gather(bound, rows))
     assert tokens.mean_log_ratio is not None and float(tokens.mean_log_ratio.abs().max()) > 1e-6  # two steps have moved
     assert numbers(0, 5, torch.tensor([3, 9]), 4)[1].tolist() == numbers(0, 5, torch.tensor([9]), 7)[0, :4].tolist()
+
+
+def test_the_first_screen_says_what_parts_cost() -> None:
+    """One pass more where the step is cut, scores of new answers, and turns that answers do not have."""
+    cheap, asking = Objective(), Objective(advantage="made_parts.LeavesOut", weight=({"name": "made_parts.AboveMean"},))
+    assert objective_facts(cheap, 4) == []
+    assert [line for line, _ in objective_facts(asking, 1)] == ["answers", "turns"]
+    lines = dict(objective_facts(asking, 2))
+    assert "every micro-batch goes through the policy once more" in lines["step"]
+    assert "one turn each" in lines["turns"] and "scored at once" in lines["answers"]
