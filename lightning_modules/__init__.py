@@ -49,4 +49,5 @@ METHODS = {
     "ReMix": "remix",
     "RLPlus": "rl_plus",
     "HPT": "hpt",
+    "SPEAR": "spear",
 }

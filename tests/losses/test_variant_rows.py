@@ -46,6 +46,7 @@ def test_a_variant_is_an_objective_of_its_own(row: Variant) -> None:
     assert ("critic" in row.needs) == objective.uses_critic
     assert given.columns is not None
     extra = {name: given.mask.clone() for name in objective.columns - given.columns.keys()}
+    extra |= {"weight": given.mask[:, 0].clone()} if "weight" in extra else {}  # of answers
     given = given._replace(columns={**given.columns, **extra}, value=given.mask.clone(), returns=2 * given.mask)
     slope(objective, given, 1)  # some parts compare a step with the first
     assert given.nucleus_entropy is not None

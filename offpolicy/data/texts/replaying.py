@@ -176,18 +176,18 @@ class Successes(Recent):
         if not taken:
             return fresh, 0
         whole = merged_answers(select_answers(fresh, keep), _copied(store, taken, into, fresh))
-        return _gathered(whole, np.argsort(whole.episodes["group"], kind="stable")), len(taken)
+        return gathered_answers(whole, np.argsort(whole.episodes["group"], kind="stable")), len(taken)
 
 
 def _copied(store: Replay, rows: Sequence[int], groups: Sequence[int], fresh: Replay) -> Replay:
     """Stored answers as members of new groups."""
-    part = _gathered(store, np.asarray(rows))
+    part = gathered_answers(store, np.asarray(rows))
     part.episodes["group"] = np.asarray(groups, np.int64)
     part.episodes["iteration"] = np.full(len(rows), iteration_of(fresh)[0], np.int64)
     return part
 
 
-def _gathered(store: Replay, rows: np.ndarray) -> Replay:
+def gathered_answers(store: Replay, rows: np.ndarray) -> Replay:
     """These answers in this order, a row as often as it stands there, without the columns of an earlier iteration."""
     length = store.length[rows]
     index = runs(store.start[rows], length)

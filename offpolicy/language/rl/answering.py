@@ -32,10 +32,12 @@ from offpolicy.language.rl.engine import (
 )
 from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, make_engine, room
 from offpolicy.language.rl.filtering import Filters
+from offpolicy.language.rl.lengths import CYCLES
 from offpolicy.language.rl.probing import PROMPTS, probe
 from offpolicy.language.rl.rewards import Rewards, Scored
 from offpolicy.language.rl.rows import answer_row, rows_stored
 from offpolicy.language.sharding import gather
+from offpolicy.registry import make
 from offpolicy.trust import Words, speaking, trusting
 
 Stop = tuple[Callable[[], bool], Callable[[bool], bool]]
@@ -111,6 +113,9 @@ class Answering:
             )
         with speaking(words):
             self.filters = Filters(h.filter, self.rewards.names)
+        self.cycle = (
+            None if h.length_cycle is None else make("length_cycle", {"name": "cosine", **h.length_cycle}, CYCLES)
+        )
         for asked in (problems, held_out):
             if asked is not None:
                 self._check_answers(asked)
@@ -223,6 +228,7 @@ class Answering:
             ("tokens", f"{lengths} (median/95 %/largest), answers up to {self.length}"),
             *self.demonstrations.facts(),
             *self.filters.facts(),
+            *([] if self.cycle is None else [("lengths", self.cycle.fact(self.length))]),
             ("reward", ", ".join(self.rewards.names)),
             *([("answers", f"by {by}")] if by else []),
         ]
@@ -270,7 +276,7 @@ class Answering:
         if self.filters.redraws:
             then(again)
         everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
-        store, facts = rows_stored(everyone, k, self.length, self.problems, self.dtype)
+        store, facts = rows_stored(everyone, k, self.length_of(k), self.problems, self.dtype)
         own = int((store.episodes["source"] != DEMONSTRATION).sum())
         if self.filters.redraws:
             store, said = self.filters.chosen(store, wanted)
@@ -354,11 +360,15 @@ class Answering:
         stream = np.concatenate([permutation(seed, p, n).numpy() for p in passes])
         return stream[seen - n * passes[0] :][:count]
 
+    def length_of(self, iteration: int) -> int:
+        """Longest answer in tokens, in an iteration; of all in evaluations, iteration 0."""
+        return self.length if self.cycle is None else self.cycle.length(iteration, self.length)
+
     def sampling(self, iteration: int, seed: int = 0) -> Sampling:
         """How answers are drawn in an iteration of a run with a seed."""
         return Sampling(
             stop=tuple(self.stops),
-            max_new_tokens=self.length,
+            max_new_tokens=self.length_of(iteration),
             temperature=self.options.temperature,
             seed=seed,
             iteration=iteration,

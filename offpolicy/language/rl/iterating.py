@@ -78,6 +78,10 @@ class IteratingModule(LanguageModule):
         """What is left of the store of answers when an iteration begins; also the place to move the base."""
         raise NotImplementedError(f"{type(self).__name__} must define before_iteration(iteration, store).")
 
+    def extended(self, store: Replay, iteration: int) -> tuple[Replay, dict[str, float]]:
+        """The store with what a method adds to it before the steps of an iteration are planned, and facts on that."""
+        return store, {}
+
     # -- where a run stands --------------------------------------------------------------------------------------------
 
     @property
@@ -155,12 +159,14 @@ class IteratingModule(LanguageModule):
             )
             ahead.drop(k)
             if not self.objective.uses_critic:
-                fresh, facts["replay/injected"] = self.replay_rule.completed(fresh, store)
+                fresh, injected = self.replay_rule.completed(fresh, store)
+                facts |= {} if self.replay_rule.draws else {"replay/injected": float(injected)}
                 means = self.scoring.means(BoundRollouts(self.problems, fresh), k)
                 columns, said = from_groups(self.objective, fresh, k, means, self.answering.filters)
                 fresh.episodes.update(columns)
                 facts |= left_out_facts(fresh) | said
-            store = store_of.merged_answers(store, fresh)
+            store, said = self.extended(store_of.merged_answers(store, fresh), k)
+            facts |= said
             steps = self._plan_steps(store, k, sweeps_of(old, len(old[0]) > 0, fraction))
             bound = BoundRollouts(self.problems, store)
             store = self.scoring.score(bound, steps, k, base=self._wants_base(len(steps)))

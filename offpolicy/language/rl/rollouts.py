@@ -102,6 +102,8 @@ class RolloutModule(IteratingModule):
         sweeps: times that an iteration goes over its answers, ≥ 1.
         iterations: iterations in all, used when no ``max_steps`` are given; None for ``epochs`` over the problems.
         max_new_tokens: longest answer in tokens, ≥ 1.
+        length_cycle: lets the longest answer fall and rise along a cosine of the iteration (SIRI): ``{"low": share of
+            max_new_tokens, "iterations": of a cycle}``; None for no such cycle.
         temperature: of sampling and of the log-probabilities in training, > 0.
         engine: what writes the answers: "transformers" (with a cache), "tiny" (without), "vllm" (in a process of its
             own, :class:`offpolicy.language.rl.vllm.VllmEngine` has its options), "replay" (from ``records``), an import
@@ -139,6 +141,7 @@ class RolloutModule(IteratingModule):
     """
 
     preset: ClassVar[Mapping[str, Any]] = {}
+    own_columns: ClassVar[frozenset[str]] = frozenset()  # of the answers, that ``extended`` writes
 
     def __init__(
         self,
@@ -151,6 +154,7 @@ class RolloutModule(IteratingModule):
         sweeps: int = 1,
         iterations: int | None = None,
         max_new_tokens: int = 256,
+        length_cycle: dict[str, Any] | None = None,
         temperature: float = 1.0,
         engine: dict[str, Any] | str = "transformers",
         records: str | None = None,
@@ -287,7 +291,7 @@ class RolloutModule(IteratingModule):
         )
         check_replay(self.replay_rule, self.hparams, critic=self.objective.uses_critic)
         check_masks(self.answering.filters.masks, critic=self.objective.uses_critic)
-        check_columns(self.objective.columns, self.answering.rewards.names, self.objective.gives)
+        check_columns(self.objective.columns, self.answering.rewards.names, self.objective.gives | self.own_columns)
         self.objective.check_answers(self.answering.rewards.names, self.hparams.group_size)
         self.ahead = Ahead(self.answering, lambda: self.seed or 0, self.wants_to_stop)
 

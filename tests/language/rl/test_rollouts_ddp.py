@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "r3": ("GRPO", {"replay": {"name": "r3", "success": 0.5}, "rewards": ["tiny_rl.ends_early"], "batch_size": 12}),
     "HPT": ("HPT", {"success": 0.6, "micro_batch_size": 3}),
     "many-parts": ("GRPO", {"objective": MANY_PARTS, "batch_size": 12, "micro_batch_size": 4}),
+    "SPEAR": ("SPEAR", {"capacity": 2, "ramp": 3}),
     "ReMix": ("ReMix", {"base": "ppo", "group_size": 1, "reincarnation": 2, "micro_batch_size": 3, "kl": "full"}),
     "RLPlus": ("RLPlus", {"aggregation": "token_mean"}),
 }

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     "ssb": ("GRPO", {"replay": "ssb", "replay_fraction": 0.5, "replay_window": 2, "filter": "ended"}, (3,), 6),
     "r3": ("GRPO", {"replay": {"name": "r3", "success": 0.5}, "rewards": ["tiny_rl.ends_early"]}, (3,), 6),
     "HPT": ("HPT", {"success": 0.6}, (3,), 6),
+    "SPEAR": ("SPEAR", {"capacity": 2, "ramp": 3, "micro_batch_size": 3}, (4,), 9),
     "own-state": ("GRPO", {"objective": {"weight": ["tiny_rl.Remembers"]}}, (3,), 6),
     "many-parts": ("GRPO", {"objective": MANY_PARTS, "micro_batch_size": 5}, (3,), 6),
     "dropout": ("GRPO", {"lora_rank": 2, "lora_dropout": 0.3, "kl": "full", "beta": 0.1}, (3,), 6),
