@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from offpolicy.data.names import known_names
 from offpolicy.data.online import OnlineOptions
+from offpolicy.data.renewal import SyntheticOptions
 from offpolicy.data.texts.module import TextData
 from offpolicy.errors import UsageError
 from offpolicy.language.module import LanguageModule
@@ -32,16 +33,19 @@ def test_every_recipe_fits_its_method(one: Recipe) -> None:
     RunOptions(**one.group("run"))
     assert set(one.group("trainer")) <= set(inspect.signature(Trainer).parameters)
     language = issubclass(cls, LanguageModule)
-    online = one.group("data") if not language else {}
+    data = one.group("data") if not language else {}
+    synthetic = {key.removeprefix("synthetic."): value for key, value in data.items() if key.startswith("synthetic.")}
+    online = {key.removeprefix("online."): value for key, value in data.items() if key.startswith("online.")}
     assert {key.partition(".")[0] for key in one.settings} <= {
         "model",
         "trainer",
         "run",
-        *(["data"] if language or online else []),
+        *(["data"] if language or data else []),
     }
-    if online:
-        OnlineOptions(**{key.removeprefix("online."): value for key, value in online.items()})
-    else:
+    OnlineOptions(**online)
+    SyntheticOptions(**synthetic).of_source(data.get("source", "real"))
+    assert len(synthetic) + len(online) + ("source" in data) == len(data)
+    if language:
         assert set(one.group("data")) <= set(inspect.signature(TextData).parameters)
     length = "data.online.env_steps" if online else "model.epochs" if language else "trainer.max_steps"
     assert one.settings[length] > 0
