@@ -35,7 +35,15 @@ from offpolicy.cli import entry
 from offpolicy.cli.reader import Parser, add_trust
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.evaluation.verdicts import Scored, doubt
-from offpolicy.training.ranked import behaviour_facts, budget_lines, first_lines, lines, ranking, run_folder
+from offpolicy.training.ranked import (
+    behaviour_facts,
+    budget_lines,
+    first_lines,
+    lines,
+    method_lines,
+    ranking,
+    run_folder,
+)
 
 COLUMNS = (
     "checkpoint", "step", "estimator", "value", "low", "high", "spread", "drift", "effective", "near", "outside",
@@ -113,7 +121,7 @@ def main(argv: list[str]) -> int:
         "behaviour_score": true.of_data(replay),
         "behaviour": behaviour_facts(found, args.behaviour),
     }
-    result |= told(found, result, ks, true)
+    result |= told(found, result, ks, true, [type(policy).__name__ for policy in policies])
     folder = args.out or common_folder(paths)
     result["policies"] = policies_of(found, policies, paths, true, folder)
     for place in dict.fromkeys(run_folder(path) for path in paths):
@@ -122,7 +130,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def told(found: Any, result: Mapping[str, Any], ks: Sequence[int], true: TrueScores) -> dict[str, Any]:
+def told(
+    found: Any, result: Mapping[str, Any], ks: Sequence[int], true: TrueScores, methods: Sequence[str]
+) -> dict[str, Any]:
     """Print the tables and what they are worth; returns the rankings and the budget."""
     from offpolicy.training.true_scores import budget_curve
 
@@ -131,6 +141,7 @@ def told(found: Any, result: Mapping[str, Any], ks: Sequence[int], true: TrueSco
     for name, values in found.values.items():
         print(f"{NAMED[name]}:")
         print("\n".join(lines(values, found.doubts[name], name, ks, behaviour)))
+        print("".join(f"{line}\n" for line in method_lines(values, methods)), end="")
         rankings[name] = ranking(values, found.doubts[name], ks, behaviour)
         print(rankings[name]["verdict"])
     budget = budget_curve(true.episodes)

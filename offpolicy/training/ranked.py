@@ -104,6 +104,56 @@ def lines(
     return text
 
 
+def method_lines(found: Sequence[Scored], methods: Sequence[str]) -> list[str]:
+    """A row for each method, best mean value first: values, scores, and whether orders agree with scores.
+
+    Args:
+        found: the policies.
+        methods: of each the name.
+
+    Returns:
+        Nothing where there is one method, or every method has one policy. A method's own rank correlation is "within";
+        "down to here" is that of all policies of the table's rows until then. Both are "–" where they do not exist.
+    """
+    groups: dict[str, list[Scored]] = {}
+    for one, name in zip(found, methods, strict=True):
+        if math.isfinite(one.value):
+            groups.setdefault(name, []).append(one)
+    if len(groups) < 2 or all(len(group) == 1 for group in groups.values()):
+        return []
+    order = sorted(groups, key=lambda name: -_mean([one.value for one in groups[name]]))
+    width = max(map(len, order))
+    head = f"{'value, mean (least, largest)':>30}  outside     score  within  down to here"
+    text = [f"  {'method':<{width}}  policies  {head}"]
+    above: list[Scored] = []
+    for name in order:
+        group = groups[name]
+        above += group
+        values = [one.value for one in group]
+        span = f"{_mean(values):.4g} ({min(values):.4g}, {max(values):.4g})"
+        outside, score = (
+            _mean([one.outside for one in group]),
+            _mean([one.true for one in group if one.true is not None]),
+        )
+        numbers = [f"{outside:.0%}", f"{score:.4g}", *(f"{_agreement(part):.2f}" for part in (group, above))]
+        cells = ["–" if "nan" in number else number for number in numbers]
+        columns = "  ".join(f"{cell:>{wide}}" for cell, wide in zip(cells, (7, 8, 6, 12)))
+        text.append(f"  {name:<{width}}  {len(group):>8}  {span:>30}  {columns}")
+    return text
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _agreement(found: Sequence[Scored]) -> float:
+    """Spearman's correlation of values and scores, NaN where there are not two of them."""
+    from offpolicy.evaluation.ranking import spearman
+
+    known = [(one.true, one.value) for one in found if one.true is not None]
+    return spearman(*zip(*known, strict=True)) if len(known) > 1 else math.nan
+
+
 def ranking(
     found: Sequence[Scored], doubts: Sequence[str], ks: Sequence[int], behaviour: float | None = None
 ) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import toy
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
 from offpolicy.ope import COLUMNS, Scored, checkpoints, doubt, lines, main
+from offpolicy.training.ranked import method_lines
 
 FAST = ["--updates", "10", "--critics", "2", "--hidden_dims", "8"]
 
@@ -116,6 +117,24 @@ def test_the_table_has_the_best_value_first_and_says_what_it_cannot_tell() -> No
     assert "Spearman -1.00; regret@1 20; 2 policies" in text[4]
     assert "Fewer than two policies have a score" in lines([scored(true=1.0)], [""])[-1]
     assert "not defined" in lines([scored(1.0, true=1.0), scored(1.0, true=2.0, name="b")], ["", ""])[3]
+
+
+def test_methods_are_compared() -> None:
+    """Values 3, 1 of A with scores 20, 30 (order wrong: -1) and -5, -7 of B with 8, 6 (right: 1); all four: 0.8.
+
+    Ranks of the scores 20, 30, 8, 6 in the order of the values: 3, 4, 2, 1 against 4, 3, 2, 1; 1 - 6·2/(4·15) = 0.8.
+    """
+    rows = [(3.0, 20.0, 0.1), (-5.0, 8.0, 0.4), (1.0, 30.0, 0.3), (-7.0, 6.0, 0.2)]
+    found = [Scored(Path("r"), 1, value, true=score, outside=outside) for value, score, outside in rows]
+    head, *text = method_lines(found, ["A", "B", "A", "B"])
+    assert head.split()[:2] == ["method", "policies"]
+    assert [line.split() for line in text] == [
+        ["A", "2", "2", "(1,", "3)", "20%", "25", "-1.00", "-1.00"],
+        ["B", "2", "-6", "(-7,", "-5)", "30%", "7", "1.00", "0.80"],
+    ]
+    bare = method_lines([one._replace(true=None, outside=float("nan")) for one in found], ["A", "B", "A", "B"])
+    assert bare[1].split()[-4:] == ["–", "–", "–", "–"]
+    assert not method_lines(found, ["A"] * 4) and not method_lines(found[:2], ["A", "B"])
 
 
 @pytest.mark.parametrize(
