@@ -62,6 +62,7 @@ from offpolicy.training.selecting import (
     selected_path,
     selection_words,
 )
+from offpolicy.training.switching import FILE as SWITCH_FILE
 from offpolicy.training.switching import tell_switch
 from offpolicy.training.trainer import clear_errors, clear_restoring, make_trainer, quiet
 from offpolicy.trust import Trust, names_in, names_of_method, trusting
@@ -174,18 +175,24 @@ def selected_late(done: FitResult, data: DataModule, verbose: bool) -> FitResult
 
 
 def collected_late(done: FitResult, data: DataModule, saved: Mapping[str, Any]) -> None:
-    """What a finished run collected, as a data set of its own, where the run was stopped before it was written."""
+    """What a finished run collected, as a data set of its own, and its measures of the switch, where it was stopped
+    before it had written them."""
     state, folder = saved.get(type(data).__qualname__, {}).get("online"), done.folder / "replay"
     if data.collection is None or not state or not state["rounds"]:
         return
-    newest, written = (folder / name / "meta.json" for name in (round_name(state["rounds"]), "collected"))
-    if not newest.is_file() or (written.is_file() and written.stat().st_mtime >= newest.stat().st_mtime):
+    newest = folder / round_name(state["rounds"]) / "meta.json"
+    if not newest.is_file():
         return
-    if data.collection.rounds:  # as an earlier fit may have left it
-        data.collection.first()
-    data.collection.restore(state, [folder])
-    data.collection.save(folder / "collected")
-    if state["switch"]:
+
+    def owed(file: Path) -> bool:
+        return not file.is_file() or file.stat().st_mtime < newest.stat().st_mtime
+
+    if owed(folder / "collected" / "meta.json"):
+        if data.collection.rounds:  # as an earlier fit may have left it
+            data.collection.first()
+        data.collection.restore(state, [folder])
+        data.collection.save(folder / "collected")
+    if state["switch"] and owed(done.folder / SWITCH_FILE):
         tell_switch(done.folder, state["switch"])
 
 

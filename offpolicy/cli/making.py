@@ -3,6 +3,7 @@ kept, as ``offpolicy.data.sources.simulated`` says. Run again, it goes on where 
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -68,6 +69,12 @@ def make_simulated(
         KeyboardInterrupt: training was interrupted.
     """
     check_range("jobs", jobs, 1, option="jobs")
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes > 1:
+        raise UsageError(
+            f"{target.name} is made by one process, and {processes} were launched; expected one. Start it without "
+            "torchrun, with --jobs N to play on several."
+        )
     recipe = simulated_recipe(target, steps=steps, rows=rows, seed=seed)
     folder = target.location() if out is None else Path(out)
     assert folder is not None  # only texts have none
@@ -221,7 +228,9 @@ def trained(recipe: Mapping[str, Any], *, until_medium: bool = False) -> Path:
         callbacks=[Watch(folder, recipe, until_medium)],
     )
     if result.interrupted:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(
+            f"interrupted; the run is kept in {folder}. Run the same command again to go on with it"
+        )
     return folder
 
 

@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(3, error)
     except OSError as error:
         return _fail(3, _write_fault(error))
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted; nothing was left half-written")
+    except KeyboardInterrupt as stop:
+        return _fail(130, str(stop) or "interrupted; nothing was left half-written")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import offpolicy as op
+from offpolicy.cli import making
 from offpolicy.cli.making import make_simulated
 from offpolicy.data.__main__ import main
 from offpolicy.data.names import describe, resolve
@@ -160,6 +162,20 @@ def test_mistakes_are_told_before_training(
     shown = capsys.readouterr()
     assert words in shown.err and shown.err.count("\n") == 1 and not shown.out
     assert sorted(folder.iterdir()) == before
+
+
+def test_one_process_makes_a_set_and_one_that_is_interrupted_says_how_to_go_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OFFPOLICY_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["make", "pendulum-random-made-v0"]) == 2
+    assert "made by one process, and 2 were launched" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(making, "fit", lambda *_, **__: SimpleNamespace(interrupted=True))
+    assert main(["make", "pendulum-medium-made-v0"]) == 130
+    shown = capsys.readouterr()
+    assert "Run the same command again" in shown.err and str(tmp_path) in shown.err and "expected time" in shown.out
 
 
 def test_a_run_that_does_not_get_there_and_a_set_that_is_not_made(folder: Path, family: dict[str, Any]) -> None:

@@ -40,6 +40,13 @@ gymnasium.register(ENV, Counting, max_episode_steps=6)
 gymnasium.register("CountingOnlineEndless-v0", Counting)
 
 
+class Unbounded(Counting):
+    action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
+
+gymnasium.register("CountingUnbounded-v0", Unbounded, max_episode_steps=6)
+
+
 def online(env: str | None = ENV, **options: Any) -> OnlineOptions:
     """Rounds of 10 steps, 60 in all."""
     return OnlineOptions(env=env, **({"env_steps": 60, "round_steps": 10} | options))

@@ -17,6 +17,7 @@ from toy import toy_replay
 from lightning_modules.cql import CQL
 from offpolicy.data.extras import Extra
 from offpolicy.data.returns import with_returns_to_go
+from offpolicy.data.ring import Ring
 from offpolicy.data.sizes import Sizes
 from offpolicy.errors import UsageError
 
@@ -230,6 +231,11 @@ def test_returns_to_go_of_sparse_rewards() -> None:
     method.run_block(0, 2)
     found = with_returns_to_go(replay, 0.99, center=0.5, scale=10.0, failure_reward=-5.0).steps["return_to_go"]
     assert found.tolist() == pytest.approx([-5.0495, -0.05, 5.0, -500.0, -500.0])
+    ring = Ring(replay, 12)  # also of what is collected later, beside rows that hold nothing yet
+    ring.append(toy_replay((2,), seed=1))
+    ring.steps["reward"][5:7] = [0, 1]
+    later = with_returns_to_go(ring, 0.99, center=0.5, scale=10.0, failure_reward=-5.0).steps["return_to_go"]
+    assert later[:7].tolist() == pytest.approx([*found.tolist(), -0.05, 5.0]) and not later[7:].any()
     drawn = method.draw(2, 1)[0].extra.return_to_go
     assert torch.isin(drawn, torch.from_numpy(found)).all()
     with pytest.raises(UsageError, match="failure_reward"):

@@ -136,6 +136,7 @@ def test_an_environment_that_does_not_repeat_itself_is_cut(
     ("options", "said"),
     [
         ({"env": "CartPole-v1"}, "Discrete"),
+        ({"env": "CountingUnbounded-v0"}, "actions without bounds"),
         ({"round_steps": 5}, "round_steps"),
         ({"round_steps": 5, "episodes": "whole"}, "round_steps"),
         ({"random_steps": 60}, "random_steps"),
@@ -249,11 +250,59 @@ def test_an_offline_run_goes_on_online(
         rows = [row for row in Table(found.folder / "metrics.csv").rows() if row["step"] > 20]
         assert [row["env/steps"] for row in rows] == [10 + warmup, 20 + warmup]
         assert rows[-1]["env/updates_per_step"] == 1.0
+    measures = tmp_path / "union" / "online.json"
+    first = measures.read_text()
+    measures.unlink()  # as if it was stopped before it wrote them
+    again = DataModule(str(data), online=online(None, env_steps=20, capacity=80))
+    collect(None, again, op.IQL(**small), ckpt_path=tmp_path / "union")
+    assert measures.read_text() == first
     said = capsys.readouterr().out
     assert re.search(
         r"(\d+) at the switch, lowest \1 after it \(dip 0\), mean \1", said
     )  # one episode, always the same
     assert "from update 20 on: 20 steps" in said and "actor 0.0003, constant from here on" in said
+
+
+def test_rlpd_and_the_refinement_of_td3bc_as_documented(runs: dict[str, op.FitResult], tmp_path: Path) -> None:
+    """Four critic updates per step, the actor moves with each fourth; half of each batch, exactly, is offline."""
+    data, drawn = str(runs["cut"].folder / "replay" / "collected"), []
+    method = op.SAC(
+        hidden_dims=(8, 8),
+        batch_size=16,
+        num_critics=10,
+        num_min_critics=2,
+        layer_norm=True,
+        init="xavier",
+        actor_q="mean",
+        update_order="critic_first",
+        policy_freq=4,
+    )
+    update = method.update
+
+    def watched(batch: Any, step: int) -> Any:
+        before = method.actor.net.layers[0].weight.clone()
+        metrics = update(batch, step)
+        drawn.append((int((batch.row < 60).sum()), not torch.equal(before, method.actor.net.layers[0].weight)))
+        return metrics
+
+    method.update = watched  # type: ignore[method-assign]
+    options = online(None, env_steps=20, utd=4, mix="half")
+    found = collect(tmp_path / "rlpd", DataModule(data, online=options), method, eval_every=0)
+    assert found.updates == 80 and {count for count, _ in drawn} == {8}
+    assert [moved for _, moved in drawn] == [step % 4 == 0 for step in range(1, 81)]
+    assert Table(found.folder / "metrics.csv").rows()[-1]["env/updates_per_step"] == 4.0
+
+    small: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 10}
+    collect(tmp_path / "refined", DataModule(data), op.TD3BC(alpha=2.5, **small), max_steps=10, eval_every=0)
+    options = online(None, env_steps=10)
+    for module, updates in ((DataModule(data), 20), (DataModule(data, online=options), 30)):
+        given = {} if module.online.env_steps else {"max_steps": updates}
+        found = collect(
+            None, module, op.TD3BC(alpha=10.0, **small), ckpt_path=tmp_path / "refined", eval_every=0, **given
+        )
+        assert found.updates == updates and found.method.hparams.alpha == 10.0
+        saved = run_files(tmp_path / "refined", updates)["hyper_parameters"]
+        assert saved["alpha"] == 10.0
 
 
 def test_shares_of_offline_rows_are_exact_and_offline_rows_stay() -> None:
