@@ -84,7 +84,7 @@ ROWS = (
     Variant(
         "r3",
         "R³, its replay",
-        "2026",
+        "no arXiv number known",
         "a new group without success gets a stored success of the same problem in place of its last answer",
         {},
         {"replay": "r3"},
@@ -125,7 +125,7 @@ ROWS = (
     Variant(
         "rl_struct",
         "RL-Struct",
-        "RL-Struct",
+        "no arXiv number known",
         "R = weighted mean of format, validity, keys and values of a JSON answer",
         {},
         {"rewards": ["structure"]},
