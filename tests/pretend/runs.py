@@ -55,6 +55,7 @@ SMALL: dict[str, Any] = {  # options that a method may have, for methods without
     "num_critics": 3,
 }
 CRITIC = {"advantage": "gae", "value": "squared"}
+GROUPS = {"advantage": "drpo", "weight": ["empg"], "terms": ["drpo_contrast", "kl_limit", "empg_clarity"]}
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other code
     "PRDC": [{"search": "tree", "num_neighbors": 3}, {"search": "brute"}, {"state_weight": 0.0}],
     "DPO": [{"shared_prompt": False, "micro_batch_size": 1}],
@@ -70,6 +71,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other c
         },
         {"objective": CRITIC, "critic": "head"},
         {"objective": CRITIC, "critic": "model", "micro_batch_size": 3},
+        {"objective": GROUPS},
     ],
 }
 WHOLE = ("DPO", "KTO", "ORPO", "SFT", "GRPO", "ReMix", "RLPlus")  # others differ from one of them in their losses alone

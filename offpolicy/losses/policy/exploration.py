@@ -152,7 +152,7 @@ class EPO(Remembers):
         entropy = own_entropy(tokens)
         inside = (entropy > fact(tokens, "low")) & (entropy < fact(tokens, "high"))
         strength = self.penalty * (1.0 + math.exp(-self.gamma * iteration / self.middle))
-        gain = entropy - torch.where(inside | ~tokens.own, 0.0, strength)
+        gain = entropy - torch.where(inside | ~tokens.own, 0.0, torch.full_like(entropy, strength))
         return -coefficient(self.coef, iteration) * gain
 
 

@@ -28,6 +28,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "HPT": ("HPT", {"success": 0.6, "micro_batch_size": 3}),
     "many-parts": ("GRPO", {"objective": MANY_PARTS, "batch_size": 12, "micro_batch_size": 4}),
     "SPEAR": ("SPEAR", {"capacity": 2, "ramp": 3}),
+    "groups": (
+        "GRPO",
+        {
+            "objective": {"advantage": {"name": "risk", "bundle": 2}, "weight": ["empg"], "terms": ["kl_limit"]},
+            "batch_size": 12,
+        },
+    ),
     "ReMix": ("ReMix", {"base": "ppo", "group_size": 1, "reincarnation": 2, "micro_batch_size": 3, "kl": "full"}),
     "RLPlus": ("RLPlus", {"aggregation": "token_mean"}),
 }
