@@ -19,13 +19,13 @@ class EntropySteps(NamedTuple):
     """The steps of the answers of a step of the optimiser.
 
     Attributes:
-        index: (B, T) int64, the number of a token's step within its answer; 0 outside.
+        number: (B, T) int64, the number of a token's step within its answer; 0 outside.
         real: (B, T) bool, whether the answer has a step of this number.
         entropy: (B, T), of the step of this number: its mean over the step's tokens, mapped to [0, 1] by the least and
             the largest of all steps.
     """
 
-    index: Tensor
+    number: Tensor
     real: Tensor
     entropy: Tensor
 
@@ -35,7 +35,7 @@ class EntropySteps(NamedTuple):
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """(B, T): what each token's step has."""
-        return x.gather(1, self.index)
+        return x.gather(1, self.number)
 
 
 def step_numbers(kept: Tensor, number: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class ClarityBonus:
         following = torch.cat([clear[:, 1:], torch.zeros_like(clear[:, :1])], 1)
         scale = StepEntropyWeight(self.k, self.by).scale(steps)
         advantage = per_token(step.advantage).expand(scale.shape)
-        of_steps, _ = step_means(advantage, steps.index, step.kept)
+        of_steps, _ = step_means(advantage, steps.number, step.kept)
         center = steps.mean(of_steps * scale + self.zeta * following)
         return {"bonus": self.zeta * steps.of_tokens(following) - center}
 
