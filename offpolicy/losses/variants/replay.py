@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from offpolicy.losses.variants.row import Variant
 
-DAPO = {"aggregation": "token_mean", "trust": {"name": "ppo", "low": 0.2, "high": 0.28}}
+DAPO: dict[str, Any] = {"aggregation": "token_mean", "trust": {"name": "ppo", "low": 0.2, "high": 0.28}}
 
 ROWS = (
     Variant(
