@@ -10,11 +10,10 @@ import torch
 from toy import toy_replay
 
 from offpolicy.data import sampling
-from offpolicy.data.growing import GrowingTransitions
 from offpolicy.data.mixing import SPLIT
 from offpolicy.data.normalize import Normalizer
 from offpolicy.data.ring import Ring
-from offpolicy.data.views import PackedTransitions, TransitionView
+from offpolicy.data.views import GrowingTransitions, PackedTransitions, TransitionView
 
 CPU = torch.device("cpu")
 
