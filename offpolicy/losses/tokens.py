@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,7 +128,8 @@ class Surrogate(NamedTuple):
 
 def detached(tokens: Tokens) -> Tokens:
     """The same tokens without gradients."""
-    return Tokens(*(value.detach() if isinstance(value, Tensor) else value for value in tokens))
+    values: list[Any] = [value.detach() if isinstance(value, Tensor) else value for value in tokens]
+    return Tokens(*values)
 
 
 def difference(first: Tensor, second: Tensor, kept: Tensor) -> Tensor:
