@@ -16,7 +16,7 @@ from offpolicy.losses.policy.selection import nearest_quantile
 from offpolicy.losses.policy.trust import PPO, clipped_surrogate
 from offpolicy.losses.tokens import Ratio, Surrogate, Tokens, difference, field, per_token
 
-BOUNDS: dict[str, dict[str, Any]] = {  # (first, last, step) of the bounds of the ratio
+PUBLISHED_BOUNDS: dict[str, dict[str, Any]] = {  # (first, last, step) of the bounds of the ratio
     "paper": {"low": (0.6, 0.9, 0.02), "high": (1.2, 3.0, 0.05), "target": 0.4, "counted": "unclipped", "dual": None},
     "code": {"low": (0.8, 0.95, 0.05), "high": (1.2, 2.0, 0.05), "target": 0.5, "counted": "all", "dual": 3.0},
 }
@@ -53,8 +53,8 @@ class BAPO:
     dual: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("order", self.order, BOUNDS)
-        for name, value in BOUNDS[self.order].items():
+        check_choice("order", self.order, PUBLISHED_BOUNDS)
+        for name, value in PUBLISHED_BOUNDS[self.order].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for name in ("low", "high"):

@@ -22,7 +22,7 @@ GATES: dict[str, Callable[[Tokens], Tensor]] = {  # name → bool (B, T), (B, 1)
     "negative": lambda tokens: (per_token(tokens.advantage) < 0) & tokens.own,
     "mastered": lambda tokens: (column(tokens, "mastered") > 0)[:, None] & tokens.kept,
 }
-REFERENCES = ("base", "previous", "behavior")
+COMPARED_WITH = ("base", "previous", "behavior")
 LARGEST_DIVERGENCE = 10.0
 
 
@@ -61,7 +61,7 @@ class FDivergence:
 
     def __post_init__(self) -> None:
         check_coefficient("coef", self.coef)
-        check_choice("reference", self.reference, REFERENCES)
+        check_choice("reference", self.reference, COMPARED_WITH)
         check_choice("gate", self.gate, GATES)
 
     @property

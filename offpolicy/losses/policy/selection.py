@@ -52,7 +52,7 @@ def quantile(values: Tensor, chosen: Tensor, q: float) -> Tensor:
     ordered = torch.where(chosen, values, torch.inf).flatten().sort().values
     place = q * (chosen.sum() - 1).clamp(min=0).to(values.dtype)
     below = place.floor()
-    first, second = (ordered[at.long()] for at in (below, place.ceil()))
+    first, second = ordered.gather(0, torch.stack([below, place.ceil()]).long()).unbind()
     between = torch.where(second == first, 0.0, (place - below) * (second - first))
     return first + between
 
@@ -60,4 +60,5 @@ def quantile(values: Tensor, chosen: Tensor, q: float) -> Tensor:
 def nearest_quantile(values: Tensor, chosen: Tensor, q: float) -> Tensor:
     """The chosen value nearest to the q-quantile, 0-d; +∞ where nothing is chosen."""
     ordered = torch.where(chosen, values, torch.inf).flatten().sort().values
-    return ordered[(q * (chosen.sum() - 1).clamp(min=0).to(values.dtype)).round().long()]
+    place = (q * (chosen.sum() - 1).clamp(min=0).to(values.dtype)).round()
+    return ordered.gather(0, place.long()[None]).squeeze(0)

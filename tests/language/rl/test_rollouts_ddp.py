@@ -19,6 +19,13 @@ from offpolicy.data.replay import Replay
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rollouts pair")]  # all need the two processes, which run once
 
 LAST = 6
+LOOKS_AT_STEPS = {
+    "ratio": "token",
+    "trust": {"name": "clip_cov", "share": 0.2, "lb": 0.0, "ub": 60.0},
+    "entropy": {"name": "target", "target": 9.0, "start": 0.1},
+    "terms": [{"name": "copg", "coef": 0.1}],
+    "lr": "ess",
+}
 # the last micro-batches of a step have no row on one process, groups do not divide evenly
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "GRPO": ("GRPO", {"beta": 0.1, "micro_batch_size": 3, "batch_size": 12}),
@@ -35,6 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "batch_size": 12,
         },
     ),
+    "steps": ("GRPO", {"objective": LOOKS_AT_STEPS, "lag": 1, "micro_batch_size": 4, "batch_size": 12}),
     "ReMix": ("ReMix", {"base": "ppo", "group_size": 1, "reincarnation": 2, "micro_batch_size": 3, "kl": "full"}),
     "RLPlus": ("RLPlus", {"aggregation": "token_mean"}),
 }

@@ -21,6 +21,10 @@ from offpolicy.language.rl.answering import Answering
 from offpolicy.language.rl.engines import TransformersEngine
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
+REMEMBERS_STEPS = {
+    "entropy": {"name": "siren", "coef": 0.5, "aggregation": "token_mean"},
+    "trust": {"name": "d3s", "first": 0.3, "steps": 5},
+}
 # method, options, updates after which the run is cut, and in all; iterations of ReMix begin at 0, 2, 6, 10 and 12
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     "GRPO": ("GRPO", {"beta": 0.01, "micro_batch_size": 3}, (3,), 6),
@@ -43,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     "SPEAR": ("SPEAR", {"capacity": 2, "ramp": 3, "micro_batch_size": 3}, (4,), 9),
     "own-state": ("GRPO", {"objective": {"weight": ["tiny_rl.Remembers"]}}, (3,), 6),
     "many-parts": ("GRPO", {"objective": MANY_PARTS, "micro_batch_size": 5}, (3,), 6),
+    "steps": ("GRPO", {"objective": REMEMBERS_STEPS}, (3,), 6),
     "dropout": ("GRPO", {"lora_rank": 2, "lora_dropout": 0.3, "kl": "full", "beta": 0.1}, (3,), 6),
 }
 

@@ -22,6 +22,16 @@ LOOKS: dict[str, dict[str, Any]] = {
             "lr": "ess",
         },
     },
+    "entropy": {  # drawn tokens, and what remembers the entropy
+        "objective": {
+            "trust": {"name": "clip_cov", "share": 0.2, "lb": 0.0, "ub": 60.0},
+            "entropy": {"name": "siren", "coef": 0.5, "aggregation": "token_mean"},
+            "anchors": [
+                {"name": "lp_reg", "share": 0.3},
+                {"name": "kl_cov", "share": 0.2, "denominator": "previous"},
+            ],
+        },
+    },
     "groups": {
         "objective": {"ratio": "none", "trust": "gtpo", "terms": [{"name": "copg", "beta": 0.5, "coef": 0.1}]},
     },
