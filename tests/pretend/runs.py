@@ -56,6 +56,21 @@ SMALL: dict[str, Any] = {  # options that a method may have, for methods without
 }
 CRITIC = {"advantage": "gae", "value": "squared"}
 GROUPS = {"advantage": "drpo", "weight": ["empg"], "terms": ["drpo_contrast", "kl_limit", "empg_clarity"]}
+BOUNDS_OF_STEPS = {
+    "ratio": "turn",
+    "trust": "bapo",
+    "entropy": {"name": "siren", "aggregation": "token_mean"},
+    "anchors": ["kl_cov", "lp_reg", {"name": "gated_tail", "coef": 0.1, "gate": "low_probability"}],
+    "weight": ["steer", "hapo"],
+    "terms": ["copg", "sft"],
+    "lr": "ess",
+}
+MASKS_OF_STEPS = {
+    "trust": "clip_cov",
+    "entropy": "epo",
+    "anchors": [{"name": "dph", "divergence": "js"}],
+    "lr": {"name": "skip", "ess": 0.01, "kl": 9.0},
+}
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other code
     "PRDC": [{"search": "tree", "num_neighbors": 3}, {"search": "brute"}, {"state_weight": 0.0}],
     "DPO": [{"shared_prompt": False, "micro_batch_size": 1}],
@@ -70,6 +85,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other c
             "demonstration_share": 0.5,
         },
         {"objective": CRITIC, "critic": "head"},
+        {"objective": BOUNDS_OF_STEPS, "micro_batch_size": 4},
+        {"objective": MASKS_OF_STEPS, "demonstrations": 1},
         {"objective": CRITIC, "critic": "model", "micro_batch_size": 3},
         {"objective": GROUPS},
     ],
