@@ -12,7 +12,7 @@ from made_tokens import f64, full_tokens, informed, rows_of, singles, totals_of
 from torch import Tensor
 
 from offpolicy.errors import UsageError
-from offpolicy.losses.policy_gradient import COMPONENTS, Objective, Tokens, component
+from offpolicy.losses.policy_gradient import Objective, Tokens, component
 
 OWN_MEAN = {"aggregation": "token_mean"}
 
@@ -346,9 +346,12 @@ NEEDED: dict[str, dict[str, Any]] = {  # parameters without a default, and what 
 }
 NEW = {
     "ratio": ["turn", "full_sequence", "gspo_token", "luffy"],
-    "trust": [n for n in COMPONENTS["trust"] if n != "none"],
+    "trust": [
+        *("ppo", "dual", "two_sided", "centred", "cispo", "grad_preserve", "bapo", "entropy_adaptive", "clip_cov"),
+        *("gtpo", "d3s", "spine", "sequence_mask", "over_length", "rover"),
+    ],
     "anchors": ["forward", "js", "alpha", "dph", "gated", "gated_tail", "kl_cov", "lp_reg"],
-    "entropy": [n for n in COMPONENTS["entropy"] if n != "bonus"],
+    "entropy": ["target", "siren", "epo", "band", "aepo"],
     "weight": ["steer", "hapo", "vcpo", "mask_negative", "mask_positive"],
     "terms": ["copg", "sft"],
 }
