@@ -26,7 +26,7 @@ method = op.GRPO(
     iterations=2,
     eval_rows=8,
 )
-run = op.fit(method, op.TextData("addition"), threads=1)
+run = op.fit(method, "addition", threads=1)
 print(run.folder)
 
 # %% Rewards by iteration.
@@ -40,4 +40,4 @@ with (Path(run.folder) / "metrics.csv").open() as file:
 variant = op.GRPO(
     policy="tiny", variant="dr_grpo", group_size=4, batch_size=16, max_new_tokens=4, iterations=1, eval_rows=8
 )
-print(op.fit(variant, op.TextData("addition"), threads=1).folder)
+print(op.fit(variant, "addition", threads=1).folder)
