@@ -47,6 +47,14 @@ def test_methods_have_a_place_and_an_equation(method_pages: object) -> None:
     assert {METHODS[name] for name in placed} == {METHODS[name] for name in written}
 
 
+def test_every_page_stands_in_the_index() -> None:
+    pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    trees = re.findall(r"```{toctree}\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
+    named = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    made = {"methods/index", "objectives/index", "api/index"}
+    assert sorted(named) == sorted((pages | made) - {"index"})
+
+
 def test_docstrings_keep_their_formulas_tables_and_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXTENSIONS)
     rst = importlib.import_module("rst")

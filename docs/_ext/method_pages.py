@@ -24,8 +24,8 @@ KINDS = {
     "Control": "BC TD3BC IQL PRDC A2PR ODICE CQL AWAC ReBRAC SAC TD3 EDAC SACN DecisionTransformer",
     "Goals": "GCBC GCIVL GCIQL HIQL OTA",
     "Models of data and values of policies": "TrajectoryDiffusion WorldModel RAVL MBPO FQE",
-    "Preference tuning": "SFT DPO CDPO RDPO RPO IPO INPO SimPO CPO ORPO KTO CoPG SRPO MAPL DPA",
-    "Reinforcement tuning": "GRPO ReMix RLPlus HPT",
+    "Preference tuning": "SFT DPO CDPO RDPO RPO IPO INPO SimPO CPO ORPO KTO CoPG MAPL SRPO DPA",
+    "Reinforcement tuning": "GRPO ReMix RLPlus HPT SPEAR",
 }
 
 
