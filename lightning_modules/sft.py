@@ -13,7 +13,7 @@ limit is the default; the paper draws 256 at 0.7 and has a miss of −0.1, which
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class SFT(PreferenceModule):
         lr: peak learning rate of AdamW.
     """
 
-    view = WantedView()
+    view: ClassVar[Any] = WantedView()
     uses_reference = False
 
     def __init__(

@@ -132,7 +132,7 @@ def read_command(argv: Iterable[str]) -> Command:
         raise SystemExit(0)
     if "help" in last or "model.help" in last:
         path = class_path(last.get("model.help") or last.get("model") or DEFAULT_METHOD)
-        flags = [("help", None)] if "help" in last else [("model.help", path)]
+        flags: list[tuple[str, str | None]] = [("help", None)] if "help" in last else [("model.help", path)]
         return Command(path, flags=flags, words=Words(packages=(path.partition(".")[0],)))  # the user typed it
 
     check_options((name for name, _ in pairs), {"run": [f.name for f in fields(RunOptions)]})

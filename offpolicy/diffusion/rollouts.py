@@ -196,7 +196,7 @@ class RolloutPool:
         if o.penalty:
             news.pop("synthetic/reward_error", None)  # it would have the penalty in it
             news["synthetic/uncertainty"] = float(found["uncertainty"].mean())
-        news["synthetic/ended"] = float(fresh.steps["terminated"].mean(dtype=np.float64))
+        news["synthetic/ended"] = float(np.asarray(fresh.steps["terminated"]).mean(dtype=np.float64))
         whole = ~found["terminated"].any(1)
         critic = getattr(policy, "critic", None)
         if not isinstance(critic, EnsembleCritic) or not whole.any():

@@ -257,7 +257,8 @@ def answer_prompts(
     """
     options.setdefault("stop", stop_ids(model, tokenizer))
     drawn = sample(model, [prompt.token for prompt in prompts], **options)
-    drafts, before = [], {}
+    drafts: list[Any] = []
+    before: dict[str, float] = {}
     for k in range(revisions):
         assert revise is not None
         rows, numbers = _told(tokenizer, prompts, drawn, verifier, options["stop"])

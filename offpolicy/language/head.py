@@ -320,8 +320,16 @@ class Head:
 
     def nucleus_entropy(self, hidden: Tensor, share: float, chunk: int = 256, temperature: float = 1.0) -> Tensor:
         """:func:`offpolicy.language.nucleus.nucleus_entropy` under this head."""
-        how = {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
-        return nucleus_entropy(hidden, self.weight, share, **how, temperature=temperature, chunk=chunk)
+        return nucleus_entropy(
+            hidden,
+            self.weight,
+            share,
+            bias=self.bias,
+            softcap=self.softcap,
+            scale=self.scale,
+            temperature=temperature,
+            chunk=chunk,
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of n places over the whole vocabulary, (n, V), as many at once."""

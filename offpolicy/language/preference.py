@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class PreferenceModule(LanguageModule):
         wanted = held_out is not None and self.run.eval_episodes > 0
         self.eval_table = None
         if wanted:
-            texts = self.texts_of(held_out)
+            texts = self.texts_of(cast(Replay, held_out))
             self._check_prompts(texts, "the held-out data")
             self.eval_table = ReferenceTable(texts, eval_sample(len(texts), self.hparams.eval_rows))
 

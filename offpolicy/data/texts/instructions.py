@@ -73,22 +73,30 @@ def sentences(answer: str, satisfied: bool, draw: Random) -> Made:
 
 def contains(answer: str, satisfied: bool, draw: Random) -> Made:
     word = _word(answer, satisfied, draw)
-    return word and Instruction(f'Use the word "{word}".', lambda text: word in _lower(text))
+    if not word:
+        return None
+    return Instruction(f'Use the word "{word}".', lambda text: word in _lower(text))
 
 
 def avoids(answer: str, satisfied: bool, draw: Random) -> Made:
     word = _word(answer, not satisfied, draw)
-    return word and Instruction(f'Do not use the word "{word}".', lambda text: word not in _lower(text))
+    if not word:
+        return None
+    return Instruction(f'Do not use the word "{word}".', lambda text: word not in _lower(text))
 
 
 def begins(answer: str, satisfied: bool, draw: Random) -> Made:
     word = (_lower(answer) or [""])[0] if satisfied else _word(answer, False, draw)
-    return word and Instruction(f'Begin with the word "{word}".', lambda text: _lower(text)[:1] == [word])
+    if not word:
+        return None
+    return Instruction(f'Begin with the word "{word}".', lambda text: _lower(text)[:1] == [word])
 
 
 def ends(answer: str, satisfied: bool, draw: Random) -> Made:
     word = (_lower(answer) or [""])[-1] if satisfied else _word(answer, False, draw)
-    return word and Instruction(f'Let the last word be "{word}".', lambda text: _lower(text)[-1:] == [word])
+    if not word:
+        return None
+    return Instruction(f'Let the last word be "{word}".', lambda text: _lower(text)[-1:] == [word])
 
 
 def case(answer: str, satisfied: bool, draw: Random) -> Made:
@@ -162,7 +170,8 @@ def intra(record: Record, draw: Random, most: int) -> dict[str, Any] | None:
     """One answer to two prompts: it satisfies all instructions of the first, and not all of the same kinds of the
     second."""
     answer = _plain(record.answers[0])
-    good, other = [], []
+    good: list[Instruction] = []
+    other: list[Instruction] = []
     for maker in draw.sample(MAKERS, len(MAKERS)):
         satisfied, broken = maker(answer, True, draw), maker(answer, False, draw)
         if satisfied and broken and len(good) < most:

@@ -200,7 +200,11 @@ class Scoring:
         for start in range(0, len(mine), passes.rows):
             batch = passes.gather(bound, mine[start : start + passes.rows])
             scores = passes.scores(batch, entropy="entropy" in names, vocabulary="previous_mean_logp" in names)
-            values = {"previous_logp": scores.logps, "base_logp": scores.logps, "entropy": scores.entropy}
+            values: dict[str, Any] = {
+                "previous_logp": scores.logps,
+                "base_logp": scores.logps,
+                "entropy": scores.entropy,
+            }
             values["previous_mean_logp"] = scores.mean_logp
             if "old_value" in names:
                 values["old_value"] = passes.values(batch, scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,9 +104,13 @@ def batch_tokens(
             return padded(torch.ones_like(scores.logps, dtype=torch.int64)) - 1
         return ids
 
-    vocabulary = {"top_logp": scores.top_logp, "nucleus_entropy": scores.nucleus_entropy}
+    vocabulary: dict[str, Any] = {"top_logp": scores.top_logp, "nucleus_entropy": scores.nucleus_entropy}
     if "previous_mean_logp" in steps and scores.mean_logp is not None:
         vocabulary["mean_log_ratio"] = scores.mean_logp - send(batch.steps["previous_mean_logp"], device)
+    known: dict[str, Any] = {name: padded(values) for name, values in vocabulary.items() if values is not None}
+    known |= {} if value is None else {"value": padded(value)}
+    known |= {f"{name}_kl": padded(apart) for name, apart in scores.divergence.items()}
+    known |= {name: steps[name] for name in ("old_value", "returns") if name in steps}
     return Tokens(
         logp=logp,
         mask=padded(torch.full_like(scores.logps, float(real)).detach()),
@@ -119,10 +124,7 @@ def batch_tokens(
         lag=iteration - facts["policy_version"],
         columns={name: asked(name) for name in columns} if columns else None,
         uniform=None if uniform is None else send(numbers(*uniform, batch.row, width), device).to(logp.dtype),
-        **{name: padded(values) for name, values in vocabulary.items() if values is not None},
-        **({} if value is None else {"value": padded(value)}),
-        **{f"{name}_kl": padded(apart) for name, apart in scores.divergence.items()},
-        **{name: steps[name] for name in ("old_value", "returns") if name in steps},
+        **known,
     )
 
 
