@@ -10,8 +10,9 @@ same number of answers: 32 problems with 8 answers per iteration, two updates of
 problems with 9, two of 126). With a lag L all answers are of the policy of L iterations ago. Measured at the end: on
 held-out problems the most likely answer, the mean of 4 sampled ones, and any of the 4, on sums with a carry too; on the
 last training answers the entropy per token and the length.
-A variant is compared with GRPO at the same task and lag by Welch's test over seeds, corrected by Holm's rule for all
-variants of a column. Prints Markdown tables; a run that is there is not made again.
+A variant is compared with GRPO at the same task and lag by Student's test of the differences, since both runs of a seed
+start from the same policy, corrected by Holm's rule for all variants of a column.
+Prints Markdown tables; a run that is there is not made again.
 """
 
 from __future__ import annotations
@@ -126,7 +127,9 @@ def one_run(task: str, variant: str, lag: int, seed: int, root: Path, answers: i
 
 def table(rows: list[dict[str, Any]], task: str, lag: int) -> str:
     """Means over seeds ± half of the 95 % interval; a star where Holm's p of the difference from GRPO is below 5 %."""
-    from offpolicy.evaluation.aggregates import holm, welch_difference
+    from scipy.stats import ttest_rel
+
+    from offpolicy.evaluation.aggregates import holm
     from offpolicy.evaluation.scores import interval
 
     chosen = [row for row in rows if (row["task"], row["lag"]) == (task, lag)]
@@ -141,7 +144,7 @@ def table(rows: list[dict[str, Any]], task: str, lag: int) -> str:
     others = [name for name in names if name != "grpo"]
     if "grpo" in names and others and seeds > 1:
         for measure in MEASURES[task]:
-            p = holm([welch_difference(values[name, measure], values["grpo", measure]).p for name in others])
+            p = holm([float(ttest_rel(values[name, measure], values["grpo", measure]).pvalue) for name in others])
             star |= {(name, measure) for name, one in zip(others, p) if one < 0.05}
     lines = [f"| {task}, lag {lag}, {seeds} seeds | " + " | ".join(MEASURES[task]) + " | claimed |"]
     lines.append("|---" * (len(MEASURES[task]) + 2) + "|")
