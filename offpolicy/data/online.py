@@ -27,7 +27,7 @@ from offpolicy.data.mixing import SPLIT, joined
 from offpolicy.data.players import Players
 from offpolicy.data.replay import Replay
 from offpolicy.data.ring import Ring
-from offpolicy.data.rounds import StepNoise, fitted, pieces_joined
+from offpolicy.data.rounds import StepNoise, fitted, in_environment, pieces_joined
 from offpolicy.errors import DataError, UsageError, check_range
 from offpolicy.given import whole_fields
 from offpolicy.trust import REFUSED, check_environment, environment_refusal
@@ -180,6 +180,8 @@ class Collection:
         random = max(1, min(RANDOM_STEPS, options.env_steps // 10)) if offline is None else 0
         self.random_steps = random if options.random_steps is None else options.random_steps
         self._check()
+        if offline is not None:
+            self.offline = in_environment(offline, self.players.meta())
         self.reset()
 
     def _check(self) -> None:
@@ -210,6 +212,12 @@ class Collection:
         # rows beyond rounds: an episode that is played to its end; one that goes on stays whole until it has ended
         spare = {"cut": 0, "whole": longest, "keep": 2 * longest + (o.envs > 1) * o.round_steps}[o.episodes]
         if self.offline is None:
+            if o.episodes == "whole" and o.env_steps < self.lead + longest:
+                raise UsageError(
+                    f"`data.online.env_steps` is {o.env_steps:,}, and the first {self.lead:,} are played to the end of "
+                    f"an episode (`data.online.episodes` 'whole'); expected at least {self.lead + longest:,}. Raise "
+                    "it, or lower `data.online.random_steps`."
+                )
             if o.mix != "union":
                 raise UsageError(
                     f"`data.online.mix` is {o.mix!r}, and there are no offline data to mix; expected them. Pass --data."

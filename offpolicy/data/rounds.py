@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from offpolicy.data import sampling
 from offpolicy.data.columns import Column, to_numpy
 from offpolicy.data.replay import Replay
+from offpolicy.data.spaces import scale_bounds
 from offpolicy.errors import UsageError
+from offpolicy.trust import REFUSED
 
 CHUNK = 1024  # environment steps whose noise is drawn at once
 
@@ -76,6 +79,40 @@ class Steps:
             },
             meta=meta,
         )
+
+
+def in_environment(offline: Replay, facts: Mapping[str, Any]) -> Replay:
+    """Data beside which an environment is played in: where they name none, that one, and its bounds of actions.
+
+    Args:
+        offline: steps with actions as wide as the environment's.
+        facts: ``meta`` of what is collected.
+
+    Raises:
+        UsageError: the data have other bounds, or actions outside of them.
+    """
+    meta, low, high = offline.meta, np.array(facts["action_low"]), np.array(facts["action_high"])
+    known = meta.get("action_low") is not None and meta.get("action_bounds") != "data"
+    found = scale_bounds(meta, to_numpy(offline.steps["action"]))
+    slack = 1e-5 * (high - low)
+    other = (found[0] < low - slack) | (found[1] > high + slack)
+    if known:  # a side without a bound takes that of the environment
+        own = np.array([meta["action_low"], meta["action_high"]], np.float64).reshape(2, -1)
+        other |= (np.isfinite(own) & (np.abs(own - [low, high]) > slack)).any(0)
+    if other.any():
+        at = int(np.argmax(other))
+        raise UsageError(
+            f"{facts['env_id']} has actions from {low[at]:g} to {high[at]:g} in dimension {at}, and the data from "
+            f"{found[0][at]:g} to {found[1][at]:g}; expected the same bounds. Choose the environment of the data, or "
+            "wrap it with gymnasium.wrappers.RescaleAction."
+        )
+    names = ["action_low", "action_high", "action_bounds"]
+    if not meta.get("env_id"):  # it is evaluated in, too
+        names += ["env_id", "env_kwargs", "obs_keys", "max_episode_steps"]
+        meta = {name: value for name, value in meta.items() if name != REFUSED}
+    shared = copy(offline)
+    shared.meta = {**meta, **{name: facts[name] for name in names if name in facts}}
+    return shared
 
 
 def fitted(segment: Replay, store: Replay) -> Replay:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from counting import Counting, collect, online, scratch
+from counting import ENV, Counting, collect, online, scratch
 from forks import run_copy
 from lightning.pytorch import Callback
 from toy import Crash, differences, run_files, toy_replay
@@ -141,6 +141,7 @@ def test_an_environment_that_does_not_repeat_itself_is_cut(
         ({"round_steps": 5, "episodes": "whole"}, "round_steps"),
         ({"random_steps": 60}, "random_steps"),
         ({"random_steps": 0}, "random_steps"),
+        ({"random_steps": 55, "episodes": "whole"}, "played to the end of an episode .* at least 61"),
         ({"env": "CountingOnlineEndless-v0", "episodes": "whole"}, "no known limit.*max_episode_steps"),
         ({"capacity": 8}, "capacity"),
         ({"capacity": 41, "episodes": "keep"}, "at least 42"),
@@ -228,6 +229,31 @@ def test_what_cannot_collect_is_refused(runs: dict[str, op.FitResult], tmp_path:
     ):
         with pytest.raises(UsageError, match=said):
             collect(tmp_path / "run", method=method, **options)
+
+
+def test_data_that_name_no_environment_take_that_in_which_more_are_collected() -> None:
+    """It is evaluated in, and its bounds are those of the actions; other bounds are refused."""
+    rows = np.arange(40)
+    arrays = {
+        "obs": np.stack([rows // 4, rows % 4], 1).astype(np.float32),
+        "action": np.linspace(-1.0, 1.0, 40, dtype=np.float32)[:, None],
+        "reward": np.zeros(40),
+        "terminated": np.zeros(40, bool),
+        "episode_end": rows % 4 == 3,
+    }
+
+    def opened(**options: Any) -> Replay:
+        module = DataModule("own", online=online())
+        module.replay = op.load_data(dict(arrays, action=options.pop("action", arrays["action"])), **options).replay
+        return module.load()
+
+    meta = opened().meta
+    assert meta["env_id"] == ENV and meta["max_episode_steps"] == 6
+    assert (meta["action_low"], meta["action_high"], meta["action_bounds"]) == ([-2.0], [2.0], "environment")
+    assert opened(action_low=-2.0, action_high=2.0).meta["env_id"] == ENV
+    for options in ({"action_low": -1.0, "action_high": 1.0}, {"action": 3 * arrays["action"]}):
+        with pytest.raises(UsageError, match=r"actions from -2 to 2 in dimension 0, and the data from -(1|3) to (1|3)"):
+            opened(**options)
 
 
 def test_an_offline_run_goes_on_online(
