@@ -89,6 +89,8 @@ class GRPO(RolloutModule):
     def objective_facts(self) -> list[tuple[str, str]]:
         variant = variant_of(self.hparams.variant)
         lines = [] if variant.name == "grpo" else [("variant", variant_words(variant, self.of_variant))]
+        yours = [f"--model.{name} {self.hparams[name]}" for name in variant.options if name not in self.of_variant]
+        lines += [("not the variant's", ", ".join(yours))] if yours else []
         stale = bool(self.hparams.lag or self.hparams.replay_fraction) and variant.off_policy != "yes"
         return [*lines, *([("old answers", variant.off_policy)] if stale else []), *super().objective_facts()]
 

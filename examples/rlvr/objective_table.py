@@ -23,6 +23,7 @@ import torch
 
 from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
 from offpolicy.losses.variants import VARIANTS, Variant
+from offpolicy.losses.variants.absent import ABSENT
 
 PAGE = Path(__file__).parents[2] / "docs" / "objective.md"
 BEGIN, END = "<!-- table: python examples/rlvr/objective_table.py -->", "<!-- end of the table -->"
@@ -54,13 +55,24 @@ def passes(variant: Variant) -> str:
     return "; ".join(found)
 
 
+def linked(paper: str) -> str:
+    """An arXiv number with its link."""
+    return f"[{paper}](https://arxiv.org/abs/{paper})" if paper[:1].isdigit() else paper
+
+
+def absent() -> str:
+    """The section on published methods that are not here."""
+    rows = (one for one in ABSENT.values() if one.name not in VARIANTS)
+    lines = ["## Published methods that are not here", "", "| method | why |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {f'{one.title} {linked(one.paper)}'.strip()} | {one.reason} |" for one in rows)])
+
+
 def cells(variant: Variant) -> list[str]:
     """The row of a variant, without the measured column."""
     parts = [f"{slot} `{shown(spec)}`" for slot, spec in variant.parts.items() if spec not in ("none", ())]
     parts += [f"`{name} {value}`" for name, value in variant.options.items()]
     name = f"`--model {variant.method}`" if variant.method else f"`{variant.name}`"
-    paper = variant.paper
-    paper = f"[{paper}](https://arxiv.org/abs/{paper})" if paper[:1].isdigit() else paper
+    paper = linked(variant.paper)
     notes = {"Paper and code": variant.differs, "Unverified": variant.unverified}
     changes = variant.formula + "".join(f". {label}: {text}" for label, text in notes.items() if text)
     row = [name, f"{variant.title} {paper}".strip(), changes, "; ".join(parts)]
@@ -115,7 +127,7 @@ def known_times(page: str) -> dict[str, str]:
 def page_of(page: str, times: Mapping[str, str]) -> str:
     """A page with the table that the code says."""
     before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{table(times)}\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n{table(times)}\n\n{absent()}\n\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> int:

@@ -62,3 +62,5 @@ def test_what_a_row_says(row: Variant) -> None:
     assert row.options.keys() <= known.keys() | {"batch_size"}
     assert re.fullmatch(r"[a-z0-9_]+", row.name) and row.title and row.formula and row.paper and row.off_policy
     assert not row.formula.endswith(".") and row.tested in ("hand", "code")
+    if "demonstrations" in row.needs:  # else it would be another method, and nobody would be told
+        assert row.options["demonstrations"] == 1

@@ -433,11 +433,16 @@ def test_variants_beside_other_options(lag: int, monkeypatch: pytest.MonkeyPatch
     assert found.of_variant == {"sweeps": 3, "beta": 0.5}
     again = GRPO(**found.hparams)
     assert again.hparams == found.hparams and again.of_variant == found.of_variant
+    assert dict(found.objective_facts())["not the variant's"] == "--model.group_size 4"
     with pytest.raises(UsageError, match="has an entropy term of its own"):
         GRPO(policy="x", variant="made", group_size=4, entropy=0.1)
     monkeypatch.setitem(VARIANTS, "made", Variant("made", "Made", "", "", method="HPT"))
     with pytest.raises(UsageError, match="Pass --model HPT"):
         GRPO(policy="x", variant="made")
+    with pytest.raises(UsageError, match=r"Pass --model SFT --model\.weighting otr"):
+        GRPO(policy="x", variant="otr")
+    with pytest.raises(UsageError, match="which is not here: a second turn"):
+        GRPO(policy="x", variant="score")
 
 
 def test_objectives_are_data(policy: Path) -> None:

@@ -9,6 +9,7 @@ from offpolicy.errors import UsageError, nearest
 from offpolicy.losses.components import COMPONENTS
 from offpolicy.losses.policy.trust import PPO, Centred
 from offpolicy.losses.variants import VARIANTS, Variant
+from offpolicy.losses.variants.absent import ABSENT
 from offpolicy.registry import Spec
 
 USUAL_TRUST = {"name": "ppo", "low": 0.2}
@@ -22,6 +23,11 @@ def variant_of(name: str) -> Variant:
     Raises:
         UsageError: there is none, or it is a method of its own.
     """
+    if name in ABSENT and name not in VARIANTS:
+        raise UsageError(
+            f"`variant` is '{name}' ({ABSENT[name].title}), which is not here: {ABSENT[name].reason}; expected another "
+            "one. `python -m offpolicy.fit --model.help variants` tells what there is."
+        )
     if name not in VARIANTS:
         known = [row.name for row in VARIANTS.values() if not row.method]
         raise UsageError(
@@ -30,8 +36,10 @@ def variant_of(name: str) -> Variant:
         )
     found = VARIANTS[name]
     if found.method:
+        told = (f" --model.{option} {value}" for option, value in found.options.items() if isinstance(value, str))
         raise UsageError(
-            f"`variant` is '{name}', which is more than an objective; expected its method. Pass --model {found.method}."
+            f"`variant` is '{name}', which is more than an objective; expected its method. Pass --model {found.method}"
+            f"{''.join(told)}."
         )
     return found
 

@@ -134,6 +134,7 @@ ROWS = (
         "2504.14945",
         "p/(p + .1) as the ratio of demonstrations, no clipping there",
         {"ratio": "luffy", "aggregation": "sum_over_T", "advantage": "dr_grpo"},
+        {"demonstrations": 1},
         needs="demonstrations",
     ),
     Variant(
