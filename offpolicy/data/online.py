@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,11 @@ class OnlineOptions:
         if self.episodes not in ENDS:
             raise UsageError(f"`data.online.episodes` is {self.episodes!r}; expected one of {', '.join(ENDS)}.")
         self.share  # noqa: B018  # refuses what is none
-        if self.env and not self.env_steps:
+        given = [one.name for one in fields(self) if getattr(self, one.name) != one.default]
+        if given and not self.env_steps:
             raise UsageError(
-                f"`data.online.env` is {self.env}, and `data.online.env_steps` is 0; expected the number of "
-                "environment steps to collect. Add --data.online.env_steps N."
+                f"`data.online.{given[0]}` is {getattr(self, given[0])}, and `data.online.env_steps` is 0; expected "
+                "the number of environment steps to collect. Add --data.online.env_steps N."
             )
 
     @property

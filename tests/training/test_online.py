@@ -20,6 +20,7 @@ from toy import Crash, differences, run_files, toy_replay
 import offpolicy as op
 from offpolicy.data import sampling
 from offpolicy.data.module import DataModule
+from offpolicy.data.online import OnlineOptions
 from offpolicy.data.replay import Replay
 from offpolicy.data.ring import Ring
 from offpolicy.data.views import BoundView
@@ -161,6 +162,12 @@ def test_bad_options_are_refused_before_anything_is_collected(
     with pytest.raises(UsageError, match=said):
         collect(tmp_path / "run", scratch(**options))
     assert not (tmp_path / "run" / "replay").exists()
+
+
+def test_options_of_collecting_without_steps_to_collect_are_refused() -> None:
+    for options in ({"env": ENV}, {"mix": "half"}, {"envs": 2}):
+        with pytest.raises(UsageError, match="env_steps` is 0; expected the number"):
+            OnlineOptions(**options)  # type: ignore[arg-type]
 
 
 def test_data_that_are_open_already_take_the_seed_of_the_run() -> None:
