@@ -53,7 +53,8 @@ def at_most(answer: str, satisfied: bool, draw: Random) -> Made:
     if count < 2:
         return None
     limit = count + draw.randint(0, count // 2) if satisfied else draw.randint(count // 2, count - 1)
-    return Instruction(f"Use at most {limit} words.", lambda text: len(words_of(text)) <= limit)
+    plural = "" if limit == 1 else "s"
+    return Instruction(f"Use at most {limit} word{plural}.", lambda text: len(words_of(text)) <= limit)
 
 
 def at_least(answer: str, satisfied: bool, draw: Random) -> Made:
@@ -61,7 +62,8 @@ def at_least(answer: str, satisfied: bool, draw: Random) -> Made:
     limit = draw.randint(max(1, count // 2), max(1, count)) if satisfied else count + draw.randint(1, count + 1)
     if satisfied and count < limit:
         return None
-    return Instruction(f"Use at least {limit} words.", lambda text: len(words_of(text)) >= limit)
+    plural = "" if limit == 1 else "s"
+    return Instruction(f"Use at least {limit} word{plural}.", lambda text: len(words_of(text)) >= limit)
 
 
 def sentences(answer: str, satisfied: bool, draw: Random) -> Made:
@@ -132,7 +134,7 @@ def bullets(answer: str, satisfied: bool, draw: Random) -> Made:
         return bool(re.search(r"(?m)^\s*[-*•] ", text))
 
     wanted = has(answer) == satisfied
-    words = 'Write a list whose items begin with "- ".' if wanted else "Do not write a list."
+    words = "Write a list with bullets." if wanted else "Do not write a list with bullets."
     return Instruction(words, lambda text: has(text) == wanted)
 
 
@@ -157,11 +159,11 @@ def _word(answer: str, inside: bool, draw: Random) -> str:
 
 
 def instructed(prompt: Text, instructions: list[Instruction]) -> Text:
-    """A prompt behind its instructions: in front of plain text, or of the last turn of the user."""
+    """A prompt behind its instructions: in front of plain text, or of the last turn of the user, else the last turn."""
     told = " ".join(one.text for one in instructions)
     if isinstance(prompt, str):
         return f"{told}\n{prompt}"
-    last = max(i for i, turn in enumerate(prompt) if turn["role"] == "user")
+    last = max((i for i, turn in enumerate(prompt) if turn["role"] == "user"), default=len(prompt) - 1)
     turn = {**prompt[last], "content": f"{told}\n{prompt[last]['content']}"}
     return [*prompt[:last], turn, *prompt[last + 1 :]]
 
@@ -229,13 +231,23 @@ def make_instructions(name: str, out: str | os.PathLike[str], *, seed: int = 0, 
     for record in records(source, form, faults, counts, pair_strategy="best_vs_worst"):
         if record.rejected_prompt is not None:
             raise DataError(f"{source.where} has two prompts in a row; expected one. Pass ordinary pairs or answers.")
+        more = _further(record)
         for row in rows_of_record(record, seed, most):
             prompts, answers = row["prompt_chosen"] != row["prompt_rejected"], row["chosen"] != row["rejected"]
             found["inter" if prompts and answers else "intra" if prompts else "ordinary"] += 1
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.append(json.dumps(row | more, ensure_ascii=False) + "\n")
     faults.check()
+    if not lines:
+        raise DataError(f"{source.where} gives no pair, as no instruction can be made for it; expected other answers.")
     atomic_write(path, "".join(lines))
     return found
+
+
+def _further(record: Record) -> dict[str, Any]:
+    """The weight of a record and what it says to the chat template, as columns."""
+    told = {name: value for name, value in record.template.items() if name != "tools"}
+    found = {"weight": record.facts.get("weight"), "tools": record.template.get("tools"), "chat_template_kwargs": told}
+    return {name: value for name, value in found.items() if value is not None and value != {}}
 
 
 def _plain(answer: Text) -> str:

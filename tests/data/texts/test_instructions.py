@@ -10,7 +10,15 @@ import pytest
 
 from offpolicy.data.__main__ import main
 from offpolicy.data.texts.formats import Record
-from offpolicy.data.texts.instructions import MAKERS, Instruction, instructed, inter, intra, make_instructions
+from offpolicy.data.texts.instructions import (
+    MAKERS,
+    Instruction,
+    bullets,
+    instructed,
+    inter,
+    intra,
+    make_instructions,
+)
 from offpolicy.errors import UsageError
 
 ANSWERS = (
@@ -52,6 +60,26 @@ def test_pairs_of_prompts() -> None:
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     told = instructed(chat, [Instruction("Be brief.", bool)])
     assert told == [chat[0], {"role": "user", "content": "Be brief.\nq"}] and chat[1]["content"] == "q"
+
+
+def test_an_answer_with_stars_has_a_list_and_a_conversation_without_a_user_is_told_too() -> None:
+    """What a list is marked by is not said, as any bullet counts."""
+    for satisfied in (True, False):
+        made = bullets("* one\n* two", satisfied, Random(0))
+        assert made is not None and "-" not in made.text and made.check("• one") is satisfied
+    assert instructed([{"role": "system", "content": "s"}], [Instruction("Be brief.", bool)])[0]["content"] == (
+        "Be brief.\ns"
+    )
+
+
+def test_made_rows_keep_weights_and_words_to_the_template(tmp_path: Path) -> None:
+    source, out = tmp_path / "pairs.jsonl", tmp_path / "made.jsonl"
+    pair = {"prompt": "What now? ", "chosen": ANSWERS[0], "rejected": ANSWERS[2], "weight": 2.0}
+    source.write_text(json.dumps(pair | {"chat_template_kwargs": {"brief": True}}) + "\n")
+    make_instructions(str(source), out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["weight"] for row in rows] == [2.0] * 3
+    assert all(row["chat_template_kwargs"] == {"brief": True} for row in rows)
 
 
 def test_a_file_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
