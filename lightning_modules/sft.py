@@ -12,6 +12,7 @@ limit is the default; the paper draws 256 at 0.7 and has a miss of −0.1, which
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,7 +73,7 @@ class SFT(PreferenceModule):
         *,
         reduction: str = "token_mean",
         weighting: str = "none",
-        draws: int | str = "inf",
+        draws: int | float | str = "inf",
         miss: float = -0.1,
         draw_temperature: float | None = None,
         lr: float = 2e-5,
@@ -81,7 +82,8 @@ class SFT(PreferenceModule):
         super().__init__(lr=lr, **language)
         check_choice("reduction", reduction, NLL_FORMS)
         check_choice("weighting", weighting, WEIGHTINGS)
-        if draws != "inf" and (not isinstance(draws, int) or draws < 1):
+        draws = "inf" if draws == math.inf else draws
+        if draws != "inf" and (not isinstance(draws, int) or isinstance(draws, bool) or draws < 1):
             raise UsageError(f"`draws` is {draws}; expected a whole number ≥ 1, or inf for the limit.")
         if weighting != "otr" and (draws, miss, draw_temperature) != ("inf", -0.1, None):
             raise UsageError(

@@ -85,6 +85,15 @@ def test_sft_takes_the_values_of_tokens() -> None:
         torch.testing.assert_close(metrics["nll_loss"], -sums / divisor)
 
 
+def test_draws_without_end_may_be_a_number() -> None:
+    from offpolicy.registry import find_method
+
+    assert find_method("SFT")(policy="tiny", weighting="otr", draws=float("inf")).hparams.draws == "inf"
+    for draws in (True, 0, 2.5, float("nan")):
+        with pytest.raises(UsageError, match="draws"):
+            find_method("SFT")(policy="tiny", weighting="otr", draws=draws)
+
+
 def test_weights_of_a_step(policy: Path) -> None:
     """One step: with "dft" every token's gradient is its probability times that of SFT; the limit of "otr" is 1.1 times
     as much; values are summed over the answers of the batch."""
