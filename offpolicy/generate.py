@@ -169,10 +169,11 @@ def revisions_of(
         if args.revision_request:
             raise UsageError("--revision_request was given without --revisions; expected both. Pass --revisions 1.")
         return {}, ""
-    folder = Path(args.run)
+    folder = run_behind(args.run)
     trained = read_settings(str(folder)) if (folder / "config.yaml").is_file() else {}
     request = args.revision_request or str(trained.get("model.template") or REQUEST)
-    chat = asked.get("chat", bool(tokenizer.chat_template) and _trained_on_messages(settings))
+    trained_on = settings or data_of_run(folder)
+    chat = asked.get("chat", bool(tokenizer.chat_template) and _trained_on_messages(trained_on))
     revise = Revisions(tokenizer, request, chat=bool(chat))
     return {"revisions": args.revisions, "revise": revise.prompt_after}, request
 
@@ -274,6 +275,15 @@ def open_run(run: str, seed: int = 0, trust: Trust = None) -> tuple[Any, Any, di
     updates = int(read_checkpoint(path)["global_step"])
     file = folder / f"answers-step{updates:08d}-seed{seed}.jsonl"
     return method.model, method.tokenizer, data_of_run(folder), file, f"{path}, {updates:,} updates"
+
+
+def run_behind(run: str) -> Path:
+    """The run folder of a run, a checkpoint, or the ``hf`` folder in a run; the parent of another folder."""
+    from offpolicy.training.checkpoints import resolve_checkpoint, run_of
+
+    if any((Path(run) / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return Path(run).resolve().parent
+    return run_of(resolve_checkpoint(run))
 
 
 def data_of_run(folder: Path) -> dict[str, Any]:

@@ -171,10 +171,16 @@ class PreferenceModule(LanguageModule):
             sizes = table.texts.lengths.reshape(len(table.texts), -1, 2)  # rows, sides, prompt and answer
             longest = int(sizes.max((0, 1)).sum() if self.uses_mismatched else sizes.sum(-1).max())
             if longest > room:
-                together = "a prompt with another's answer has" if self.uses_mismatched else "the longest text has"
+                given = table.texts.replay  # methods make longer texts of it
+                index = np.asarray(given.tables["pairs" if "pairs" in given.tables else "singles"])
+                own = int(given.length[index].reshape(-1, 2).sum(1).max())
+                made = f"the longest text that {type(self).__name__} makes of the data has"
+                together = made if longest > own else "the longest text has"
+                together = "a prompt with another's answer has" if self.uses_mismatched else together
+                limit = room // 2 if self.uses_mismatched else max(1, room - max(0, longest - own))
                 raise DataError(
                     f"{together} up to {longest} tokens, but {self.hparams.policy} has {room} positions; expected "
-                    f"shorter texts. Pass --data.max_length {room // 2 if self.uses_mismatched else room}."
+                    f"shorter texts. Pass --data.max_length {limit}."
                 )
 
     def configure_model(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,10 @@ def test_data_of_copg(policy: Path, tmp_path: Path) -> None:
     scores = {"score_chosen": np.arange(13.0), "score_rejected": np.zeros(13)}
     pairs = ScoredGroupView().bind(toy_pairs(**scores))
     assert pairs.facts["score"].shape == (13, 2) and (pairs.index == toy_pairs().tables["pairs"]).all()
+    other = toy_prompt_pairs()
+    other.tables.update({f"pairs/{name}": column for name, column in scores.items()})
+    with pytest.raises(DataError, match="two prompts"):
+        ScoredGroupView().bind(other)
 
 
 def test_copg_learns_from_the_answers_of_anybody(policy: Path) -> None:
@@ -194,6 +199,21 @@ def test_six_texts_of_a_pair(policy: Path, tmp_path: Path) -> None:
         module.texts_of(toy_prompt_pairs())
 
 
+@pytest.mark.parametrize(
+    ("name", "more"), [("SRPO", {"template": "m" * 120}), ("DPA", {"message": "m" * 120 + "{weights}"})]
+)
+def test_texts_that_a_method_makes_have_room(policy: Path, tmp_path: Path, name: str, more: dict[str, Any]) -> None:
+    """Where they have none, that is said of what the method makes, and a limit for the data is named."""
+    row: dict[str, Any] = {"prompt": "say it", "chosen": "yes", "rejected": "no"}
+    if name == "DPA":
+        row = {"prompt": "say it", "completions": ["yes", "no"], "scores": [[1.0, 2.0], [2.0, 1.0]]}
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row))
+    replay = open_texts(path, tokenizer=str(policy), pair_strategy="none" if name == "DPA" else "best_vs_worst")
+    with pytest.raises(DataError, match=f"text that {name} makes .*128 positions.*--data.max_length \\d+\\.$"):
+        fit(method(name, policy, **more), replay, max_steps=1, held_out=False)
+
+
 def test_a_request_in_a_chat_is_a_turn(policy: Path) -> None:
     tokenizer = load_tokenizer(str(policy))
     tokenizer.chat_template = (
@@ -257,7 +277,7 @@ def test_prompts_of_dpa_state_a_direction_and_have_its_winner(policy: Path, tmp_
 
 def test_a_policy_revises_its_answers(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The draft is the answer without revisions; the revision goes on from prompt, draft and request."""
-    from offpolicy.generate import main
+    from offpolicy.generate import main, revisions_of, run_behind
     from offpolicy.language.generation import Prompt, answer_prompts, sample, stop_ids
     from offpolicy.language.policy import open_model
 
@@ -282,6 +302,13 @@ def test_a_policy_revises_its_answers(policy: Path, tmp_path: Path, monkeypatch:
     assert main([*command, "--revisions", "2", "--revision_request", "again"]) == 0
     row = json.loads((tmp_path / "out.jsonl").read_text())
     assert len(row["drafts"]) == 2 and len(row["completions"]) == 1
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("model:\n  class_path: SRPO\n  init_args:\n    template: shorter\n")
+    assert run_behind(str(policy)) == policy.parent
+    asked = argparse.Namespace(run=str(run / "checkpoints" / "a.ckpt"), revisions=1, revision_request=None)
+    monkeypatch.setattr("offpolicy.training.checkpoints.resolve_checkpoint", Path)
+    assert revisions_of(asked, {}, {}, tokenizer)[1] == "shorter"
     with pytest.raises(UsageError, match="--revisions 1"):
         main([*command, "--revision_request", "again"])
 

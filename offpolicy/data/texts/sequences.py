@@ -261,9 +261,15 @@ class ScoredGroupView:
                 "scored answers (`completions`, `scores`) with --data.pair_strategy none. Name them with "
                 "`--data.columns`."
             )
+        index = replay.tables["pairs"]
+        if (index[:, 0] != index[:, 2]).any():
+            raise DataError(
+                "pairs have two prompts, and scores compare the answers to one; expected one prompt for both answers. "
+                "Pass such pairs, or choose MAPL."
+            )
         scores = np.stack([facts["score_chosen"], facts["score_rejected"]], axis=1)
         weight = {"weight": facts["weight"]} if "weight" in facts else {}
-        return BoundGroups(replay, replay.tables["pairs"], {"score": scores, **weight})
+        return BoundGroups(replay, index, {"score": scores, **weight})
 
 
 @dataclass(frozen=True)
