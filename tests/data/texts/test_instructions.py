@@ -13,6 +13,7 @@ from offpolicy.data.texts.formats import Record
 from offpolicy.data.texts.instructions import (
     MAKERS,
     Instruction,
+    _further,
     bullets,
     instructed,
     inter,
@@ -75,11 +76,12 @@ def test_an_answer_with_stars_has_a_list_and_a_conversation_without_a_user_is_to
 def test_made_rows_keep_weights_and_words_to_the_template(tmp_path: Path) -> None:
     source, out = tmp_path / "pairs.jsonl", tmp_path / "made.jsonl"
     pair = {"prompt": "What now? ", "chosen": ANSWERS[0], "rejected": ANSWERS[2], "weight": 2.0}
-    source.write_text(json.dumps(pair | {"chat_template_kwargs": {"brief": True}}) + "\n")
+    source.write_text(json.dumps(pair) + "\n")
     make_instructions(str(source), out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["weight"] for row in rows] == [2.0] * 3
-    assert all(row["chat_template_kwargs"] == {"brief": True} for row in rows)
+    told = _further(Record(0, "q", ("a", "b"), None, {}, {"tools": [{"name": "f"}], "brief": True}))
+    assert told == {"tools": [{"name": "f"}], "chat_template_kwargs": {"brief": True}}
 
 
 def test_a_file_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
