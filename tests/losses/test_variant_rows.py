@@ -64,3 +64,11 @@ def test_what_a_row_says(row: Variant) -> None:
     assert not row.formula.endswith(".") and row.tested in ("hand", "code")
     if "demonstrations" in row.needs:  # else it would be another method, and nobody would be told
         assert row.options["demonstrations"] == 1
+
+
+def test_a_demonstration_of_unknown_probability_pays_nothing() -> None:
+    given = full_tokens(5)
+    unknown = given._replace(behavior_logp=given.behavior_logp.masked_fill(given.outside, torch.nan))
+    objective = Objective(ratio="none", anchors=({"name": "dph", "reference": "behavior"},))
+    assert bool(given.outside.any())
+    assert torch.equal(slope(objective, unknown, 1), slope(Objective(ratio="none"), given, 1))

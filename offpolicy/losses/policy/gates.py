@@ -50,7 +50,7 @@ class FDivergence:
     Args:
         coef: ≥ 0, or knots as in ``k3``.
         reference: "base"; "previous", π_k; or "behavior", the policy that wrote the token, whose log-probabilities are
-            in the store: no model of the reference is needed.
+            in the store: no model of the reference is needed. Demonstrations of unknown log-probability pay nothing.
         gate: the tokens that pay: "all", "own", "external" (demonstrations), "negative" (A < 0) or "mastered", by the
             column of that name.
     """
@@ -76,8 +76,9 @@ class FDivergence:
         raise NotImplementedError
 
     def __call__(self, tokens: Tokens, *, iteration: int) -> Tensor:
-        paid = GATES[self.gate](tokens)
-        found = self.value(difference(tokens.logp, field(tokens, f"{self.reference}_logp"), paid))
+        reference = field(tokens, f"{self.reference}_logp")
+        paid = GATES[self.gate](tokens) & ~reference.isnan()
+        found = self.value(difference(tokens.logp, reference, paid))
         # beyond 10 a token is as far away as it can be, and its gradient would only be noise
         return coefficient(self.coef, iteration) * torch.where(paid, found.clamp(max=LARGEST_DIVERGENCE), 0.0)
 
