@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
         "behaviour_score": true.of_data(replay),
         "behaviour": behaviour_facts(found, args.behaviour),
     }
-    result |= told(found, result, ks, true, [type(policy).__name__ for policy in policies])
+    result |= told(found, result, ks, true, {path: type(policy).__name__ for path, policy in zip(paths, policies)})
     folder = args.out or common_folder(paths)
     result["policies"] = policies_of(found, policies, paths, true, folder)
     for place in dict.fromkeys(run_folder(path) for path in paths):
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
 
 
 def told(
-    found: Any, result: Mapping[str, Any], ks: Sequence[int], true: TrueScores, methods: Sequence[str]
+    found: Any, result: Mapping[str, Any], ks: Sequence[int], true: TrueScores, methods: Mapping[Path, str]
 ) -> dict[str, Any]:
     """Print the tables and what they are worth; returns the rankings and the budget."""
     from offpolicy.training.true_scores import budget_curve
@@ -141,7 +141,7 @@ def told(
     for name, values in found.values.items():
         print(f"{NAMED[name]}:")
         print("\n".join(lines(values, found.doubts[name], name, ks, behaviour)))
-        print("".join(f"{line}\n" for line in method_lines(values, methods)), end="")
+        print("".join(f"{line}\n" for line in method_lines(values, [methods[one.path] for one in values])), end="")
         rankings[name] = ranking(values, found.doubts[name], ks, behaviour)
         print(rankings[name]["verdict"])
     budget = budget_curve(true.episodes)

@@ -79,8 +79,7 @@ Look at a run: python -m offpolicy.evaluate RUN        Data: python -m offpolicy
 Compare runs: python -m offpolicy.compare runs/        A page of all: python -m offpolicy.report runs/
 Many runs by one plan: python -m offpolicy.sweep --methods BC IQL --data A B --seeds 0..4
 Draw data from a diffusion model: python -m offpolicy.sample RUN OUT
-A language model answers: python -m offpolicy.generate RUN
-and becomes a folder for transformers: python -m offpolicy.export RUN OUT
+A language model answers: python -m offpolicy.generate RUN     It becomes a folder: python -m offpolicy.export RUN OUT
 """
 
 

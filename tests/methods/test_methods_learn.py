@@ -36,7 +36,7 @@ def test_wanted_answers_become_likelier(name: str, policy: Path, data: TextData)
     before, after = rows
     assert after["loss"] < before["loss"]
     if name in PAIRED:
-        assert after["rewards/accuracies"] > 0.9 and after["rewards/margins"] > before["rewards/margins"]
+        assert after["rewards/accuracies"] > 0.8 and after["rewards/margins"] > before["rewards/margins"]
     if name == "KTO":
         assert after["rewards/chosen"] - after["rewards/rejected"] > 0.1
     if name in REFERENCE:

@@ -534,7 +534,7 @@ def test_components_of_ones_own_train(
 
 
 MISTAKES: list[tuple[str, dict[str, Any], str]] = [
-    ("GRPO", {"variant": "gpso"}, "Did you mean 'gspo'"),
+    ("GRPO", {"variant": "gsppo"}, "Did you mean 'gspo'"),
     ("GRPO", {"variant": "rloo", "clip": 0.2}, "`clip` is given, and the trust region of the variant 'rloo' is 'none'"),
     ("GRPO", {"clip": 0.2, "objective": {"trust": "none"}}, "`clip` is 0.2, and `objective` names the `trust`"),
     ("GRPO", {"batch_size": 9}, "expected a multiple, as groups stay whole. Pass --model.batch_size 8"),

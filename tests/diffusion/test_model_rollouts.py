@@ -30,7 +30,7 @@ from offpolicy.errors import DataError, UsageError
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 from offpolicy.trust import trust_always
 
-trust_always("test_rollouts")  # runs of its models are opened by the name of their class
+trust_always("test_model_rollouts")  # runs of its models are opened by the name of their class
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 16}
 LAST = 90  # updates; checkpoints at 45 and 90
 ROLLED = {"trajectories": 20, "batch_size": 8, "every": 40, "steps": 3, "keep": 2}
