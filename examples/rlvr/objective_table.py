@@ -24,21 +24,12 @@ import torch
 from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
 from offpolicy.losses.variants import VARIANTS, Variant
 from offpolicy.losses.variants.absent import ABSENT
+from offpolicy.losses.variants.choosing import spec_words
 
 PAGE = Path(__file__).parents[2] / "docs" / "objective.md"
 BEGIN, END = "<!-- table: python examples/rlvr/objective_table.py -->", "<!-- end of the table -->"
 HEAD = ("variant", "paper", "what it changes", "parts", "tested by", "old answers", "needs", "passes more", "ms")
 ROWS, GROUP, LENGTH, ROUNDS = 64, 8, 256, 15
-
-
-def shown(spec: Any) -> str:
-    """A component with its parameters."""
-    if isinstance(spec, str):
-        return spec
-    if isinstance(spec, Mapping):
-        more = ", ".join(f"{name} {value}" for name, value in spec.items() if name != "name")
-        return f"{spec['name']}({more})" if more else str(spec["name"])
-    return " + ".join(map(shown, spec))
 
 
 def passes(variant: Variant) -> str:
@@ -69,7 +60,7 @@ def absent() -> str:
 
 def cells(variant: Variant) -> list[str]:
     """The row of a variant, without the measured column."""
-    parts = [f"{slot} `{shown(spec)}`" for slot, spec in variant.parts.items() if spec not in ("none", ())]
+    parts = [f"{slot} `{spec_words(spec, '')}`" for slot, spec in variant.parts.items() if spec not in ("none", ())]
     parts += [f"`{name} {value}`" for name, value in variant.options.items()]
     name = f"`--model {variant.method}`" if variant.method else f"`{variant.name}`"
     paper = linked(variant.paper)

@@ -69,37 +69,39 @@ class Steer:
 
 
 @dataclass(frozen=True)
-class MaskNegative:
+class SignFactor:
+    """What the two below share: a factor on own tokens whose advantage has one sign."""
+
+    factor: float = 0.0
+
+    sign: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        check_range("factor", self.factor, 0.0)
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        meant = (self.sign * per_token(tokens.advantage) > 0) & tokens.own
+        return torch.where(meant, self.factor, torch.ones_like(tokens.mask))
+
+
+class MaskNegative(SignFactor):
     """A factor on own tokens with A < 0; 0 leaves them out.
 
     Args:
         factor: ≥ 0.
     """
 
-    factor: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_range("factor", self.factor, 0.0)
-
-    def __call__(self, tokens: Tokens) -> Tensor:
-        return torch.where((per_token(tokens.advantage) < 0) & tokens.own, self.factor, torch.ones_like(tokens.mask))
+    sign = -1
 
 
-@dataclass(frozen=True)
-class MaskPositive:
+class MaskPositive(SignFactor):
     """A factor on own tokens with A > 0; 0 leaves them out.
 
     Args:
         factor: ≥ 0.
     """
 
-    factor: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_range("factor", self.factor, 0.0)
-
-    def __call__(self, tokens: Tokens) -> Tensor:
-        return torch.where((per_token(tokens.advantage) > 0) & tokens.own, self.factor, torch.ones_like(tokens.mask))
+    sign = 1
 
 
 @dataclass(frozen=True)

@@ -112,18 +112,19 @@ def _listed(given: Any) -> tuple[Any, ...]:
     return (given,) if isinstance(given, str | Mapping) else tuple(given)
 
 
+def spec_words(spec: Any, gap: str = " ") -> str:
+    """A component with its parameters, several joined by "+"; ``gap`` stands before the parameters."""
+    if isinstance(spec, str):
+        return spec
+    if isinstance(spec, Mapping):
+        more = ", ".join(f"{name} {value}" for name, value in spec.items() if name != "name")
+        return f"{spec['name']}{gap}({more})" if more else str(spec["name"])
+    return " + ".join(spec_words(one, gap) for one in spec)
+
+
 def variant_words(variant: Variant, options: Mapping[str, Any]) -> str:
     """A variant in a line: its paper, its parts, and the options that it sets."""
-
-    def shown(spec: Any) -> str:
-        if isinstance(spec, str):
-            return spec
-        if isinstance(spec, Mapping):
-            more = ", ".join(f"{name} {value}" for name, value in spec.items() if name != "name")
-            return f"{spec['name']} ({more})" if more else str(spec["name"])
-        return " + ".join(map(shown, spec))
-
-    parts = [f"{slot} {shown(spec)}" for slot, spec in variant.parts.items()]
+    parts = [f"{slot} {spec_words(spec)}" for slot, spec in variant.parts.items()]
     sets = [f"--model.{name} {value}" for name, value in options.items()]
     paper = f"arXiv:{variant.paper}" if variant.paper[:1].isdigit() else variant.paper
     told = f"{variant.title} ({paper})" + (": " + ", ".join(parts) if parts else "")
