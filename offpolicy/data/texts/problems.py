@@ -24,6 +24,7 @@ from offpolicy.data.texts.hub import read
 from offpolicy.data.texts.numbers import MARK
 from offpolicy.data.texts.problem_rows import Problem, problem_columns, question_hash, read_problems
 from offpolicy.data.texts.rendering import Row
+from offpolicy.data.texts.retelling import Telling
 from offpolicy.data.texts.rollouts import told_columns
 from offpolicy.data.texts.stops import TurnEnd, turn_end
 from offpolicy.data.texts.tokenised import TokenisedData
@@ -39,6 +40,7 @@ class Problems(Replay):
     """A replay of problems that knows where they came from."""
 
     reopen: Callable[[], Source] | None = None
+    telling: Telling | None = None
 
     def source_column(self, name: str) -> list[Any]:
         """A column of the source as it stands there, one value per problem; it is read again."""
@@ -216,6 +218,9 @@ def open_problems(
         faults.check()
     replay = _build(list(prompt_ids.values()), demonstrations, logps, len(tokenizer))
     replay.reopen = partial(read, target, split, download=download)
+    replay.telling = Telling(
+        replay.reopen, named, tokenizer, template, chat, chat_template_kwargs or {}, max_prompt_length
+    )
     replay.tables |= _columns(read_rows, left, source, named)
     given = sum(d is not None for d in demonstrations)
     notes = [] if given in (0, len(left)) else [f"problems without a demonstration: {len(left) - given:,}"]
@@ -400,7 +405,7 @@ def select_problems(replay: Replay, keep: np.ndarray) -> Replay:
     tables = {name: column[keep] for name, column in replay.tables.items()}
     part = type(replay)(replay.steps, start=replay.start, length=replay.length, tables=tables, meta=dict(replay.meta))
     if isinstance(part, Problems) and isinstance(replay, Problems):
-        part.reopen = replay.reopen
+        part.reopen, part.telling = replay.reopen, replay.telling
     part.meta["problems"] = int(keep.sum())
     part.meta["demonstrations"] = int((tables["problems"][:, 1] >= 0).sum())
     return part

@@ -5,8 +5,9 @@ as the engine reported it; ``previous_logp`` and ``base_logp``, under the policy
 and under the base of the divergence (NaN where nobody asked); with a critic also ``old_value``, ``advantage`` and
 ``returns``. Episode columns: ``iteration`` (which asked for it, and learned from it first), ``policy_version`` (whose
 weights drew it: those at the start of that iteration), ``group`` (answers to one prompt drawn together), ``prompt``
-(row of the problems), ``source`` (0 own, 1 demonstration, 2 the beginning of one that the policy went on from),
-``given`` (how many of its first tokens are a demonstration's), ``reward``, ``reward/<part>``, ``advantage``, ``ended``,
+(row of the problems), ``asked`` (in which words of :mod:`offpolicy.data.texts.retelling`, 0 for its own; only where
+there are others), ``source`` (0 own, 1 demonstration, 2 the beginning of one that the policy went on from), ``given``
+(how many of its first tokens are a demonstration's), ``reward``, ``reward/<part>``, ``advantage``, ``ended``,
 ``digest`` (of prompt and tokens; equal for equal answers), ``left_out`` (by the advantage, from every step).
 
 Groups are whole, always: they are drawn, kept and evicted together. Which answers a step takes is a pure function of
@@ -31,6 +32,13 @@ from offpolicy.errors import DataError
 
 OWN, DEMONSTRATION, CONTINUED = 0, 1, 2
 DERIVED = ("previous_logp", "previous_mean_logp", "old_value", "advantage", "returns")  # of the current iteration alone
+
+
+def asked_texts(problems: Replay, prompt: np.ndarray, asked: np.ndarray | None) -> np.ndarray:
+    """The texts that rows (E,) of problems were asked with; ``asked`` numbers their words, None for their own."""
+    if asked is None or "problems/asked" not in problems.tables:
+        return problems.tables["problems"][prompt, 0]
+    return problems.tables["problems/asked"][prompt, asked]
 
 
 class Rollouts(NamedTuple):
@@ -64,7 +72,7 @@ class BoundRollouts:
 
     def __init__(self, problems: Replay, store: Replay) -> None:
         self.problems, self.store = problems, store
-        self.prompts = problems.tables["problems"][store.episodes["prompt"], 0]
+        self.prompts = asked_texts(problems, store.episodes["prompt"], store.episodes.get("asked"))
         self.lengths = np.stack([problems.length[self.prompts], store.length], axis=1)
 
     def gather(self, rows: np.ndarray, longest: int = 0) -> Rollouts:

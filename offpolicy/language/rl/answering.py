@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,14 +11,14 @@ import torch
 
 from offpolicy.compute import processes
 from offpolicy.data.replay import Replay
-from offpolicy.data.sampling import permutation
 from offpolicy.data.texts.answers import alternatives
 from offpolicy.data.texts.problems import Problems
-from offpolicy.data.texts.rollouts import CONTINUED, DEMONSTRATION, OWN
+from offpolicy.data.texts.rollouts import CONTINUED, DEMONSTRATION, OWN, asked_texts
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.generation import prompt_text, stop_ids, unended
+from offpolicy.language.rl.asking import Asked, AskedProblems
 from offpolicy.language.rl.demonstrations import Demonstrations
 from offpolicy.language.rl.engine import (
     CONTINUES,
@@ -64,30 +63,11 @@ class Fresh(NamedTuple):
     written: int
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Problems that the policy is asked for an iteration, one per group.
-
-    Args:
-        iteration: that the answers are for.
-        version: the iteration whose weights answer.
-        seen: place of the first problem in the endless stream of problems.
-        groups: problems, ≥ 1.
-        first: number of the first group in its iteration.
-    """
-
-    iteration: int
-    version: int
-    seen: int
-    groups: int
-    first: int = 0
-
-
 class Answering:
     """Answers of the policy to problems, and what they are worth.
 
     Args:
-        problems: what is asked.
+        problems: what is asked; with templates or hints, the attribute has their texts too.
         tokenizer: of the policy.
         options: of the method: the engine, the rewards, and how many answers of which length are drawn.
         words: whose word the names in the options are, see :mod:`offpolicy.trust`.
@@ -104,7 +84,10 @@ class Answering:
         self, problems: Replay, tokenizer: Any, options: Any, *, words: Words, held_out: Replay | None = None
     ) -> None:
         h = self.options = options
-        self.problems, self.tokenizer, self.words, self.held_out = problems, tokenizer, words, held_out
+        self.tokenizer, self.words, self.held_out = tokenizer, words, held_out
+        with speaking(words):
+            self.asking = AskedProblems(problems, h)
+        self.problems: Replay = self.asking.problems
         with speaking(words), trusting(in_file=words.in_file or not h.rewards):
             self.rewards = Rewards(
                 h.rewards or [problems.meta.get("reward", "exact")],  # of the data: from a file
@@ -150,7 +133,7 @@ class Answering:
             The tokens of the longest prompt with its answer.
         """
         h = self.options
-        prompts = self.problems.length[self.problems.tables["problems"][:, 0]]
+        prompts = prompt_lengths(self.problems)
         self.length = room(policies.base_of(model), int(prompts.max()), h.max_new_tokens)
         self.stops = tuple(stop_ids(model, self.tokenizer))
         self.demonstrations = Demonstrations(
@@ -182,7 +165,7 @@ class Answering:
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt, held-out ones included."""
         asked = [self.problems] if self.held_out is None else [self.problems, self.held_out]
-        return max(int(one.length[one.tables["problems"][:, 0]].max()) for one in asked)
+        return max(int(prompt_lengths(one).max()) for one in asked)
 
     def close(self) -> None:
         """End what the engine has started."""
@@ -227,6 +210,7 @@ class Answering:
             ("problems", f"{meta.get('problems', 0):,}, {meta.get('demonstrations', 0):,} with a demonstration"),
             ("tokens", f"{lengths} (median/95 %/largest), answers up to {self.length}"),
             *self.demonstrations.facts(),
+            *self.asking.facts(),
             *self.filters.facts(),
             *([] if self.cycle is None else [("lengths", self.cycle.fact(self.length))]),
             ("reward", ", ".join(self.rewards.names)),
@@ -276,6 +260,7 @@ class Answering:
         if self.filters.redraws:
             then(again)
         everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
+        self.asking.learn(everyone)
         store, facts = rows_stored(everyone, k, self.length_of(k), self.problems, self.dtype)
         own = int((store.episodes["source"] != DEMONSTRATION).sum())
         if self.filters.redraws:
@@ -283,6 +268,7 @@ class Answering:
             facts |= said
         speeds = [speed for speed in processes.gathered(self._speed()) if speed is not None]
         facts |= {"perf/engine_tokens_per_s": sum(speeds)} if speeds else {}
+        facts |= self.asking.metrics(everyone)
         facts |= self.probed | (self.engine.facts() if hasattr(self.engine, "facts") else {})
         return Fresh(store, facts, wanted + again, own)
 
@@ -295,23 +281,27 @@ class Answering:
         self.rewards.check([tallies for _, tallies in parts])
         return [row for rows, _ in parts for row in rows]
 
-    def _problems_of(self, asked: Asked, seed: int) -> Iterator[tuple[int, int, int]]:
-        """Of each group that this process answers its number, its problem, and how many tokens are given."""
-        problems = self._next_problems(asked.groups, asked.seen, seed)
+    def _problems_of(self, asked: Asked, seed: int) -> Iterator[tuple[int, int, int, int]]:
+        """Of each group that this process answers its number, its problem, in which words, and the tokens given."""
         mine = np.arange(processes.rank(), asked.groups, processes.world_size())
-        given = self.demonstrations.given[problems[mine]]
-        return zip((asked.first + mine).tolist(), problems[mine].tolist(), given.tolist())
+        problems, words = (column[mine] for column in self.asking.of(asked, seed))
+        columns = asked.first + mine, problems, words, self.demonstrations.given[problems]
+        return zip(*(column.tolist() for column in columns))
 
     def requests(self, asked: Asked, seed: int) -> list[Request]:
         """What this process asks the engine: answers to problems, then what goes on from demonstrations."""
-        table, size = self.problems.tables["problems"], self.options.group_size
+        size = self.options.group_size
         plain, begun = [], []
-        for slot, problem, given in self._problems_of(asked, seed):
-            plain.append(Request(token_ids(self.problems, table[problem, 0]), slot, size - int(given > 0)))
+        for slot, problem, words, given in self._problems_of(asked, seed):
+            plain.append(Request(self._prompt(problem, words), slot, size - int(given > 0)))
             if given and self.demonstrations.continued:
                 text, left = self.demonstrations.request(problem)
                 begun.append(Request(text, slot + CONTINUES, 1, left))
         return [*plain, *begun]
+
+    def _prompt(self, problem: int, words: int) -> np.ndarray:
+        """Tokens of a problem in its own words (0) or others."""
+        return token_ids(self.problems, asked_texts(self.problems, np.asarray([problem]), np.asarray([words]))[0])
 
     def draw(self, asked: Asked, seed: int, stop: Stop) -> Answers:
         """Answers to the requests of this process, by the weights that the engine has.
@@ -342,9 +332,9 @@ class Answering:
         """The answers of this process, and what begins with a demonstration beside them, group by group."""
         groups = list(self._problems_of(asked, seed))
         begun = iter(answers[len(groups) :])
-        for (slot, problem, given), some in zip(groups, answers):
+        for (slot, problem, words, given), some in zip(groups, answers):
             for answer in some:
-                yield answer_row(slot, problem, OWN, answer, asked.version)
+                yield answer_row(slot, problem, OWN, answer, asked.version, asked=words)
             if given and self.demonstrations.continued:
                 answer = self.demonstrations.answer(problem, Completion(*next(begun)[0]))
                 yield answer_row(slot, problem, CONTINUED, answer, asked.version, given)
@@ -352,13 +342,6 @@ class Answering:
                 yield answer_row(
                     slot, problem, DEMONSTRATION, self.demonstrations.answer(problem), asked.iteration, given
                 )
-
-    def _next_problems(self, count: int, seen: int, seed: int) -> np.ndarray:
-        """The next problems of an endless stream in which every one comes once per pass."""
-        n = len(self.problems.tables["problems"])
-        passes = range(seen // n, (seen + count - 1) // n + 1)
-        stream = np.concatenate([permutation(seed, p, n).numpy() for p in passes])
-        return stream[seen - n * passes[0] :][:count]
 
     def length_of(self, iteration: int) -> int:
         """Longest answer in tokens, in an iteration; of all in evaluations, iteration 0."""
@@ -391,15 +374,22 @@ class Answering:
         answers: Sequence[np.ndarray],
         ended: Sequence[bool],
         groups: Sequence[int] | None = None,
+        words: Sequence[int] | None = None,
     ) -> Scored:
-        """Rewards of answers to rows of problems; ``groups`` as of :class:`Rewards`, None for one per problem."""
-        prompts = {
-            row: prompt_text(self.tokenizer, token_ids(problems, problems.tables["problems"][row, 0]))
-            for row in set(rows)
-        }
+        """Rewards of answers to rows of problems.
+
+        Args:
+            problems, rows: what was asked.
+            answers, ended: what was answered, and whether it came to its end.
+            groups: as of :class:`Rewards`; None for one per problem.
+            words: in which each was asked; None for its own.
+        """
+        asked = np.zeros(len(rows), np.int64) if words is None else np.asarray(words, np.int64)
+        texts = asked_texts(problems, np.asarray(rows, np.int64), asked).tolist()
+        prompts = {text: prompt_text(self.tokenizer, token_ids(problems, text)) for text in set(texts)}
         references = problems.tables["problems/answer"]
         return self.rewards(
-            [prompts[row] for row in rows],
+            [prompts[text] for text in texts],
             self.texts(answers),
             [_reference(references[row]) for row in rows],
             ended=ended,
@@ -427,9 +417,11 @@ class Answering:
     def _judge(self, made: list[dict[str, Any]]) -> None:
         rows = [row["problem"] for row in made]
         answers, ended = [row["token"] for row in made], [row["ended"] for row in made]
-        slots = [row["slot"] for row in made]
-        scores, parts, problems = self.judge(self.problems, rows, answers, ended, slots)
+        slots, words = [row["slot"] for row in made], [row["asked"] for row in made]
+        scored = self.judge(self.problems, rows, answers, ended, slots, words)
+        (scores, parts, problems), right = scored, self.rewards.solved(scored)
         for i, row in enumerate(made):
+            row["right"] = bool(right[i])
             row["reward"], row["parts"] = float(scores[i]), {name: float(part[i]) for name, part in parts.items()}
             row["problem_with_reward"] = problems / len(made)
 
@@ -438,6 +430,11 @@ def _reference(kept: str) -> str | list[str] | None:
     """The right answer that a table holds, or all of them where there are several."""
     found = alternatives(str(kept)) if kept else []
     return found if len(found) > 1 else found[0] if found else None
+
+
+def prompt_lengths(problems: Replay) -> np.ndarray:
+    """Tokens of every problem in all its words, (P, words)."""
+    return problems.length[problems.tables.get("problems/asked", problems.tables["problems"][:, :1])]
 
 
 def problem_texts(problems: Replay, tokenizer: Any, number: int) -> str:

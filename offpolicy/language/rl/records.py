@@ -21,7 +21,7 @@ from torch import nn
 from offpolicy.data.guard import faults
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.problems import step_column
-from offpolicy.data.texts.rollouts import CONTINUED, OWN, group_rows, iteration_of
+from offpolicy.data.texts.rollouts import CONTINUED, OWN, asked_texts, group_rows, iteration_of
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.data.texts.tokens import prompt_ids
 from offpolicy.errors import DataError, UsageError
@@ -165,7 +165,8 @@ class Recorder:
 def _line(problems: Replay, store: Replay, rows: np.ndarray) -> dict[str, Any]:
     """What was drawn behind one prompt, with as many tokens of a demonstration behind it as were given."""
     facts, given = store.episodes, int(store.episodes["given"][rows[0]])
-    prompt = token_ids(problems, problems.tables["problems"][facts["prompt"][rows[0]], 0])
+    asked = facts["asked"][rows[:1]] if "asked" in facts else None
+    prompt = token_ids(problems, asked_texts(problems, facts["prompt"][rows[:1]], asked)[0])
     return {
         "prompt": [*prompt.tolist(), *token_ids(store, rows[0])[:given].tolist()],
         "completions": [token_ids(store, row)[given:].tolist() for row in rows],

@@ -11,6 +11,7 @@ a run goes on exactly from anywhere, and two processes learn what one does.
 Where it is told, in the order of an iteration::
 
     iteration.py   how many groups are fresh and replayed, which rows each step takes, where the run stands
+    asking.py      which problems are asked, and in which words
     answering.py   the policy answers problems, by an engine (engines.py), and rewards.py judges the answers
     ahead.py       answers that are drawn before the iteration that they are for
     advantages.py  rewards become the advantage of an answer, or by a critic (critic.py) of a token
@@ -52,6 +53,7 @@ from offpolicy.language.meters import SumMeter
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.ahead import Ahead
 from offpolicy.language.rl.answering import Answering, Stopped, problem_texts
+from offpolicy.language.rl.asking import check_asking
 from offpolicy.language.rl.critic import Critic
 from offpolicy.language.rl.engine import engine_name
 from offpolicy.language.rl.forward import Forward
@@ -123,6 +125,14 @@ class RolloutModule(IteratingModule):
             parameters}``, an import path of your own, or a list of them (:mod:`offpolicy.language.rl.filtering`).
         replay: which answers of earlier iterations are used again: "recent", "ssb", "exgrpo", "r3", ``{"name": …,
             parameters}``, or an import path (:mod:`offpolicy.data.texts.replaying`).
+        curriculum: which problems are asked: None for all of them in turn, "vade" for those that are neither easy nor
+            hard by what is known of them, ``{"name": …, parameters}``, or an import path
+            (:class:`offpolicy.language.rl.asking.Curriculum`).
+        templates: texts with {prompt} in them, of which each group of new answers gets one in place of the data's
+            template; None for that of the data, which evaluations always have.
+        hints: shows the beginning of its solution with a problem that the policy has failed: "tiers", or
+            ``{"name": "tiers", "tiers": [0.25, 0.5, 0.75], "patience": 1, "text": "{prompt}\\nHint: {hint}"}``
+            (:class:`offpolicy.language.rl.asking.Hints`); None for no hints.
         demonstrations: answers of each group that are demonstrations of the data, where there is one: 0 or 1.
         demonstration_share: of a demonstration that is given, in (0, 1]: below 1 the policy goes on from its first
             tokens (a share of them, rounded down; at least one, never the last).
@@ -167,6 +177,9 @@ class RolloutModule(IteratingModule):
         drop_duplicates: bool = False,
         filter: Any = None,
         replay: Any = "recent",
+        curriculum: Any = None,
+        templates: list[str] | None = None,
+        hints: Any = None,
         demonstrations: int = 0,
         demonstration_share: float = 1.0,
         base_kl: bool = True,
@@ -283,6 +296,7 @@ class RolloutModule(IteratingModule):
     def take_data(self, data: Any) -> None:
         problems = data.replay
         check_problems(problems, type(self).__name__, demonstrations=bool(self.hparams.demonstrations))
+        check_asking(self.hparams, self.replay_rule)
         held_out = getattr(data, "eval_replay", None)
         self.eval_problems = held_out if held_out is not None and self.run.eval_episodes > 0 else None
         self.tokenizer = data.tokenizer if self.tokenizer is None else self.tokenizer
@@ -375,12 +389,15 @@ class RolloutModule(IteratingModule):
             "objective": processes.gathered(self.objective.own.state_dict()),
             **({} if self.scoring is None else self.scoring.state_dict()),
             "ahead": [] if self.ahead is None else self.ahead.state_dict(),
+            "asking": None if self.answering is None else self.answering.asking.state_dict(),
         }
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         super().load_extra_state(state)
         self.course.load_state_dict(state)
         load_parts(self.objective, state.get("objective"), self.global_rank)
+        if self.answering is not None:
+            self.answering.asking.load_state_dict(state.get("asking"))
         if self.ahead is not None:
             self.ahead.load_state_dict(state.get("ahead", ()))
         if self.scoring is not None:

@@ -16,13 +16,13 @@ from offpolicy.losses.health import group_metrics
 
 
 def answer_row(
-    slot: int, problem: int, source: int, answer: Completion, version: int, given: int = 0
+    slot: int, problem: int, source: int, answer: Completion, version: int, given: int = 0, asked: int = 0
 ) -> dict[str, Any]:
-    """A row of the store; ``version``: whose weights drew it, unless the engine says so."""
+    """A row of the store; ``version``: whose weights drew it, unless the engine says so; ``asked``: in which words."""
     token, logp, ended, told, said = (*answer, None, None)[:5]
     drew = version if told is None else int(np.min(told))  # the oldest weights that drew some of it
     text = {"token": token, "logp": logp, "sampler_logp": logp if said is None else said, "ended": ended}
-    return {"slot": slot, "problem": problem, "source": source, "given": given, "version": drew, **text}
+    return {"slot": slot, "problem": problem, "source": source, "given": given, "asked": asked, "version": drew, **text}
 
 
 def rows_stored(
@@ -52,6 +52,8 @@ def rows_stored(
         "reward": rewards.numpy(),
         "ended": np.asarray(column["ended"], bool),
     }
+    if "problems/asked" in problems.tables:
+        episodes["asked"] = np.asarray(column["asked"], np.int64)
     for name in made[0]["parts"]:
         episodes[f"reward/{name}"] = np.asarray([row["parts"][name] for row in made], np.float32)
     steps = {name: column[name] for name in ("logp", "sampler_logp")}

@@ -32,7 +32,7 @@ ROWS = (
         "gain_rl",
         "GAIN-RL",
         "",
-        "problems are ranked by hidden states and drawn by accuracy; here they come in the order of a fixed stream",
+        "problems are ranked by the angles of their hidden states, which takes a pass over all of them before training",
     ),
     Absent(
         "aepo",

@@ -142,4 +142,49 @@ ROWS = (
         {"length_cycle": {"low": 0.5, "iterations": 100}},
         unverified="the lengths and the cycle; low is a share of max_new_tokens",
     ),
+    Variant(
+        "prompt_augmentation",
+        "Prompt augmentation",
+        "no arXiv number known",
+        "each group of answers is asked in one of several templates; no divergence from the base",
+        {},
+        {
+            "templates": [
+                "{prompt}\nSolve the problem step by step and end with the answer alone in \\boxed{}.\n",
+                "Plan first, then work the plan out. End with the answer alone in \\boxed{}.\n{prompt}\n",
+                "{prompt}\nWork it out, check the result, and end with the answer alone in \\boxed{}.\n",
+            ]
+        },
+        unverified="all but the idea; the three templates are ours, and there is no reward for the format of each",
+    ),
+    Variant(
+        "scaf_grpo",
+        "Scaf-GRPO, its tiers",
+        "2510.19807",
+        "a problem that stays unsolved is asked with the beginning of its solution, in three tiers",
+        {},
+        {"hints": {"name": "tiers", "tiers": [0.25, 0.5, 0.75], "patience": 2}},
+        differs="hints of a stronger model replace a failed answer of the group at once there; here the next group of "
+        "the problem is asked with the beginning of its solution",
+        unverified="the tiers and the patience, which are ours",
+    ),
+    Variant(
+        "sage",
+        "SAGE, with the solution for a hint",
+        "no arXiv number known",
+        "all answers of a group are drawn behind a hint, and the ratio is that behind it; none in evaluations",
+        {},
+        {"hints": {"name": "tiers", "tiers": [0.2, 0.4, 0.6, 0.8], "patience": 1}},
+        differs="the policy writes its hints from the solution there; here a hint is the solution's beginning",
+        unverified="the tiers and when they change, which are ours",
+    ),
+    Variant(
+        "vade",
+        "VADE",
+        "no arXiv number known",
+        "Beta(α, β) of each problem's success rate p; asked are the largest p(1 − p) of a draw; α, β decay",
+        {},
+        {"curriculum": "vade"},
+        unverified="both factors of the decay, and where each applies; texts without images here",
+    ),
 )

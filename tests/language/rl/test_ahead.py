@@ -16,6 +16,7 @@ from offpolicy.data.texts.sequences import spans, token_ids
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
 from offpolicy.language.rl.ahead import _were_asked, packed_answers, unpacked_answers
+from offpolicy.language.rl.asking import problems_in_turn
 from offpolicy.language.rl.engine import Completion, Request
 from offpolicy.language.rl.engines import TransformersEngine
 from offpolicy.language.rl.objective import age_fact
@@ -64,7 +65,7 @@ def test_answers_are_those_of_the_policy_of_then(lag: int, policy: Path, tmp_pat
         version = max(1, k - lag)
         assert (store.episodes["policy_version"] == version).all() and (store.episodes["iteration"] == k).all()
         prompts = store.episodes["prompt"][::4]
-        assert sorted(prompts) == sorted(module.answering._next_problems(4, 4 * (k - 1), 0))
+        assert sorted(prompts) == sorted(problems_in_turn(len(module.problems.tables["problems"]), 4, 4 * (k - 1), 0))
         engine.sync(seen.weights[version], version)
         asked = [Request(token_ids(problems, problems.tables["problems"][p, 0]), i, 4) for i, p in enumerate(prompts)]
         drawn = [one for some in engine.generate(asked, module.answering.sampling(k, 0)) for one in some]
@@ -136,7 +137,7 @@ def test_groups_that_were_not_asked_for_are_drawn_at_once(policy: Path) -> None:
         assert store.episodes["policy_version"][first].tolist() == late
         asked += store.episodes["prompt"][first].tolist()
     assert len(asked) == 20 and module.course.problems_seen == 20
-    late, stream = module.ahead.asked[6], module.answering._next_problems(22, 0, 0).tolist()
+    late, stream = module.ahead.asked[6], problems_in_turn(len(module.problems.tables["problems"]), 22, 0, 0).tolist()
     assert late.groups == 2 and sorted(asked) == sorted(stream[: late.seen] + stream[late.seen + 2 :])
 
 

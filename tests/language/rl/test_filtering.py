@@ -14,6 +14,7 @@ from tiny_rl import fit, make_policy, method
 
 from offpolicy.errors import UsageError
 from offpolicy.language.rl import filtering
+from offpolicy.language.rl.asking import problems_in_turn
 from offpolicy.language.rl.filtering import Ended, Filters, Spread, Variance, most_varied
 from offpolicy.losses.answers import Answers
 
@@ -107,10 +108,10 @@ def test_groups_without_signal_are_drawn_again(policy: Path, lag: int, monkeypat
         assert facts["filter/filled_up"] == 0 and facts["filter/drawn_again"] == len(names) - 4 > 0
         used += prompt[first].tolist()
     if lag == 0:
-        assert used == module.answering._next_problems(len(used), 0, 0).tolist()
+        assert used == problems_in_turn(len(module.problems.tables["problems"]), len(used), 0, 0).tolist()
     assert module.course.problems_seen == len(used) and module.generated == 4 * len(used)
     pending = module.ahead.groups
-    stream = module.answering._next_problems(len(used) + pending, 0, 0).tolist()
+    stream = problems_in_turn(len(module.problems.tables["problems"]), len(used) + pending, 0, 0).tolist()
     late = [p for one in module.ahead.asked.values() for p in stream[one.seen : one.seen + one.groups]]
     assert sorted(used + late) == sorted(stream)
 
