@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from offpolicy.losses.answers import OF_POLICY
 from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
 from offpolicy.losses.variants import VARIANTS, Variant
 from offpolicy.losses.variants.absent import ABSENT
@@ -39,7 +40,7 @@ def passes(variant: Variant) -> str:
     objective, found = Objective(**variant.parts), []
     if objective.sees_step:
         found.append("1 where a step is cut")
-    if objective.reads_of_answers & {"mean_logp", "mean_entropy"} or "mean_log_ratio" in objective.reads:
+    if objective.reads_of_answers & OF_POLICY or "mean_log_ratio" in objective.reads:
         found.append("the first step's answers")
     found += [f"1 of {words}" for name, words in (("base_logp", "the base"), ("base_kl", "the base, whole vocabulary"),
               ("previous_kl", "π_k, whole vocabulary")) if name in objective.reads]  # fmt: skip

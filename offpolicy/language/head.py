@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from offpolicy.data.texts.sequences import Pairs, Ragged, Singles
 from offpolicy.errors import UsageError
 from offpolicy.language.attention import attention_inputs, shares_prompt, take_packed
+from offpolicy.language.last_layer import gradient_norms
 from offpolicy.language.layout import Layout, pair_layout, single_layout
 from offpolicy.language.logprobs import plain_logits, token_divergence, token_logps
 from offpolicy.language.nucleus import nucleus_entropy
@@ -142,6 +143,8 @@ class TokenScores(NamedTuple):
         top_logp: log-probability of the likeliest token, (n,), without gradient; None unless asked for.
         mean_logp: mean log-probability over the vocabulary, (n,), likewise.
         nucleus_entropy: of the likeliest tokens of a share, (n,), with gradient; None unless asked for.
+        head_norm: norm of the gradient of each answer's log-probability by the output layer, (A,), without gradient;
+            None unless asked for.
     """
 
     logps: Tensor
@@ -151,6 +154,7 @@ class TokenScores(NamedTuple):
     top_logp: Tensor | None = None
     mean_logp: Tensor | None = None
     nucleus_entropy: Tensor | None = None
+    head_norm: Tensor | None = None
 
 
 def score_tokens(
@@ -164,6 +168,7 @@ def score_tokens(
     others: Mapping[str, FinalStates] | None = None,
     vocabulary: bool = False,
     nucleus: float | None = None,
+    norms: bool = False,
 ) -> TokenScores:
     """Log-probability of every scored token at a temperature, differentiable in the model's parameters.
 
@@ -177,8 +182,9 @@ def score_tokens(
         others: name → the policy to which the exact divergence is wanted, by `final_states` of the same layout.
         vocabulary: also give ``top_logp`` and ``mean_logp``.
         nucleus: also give the entropy of the likeliest tokens of this share.
+        norms: also give ``head_norm``.
     """
-    given = (chunk, temperature, entropy, entropy_gradient, others or {}, vocabulary, nucleus)
+    given = (chunk, temperature, entropy, entropy_gradient, others or {}, vocabulary, nucleus, norms)
     return _in_forward(_score_tokens, model, layout, *given)
 
 
@@ -192,6 +198,7 @@ def _score_tokens(
     others: Mapping[str, FinalStates],
     vocabulary: bool,
     nucleus: float | None,
+    norms: bool,
 ) -> TokenScores:
     head = Head(model)
     hidden = _hidden(head, layout)
@@ -207,7 +214,8 @@ def _score_tokens(
     apart = {name: head.divergence(hidden, other, chunk, temperature) for name, other in others.items()}
     top, mean = (facts[name] if vocabulary else None for name in ("top_logp", "mean_logp"))
     few = None if nucleus is None else head.nucleus_entropy(hidden, nucleus, chunk, temperature)
-    return TokenScores(logps, facts.get("entropy"), hidden, apart, top, mean, few)
+    norm = head.gradient_norms(hidden, layout, chunk, temperature) if norms else None
+    return TokenScores(logps, facts.get("entropy"), hidden, apart, top, mean, few, norm)
 
 
 class Route(NamedTuple):
@@ -316,6 +324,20 @@ class Head:
             chunk=chunk,
             stats=stats,
             entropy=entropy,
+        )
+
+    def gradient_norms(self, hidden: Tensor, layout: Layout, chunk: int = 256, temperature: float = 1.0) -> Tensor:
+        """Norms of the gradients of the answers of a layout by the weight of this head, (A,)."""
+        return gradient_norms(
+            hidden.detach(),
+            self.weight.detach(),
+            layout.target,
+            layout.length,
+            bias=self.bias,
+            softcap=self.softcap,
+            scale=self.scale,
+            temperature=temperature,
+            chunk=chunk,
         )
 
     def nucleus_entropy(self, hidden: Tensor, share: float, chunk: int = 256, temperature: float = 1.0) -> Tensor:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+OF_POLICY = frozenset({"mean_logp", "mean_entropy", "log_weight", "head_norm"})  # what a pass over them tells
+
 
 class Answers(NamedTuple):
     """B answers, a row each; whole groups.
@@ -23,6 +25,10 @@ class Answers(NamedTuple):
         mean_logp: (B,), mean over the tokens of their log-probability under the policy that drew them, nats; None
             unless the component lists it in ``reads``.
         mean_entropy: (B,), mean over the tokens of the entropy of that policy, nats; None likewise.
+        log_weight: (B,), Σ over the own tokens of ℓ_k − ℓ_b, π_k the policy at the start of the iteration and π_b the
+            one that drew the answer, nats, not bounded; None likewise.
+        head_norm: (B,), ‖Σ over the tokens of the gradient of their log-probability under π_k by the output layer‖, the
+            states before that layer taken as given; None likewise.
     """
 
     reward: Tensor
@@ -35,6 +41,8 @@ class Answers(NamedTuple):
     iteration: int
     mean_logp: Tensor | None = None
     mean_entropy: Tensor | None = None
+    log_weight: Tensor | None = None
+    head_norm: Tensor | None = None
 
 
 class Judged(NamedTuple):

@@ -41,6 +41,7 @@ COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
         "median": group_statistics.MedianAdvantage,
         "ngrpo": group_statistics.NegativeGRPO,
         "bnpo": group_statistics.BetaAdvantage,
+        "opob": group_statistics.NormBaseline,
         "canon": group_statistics.ConditionalAdvantage,
         "copo": group_statistics.ConsistencyAdvantage,
         "agrae": group_statistics.AsymmetricGRPO,

@@ -24,8 +24,8 @@ them at every call. Tensors are (B, T) unless said otherwise.
 Anchors, ``entropy`` and ``value`` also take ``aggregation``, for a mean of their own. A component is given one
 micro-batch of one process. What else it needs it says in attributes:
 
-- ``reads``: names of optional fields of :class:`Tokens`; of an advantage, ``mean_logp`` and ``mean_entropy`` of
-  :class:`Answers`. ``reads_values``: the same of fields that it wants without gradient.
+- ``reads``: names of optional fields of :class:`Tokens`; of an advantage, those of :class:`Answers` (``OF_POLICY`` in
+  :mod:`offpolicy.losses.answers`). ``reads_values``: the same of fields that it wants without gradient.
 - ``columns``: names of columns of the store, which :func:`offpolicy.losses.tokens.column` gives.
 - ``whole_groups = True``: a micro-batch holds whole groups.
 - ``step_facts(step)`` → name → (B, T), (B,) or 0-d: what it wants to know of all answers of the step. It is called once
@@ -212,6 +212,11 @@ class Objective:
     def columns(self) -> frozenset[str]:
         """Columns of the store that the components need on tokens."""
         return self._told("columns")
+
+    @property
+    def of_demonstrations(self) -> frozenset[str]:
+        """Columns of demonstrations without which a component would say nothing."""
+        return self._told("of_demonstrations")
 
     @property
     def whole_groups(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offpolicy.errors import UsageError
 from offpolicy.losses.advantages import GRPO, DrGRPO
-from offpolicy.losses.answers import Answers, Judged
+from offpolicy.losses.answers import OF_POLICY, Answers, Judged
 from offpolicy.losses.policy_gradient import COMPONENTS, component
 
 COS = math.cos
@@ -307,6 +307,26 @@ def test_what_is_remembered_goes_on(name: str) -> None:
     }
 
 
+def test_opob() -> None:
+    """Rewards 1, 0, 1 with w 1, 2, 1 and ‖g‖ 1, 1, 3: Σw²‖g‖² = 1 + 4 + 9, Σw²‖g‖²R = 1 + 9, so b = 5/7; the second
+    group has rewards 2, 4, 3 and equal w and ‖g‖, so b is their mean; its population deviation is √(2/3)."""
+    facts = {"log_weight": f64(0, math.log(2), 0, 5, 5, 5), "head_norm": f64(1, 1, 3, 2, 2, 2)}
+    reward = [1.0, 0, 1, 2, 4, 3]
+    close(made("opob", reward, 2, **facts), 2 / 7, -5 / 7, 2 / 7, -1, 1, 0)
+    scaled = made("opob", reward, 2, spec={"std": True}, **facts)
+    close(scaled, *(x / math.sqrt(2 / 9) for x in (2 / 7, -5 / 7, 2 / 7)), *(x / math.sqrt(2 / 3) for x in (-1, 1, 0)))
+
+
+def test_opob_where_nothing_can_be_weighed() -> None:
+    """Weights as far apart as e^400 leave the heaviest answer alone; without gradients b is the mean; a demonstration
+    can be left out of b."""
+    far = {"log_weight": f64(-200, 200, 0), "head_norm": f64(1, 1, 1)}
+    close(made("opob", [1, 0, 1], **far), 1, 0, 1)
+    close(made("opob", [1, 0, 1], **(far | {"head_norm": f64(0, 0, 0)})), 1 / 3, -2 / 3, 1 / 3)
+    mine = {"own": torch.tensor([True, True, False]), "head_norm": f64(1, 2, 5), "log_weight": f64(0, 0, 0)}
+    close(made("opob", [1, 0, 1], spec={"statistics": "own"}, **mine), 4 / 5, -1 / 5, 4 / 5)
+
+
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 OLD = ("grpo", "dr_grpo", "rloo", "batch_std", "gae", "egae", "hybrid")  # tested elsewhere
@@ -320,6 +340,8 @@ def facts(many: int) -> dict[str, Any]:
     return {
         "mean_logp": -(5 * x).sin().abs() - 0.1,
         "mean_entropy": (7 * x).cos().abs() + 0.1,
+        "log_weight": (3 * x).sin(),
+        "head_norm": (9 * x).cos().abs() + 0.1,
         "length": (11 * x).sin().abs().mul(20).long() + 1,
         "parts": {"format": (x > 0.4).double(), "other": (x > 0.6).double()},
     }
@@ -353,7 +375,7 @@ def test_the_order_of_rows_does_not_matter(name: str) -> None:
     torch.testing.assert_close(two, one[order])
 
 
-SILENT = ("split", "bnpo", "canon", "agrae", "adora", "sign_gate", "dler", "drpo", "median")
+SILENT = ("split", "bnpo", "canon", "agrae", "adora", "sign_gate", "dler", "drpo", "median", "opob")
 
 
 @pytest.mark.parametrize("name", SILENT)
@@ -363,7 +385,7 @@ def test_equal_rewards_of_a_group_teach_nothing(name: str, value: float) -> None
     assert (found.advantage if isinstance(found, Judged) else found).tolist() == [0.0] * 6
 
 
-@pytest.mark.parametrize("name", ["split", "median", "canon", "sign_gate"])
+@pytest.mark.parametrize("name", ["split", "median", "canon", "sign_gate", "opob"])
 def test_a_constant_on_all_rewards_does_not_matter(name: str) -> None:
     one, two = made(name, REWARD, 3, **facts(9)), made(name, [r + 0.25 for r in REWARD], 3, **facts(9))
     if isinstance(one, Judged):
@@ -378,9 +400,9 @@ def test_answers_that_stand_alone(name: str) -> None:
     assert bool((found.advantage if isinstance(found, Judged) else found).isfinite().all())
 
 
-@pytest.mark.parametrize("name", ["unlikeliness", "progrpo", "canon", "dcpo"])
+@pytest.mark.parametrize("name", ["unlikeliness", "progrpo", "canon", "dcpo", "opob"])
 def test_what_an_advantage_reads_must_be_there(name: str) -> None:
-    assert component("advantage", name).reads <= {"mean_logp", "mean_entropy"}
+    assert component("advantage", name).reads <= OF_POLICY
     with pytest.raises(UsageError, match="these answers do not have"):
         made(name, [1, 0])
 
@@ -408,6 +430,7 @@ def test_what_an_advantage_reads_must_be_there(name: str) -> None:
         ("risk", "beta", 0.1),
         ("risk", "form", "other"),
         ("split", "statistics", "mine"),
+        ("opob", "eps", 0.0),
     ],
 )
 def test_bad_parameters_of_each(name: str, option: str, value: Any) -> None:

@@ -25,7 +25,7 @@ PART = "reward/"  # before the name of a reward in the store
 
 
 def from_groups(
-    objective: Objective, fresh: Replay, k: int, means: Mapping[str, np.ndarray], filters: Filters
+    objective: Objective, fresh: Replay, k: int, told: Mapping[str, np.ndarray], filters: Filters
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The advantage of each of the new answers of an iteration, and which are left out of every step; (E,) each.
 
@@ -35,7 +35,7 @@ def from_groups(
         objective: with an advantage from groups.
         fresh: the new answers, whole groups of all processes.
         k: the iteration.
-        means: ``mean_logp`` and ``mean_entropy`` of the answers, where the advantage reads them.
+        told: what the advantage reads of ``OF_POLICY``, by name, (E,) each.
         filters: that look at the answers once they have advantages.
 
     Raises:
@@ -51,7 +51,7 @@ def from_groups(
         prompt=facts["prompt"],
         parts={name.removeprefix(PART): v.double() for name, v in facts.items() if name.startswith(PART)},
         iteration=k,
-        **{name: torch.from_numpy(values) for name, values in means.items()},
+        **{name: torch.from_numpy(values) for name, values in told.items()},
     )
     judged = objective.judged(answers)
     kept, said = filters.kept(answers, judged.advantage)

@@ -161,8 +161,8 @@ class IteratingModule(LanguageModule):
             if not self.objective.uses_critic:
                 fresh, injected = self.replay_rule.completed(fresh, store)
                 facts |= {} if self.replay_rule.draws else {"replay/injected": float(injected)}
-                means = self.scoring.means(BoundRollouts(self.problems, fresh), k)
-                columns, said = from_groups(self.objective, fresh, k, means, self.answering.filters)
+                told = self.scoring.told(BoundRollouts(self.problems, fresh), k)
+                columns, said = from_groups(self.objective, fresh, k, told, self.answering.filters)
                 fresh.episodes.update(columns)
                 facts |= left_out_facts(fresh) | said
             store, said = self.extended(store_of.merged_answers(store, fresh), k)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offpolicy.errors import UsageError, nearest
+from offpolicy.losses.answers import OF_POLICY
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective
 from offpolicy.losses.tokens import Tokens
 from offpolicy.trust import names_in, speaking, trusting
@@ -71,7 +72,7 @@ def objective_facts(objective: Objective, micro_batches: int) -> list[tuple[str,
     if objective.sees_step and micro_batches > 1:
         words = "a part asks for facts of the whole step: every micro-batch goes through the policy once more, first"
         lines.append(("step", words))
-    if objective.reads_of_answers & {"mean_logp", "mean_entropy"}:
+    if objective.reads_of_answers & OF_POLICY:
         lines.append(("answers", "the advantage asks what the policy thinks of them: all new ones are scored at once"))
     if "turn" in objective.columns:
         lines.append(("turns", "answers have one turn each, so a part that looks at turns looks at whole answers"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.compute import processes
+from offpolicy.compute.devices import send
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.rollouts import BoundRollouts, Rollouts, external_tokens
@@ -20,6 +21,7 @@ from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.advantages import from_critic
 from offpolicy.language.rl.forward import Forward
 from offpolicy.language.sharding import cut, cut_as, exchange
+from offpolicy.losses.answers import OF_POLICY
 from offpolicy.losses.health import effective_sample_size
 from offpolicy.losses.policy_gradient import Objective
 
@@ -144,23 +146,31 @@ class Scoring:
         columns["logp"] = np.where(self._drawn_now(store, k), columns["previous_logp"], columns["logp"])
         return Replay(columns, start=store.start, length=store.length, episodes=store.episodes)
 
-    def means(self, bound: BoundRollouts, k: int) -> dict[str, np.ndarray]:
-        """What the advantage reads of the policy that drew the new answers: means over their tokens, (E,) float64.
+    def told(self, bound: BoundRollouts, k: int) -> dict[str, np.ndarray]:
+        """What the advantage reads of ``OF_POLICY`` on the new answers, (E,) float64 each.
 
         Args:
             bound: the new answers of an iteration, which are noted to be scored.
             k: the iteration.
         """
-        wanted, store = self.objective.reads_of_answers & {"mean_logp", "mean_entropy"}, bound.store
+        wanted, store = self.objective.reads_of_answers & OF_POLICY, bound.store
         if not wanted or self.objective.uses_critic:
             return {}
-        names = ("previous_logp", *(("entropy",) if "mean_entropy" in wanted else ()))
+        more = {"entropy": "mean_entropy", "head_norm": "head_norm"}
+        names = ("previous_logp", *(name for name, reader in more.items() if reader in wanted))
         found = self.columns(bound, np.arange(store.num_episodes), names)
         store.steps["previous_logp"], drawn = found["previous_logp"], np.asarray(store.steps["logp"])  # type: ignore[index]
         by_now = self._drawn_now(store, k) | external_tokens(store) | np.isnan(drawn)
         found["logp"] = np.where(by_now, found["previous_logp"], drawn)
-        sums = {name: np.add.reduceat(found[name], store.start, dtype=np.float64) for name in ("logp", *names[1:])}
-        return {f"mean_{name}": total / store.length for name, total in sums.items() if f"mean_{name}" in wanted}
+        found["gap"] = np.where(external_tokens(store), 0.0, found["previous_logp"] - found["logp"])
+        of_answers = (
+            {"head_norm": found.pop("head_norm")[store.start].astype(np.float64)} if "head_norm" in found else {}
+        )
+        sums = {name: np.add.reduceat(values, store.start, dtype=np.float64) for name, values in found.items()}
+        of_answers |= {f"mean_{name}": total / store.length for name, total in sums.items()} | {
+            "log_weight": sums["gap"]
+        }
+        return {name: of_answers[name] for name in wanted}
 
     def _drawn_now(self, store: Replay, k: int) -> np.ndarray:
         """Tokens that π_k drew, so that what it thinks of them is the behaviour; (tokens of the store,) bool.
@@ -199,13 +209,20 @@ class Scoring:
         mine, parts = np.array_split(by_length, processes.world_size())[processes.rank()], []
         for start in range(0, len(mine), passes.rows):
             batch = passes.gather(bound, mine[start : start + passes.rows])
-            scores = passes.scores(batch, entropy="entropy" in names, vocabulary="previous_mean_logp" in names)
+            scores = passes.scores(
+                batch,
+                entropy="entropy" in names,
+                vocabulary="previous_mean_logp" in names,
+                norms="head_norm" in names,
+            )
             values: dict[str, Any] = {
                 "previous_logp": scores.logps,
                 "base_logp": scores.logps,
                 "entropy": scores.entropy,
             }
             values["previous_mean_logp"] = scores.mean_logp
+            if "head_norm" in names:  # one number of all tokens of an answer
+                values["head_norm"] = scores.head_norm.repeat_interleave(send(batch.answer.length, passes.device))
             if "old_value" in names:
                 values["old_value"] = passes.values(batch, scores)
             parts.append((batch.row.numpy(), {name: values[name].cpu().numpy() for name in names}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from offpolicy.losses.policy.groups import (
     answer_field,
     answer_part,
     check_reward,
+    group_largest,
     group_median,
     group_numbers,
     group_places,
@@ -141,6 +143,42 @@ class BetaAdvantage(AnswerAdvantage):
         log_norm = torch.lgamma(alpha + beta) - torch.lgamma(alpha) - torch.lgamma(beta)
         density = (log_norm + torch.xlogy(alpha - 1, p) + torch.xlogy(beta - 1, 1 - p)).exp()
         return (1 / density).clamp(0.0, 1e6) * (reward - p)
+
+
+@dataclass(frozen=True)
+class NormBaseline(AnswerAdvantage):
+    """R − b with b = Σw²‖g‖²R/Σw²‖g‖² over the group, the constant for which the importance-weighted gradient varies
+    least (OPOB of VCPO, arXiv:2602.17616); w = exp Σ_t(ℓ_k − ℓ_b), not bounded.
+
+    g is the gradient of the answer's log-probability. The authors make a backward pass for each answer and take all
+    weights. Ours is the gradient by the output layer's weight alone, from the states of one forward pass, under the
+    policy at the start of the iteration: what the first step has, and later ones no longer quite. Where Σw²‖g‖² is 0, b
+    is the mean.
+
+    Args:
+        statistics: as of ``grpo``.
+        eps: with ``std``, groups of a deviation up to it are not divided; 1e-8 in the authors' code.
+        std: divide by the population deviation of the group's rewards, as the authors' code does where that is asked.
+    """
+
+    eps: float = 1e-8
+    std: bool = False
+
+    reads: ClassVar[frozenset[str]] = frozenset({"log_weight", "head_norm"})
+
+    def __call__(self, answers: Answers) -> Tensor:
+        counted, group = self.counted(answers), answers.group
+        found = group_statistics(answers.reward, group, counted)
+        log_weight = torch.where(counted, answer_field(answers, "log_weight"), -torch.inf)
+        largest = group_largest(log_weight, group).clamp(min=torch.finfo(torch.float64).min)  # of no row: no number
+        square = (2 * (log_weight - largest)).exp() * answer_field(answers, "head_norm").square()
+        square = torch.where(counted, square, 0.0)
+        total, moment = group_total(square, group), group_total(square * found.centred, group)
+        advantage = found.centred - torch.where(total > 0, moment / total, 0.0)
+        if self.std:
+            spread = found.std * ((found.size - 1).clamp(min=0.0) / found.size.clamp(min=1.0)).sqrt()
+            advantage = advantage / torch.where(spread > self.eps, spread, 1.0)
+        return advantage.to(answers.reward.dtype)
 
 
 @dataclass(frozen=True)

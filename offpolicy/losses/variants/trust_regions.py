@@ -20,7 +20,8 @@ ROWS = (
         "one ratio per turn, exp of the mean log-ratio of its tokens",
         {"ratio": "turn"},
         differs="the paper has a critic: --model.objective '{advantage: gae, value: squared}'",
-        unverified="the paper's normalisation by the clipping term, of unknown form, is left out",
+        unverified="the paper's normalisation by the clipping term, of unknown form, is left out; the metric "
+        "ratio/clipping_term is the term",
     ),
     Variant(
         "bapo",
@@ -38,7 +39,16 @@ ROWS = (
         "2602.17616",
         "learning rate · √(ESS/B); REINFORCE with the weight of the answer, at most 8",
         {"ratio": "none", "trust": "none", "weight": ("vcpo",), "lr": "ess"},
-        differs="the baseline by norms of gradients (one backward pass per answer) is left out",
+        differs="the baseline by norms of gradients is left out here; vcpo_opob has it",
+    ),
+    Variant(
+        "vcpo_opob",
+        "VCPO, with its baseline",
+        "2602.17616",
+        "as vcpo, and A = R − Σw²‖g‖²R/Σw²‖g‖² over the group, w the weight of the answer, g its gradient",
+        {"advantage": "opob", "ratio": "none", "trust": "none", "weight": ("vcpo",), "lr": "ess"},
+        differs="g is that of the output layer alone, at the start of the iteration (ours); the code makes a backward "
+        "pass for each answer, and divides by the group's deviation where asked (std)",
     ),
     Variant(
         "cispo",

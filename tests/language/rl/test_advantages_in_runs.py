@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_rl import fit, method
@@ -49,6 +50,24 @@ def test_the_advantages_of_a_run(name: str, policy: Path) -> None:
         assert torch.equal(facts["left_out"].bool(), ~found.kept) and int(found.kept.sum()) == 6
     if name == "risk":
         assert torch.equal(module.objective.own.state_dict()["advantage"]["quantiles"], part.state_dict()["quantiles"])
+
+
+def test_a_baseline_by_norms_of_gradients(policy: Path) -> None:
+    """Rate 0 leaves the policy where it was, so every answer, scored alone, has the norm that the run had of it."""
+    module = method("GRPO", policy, objective={"advantage": "opob"}, minibatches=1, lr=0.0)
+    fit(module, 1, precision="64-true", held_out=False)
+    bound = module.course.rollouts
+    facts = {key: torch.from_numpy(values) for key, values in bound.store.episodes.items()}
+    with torch.no_grad():
+        alone = (module.passes.gather(bound, np.array([row])) for row in range(bound.store.num_episodes))
+        norm = torch.cat([module.passes.scores(batch, norms=True).head_norm for batch in alone]).double()
+    baseline = torch.empty_like(norm)
+    for group in facts["group"].unique():
+        some = facts["group"] == group
+        square = norm[some].square()
+        baseline[some] = (square * facts["reward"][some]).sum() / square.sum()
+    torch.testing.assert_close(facts["advantage"].double(), facts["reward"] - baseline, rtol=1e-5, atol=1e-6)
+    assert facts["advantage"].any() and norm.std() > 0.01
 
 
 def test_what_a_run_does_not_have_is_refused(policy: Path) -> None:
