@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from offpolicy.losses.tokens import LARGEST_LOG_RATIO, Ratio, Surrogate, Tokens, difference
+from offpolicy.losses.tokens import LARGEST_LOG_RATIO, Ratio, Surrogate, Tokens, difference, per_token
 
 LAGS = (0, 1, 2, 4, 8, 16)  # first lag of each class
 CLASSES = (*(f"lag{lag}" for lag in LAGS), "external", "engine")
@@ -42,6 +42,7 @@ def measure(tokens: Tokens, ratio: Ratio, surrogate: Surrogate, losses: Tensor) 
 
     sums = {
         "ratio/clipped": mean(surrogate.clipped.double(), own),
+        "ratio/clipping_term": mean(*clipping_term(tokens, ratio, surrogate)),
         "ratio/ess": ess_sums(log_ratio.sum(-1), own.any(-1)),
         "ratio/table": table(tokens, log_ratio, ratio, surrogate),
         "kl/behavior": mean(torch.expm1(log_ratio) - log_ratio, own),
@@ -57,6 +58,16 @@ def measure(tokens: Tokens, ratio: Ratio, surrogate: Surrogate, losses: Tensor) 
         error = torch.where(own, tokens.value - tokens.returns, 0.0)
         sums["critic/error"] = mean(error.square(), own)
     return sums
+
+
+def clipping_term(tokens: Tokens, ratio: Ratio, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
+    """(1/|y|)·Σ ρA over the clipped own tokens of an answer, (B,), and which rows are answers, (B,) bool.
+
+    Their mean is the clipping-bias term of ST-PPO (arXiv:2511.20718): what the clipped tokens would have added.
+    """
+    own = tokens.own
+    lost = torch.where(own & surrogate.clipped, ratio.value * per_token(tokens.advantage), 0.0)
+    return lost.double().sum(-1) / own.sum(-1).clamp(min=1), own.any(-1)
 
 
 def low_variance_kl(reference: Tensor, logp: Tensor, kept: Tensor) -> Tensor:
@@ -118,9 +129,10 @@ def summarise(sums: Mapping[str, Tensor]) -> dict[str, float]:
     """The metrics of sums from :func:`measure`; what has no token is left out.
 
     Returns:
-        ``ratio/ess`` (effective sample size of whole answers over their number, in (0, 1]), ``ratio/clipped``, means
-        such as ``kl/base`` and ``entropy``; of each class (``lag0``, …, ``replay`` for all lags above 0, ``external``)
-        quantiles ``ratio/q05_<class>``, ``ratio/mean_<class>``, ``ratio/clipped_<class>``, ``length/<class>``;
+        ``ratio/ess`` (effective sample size of whole answers over their number, in (0, 1]), ``ratio/clipped``,
+        ``ratio/clipping_term`` (:func:`clipping_term`), means such as ``kl/base`` and ``entropy``; of each class
+        (``lag0``, …, ``replay`` for all lags above 0, ``external``) quantiles ``ratio/q05_<class>``,
+        ``ratio/mean_<class>``, ``ratio/clipped_<class>``, ``length/<class>``;
         ``engine/gap_mean`` and ``engine/gap_max``, of |ℓ_b − ℓ_sampler|.
     """
     metrics: dict[str, float] = {}

@@ -61,6 +61,20 @@ def test_clipped_share_by_lag() -> None:
     assert means == pytest.approx([math.exp(0.3), (math.exp(0.3) + math.exp(0.1)) / 2])
 
 
+def test_clipping_term() -> None:
+    """C = mean over answers of (1/|y|)·Σ over clipped tokens of ρA. A = 2 with ρ = 1.3, 1.1 and 1.5: (1.3 + 1.5)·2/3;
+    A = −1 with ρ = .5 and .9: −.5/2; an answer of padding and a demonstration are none. Any split adds up."""
+    log_ratio = f64([1.3, 1.1, 1.5], [0.5, 0.9, 1], [1.4, 1, 1], [9, 9, 9]).log()
+    mask = f64([1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 1, 1])
+    external = (torch.arange(4) == 3)[:, None].expand(4, 3)
+    given = rows(log_ratio, mask, external=external)._replace(advantage=f64(2, -1, 3, 1))
+    assert health(given)["ratio/clipping_term"] == pytest.approx((2.8 * 2 / 3 - 0.25) / 2)
+    assert health(given, Objective(trust="none"))["ratio/clipping_term"] == 0.0
+    by_answer = health(given, Objective(ratio={"name": "sequence", "denominator": "behavior"}))
+    ratio = (1.3 * 1.1 * 1.5) ** (1 / 3), math.sqrt(0.45)  # of whole answers
+    assert by_answer["ratio/clipping_term"] == pytest.approx((2 * ratio[0] - ratio[1]) / 2)
+
+
 def test_divergences() -> None:
     """k3 of the sampler's tokens: ρ − ln ρ − 1 to behaviour; e^δ − δ − 1 with δ = ℓ_ref − ℓ to base and previous."""
     x = 0.2
