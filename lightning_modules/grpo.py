@@ -72,7 +72,7 @@ class GRPO(RolloutModule):
     def parts(self) -> dict[str, Any]:
         h = self.hparams
         for option, slot in (("clip", "trust"), ("clip_high", "trust"), ("beta", "anchors"), ("entropy", "entropy")):
-            if h[option] and slot in (h.objective or {}):
+            if h[option] != DEFAULTS[option] and slot in (h.objective or {}):
                 raise UsageError(
                     f"`{option}` is {h[option]}, and `objective` names the `{slot}` that it would be for; expected "
                     f"one of the two. Leave `{option}` out, or give the part its own number in --model.objective."

@@ -224,6 +224,7 @@ def _parse(command: Command) -> FitCLI:
         raise UsageError(one_sentence(str(error), known)) from None
     finally:
         signal.signal(signal.SIGTERM, signal_handler)
+    check_replaced(command, made)
     made.loggers = loggers
     for name in ("folder", "ckpt_path"):  # the parser takes a folder that is called null for none
         given = [value for flag, value in command.flags if flag == name] or [command.settings.get(name)]
@@ -258,6 +259,19 @@ def take_loggers(command: Command) -> str:
     command.flags = [pair for pair in command.flags if pair[0] != LOGGER]
     command.settings.pop(LOGGER, None)
     return ",".join(names)
+
+
+def check_replaced(command: Command, cli: FitCLI) -> None:
+    """Raise :class:`UsageError` for an option that was typed with its default and that a variant has set otherwise."""
+    for name, value in getattr(cli.model, "of_variant", {}).items():
+        typed = f"model.{name}" in {flag for flag, _ in command.flags}
+        given = cli.config.model.init_args.as_dict().get(name)
+        if typed and given != value:
+            raise UsageError(
+                f"--model.{name} is {given}, the default, in whose place the variant '{cli.model.hparams.variant}' has "
+                f"{value}; expected another value, or none. Leave it out, or name the variant's parts in "
+                "--model.objective without it."
+            )
 
 
 def resembles_logger(name: str) -> bool:

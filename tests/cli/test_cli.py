@@ -148,6 +148,10 @@ def run(*argv: str) -> Path:
             ["--model", "DPO", "--data", PAIRS, "--data.extra_columns", "[a]"],
             ["an option of control data alone", "reads texts"],
         ),
+        (
+            [*["--model", "GRPO", "--data", "addition", "--model.variant", "ssb", "--model.replay_fraction", "0"]],
+            ["--model.replay_fraction is 0.0, the default, in whose place the variant 'ssb' has 0.25"],
+        ),
         (["--seeds", "5..2"], ["the range 5..2 is empty", "2..5"]),
         (["--seeds", "0,0"], ["'0,0', which has 0 twice"]),
         (["--seeds", "a"], ["`seeds` is 'a'; expected whole numbers ≥ 0, each once, such as 0..7 or 0,3,5"]),

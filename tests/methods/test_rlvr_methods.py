@@ -554,6 +554,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("ReMix", {"replay_fraction": 0.1}, "of the 4 groups of an iteration makes 0; expected one replayed group"),
     ("ReMix", {"replay_fraction": 0.9}, "of the 4 groups of an iteration makes 4; expected one replayed group"),
     ("GRPO", {"temperature": 0.0}, "`temperature` is 0.0"),
+    ("GRPO", {"clip": 0.0, "objective": {"trust": "none"}}, "`clip` is 0.0, and `objective` names the `trust`"),
     ("GRPO", {"clip": 2.0}, "`clip` is 2.0; expected a value in [0.0, 1.0]"),
     ("GRPO", {"reference": "live"}, "`reference` is for preference methods"),
     ("GRPO", {"demonstrations": 2}, "`demonstrations` is 2"),
@@ -573,6 +574,16 @@ def test_impossible_options(name: str, options: dict[str, Any], words: str, poli
     with pytest.raises(UsageError) as caught:
         method(name, policy, **options)
     assert words in str(caught.value)
+
+
+def test_parts_that_would_pay_nothing_are_refused(policy: Path) -> None:
+    forward = {"name": "forward", "coef": 1.0, "gate": "external"}
+    for parts in ({"anchors": [forward]}, {"terms": "sft"}):
+        with pytest.raises(UsageError, match="`demonstrations` is 0, so it would pay nothing"):
+            fit(method("GRPO", policy, objective=parts), 1)
+    compared = {"anchors": [forward | {"reference": "behavior"}]}
+    with pytest.raises(DataError, match="does not say how likely its solutions were, so it would pay nothing"):
+        fit(method("GRPO", policy, objective=compared, demonstrations=1), 1)
 
 
 def test_impossible_data(policy: Path) -> None:

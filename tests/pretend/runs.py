@@ -86,7 +86,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other c
             "demonstration_share": 0.5,
         },
         {"objective": CRITIC, "critic": "head"},
-        {"objective": BOUNDS_OF_STEPS, "micro_batch_size": 4},
+        {"objective": BOUNDS_OF_STEPS, "demonstrations": 1, "micro_batch_size": 4},
         {"objective": MASKS_OF_STEPS, "demonstrations": 1},
         {"objective": CRITIC, "critic": "model", "micro_batch_size": 3},
         {"objective": GROUPS},

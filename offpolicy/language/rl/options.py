@@ -158,6 +158,22 @@ def check_reads_of_answers(objective: Objective, lag: int, engine: Any) -> None:
         )
 
 
+def check_demonstrations(objective: Objective, demonstrations: int, problems: Any) -> None:
+    """Raise an error where a part of an objective says nothing but of demonstrations, and has none to speak of."""
+    needed = objective.of_demonstrations
+    if needed and not demonstrations:
+        raise UsageError(
+            "a part of `objective` is about demonstrations alone, and `demonstrations` is 0, so it "
+            "would pay nothing; expected 1, or no such part. Pass --model.demonstrations 1."
+        )
+    if "logp" in needed and "logp" not in problems.steps:
+        raise DataError(
+            "a part of `objective` compares demonstrations with who wrote them (reference 'behavior'), and "
+            f"{problems.meta.get('name', 'the data')} does not say how likely its solutions were, so it would pay "
+            "nothing; expected a column `solution_logps`, or the reference 'base'. Name it with --data.columns."
+        )
+
+
 def check_problems(problems: Any, method: str, *, demonstrations: bool) -> None:
     """Raise :class:`DataError` unless a replay holds problems, with demonstrations where the method needs some."""
     name = problems.meta.get("name", "the data")

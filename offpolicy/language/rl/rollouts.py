@@ -61,6 +61,7 @@ from offpolicy.language.rl.iterating import IteratingModule
 from offpolicy.language.rl.iteration import Shape
 from offpolicy.language.rl.objective import age_fact, composed, load_parts, objective_facts
 from offpolicy.language.rl.options import (
+    check_demonstrations,
     check_engine_lag,
     check_masks,
     check_problems,
@@ -306,6 +307,7 @@ class RolloutModule(IteratingModule):
         check_replay(self.replay_rule, self.hparams, critic=self.objective.uses_critic)
         check_masks(self.answering.filters.masks, critic=self.objective.uses_critic)
         check_columns(self.objective.columns, self.answering.rewards.names, self.objective.gives | self.own_columns)
+        check_demonstrations(self.objective, self.hparams.demonstrations, problems)
         self.objective.check_answers(self.answering.rewards.names, self.hparams.group_size)
         self.ahead = Ahead(self.answering, lambda: self.seed or 0, self.wants_to_stop)
 

@@ -12,7 +12,7 @@ from offpolicy.compute.devices import send
 from offpolicy.data import sampling
 from offpolicy.data.texts.rollouts import Rollouts
 from offpolicy.data.texts.sequences import spread
-from offpolicy.errors import UsageError, nearest
+from offpolicy.errors import UsageError, nearest, resembles
 from offpolicy.language.head import TokenScores
 from offpolicy.losses.tokens import Tokens
 
@@ -41,9 +41,10 @@ def check_columns(columns: Collection[str], rewards: Collection[str], given: Col
     """
     known = [*OF_ANSWERS, "turn", "token", *(f"reward/{name}" for name in rewards), *sorted(given)]
     for name in sorted(set(columns) - set(known)):
+        alike = [other for other in known if resembles(name, other)]  # the others may be of stores elsewhere
         raise UsageError(
             f"a component of `objective` asks for the column `{name}`, which answers do not have here; expected "
-            f"{', '.join(known)}.{nearest(name, known)} Choose another component."
+            f"{', '.join(known)}.{nearest(name, alike)} Choose another component."
         )
 
 

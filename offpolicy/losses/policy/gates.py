@@ -43,8 +43,24 @@ def alpha_divergence(log_ratio: Tensor, alpha: float) -> Tensor:
     return powers / (alpha * (alpha - 1))
 
 
+class Gated:
+    """What anchors have in common that hold some tokens only."""
+
+    gate: str
+
+    @property
+    def columns(self) -> frozenset[str]:
+        return frozenset({"mastered"} if self.gate == "mastered" else ())
+
+    @property
+    def of_demonstrations(self) -> frozenset[str]:
+        """What demonstrations must have, as nobody else pays: ``token``, and ``logp`` where they are compared by it."""
+        compared = {"logp"} if getattr(self, "reference", "") == "behavior" else set()
+        return frozenset({"token"} | compared if self.gate == "external" else ())
+
+
 @dataclass(frozen=True)
-class FDivergence:
+class FDivergence(Gated):
     """What divergences f(π_θ/π_ref) have in common; the mean of f over samples of the reference is the divergence.
 
     Args:
@@ -67,10 +83,6 @@ class FDivergence:
     @property
     def reads(self) -> frozenset[str]:
         return frozenset({f"{self.reference}_logp"})
-
-    @property
-    def columns(self) -> frozenset[str]:
-        return frozenset({"mastered"} if self.gate == "mastered" else ())
 
     def value(self, log_ratio: Tensor) -> Tensor:
         raise NotImplementedError
@@ -156,7 +168,7 @@ HELD: Mapping[str, type[KL]] = {"k1": K1, "k2": K2, "k3": K3}
 
 
 @dataclass(frozen=True)
-class GatedKL:
+class GatedKL(Gated):
     """``k1``, ``k2`` or ``k3`` on some tokens only.
 
     Args:
@@ -183,10 +195,6 @@ class GatedKL:
     @property
     def reads(self) -> frozenset[str]:
         return frozenset({f"{self.target}_logp"})
-
-    @property
-    def columns(self) -> frozenset[str]:
-        return frozenset({"mastered"} if self.gate == "mastered" else ())
 
     def paid(self, tokens: Tokens) -> Tensor:
         return GATES[self.gate](tokens)

@@ -69,6 +69,8 @@ class DemonstrationLikelihood:
 
     coef: Coefficient = 1.0
 
+    of_demonstrations: ClassVar[frozenset[str]] = frozenset({"token"})
+
     def __post_init__(self) -> None:
         check_coefficient("coef", self.coef)
 

@@ -106,6 +106,9 @@ def test_what_cannot_be_had_is_refused(policy: Path) -> None:
         UsageError, match=r"the column `rewards`, which answers do not have here.*Did you mean 'reward'"
     ):
         fit(method("GRPO", policy, objective={"weight": ["made_parts.asks"]}), 1, held_out=False)
+    with pytest.raises(UsageError, match=r"the column `segment[a-z_]*`, which answers do not have here") as found:
+        fit(method("GRPO", policy, objective={"trust": "segment"}), 1, held_out=False)
+    assert "Did you mean" not in str(found.value)
     with pytest.raises(UsageError, match=r"`lag` is 1, and the advantage asks for the entropy"):
         fit(method("GRPO", policy, objective={"advantage": "made_parts.LeavesOut"}, lag=1), 1, held_out=False)
     with pytest.raises(UsageError, match=r"`micro_batch_size` is 2.*expected ≥ 4"):
