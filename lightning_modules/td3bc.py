@@ -3,17 +3,24 @@
 Critic: twin TD error with smoothed target actions (TD3, arXiv:1802.09477).
 Actor, every second update: -λ·Q₁(s, π(s)) + (π(s) - a)², with λ = α / mean|Q₁(s, π(s))|.
 Both terms are means, the second over batch and action dimensions, as in the authors' code.
+
+With `final_alpha` the weight of cloning, 1/α, falls exponentially, as Beeson & Montana 2022 (arXiv:2211.11802) let it
+fall while a trained policy goes on online; a larger constant `alpha` on a trained run is their offline refinement.
+Unverified: the rate, and whether their critic stands still in the refinement; here it goes on learning.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from lightning_modules.td3 import TD3
 from offpolicy.data.views import Transitions
 from offpolicy.errors import check_range
 from offpolicy.losses.td import mean_squared_action
-from offpolicy.training.offline import Metrics
+from offpolicy.training.offline import Metrics, Sizes
 
 
 class TD3BC(TD3):
@@ -21,6 +28,9 @@ class TD3BC(TD3):
 
     Args:
         alpha: α; larger trusts Q more, 0 is plain cloning. Range ≥ 0, paper 2.5.
+        final_alpha: α at the end, > 0, which it goes to from ``alpha`` > 0 by the same factor in every update; None for
+            a constant one.
+        alpha_steps: updates until then, counted from the first one that was asked for ``final_alpha``, ≥ 1.
         discount: γ per environment step, in [0, 1).
         tau: Polyak rate of the targets, in [0, 1].
         policy_noise: standard deviation of the target action's noise, in units of the scaled action (±1), ≥ 0.
@@ -40,6 +50,8 @@ class TD3BC(TD3):
         self,
         *,
         alpha: float = 2.5,
+        final_alpha: float | None = None,
+        alpha_steps: int = 100_000,
         discount: float = 0.99,
         tau: float = 0.005,
         policy_noise: float = 0.2,
@@ -54,7 +66,10 @@ class TD3BC(TD3):
         reward_transform: str = "r",
         max_grad_norm: float | None = None,
     ) -> None:
-        check_range("alpha", alpha, 0.0)
+        check_range("alpha", alpha, 0.0, lower_open=final_alpha is not None)
+        if final_alpha is not None:
+            check_range("final_alpha", final_alpha, 0.0, lower_open=True)
+        check_range("alpha_steps", alpha_steps, 1)
         super().__init__(
             discount=discount,
             tau=tau,
@@ -71,10 +86,40 @@ class TD3BC(TD3):
             max_grad_norm=max_grad_norm,
         )
 
+    def build(self, sizes: Sizes) -> None:
+        super().build(sizes)
+        if self.hparams.final_alpha is not None:
+            self.register_buffer("alpha_updates", torch.zeros((), dtype=torch.int64))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.hparams.final_alpha is None:
+            checkpoint["state_dict"].pop("alpha_updates", None)
+        else:  # a run that had a constant α begins to change it
+            checkpoint["state_dict"].setdefault("alpha_updates", torch.zeros((), dtype=torch.int64))
+
+    def alpha(self, like: Tensor) -> Tensor | float:
+        """α of the update at hand; a tensor () of the type of ``like`` where it changes."""
+        h = self.hparams
+        if h.final_alpha is None:
+            return h.alpha
+        share = (self.alpha_updates.to(like.dtype) / h.alpha_steps).clamp(max=1.0)
+        return h.alpha * (h.final_alpha / h.alpha) ** share
+
+    phase = TD3.phase
+
+    def update(self, batch: Transitions, step: int) -> Metrics:
+        metrics = super().update(batch, step)
+        if self.hparams.final_alpha is not None:
+            self.alpha_updates += 1
+        return metrics
+
     def actor_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         action = self.actor(batch.obs)
         q = self.critic.member(batch.obs, action)
-        lambda_ = self.hparams.alpha / self.batch_mean(q.abs())
+        alpha = self.alpha(q)
+        lambda_ = alpha / self.batch_mean(q.abs())
         bc_loss = mean_squared_action(action, batch.action)
         loss = bc_loss - lambda_ * q.mean(-1)
-        return loss, {"actor_loss": loss.detach(), "bc_loss": bc_loss.detach()}
+        metrics = {"actor_loss": loss.detach(), "bc_loss": bc_loss.detach()}
+        return loss, metrics | ({"alpha": alpha.expand_as(loss)} if isinstance(alpha, Tensor) else {})

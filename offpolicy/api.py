@@ -17,7 +17,6 @@ from lightning.pytorch import Trainer, seed_everything
 
 from offpolicy.compute.processes import ProcessLost, end_together, is_first_process, is_loss
 from offpolicy.data.module import DataModule
-from offpolicy.data.online import round_name
 from offpolicy.data.replay import Replay
 from offpolicy.diffusion.drawing import sample
 from offpolicy.diffusion.rollouts import pool_of
@@ -42,6 +41,7 @@ from offpolicy.training.beginning import (
 from offpolicy.training.checkpoints import checkpoint_name, newest_checkpoint, read_checkpoint
 from offpolicy.training.choosing import Which, best_update
 from offpolicy.training.goals import GoalModule
+from offpolicy.training.joint_folder import parts_of, share_rounds
 from offpolicy.training.lightning_private import stop_watching
 from offpolicy.training.measurement import EvaluationFailed
 from offpolicy.training.module import Module
@@ -62,8 +62,7 @@ from offpolicy.training.selecting import (
     selected_path,
     selection_words,
 )
-from offpolicy.training.switching import FILE as SWITCH_FILE
-from offpolicy.training.switching import tell_switch
+from offpolicy.training.switching import write_switch
 from offpolicy.training.trainer import clear_errors, clear_restoring, make_trainer, quiet
 from offpolicy.trust import Trust, names_in, names_of_method, trusting
 
@@ -131,7 +130,7 @@ def fit(
             method, module, seed=first, folder=folder, root=root, ckpt_path=ckpt_path, seed_given=seed is not None
         )
         saved = {} if begin.checkpoint is None else read_checkpoint(begin.checkpoint)
-        module.begin_at(begin.updates, saved.get(type(module).__qualname__), method.seed or 0)
+        module.begin_at(begin.updates, saved.get(type(module).__qualname__), method.seed or 0, method.seeds)
         max_steps = planned(method, module, max_steps)
         origin.lines += [screen.line("changed", begin.changed)] if begin.changed else []
         if is_first_process():
@@ -177,23 +176,14 @@ def selected_late(done: FitResult, data: DataModule, verbose: bool) -> FitResult
 def collected_late(done: FitResult, data: DataModule, saved: Mapping[str, Any]) -> None:
     """What a finished run collected, as a data set of its own, and its measures of the switch, where it was stopped
     before it had written them."""
-    state, folder = saved.get(type(data).__qualname__, {}).get("online"), done.folder / "replay"
-    if data.collection is None or not state or not state["rounds"]:
+    state = saved.get(type(data).__qualname__, {})
+    if data.collection is None or not state.get("version"):
         return
-    newest = folder / round_name(state["rounds"]) / "meta.json"
-    if not newest.is_file():
-        return
-
-    def owed(file: Path) -> bool:
-        return not file.is_file() or file.stat().st_mtime < newest.stat().st_mtime
-
-    if owed(folder / "collected" / "meta.json"):
-        if data.collection.rounds:  # as an earlier fit may have left it
-            data.collection.first()
-        data.collection.restore(state, [folder])
-        data.collection.save(folder / "collected")
-    if state["switch"] and owed(done.folder / SWITCH_FILE):
-        tell_switch(done.folder, state["switch"])
+    data.collection.save_late(state, done.folder / "replay")
+    share_rounds(done.folder)
+    if data.collection.switch:
+        for place in (done.folder, *parts_of(done.folder).values()):
+            write_switch(place, data.collection.switch)
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -214,12 +204,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 def check_data_of_seeds(method: Module, data: DataModule) -> None:
     """Refuse data that change with the policy they are drawn for, where there are several policies."""
-    if method.seeds and data.online.env_steps:
-        raise UsageError(
-            f"`seeds` is {seeds_text(method.seeds)}, and each would collect data of its own "
-            "(`data.online.env_steps`); expected one seed. Start one process per seed."
-        )
-    if method.seeds and data.change_every:
+    if method.seeds and data.change_every and not data.online.env_steps:
         raise UsageError(
             f"`seeds` is {seeds_text(method.seeds)}, and the data change in training (`data.source` is "
             f"{data.source!r}); expected data that stay, which all seeds share. Train one seed per process."

@@ -4,7 +4,8 @@ usage: python examples/control/online.py curves [--method SAC] [--envs Pendulum-
                                                 [--steps 10000 25000] [--sb3 PYTHON] [--out runs/online.png]
        python examples/control/online.py switch [--data pendulum-stitch-v0] [--methods IQL AWAC TD3BC RLPD]
                                                 [--steps 20000] [--utd 4]
-       both: [--seeds 3] [--jobs 1] [--root runs/online]
+       python examples/control/online.py learns [--data pendulum-medium-made-v0] [--utd 4]
+       all: [--seeds 3] [--jobs 1] [--root runs/online]
 
 Every run is ``python -m offpolicy.fit`` on one thread with the recipe of its method and task; ``--jobs`` of them at a
 time. One that is complete under ``--root`` is read, not repeated; one that is not begins again. Prints a Markdown
@@ -14,6 +15,9 @@ table: means over seeds with the 95 % interval of Student's t.
 too, with the same networks, rates, batches and uniform steps; it draws both into a figure. ``switch`` trains offline by
 the recipe, then online for so many steps, all rows drawn alike; RLPD begins at once, half of each batch offline, with
 ``--utd`` updates per step (the paper's is 20) and networks of 2x64.
+
+``learns`` checks three things that must hold, with all seeds in one process: SAC reaches -200 on Pendulum-v1 in 6,000
+steps; IQL ends 5,000 online steps above its offline score; RLPD is above SAC alone after 2,000 steps of each.
 """
 
 from __future__ import annotations
@@ -216,9 +220,60 @@ def switch(args: argparse.Namespace) -> None:
         print(f"| {method} | {' | '.join(cells)} | {np.mean([took for _, took in runs]):.0f} |")
 
 
+# -- what must be learnt -----------------------------------------------------------------------------------------------
+
+
+def together(folder: Path, seeds: int, *words: str) -> list[Path]:
+    """Train some seeds in one process; returns the run folder of each."""
+    several = ["--seeds", f"0..{seeds - 1}"] if seeds > 1 else ["--seed_everything", "0"]
+    fit(*words, *([] if "--ckpt_path" in words else ["--folder", str(folder), *several]))
+    return [folder / f"seed{seed}" for seed in range(seeds)] if seeds > 1 else [folder]
+
+
+def last(folder: Path) -> float:
+    return evaluations(folder / "evals.csv", "eval/return_mean")[-1][1]
+
+
+def learnt(args: argparse.Namespace) -> list[tuple[str, list[float], list[float]]]:
+    """What was checked, what each seed reached, and what it had to."""
+    root, n, pendulum = args.root / "learns", args.seeds, ("--data.online.env", "Pendulum-v1")
+    shutil.rmtree(root, ignore_errors=True)
+
+    def sac(steps: int) -> list[float]:
+        words = [*pendulum, "--data.online.env_steps", str(steps), "--data.online.random_steps", str(steps // 6)]
+        return [last(one) for one in together(root / f"SAC-{steps}", n, "--model", "SAC", *words)]
+
+    found = [("SAC, Pendulum-v1, 6,000 steps: return", sac(6000), [-200.0] * n)]
+    iql = root / "IQL"
+    together(iql, n, "--model", "IQL", "--data", args.data)
+    parts = together(
+        iql, n, "--model", "IQL", "--data", args.data, "--ckpt_path", str(iql), "--data.online.env_steps", "5000"
+    )
+    told = [json.loads((one / "online.json").read_text()) for one in parts]
+    scores = [[one[name] for one in told] for name in ("last", "at_switch")]
+    found.append((f"IQL, {args.data}, 5,000 online steps: score", *scores))
+    updates = ["--data.online.utd", str(args.utd), "--model.policy_freq", str(args.utd)]
+    words = ["--data", args.data, "--data.online.env_steps", "2000", *SMALL, *RLPD, *updates]
+    ends = [last(one) for one in together(root / "RLPD", n, "--model", "SAC", *words)]
+    return [*found, (f"RLPD, {args.data}, 2,000 online steps: return", ends, sac(2000))]
+
+
+def learns(args: argparse.Namespace) -> None:
+    print(f"| {args.seeds} seeds | each seed | mean | must be at least | |")
+    print("|---|---|---|---|---|")
+    failed = False
+    for what, reached, least in learnt(args):
+        holds = float(np.mean(reached)) >= float(np.mean(least))
+        failed |= not holds
+        each = ", ".join(f"{value:.1f}" for value in reached)
+        print(f"| {what} | {each} | {np.mean(reached):.1f} | {np.mean(least):.1f} | {'yes' if holds else 'NO'} |")
+    if failed:
+        raise SystemExit("One of them was not learnt.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("curves", "switch"))
+    parser.add_argument("part", choices=("curves", "switch", "learns"))
     parser.add_argument("--method", default="SAC")
     parser.add_argument("--envs", nargs="+", default=list(ENVS))
     parser.add_argument("--steps", nargs="+", type=int, help="environment steps; of curves for each of --envs")
@@ -232,7 +287,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/online"))
     args = parser.parse_args()
     args.root = args.root.resolve()
-    curves(args) if args.part == "curves" else switch(args)
+    {"curves": curves, "switch": switch, "learns": learns}[args.part](args)
 
 
 if __name__ == "__main__":

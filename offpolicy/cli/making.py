@@ -14,10 +14,11 @@ import numpy as np
 from lightning.pytorch import Callback
 
 from offpolicy.api import fit
+from offpolicy.data.collection import round_name
 from offpolicy.data.mixing import joined
 from offpolicy.data.module import DataModule
 from offpolicy.data.names import Target
-from offpolicy.data.online import OnlineOptions, round_name
+from offpolicy.data.online import OnlineOptions
 from offpolicy.data.replay import Replay
 from offpolicy.data.sizes import Sizes
 from offpolicy.data.sources.simulated import (

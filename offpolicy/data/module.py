@@ -13,10 +13,12 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
-from offpolicy.data.online import NOTHING, Collection, OnlineOptions
+from offpolicy.data.collection import Collection
+from offpolicy.data.online import NOTHING, OnlineOptions
 from offpolicy.data.renewal import RENEWED, SOURCES, Renewal, Renewer, SyntheticOptions
 from offpolicy.data.replay import Replay
 from offpolicy.data.ring import Ring
+from offpolicy.data.seed_collections import SeedCollections
 from offpolicy.errors import DataError, UsageError, check_range, fold, nearest
 from offpolicy.given import whole
 from offpolicy.moved import names_of
@@ -66,8 +68,9 @@ class DataModule(LightningDataModule):
     change_every: int = 0
     change_from: int = 0  # the update from which multiples are counted
     online: OnlineOptions = NOTHING
-    collection: Collection | None = None  # made once the data are open, where there is something to collect
+    collection: Collection | SeedCollections | None = None  # made once the data are open, if anything is collected
     seed: int = 0  # of what is collected; a method sets it to its own
+    seeds: tuple[int, ...] = ()  # the same of several, each of which collects by itself
     holdout: float | None = 0.0
     whole: Replay | None = None  # with the episodes that are held out
     held_out: Replay | None = None  # those alone
@@ -167,7 +170,7 @@ class DataModule(LightningDataModule):
     def load(self) -> Replay:
         """Open the data if they are not open yet; downloads, makes, collects, validates."""
         if self.collection is None and self.online.env_steps:
-            self.replay = self._collecting().first()
+            self.replay = self._collecting(self._before()).first()
         if self.replay is None:
             from offpolicy.data.sources import open_source
 
@@ -178,14 +181,22 @@ class DataModule(LightningDataModule):
             self.renewal = self.renewer(self.replay, self.source, self.synthetic)
         return self.replay
 
-    def _collecting(self) -> Collection:
-        """What collects, with the data that are there before it."""
+    def _before(self) -> Replay | None:
+        """The data that are there before any are collected."""
         if self.replay is None and self.name != self.online.env:
             from offpolicy.data.sources import open_source
 
-            self.replay = open_source(str(self.name), **self.options)
+            return open_source(str(self.name), **self.options)
+        return self.replay
+
+    def _collecting(self, offline: Replay | None) -> Collection | SeedCollections:
+        """What collects, beside or after these data."""
         kwargs = {name: self.options[name] for name in ("max_episode_steps", "obs_keys")}
-        self.collection = Collection(self.online, self.replay, self.seed, **kwargs)
+
+        def of_seed(seed: int) -> Collection:
+            return Collection(self.online, offline, seed, **kwargs)
+
+        self.collection = SeedCollections(of_seed, self.seeds) if self.seeds else of_seed(self.seed)
         return self.collection
 
     def planned_updates(self) -> int | None:
@@ -193,29 +204,24 @@ class DataModule(LightningDataModule):
         self.load()
         return None if self.collection is None else self.collection.updates
 
-    def begin_at(self, updates: int, saved: Mapping[str, Any] | None, seed: int) -> None:
+    def begin_at(self, updates: int, saved: Mapping[str, Any] | None, seed: int, seeds: tuple[int, ...] = ()) -> None:
         """Say where a run goes on: an offline one begins to collect there, one that collects keeps its beginning.
 
         Args:
             updates: made before.
             saved: :meth:`state_dict` of the checkpoint, if there is one.
             seed: of the run.
+            seeds: of a run of several.
         """
-        if self.online.env_steps:
-            self.load()
-            assert self.collection is not None
-            state, collection = (saved or {}).get("online"), self.collection
-            random = collection.random_steps
-            if state is not None and self.online.random_steps is None:
-                random = state["options"]["random_steps"]
-            if (seed, random) != (collection.seed, collection.random_steps):  # said only now
-                self.seed = collection.seed = seed
-                collection.random_steps = random
-                self.replay = collection.first()
-            if state is not None:
-                self.collection.check_state(state)
-            self.collection.switch = updates if state is None else state["switch"]
-            self.change_from = self.collection.switch
+        if not self.online.env_steps:
+            return
+        self.load()
+        assert self.collection is not None
+        if seeds != self.collection.seeds:  # said only now
+            self.seeds = seeds
+            self._collecting(self.collection.offline).first()
+        self.seed, self.replay = seed, self.collection.begin_at(updates, saved, seed)
+        self.change_from = self.collection.switch
 
     def _hold_out(self, whole: Replay) -> None:
         """Keep some episodes from training; what remains says so in its facts."""
@@ -232,7 +238,6 @@ class DataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         self.load()
         if self.collection is not None and self.collection.rounds:  # as an earlier fit may have left it
-            self.collection.reset()
             self.replay = self.collection.first()
         if self.renewal is not None:  # an earlier fit may have left its own
             self.replay, self.renewal.replay = self.renewal.real, None
@@ -259,7 +264,8 @@ class DataModule(LightningDataModule):
         if self.renewal is not None:
             self.replay = self.renewal.renew(policy, self._versions_folder())
         if self.collection is not None:
-            self.replay = self.collection.collect(policy, self._versions_folder())
+            folder = policy.trainer.strategy.broadcast(str(self._versions_folder()))
+            self.replay = self.collection.collect(policy, Path(folder))
 
     # -- what a checkpoint knows of data that change -------------------------------------------------------------------
 
@@ -273,7 +279,7 @@ class DataModule(LightningDataModule):
         """Version and fingerprint; the data of a changed replay are written beside the checkpoint first."""
         replay = self.load()
         if self.collection is not None:  # its rounds lie on disk
-            return {"version": self.collection.rounds, "online": self.collection.state()}
+            return self.collection.state()
         if self.renewal is not None and self.renewal.replay is not None:
             replay = self.renewal.replay  # the real data do not change
         drawn = {} if self.source == "real" else {"source": self.source}
@@ -313,8 +319,8 @@ class DataModule(LightningDataModule):
                 f"the checkpoint was trained with `data.source` {source!r}, which is {self.source!r} now; expected the "
                 f"same. Pass --data.source {source} and its options, or start a fresh run."
             )
-        if "online" in state_dict:
-            self._take_rounds(state_dict["online"])
+        if "online" in state_dict or "of_seeds" in state_dict:
+            self._take_rounds(state_dict)
             return
         if version == 0:
             return
@@ -334,7 +340,7 @@ class DataModule(LightningDataModule):
             )
         before = getattr(self.trainer, "ckpt_path", None)
         folders = [self._versions_folder(), *([] if before is None else [Path(before).parent.parent / "replay"])]
-        self.replay = self.collection.restore(state, folders) or self.replay
+        self.replay = self.collection.restore(state, folders)
         self.change_from = self.collection.switch
 
     def _stored(self, state: Mapping[str, Any]) -> Replay:

@@ -8,22 +8,25 @@ on.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 
+from offpolicy.data.seed_collections import place_of
 from offpolicy.errors import UsageError
 from offpolicy.files import PLACES, Table, atomic_write, known_folders, numbered_folder
 from offpolicy.given import seeds_text
 from offpolicy.training.checkpoints import newest_checkpoint, opens, read_checkpoint, write_checkpoint
 from offpolicy.training.headlines import judged_by
 from offpolicy.training.run_folder import RunFolder
-from offpolicy.training.slices import checkpoint_of_seed, row_of_seed
+from offpolicy.training.slices import checkpoint_of_seed, of_seed, row_of_seed
 
 LONGEST = 40  # letters of the seeds in the name of a folder
 
@@ -71,9 +74,10 @@ class JointFolder(RunFolder):
         super().keep_settings(config, versions, command)  # first: see `went_on_alone`
         places = {str(seed): _as_seen(part.folder, self.folder) for seed, part in self.parts.items()}
         atomic_write(self.folder / PLACES, json.dumps(places, indent=2) + "\n")
-        together = {**versions, "trained_with_seeds": list(self.parts)}
         for seed, part in self.parts.items():
-            part.keep_settings(config_of_seed(config, seed), together, command)
+            own = {name: of_seed(value, seed) for name, value in versions.items()}
+            own["trained_with_seeds"] = list(self.parts)
+            part.keep_settings(config_of_seed(config, seed), own, command)
 
     def complete(self, method: Any, updates: int) -> None:
         """Make the folder of each seed what it would be, had that seed been trained alone up to this update.
@@ -86,6 +90,7 @@ class JointFolder(RunFolder):
             part.go_back(updates)
             for joint, own in ((self.metrics, part.metrics), (self.evals, part.evals)):
                 own.replace([row_of_seed(row, seed) for row in joint.rows()])
+        share_rounds(self.folder, {seed: part.folder for seed, part in self.parts.items()})
         for path in sorted(self.folder.glob("checkpoints/step=*.ckpt"))[-self.keeping.newest :]:
             absent = [seed for seed, part in self.parts.items() if not opens(part.folder / "checkpoints" / path.name)]
             if absent and opens(path):
@@ -107,13 +112,14 @@ class JointFolder(RunFolder):
     def save(self, trainer: Trainer, pl_module: Any) -> None:
         super().save(trainer, pl_module)
         if trainer.is_global_zero:
-            self._save_parts(pl_module, self.path_of(trainer.global_step), self.parts)
+            self._save_parts(pl_module, self.path_of(trainer.global_step), list(self.parts))
             self._prune(trainer)
 
-    def _save_parts(self, method: Any, path: Path, seeds: Iterable[int]) -> None:
+    def _save_parts(self, method: Any, path: Path, seeds: Sequence[int]) -> None:
         """Write the parts of a joint checkpoint, as it lies on the disk, into the folders of these seeds."""
         joint = read_checkpoint(path)
         stacked = [name for name, _ in method.named_parameters(remove_duplicate=False)]
+        share_rounds(self.folder, {seed: self.parts[seed].folder for seed in seeds})  # before what needs them
         for seed in seeds:
             write_checkpoint(
                 checkpoint_of_seed(joint, seed, stacked), self.parts[seed].folder / "checkpoints" / path.name
@@ -137,6 +143,44 @@ class JointFolder(RunFolder):
         for seed, state in state_dict.get("of_seeds", {}).items():
             if seed in self.parts:
                 self.parts[seed].load_state_dict(state)
+
+
+def parts_of(joint: Path) -> dict[int, Path]:
+    """The folders of the seeds of a joint run that follow from it: without those that went on alone."""
+    return {seed: place for seed, place in known_folders(joint).items() if not went_on_alone(joint, place)}
+
+
+def share_rounds(joint: Path, parts: Mapping[int, Path] | None = None) -> None:
+    """Let what each seed collected, which lies in the joint folder, lie in the folder of that seed too.
+
+    Files are links to the same content where the file system has them, else copies.
+
+    Args:
+        joint: folder of the run.
+        parts: folders of seeds; None for all that follow from it.
+    """
+    for seed, place in (parts_of(joint) if parts is None else parts).items():
+        for source in sorted(place_of(joint / "replay", seed).glob("[!.]*")):
+            target = place / "replay" / source.name
+            if not _is_shared(source, target):
+                shutil.rmtree(target, ignore_errors=True)
+                shutil.copytree(source, target, copy_function=_link)
+
+
+def _is_shared(source: Path, target: Path) -> bool:
+    """Whether a folder of rows is in both places; its last file says so."""
+    try:
+        ours, theirs = ((folder / "meta.json").stat() for folder in (source, target))
+    except OSError:
+        return False
+    return os.path.samestat(ours, theirs) or (ours.st_size, ours.st_mtime_ns) == (theirs.st_size, theirs.st_mtime_ns)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
 
 
 def config_of_seed(config: str, seed: int) -> str:

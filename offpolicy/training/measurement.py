@@ -65,6 +65,9 @@ class Measurement(Callback):
         if not trainer.ckpt_path:
             pl_module.space_evaluations(trainer.max_steps)
 
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.outstanding |= pl_module.evaluates_first  # where it was evaluated already, that row is taken
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if not self.outstanding:
             return

@@ -62,6 +62,7 @@ class Module(LightningModule):
         self.seed: int | None = None
         self.data_meta: dict[str, Any] = {}
         self.data_fingerprint = ""
+        self.data_each: dict[int, tuple[str, dict[str, Any]]] = {}  # of seeds that began with their own
         self.meter: Any = Meter()
         self.run_log = RunLog()  # of the newest fit
         self.words = words()  # whose word the names in its options are
@@ -178,6 +179,11 @@ class Module(LightningModule):
         """What judges the method in training."""
         return HeldOut()
 
+    @property
+    def evaluates_first(self) -> bool:
+        """Whether a run that goes on is evaluated before its first update, if it was not then."""
+        return False
+
     def facts_of_update(self) -> dict[str, float]:
         """Numbers that stand in the row of an evaluation beside its update."""
         return {}
@@ -268,11 +274,17 @@ class Module(LightningModule):
                 "eval_every": self.eval_every,
                 "threads": torch.get_num_threads(),
                 "matmul": self.run.matmul,
-                "data": {"fingerprint": self.data_fingerprint, "meta": self.data_meta},
+                "data": self.data_facts(),
                 "meters": processes.gathered(self.meter.state_dict()),
                 **self.extra_state(),
             }
         )
+
+    def data_facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the data; of several seeds that began with other data each, of those too."""
+        found: dict[str, Any] = {"fingerprint": self.data_fingerprint, "meta": self.data_meta}
+        each = {seed: {"fingerprint": own, "meta": meta} for seed, (own, meta) in self.data_each.items()}
+        return found | ({"of_seeds": each} if each else {})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get(KEY)

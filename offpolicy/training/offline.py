@@ -22,27 +22,31 @@ from offpolicy.compute.devices import Stopwatch
 from offpolicy.compute.memory import keep_freed_memory, peak_memory
 from offpolicy.compute.optim import num_trained
 from offpolicy.data.batches import check_rows
+from offpolicy.data.collection import Collection
 from offpolicy.data.mixing import SHARE
 from offpolicy.data.module import DataModule
-from offpolicy.data.online import Collection
 from offpolicy.data.replay import Replay
+from offpolicy.data.seed_collections import SeedCollections
 from offpolicy.data.sizes import Sizes
 from offpolicy.data.spaces import check_suits
 from offpolicy.data.views import BoundView, TransitionView
 from offpolicy.errors import UsageError, check_range
 from offpolicy.given import refuse_half
 from offpolicy.training import divergence
-from offpolicy.training.acting import ActingModule
+from offpolicy.training.collecting import check_collects
 from offpolicy.training.common import CommonOptions
 from offpolicy.training.compiled import CompiledUpdates, compile_advice
 from offpolicy.training.description import Description, origin
 from offpolicy.training.drawing import Counters, Draw, draw_batches, has_dropout, seed_dropout
 from offpolicy.training.graph import Blocks
+from offpolicy.training.joint_folder import parts_of, share_rounds
 from offpolicy.training.lightning_private import count_updates, save_interval
 from offpolicy.training.measurement import Evaluation
 from offpolicy.training.meter import Metrics
+from offpolicy.training.seed_data import SeedViews, check_alike
+from offpolicy.training.slices import wide_row
 from offpolicy.training.stepping import Rate, SteppingModule
-from offpolicy.training.switching import tell_switch
+from offpolicy.training.switching import switch_words, write_switch
 
 
 def counted(update: Callable[[Any, Any, int], Metrics]) -> Callable[[Any, Any, int], Metrics]:
@@ -138,31 +142,9 @@ class OfflineModule(SteppingModule):
         return replay
 
     def bind_data(self, data: DataModule) -> None:
-        online = data.online
-        if not online.env_steps:
-            return
-        name, size = type(self).__name__, CommonOptions.of(self.hparams).batch_size
-        if type(self).policy is ActingModule.policy or type(self).agent is not ActingModule.agent:
-            raise UsageError(
-                f"{name} gives no action for one observation alone, and data are collected by such actions; expected "
-                "another method. Choose SAC, TD3, IQL or the like."
-            )
-        if not isinstance(self.view, TransitionView):
-            raise UsageError(
-                f"{name} draws {type(self.view).__name__}, and collected data are drawn as single transitions; "
-                "expected a method of transitions. Choose SAC, TD3, IQL or the like."
-            )
-        if online.capacity is not None and online.capacity < size:
-            raise UsageError(
-                f"`data.online.capacity` is {online.capacity:,} rows, and a batch has {size:,}; expected at least as "
-                "many. Raise it, or leave it out."
-            )
-        if online.share is not None and size * online.share + 1e-9 < 1.0:
-            raise UsageError(
-                f"`data.online.mix` is {online.share:g} and `batch_size` {size:,}, so that batches have no offline "
-                "row; expected at least one. Raise one of the two, or pass --data.online.mix none."
-            )
-        data.seed = self.seed or 0
+        if data.online.env_steps:
+            check_collects(self, data.online)
+            data.seed, data.seeds = self.seed or 0, self.seeds
 
     def planned_steps(self, data: DataModule) -> int | None:
         return data.planned_updates()
@@ -171,11 +153,21 @@ class OfflineModule(SteppingModule):
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         collection = getattr(data, "collection", None)
         if collection is not None:
-            collection.save(folder / "replay" / "collected")
+            collection.save(folder / "replay")
+            share_rounds(folder)
+            if collection.switch:
+                for place in (folder, *parts_of(folder).values()):
+                    write_switch(place, collection.switch)
 
     def last_words(self, folder: Path) -> str:
         collection = self._collection
-        return tell_switch(folder, collection.switch) if collection is not None and collection.switch else ""
+        return switch_words(folder, collection.switch) if collection is not None and collection.switch else ""
+
+    @property
+    def evaluates_first(self) -> bool:
+        """Whether an offline run begins to collect now, and is judged as it is before that."""
+        collection = self._collection
+        return collection is not None and 0 < collection.switch == self.trainer.global_step and not collection.rounds
 
     def check_data(self, replay: Replay) -> None:
         """Refuse observations and actions of kinds that the method does not declare to take (DataError)."""
@@ -222,6 +214,11 @@ class OfflineModule(SteppingModule):
         self.plan_rates(self.trainer.max_steps)
         self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self.fit_normalizer(replay)
+        if self.seeds and self._collection is not None:
+            stores = self._collection.stores
+            check_alike(self, [self.select(store) for store in stores])
+            if self._collection.offline is None:  # else they begin with the same
+                self.data_each = {k: (one.fingerprint(), dict(one.meta)) for k, one in zip(self.seeds, stores)}
 
     def fit_normalizer(self, replay: Replay) -> None:
         """Statistics of the rows that training draws."""
@@ -300,13 +297,18 @@ class OfflineModule(SteppingModule):
 
     def bind(self, replay: Replay) -> None:
         """Put the episodes that are trained on where batches are gathered from."""
-        self.bound = self.view.bind(replay, self.normalizer, self.device)
-        if SHARE in replay.meta and self.bound.cumulative is None:
+        bound = self.view.bind(replay, self.normalizer, self.device)
+        if SHARE in replay.meta and bound.cumulative is None:
             raise UsageError(
                 f"{type(self.view).__name__} draws all rows alike; expected a view that keeps the synthetic share. "
                 "Pass `mixture_weights(replay, rows)` to its BoundView, or take --data.synthetic.share 1."
             )
-        self.on_bind(self.bound)
+        self._take_bound(bound)
+
+    def _take_bound(self, bound: BoundView) -> None:
+        """Draw batches from a view from now on."""
+        self.bound = bound
+        self.on_bind(bound)
         self._counters, self._blocks = Counters(self._drawn_seeds(), self.bound.device), Blocks(self)
         self._compiled = CompiledUpdates(self) if self.run.compile == "update" else None
 
@@ -342,18 +344,28 @@ class OfflineModule(SteppingModule):
         replay = self.trainer.datamodule.replay  # type: ignore[attr-defined]
         version = (id(replay), replay.version)
         if self.bound is None or version != self._bound_version:
-            chosen = self.select(replay)
+            several = self._collection.stores if self.seeds and self._collection is not None else []
+            chosen = [self.select(one) for one in several or [replay]]
             if not self._grows(chosen):
-                self.bind(chosen)
+                if several:
+                    self._take_bound(SeedViews([self.view.bind(one, self.normalizer, self.device) for one in chosen]))
+                else:
+                    self.bind(chosen[0])
             self._bound_version = version
 
-    def _grows(self, replay: Replay) -> bool:
-        """Whether what is bound took up what the replay has gained, so that graphs and compiled code stay.
+    @property
+    def has_index(self) -> bool:
+        """Whether the method keeps an index over the data (:meth:`on_bind`)."""
+        return type(self).on_bind is not OfflineModule.on_bind
+
+    def _grows(self, replays: list[Replay]) -> bool:
+        """Whether what is bound took up what the data have gained, so that graphs and compiled code stay.
 
         Not where a method has an index over the data (:meth:`on_bind`).
         """
-        plain = type(self).on_bind is OfflineModule.on_bind
-        return plain and self.bound is not None and self.bound.grow(replay)
+        if self.has_index or self.bound is None:
+            return False
+        return self.bound.grow_each(replays) if isinstance(self.bound, SeedViews) else self.bound.grow(replays[0])
 
     def teardown(self, stage: str) -> None:
         self.restore_settings()
@@ -506,12 +518,12 @@ class OfflineModule(SteppingModule):
         self.log_row({"step": updates, **row}, updates)
 
     @property
-    def _collection(self) -> Collection | None:
+    def _collection(self) -> Collection | SeedCollections | None:
         """What collects data in this run, if anything does."""
         return getattr(self.trainer.datamodule, "collection", None)  # type: ignore[attr-defined]
 
     def facts_of_update(self) -> dict[str, float]:
-        return {} if self._collection is None else {"env/steps": self._collection.steps}
+        return {} if self._collection is None else wide_row(self._collection.counts(), self.seeds)
 
 
 __all__ = ["Draw", "Metrics", "OfflineModule", "Rate", "Sizes"]  # what the file of a method needs

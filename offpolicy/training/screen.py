@@ -177,6 +177,8 @@ def versions(method: Any) -> dict[str, Any]:
     names += ["peft"] if method.has_adapters else []
     threads, matmul = settings_in_use(method)
     env = meta.get("env_id")
+    data = {"name": meta.get("name"), "sha256": meta.get("sha256"), "fingerprint": method.data_fingerprint}
+    each = {seed: {**data, "fingerprint": own} for seed, (own, _) in method.data_each.items()}
     return {
         "offpolicy": __version__,
         "git": git_commit(Path(__file__).parents[1]),
@@ -185,7 +187,7 @@ def versions(method: Any) -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in names},
         "simulator": simulator_version(env) if env else None,
         "score_kind": score_kind(meta),
-        "data": {"name": meta.get("name"), "sha256": meta.get("sha256"), "fingerprint": method.data_fingerprint},
+        "data": data | ({"of_seeds": each} if each else {}),
         "threads": threads,
         "matmul": matmul,
     }

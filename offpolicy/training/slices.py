@@ -30,10 +30,11 @@ def over(name: str, values: Mapping[int, float]) -> dict[str, float]:
 
 
 def wide_row(row: Mapping[str, Any], seeds: tuple[int, ...]) -> dict[str, Any]:
-    """A row of metrics whose lists, one number per seed, are columns."""
+    """A row of metrics whose lists, one number per seed, and mappings, from seeds to numbers, are columns."""
     wide: dict[str, Any] = {}
     for name, value in row.items():
-        wide |= over(name, dict(zip(seeds, value, strict=True))) if isinstance(value, list) else {name: value}
+        each = dict(zip(seeds, value, strict=True)) if isinstance(value, list) else value
+        wide |= over(name, each) if isinstance(each, Mapping) else {name: value}
     return wide
 
 
@@ -71,20 +72,21 @@ def checkpoint_of_seed(checkpoint: Mapping[str, Any], seed: int, stacked: Collec
 
     state = copy.copy(checkpoint["state_dict"])  # with the notes of torch
     state |= {name: state[name][index].clone() for name in stacked if name in state}
+    data = {name: of_seed(found, seed) for name, found in checkpoint.items()}
     held = [name for name in ("optimizer_states",) if name in checkpoint]  # not where it holds weights alone
     optimizers = {name: [{**one, "state": part(one["state"])} for one in checkpoint[name]] for name in held}
-    callbacks = {name: callback_of_seed(found, seed) for name, found in checkpoint.get("callbacks", {}).items()}
+    callbacks = {name: of_seed(found, seed) for name, found in checkpoint.get("callbacks", {}).items()}
     return {
-        **checkpoint,
+        **data,
         "state_dict": state,
         **optimizers,
         "callbacks": callbacks,
-        KEY: {**own, "seeds": (), "seed": seed, "meters": part(own["meters"])},
+        KEY: {**own, "seeds": (), "seed": seed, "data": of_seed(own["data"], seed), "meters": part(own["meters"])},
     }
 
 
-def callback_of_seed(state: Any, seed: int) -> Any:
-    """The state of a callback in the single run of a seed: where it keeps one for each, that one."""
+def of_seed(state: Any, seed: int) -> Any:
+    """A state in the single run of a seed: where there is one for each, that one."""
     each = state.get("of_seeds") if isinstance(state, Mapping) else None
     if each is None:
         return state

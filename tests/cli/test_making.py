@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from toy import Crash
 
 import offpolicy as op
 from offpolicy.cli import making
@@ -106,6 +107,36 @@ def test_the_run_goes_on_and_any_number_of_processes_makes_the_same(
     again = make_simulated(resolve("pendulum-full-replay-made-v0"))
     assert again.fingerprint() == full.fingerprint()
     assert make_simulated(resolve("pendulum-medium-made-v0"), jobs=2).fingerprint() == medium
+
+
+def test_the_mark_is_at_the_same_policy_after_an_interruption(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at update 70, in the middle of a round and before the third evaluation, at which the mark is."""
+    medium, whole = open_source("pendulum-medium-made-v0"), making.fit
+    monkeypatch.setenv("OFFPOLICY_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(making, "fit", lambda *a, callbacks, **k: whole(*a, callbacks=[*callbacks, Crash(70)], **k))
+    with pytest.raises(ZeroDivisionError):
+        make_simulated(resolve("pendulum-medium-made-v0"))
+    monkeypatch.setattr(making, "fit", whole)
+    again = make_simulated(resolve("pendulum-medium-made-v0"))
+    ours, theirs = ({**replay.meta["policies"]["medium"], "checkpoint": ""} for replay in (again, medium))
+    assert ours == theirs and again.fingerprint() == medium.fingerprint()
+
+
+@pytest.mark.slow
+def test_a_set_of_a_v5_environment_of_mujoco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed: uniform actions, the policy of a tiny run, and what that run collected."""
+    pytest.importorskip("mujoco")
+    monkeypatch.setenv("OFFPOLICY_DATA_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # mujoco may write a log
+    names = [f"inverteddoublependulum-{level}-made-v0" for level in ("random", "best", "full-replay")]
+    assert main(["make", *names, "--steps", "300", "--rows", "60"]) == 0
+    for name in names:
+        made = open_source(name)
+        assert made.num_steps >= 60 and made.meta["env_id"] == "InvertedDoublePendulum-v5"
+        assert made.steps["obs"].shape[1] == 9 and made.steps["terminated"].any() and "mujoco" in made.meta["notes"][-1]
+    assert open_source(names[-1]).num_steps == 300
 
 
 def test_levels_of_several_policies_and_of_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

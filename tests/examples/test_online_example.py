@@ -51,3 +51,28 @@ def test_tables_of_runs_that_collect(
     assert rows == [["IQL", "50.0", "20.0", "40.0", "60.0"], ["RLPD", "-", "-", "20.0", "30.0"]]
     assert [words[1] for words in begun[2:]] == ["IQL", "IQL", "SAC"]
     assert begun[-1][begun[-1].index("--model.policy_freq") + 1] == "3"
+
+
+def test_what_must_be_learnt_is_compared_seed_by_seed(
+    example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SAC ends at -150 and -130, above -200; IQL at 70 from 50; RLPD, at -140, equals SAC after 2,000 steps."""
+
+    def fit(*words: str) -> None:
+        folder = Path(words[words.index("--folder" if "--folder" in words else "--ckpt_path") + 1])
+        for seed in range(2):
+            (folder / f"seed{seed}").mkdir(parents=True, exist_ok=True)
+            rows = f"env/steps,eval/return_mean\n2000,{-150 + 20 * seed}\n"
+            (folder / f"seed{seed}" / "evals.csv").write_text(rows)
+            (folder / f"seed{seed}" / "online.json").write_text(json.dumps({"at_switch": 50.0, "last": given["end"]}))
+
+    monkeypatch.setattr(example, "fit", fit)
+    monkeypatch.setattr(sys, "argv", ["online.py", "learns", "--seeds", "2", "--root", str(tmp_path)])
+    given = {"end": 70.0}
+    example.main()
+    rows = [[cell.strip() for cell in row.split("|")][2:6] for row in capsys.readouterr().out.splitlines()[2:]]
+    scores = [["-150.0, -130.0", "-140.0", "-200.0", "yes"], ["70.0, 70.0", "70.0", "50.0", "yes"]]
+    assert rows == [*scores, ["-150.0, -130.0", "-140.0", "-140.0", "yes"]]
+    given = {"end": 40.0}
+    with pytest.raises(SystemExit, match="One of them was not learnt"):
+        example.main()

@@ -40,6 +40,41 @@ gymnasium.register(ENV, Counting, max_episode_steps=6)
 gymnasium.register("CountingOnlineEndless-v0", Counting)
 
 
+class Drifting(Counting):
+    """The number of an episode follows from its seed alone, and the reward from the action too."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=0)
+        self.episode, self.at = int(seed or 0) % 100, np.float32(int(seed or 0) % 7)
+        return np.array([self.at, 0], np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        _, reward, *rest = super().step(action)
+        self.at += action[0]
+        return np.array([self.at, self.t], np.float32), reward - abs(float(self.at)), *rest
+
+
+gymnasium.register("Drifting-v0", Drifting, max_episode_steps=6)
+
+
+class Aim(gymnasium.Env):
+    """One step: the action must be what is observed, and its square error is the loss."""
+
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.at = self.np_random.uniform(-1.0, 1.0, 1).astype(np.float32)
+        return self.at, {}
+
+    def step(self, action: Any) -> Any:
+        return self.at, -float((action[0] - self.at[0]) ** 2), True, False, {}
+
+
+gymnasium.register("Aim-v0", Aim, max_episode_steps=2)
+
+
 class Unbounded(Counting):
     action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 

@@ -11,18 +11,22 @@ Every loss is evaluated from outside in the same four lines, which is how to com
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from plain import assert_same, assert_seeds_equal, made_batch, plain_mlp, ready
 from torch import Tensor, nn
+from toy import toy_replay
 
+import offpolicy as op
 from lightning_modules.bc import BC
 from lightning_modules.td3bc import TD3BC
 from offpolicy.data.sizes import Sizes
 from offpolicy.data.views import Noise, Transitions
 from offpolicy.errors import UsageError
+from offpolicy.training.graph import declares_phase
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8)}
 
@@ -104,6 +108,27 @@ def test_q_term_is_minus_alpha_when_q_is_positive_and_alpha_when_negative() -> N
         method.critic.net.layers[-1].bias.data.fill_(bias)
         loss, metrics = method.actor_loss(batch)
         assert (loss - metrics["bc_loss"]).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_alpha_goes_to_its_end_by_the_same_factor_and_counts_from_where_it_was_asked_to(tmp_path: Path) -> None:
+    """From 2 to 8 in two updates: 2, 4, 8, and 8 from then on; a run with a constant α begins at its first α."""
+    rising: dict[str, Any] = {"alpha": 2.0, "final_alpha": 8.0, "alpha_steps": 2, "batch_size": 16}
+    method: Any = TD3BC(policy_freq=1, **SMALL, **rising).prepare(toy_replay())
+    seen = []
+    for t in range(4):
+        seen.append(float(method.alpha(torch.zeros((), dtype=torch.float64))))
+        method.run_block(t, 1)
+    assert seen == [2.0, 4.0, 8.0, 8.0] and declares_phase(TD3BC)
+
+    given: dict[str, Any] = {"verbose": False, "eval_episodes": 0, "folder": tmp_path}
+    op.fit(TD3BC(batch_size=16, **SMALL), toy_replay(), max_steps=10, **given)
+    for updates in (14, 16):
+        given["ckpt_path"] = tmp_path
+        found: Any = op.fit(TD3BC(**SMALL, **rising), toy_replay(), max_steps=updates, **given).method
+        assert int(found.alpha_updates) == updates - 10
+    assert not hasattr(
+        op.fit(TD3BC(batch_size=16, **SMALL), toy_replay(), max_steps=18, **given).method, "alpha_updates"
+    )
 
 
 def test_alpha_zero_equals_cloning() -> None:
@@ -231,6 +256,9 @@ def test_one_and_three_critics() -> None:
     "options",
     [
         {"alpha": -1.0},
+        {"alpha": 0.0, "final_alpha": 1.0},
+        {"final_alpha": 0.0},
+        {"alpha_steps": 0},
         {"discount": 1.0},
         {"tau": 1.5},
         {"policy_noise": -0.1},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from offpolicy.data.ring import Ring
 from offpolicy.data.views import BoundView
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
-from offpolicy.training.switching import online_measures
+from offpolicy.training.switching import online_measures, switch_words
 
 KINDS: dict[str, dict[str, Any]] = {
     **{kind: {"episodes": kind} for kind in ("cut", "keep", "whole")},
@@ -226,12 +227,17 @@ def test_what_cannot_collect_is_refused(runs: dict[str, op.FitResult], tmp_path:
     data = str(runs["cut"].folder / "replay" / "collected")
     with pytest.raises(UsageError, match="Pendulum-v1 has observations of width 3, and the data of shape"):
         collect(tmp_path / "run", DataModule(data, online=online("Pendulum-v1", round_steps=200)))
+    scored = Replay.load(data)
+    scored.meta = {**scored.meta, "env_id": "Hopper-v4", "score_kind": "d4rl-normalised"}
+    beside = DataModule.of(scored)  # D4RL's reference scores are not those of a newer version
+    beside.online = online("Drifting-v0")
+    with pytest.raises(UsageError, match="is Drifting-v0, and the data are of Hopper-v4, in which they are evaluated"):
+        collect(tmp_path / "run", beside)
     for rows, options in ((69, {}), (74, {"warmup_steps": 5}), (75, {"episodes": "whole"}), (81, {"episodes": "keep"})):
         with pytest.raises(UsageError, match=f"60 offline rows stay beside rounds of 10; expected at least {rows + 1}"):
             collect(tmp_path / "run", DataModule(data, online=online(None, capacity=rows, **options)))
     for method, options, said in (
         (op.DecisionTransformer(), {}, "expected another method"),
-        (op.SAC(), {"seeds": (0, 1)}, "one seed"),
         (op.SAC(), {"max_steps": 7}, "make 40 updates"),
     ):
         with pytest.raises(UsageError, match=said):
@@ -294,6 +300,30 @@ def test_an_offline_run_goes_on_online(
         r"(\d+) at the switch, lowest \1 after it \(dip 0\), mean \1", said
     )  # one episode, always the same
     assert "from update 20 on: 20 steps" in said and "actor 0.0003, constant from here on" in said
+
+
+def test_a_run_without_an_evaluation_at_the_switch_is_evaluated_before_it_collects(
+    runs: dict[str, op.FitResult], tmp_path: Path
+) -> None:
+    """It was stopped between two; what it says of the switch is of that update, whether it tells it or not."""
+    data = str(runs["cut"].folder / "replay" / "collected")
+    small: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 10}
+    with pytest.raises(ZeroDivisionError):
+        stopped: dict[str, Any] = {"max_steps": 30, "save_every": 10, "eval_every": 0, "callbacks": [Crash(12)]}
+        collect(tmp_path, DataModule(data), op.TD3(**small), **stopped)
+    collect(None, DataModule(data, online=online(None, env_steps=20)), op.TD3(**small), ckpt_path=tmp_path)
+    rows = Table(tmp_path / "evals.csv").rows()
+    found = json.loads((tmp_path / "online.json").read_text())
+    assert found["switch"] == found["at_switch_update"] == rows[0]["step"] < rows[1]["step"]
+    assert rows[0]["env/steps"] == 0 and found["at_switch"] == rows[0]["eval/return_mean"]
+
+
+def test_an_evaluation_before_the_switch_is_named(tmp_path: Path) -> None:
+    table = Table(tmp_path / "evals.csv")
+    for step, value in ((5, 60.0), (15, 40.0)):
+        table.append({"step": step, "eval/score": value})
+    assert switch_words(tmp_path, 10).startswith("60 at update 5, the last evaluation before the switch, lowest 40")
+    assert switch_words(tmp_path, 5).startswith("60 at the switch, lowest 40")
 
 
 def test_rlpd_and_the_refinement_of_td3bc_as_documented(runs: dict[str, op.FitResult], tmp_path: Path) -> None:
@@ -367,6 +397,14 @@ def test_measures_of_the_switch() -> None:
         for t, s in ((5, 10), (10, 60), (15, 40), (20, 70), (25, 100))
     ]
     found = online_measures(rows, 10)
-    expected = {"at_switch": 60, "last": 100, "mean": 70, "lowest": 40, "dip": 20, "regret": 0.3}
+    expected = {
+        "at_switch": 60,
+        "at_switch_update": 10,
+        "last": 100,
+        "mean": 70,
+        "lowest": 40,
+        "dip": 20,
+        "regret": 0.3,
+    }
     assert found == pytest.approx(expected)
     assert online_measures(rows, 25) == online_measures([], 10) == {}

@@ -1,0 +1,137 @@
+"""Runs of several seeds that collect their data: each seed is as if it had been alone, and all go on bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from counting import collect, online, scratch
+from test_joint_runs import close
+from toy import Crash, differences, run_files, toy_replay
+
+import offpolicy as op
+from offpolicy.data.module import DataModule
+from offpolicy.data.replay import Replay
+from offpolicy.errors import UsageError
+from offpolicy.files import Table
+from offpolicy.training import run_folder
+from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
+from offpolicy.training.seed_data import check_alike
+
+SEEDS, ENV = (4, 1), "Drifting-v0"
+SHARED = ("perf/collecting_share", "perf/updates_per_s", "perf/peak_memory_mb")
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)
+
+
+def run(root: Path, data: DataModule | None = None, method: Any = None, **options: Any) -> op.FitResult:
+    """In float64, where seeds together round as they do alone but for the last digits."""
+    return collect(None, data or scratch(ENV), method, root=root, precision="64-true", **options)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, but for speeds: rounds by their hash."""
+    checkpoint = read_checkpoint(newest_checkpoint(folder) or "")
+    rows = {name: Table(folder / name).rows() for name in ("metrics.csv", "evals.csv")}
+    for row in rows["metrics.csv"]:
+        assert all(row.pop(name, 0) >= 0 for name in SHARED)
+    rounds = {place.name: Replay.load(place).fingerprint() for place in sorted((folder / "replay").iterdir())}
+    switch = folder / "online.json"
+    return {"rows": rows, "all": checkpoint, "rounds": rounds, "switch": switch.exists() and switch.read_text()}
+
+
+def as_if_alone(joint: op.FitResult, alone: op.FitResult, seed: int) -> None:
+    ours, theirs = contents(joint.folders[seed]), contents(alone.folder)
+    assert ours["rounds"] == theirs["rounds"] and "collected" in ours["rounds"]
+    close(ours, theirs, str(seed))
+    names = [{p.name for p in run.iterdir()} - {"curves.png"} for run in (joint.folders[seed], alone.folder)]
+    assert names[0] == names[1]
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> op.FitResult:
+    return run(tmp_path_factory.mktemp("joint"), scratch(ENV, episodes="keep", envs=2), seeds=SEEDS)
+
+
+def test_every_seed_collects_and_learns_as_if_alone(joint: op.FitResult, tmp_path: Path) -> None:
+    """Its own rounds to the last bit, weights, rows and checkpoints, and files that lie where a single run has them."""
+    assert joint.updates == 40
+    seen = [contents(joint.folders[seed])["rounds"] for seed in SEEDS]
+    assert not set(seen[0].values()) & set(seen[1].values())
+    for seed in SEEDS:
+        as_if_alone(joint, run(tmp_path, scratch(ENV, episodes="keep", envs=2), seed=seed), seed)
+    row = Table(joint.folder / "metrics.csv").rows()[-1]
+    assert row["env/steps"] == row["env/steps_seed1"] == 60 and "env/episodes_seed_std" in row
+
+
+def test_seeds_that_were_stopped_go_on_bit_for_bit(joint: op.FitResult, tmp_path: Path) -> None:
+    """In the middle of a round; one of them then goes on alone."""
+    data: dict[str, Any] = {"episodes": "keep", "envs": 2}
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, scratch(ENV, **data), seeds=SEEDS, callbacks=[Crash(15)], save_every=5)
+    (place,) = tmp_path.glob("*/SAC/seeds*")
+    shutil.rmtree(place.with_name("seed1-1") / "replay")  # as if it was killed before it had written them there
+    again = run(tmp_path, scratch(ENV, **data), ckpt_path=place, save_every=5)
+    for folder, whole in ((place, joint.folder), *((again.folders[k], joint.folders[k]) for k in SEEDS)):
+        ours, theirs = (run_files(part, 40) for part in (folder, whole))
+        assert not differences(ours["state_dict"], theirs["state_dict"]) and ours["metrics"] == theirs["metrics"]
+    for seed in SEEDS:
+        assert contents(again.folders[seed])["rounds"] == contents(joint.folders[seed])["rounds"]
+
+    shutil.rmtree(place / "replay" / "seed1" / "collected")  # as if it was stopped before its last files
+    shutil.rmtree(again.folders[1] / "replay" / "collected")
+    run(tmp_path, scratch(ENV, **data), ckpt_path=place, save_every=5)
+    assert contents(again.folders[1])["rounds"] == contents(joint.folders[1])["rounds"]
+    with pytest.raises(UsageError, match=r"`data.online.envs` is 3, and was 2"):
+        run(tmp_path, scratch(ENV, episodes="keep", envs=3, env_steps=80), ckpt_path=place)
+    alone = run(tmp_path, scratch(ENV, env_steps=80, **data), ckpt_path=again.folders[4])
+    assert alone.folder == again.folders[4] and alone.updates == 60
+    assert sorted(p.name for p in (alone.folder / "replay").iterdir())[-1] == "round-000006"
+
+
+def test_seeds_of_an_offline_run_go_on_online_each_by_itself(joint: op.FitResult, tmp_path: Path) -> None:
+    """Half of each batch is offline; the switch is told of the mean and of each seed."""
+    source = str(joint.folders[4] / "replay" / "collected")
+    small: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 10}
+
+    def both(**options: Any) -> op.FitResult:
+        first = run(tmp_path, DataModule(source), op.TD3BC(**small), max_steps=20, **options)
+        module = DataModule(source, online=online(None, env_steps=20, mix="half"))
+        return run(tmp_path, module, op.TD3BC(**small), ckpt_path=first.folder)
+
+    together = both(seeds=SEEDS)
+    assert together.method.seeds == SEEDS and (together.folder / "online.json").is_file()
+    for seed in SEEDS:
+        as_if_alone(together, both(seed=seed), seed)
+
+
+@pytest.mark.slow
+def test_all_seeds_learn_from_scratch(tmp_path: Path) -> None:
+    """Uniform actions lose 2/3 on average, and an action of 0 a third."""
+    method = op.SAC(hidden_dims=(32, 32), batch_size=64, actor_lr=3e-3, critic_lr=3e-3, entropy_lr=3e-3)
+    data = DataModule("Aim-v0", online=online("Aim-v0", env_steps=1200, round_steps=100, random_steps=200))
+    found = collect(tmp_path, data, method, seeds=range(3), eval_every=0, eval_episodes=20, log_every=500)
+    assert all(found.scores[f"return_mean_seed{seed}"] > -0.15 for seed in range(3)), found.scores
+
+
+def test_what_seeds_cannot_collect_is_refused(joint: op.FitResult, tmp_path: Path) -> None:
+    data = DataModule(str(joint.folders[4] / "replay" / "collected"), online=online(None))
+    small: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 10}
+    for module, method, said in (
+        (data, op.PRDC(**small), r"`seeds` is 4,1, each with data that it collects, and PRDC keeps one index"),
+        (scratch(ENV), op.SAC(normalize_obs=True, **small), "whose statistics differ"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            run(tmp_path / "runs", module, method, seeds=SEEDS)
+    several: Any = op.TD3(**small)
+    several.seeds = SEEDS
+    replays = [toy_replay(lengths, env_id=None, max_episode_steps=None) for lengths in ((3, 3), (3, 4))]
+    several.prepare(replays[0])
+    check_alike(several, replays[:1] * 2)
+    with pytest.raises(UsageError, match="have 3 and other numbers of steps; expected a limit"):
+        check_alike(several, replays)
