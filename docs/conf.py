@@ -1,4 +1,4 @@
-"""How Sphinx builds the site: ``python -m sphinx -W --keep-going -b html docs site`` (extra ``docs``), offline."""
+"""How Sphinx builds the site: ``python docs/build.py`` (extra ``docs``), offline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ extensions = [
     "made_pages",
     "method_links",
 ]
-exclude_patterns = ["_ext", "_static"]
+templates_path = ["_templates"]
+exclude_patterns = ["_ext", "_static", "_templates"]
 default_role = "code"
 
 myst_enable_extensions = ["dollarmath"]
@@ -42,9 +43,11 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 
 html_theme = "furo"
-html_title = f"offpolicy {version}"
+html_title = "offpolicy"  # the version stands in the sidebar
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
+parts = ("brand", "versions", "search", "scroll-start", "navigation", "scroll-end")
+html_sidebars = {"**": [f"sidebar/{part}.html" for part in parts]}

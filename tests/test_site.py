@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,46 @@ def test_docstrings_keep_their_formulas_tables_and_lists(monkeypatch: pytest.Mon
     assert "Differs:\n\n- in this;\n- in that." in made
 
 
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    monkeypatch.delitem(sys.modules, "build", raising=False)
+    return importlib.import_module("build")
+
+
+def put_versions(folder: Path, pages: dict[str, list[str]]) -> None:
+    """Sites of versions that are nothing but the version of each page, as the sidebar has it."""
+    for version, names in pages.items():
+        for name in names:
+            page = folder / version / name
+            page.parent.mkdir(parents=True, exist_ok=True)
+            root = "../" * name.count("/") or "./"
+            page.write_text(
+                f'<html data-content_root="{root}"><div class="site-version" data-version="{version}" '
+                f'data-page="{name}">version {version}</div><script src="{root}../versions.js"></script>'
+                f'<script src="{(ROOT / "docs" / "_static" / "versions.js").as_uri()}"></script>'
+            )
+        (folder / version / "objects.inv").touch()
+
+
+def test_versions_stand_beside_each_other(build: object, tmp_path: Path) -> None:
+    pages = ["index.html", "methods/iql.html"]
+    put_versions(tmp_path, {"0.9.0": pages[:1], "0.10.0": pages, "0.11.0rc1": pages})
+    build.name_versions(tmp_path)  # type: ignore[attr-defined]
+    made = json.loads((tmp_path / "versions.js").read_text().removeprefix("const siteVersions = ").rstrip(";\n"))
+    assert [(row["version"], row["names"]) for row in made] == [
+        ("0.11.0rc1", ["latest"]),
+        ("0.10.0", ["stable"]),
+        ("0.9.0", []),
+    ]
+    assert [row["pages"] for row in made] == [pages, pages, pages[:1]]
+    assert (tmp_path / "latest" / "methods" / "iql.html").resolve().parts[-3] == "0.11.0rc1"
+    assert (tmp_path / "stable").resolve().name == "0.10.0"
+    assert "url=stable/index.html" in (tmp_path / "index.html").read_text()
+    build.name_versions(tmp_path)  # type: ignore[attr-defined]  # the names are none of the versions
+    assert len(build.built_versions(tmp_path)) == 3  # type: ignore[attr-defined]
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site: that of CI where it built one, else it is built with warnings as errors."""
@@ -79,12 +120,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if missing:
         pytest.skip(f"the site is not built here, as {', '.join(missing)} is not installed (extra `docs`)")
     out = tmp_path_factory.mktemp("site")
-    done = run_python(
-        *("-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", out / "read", ROOT / "docs", out / "site"),
-        timeout=230,
-    )
+    done = run_python(ROOT / "docs" / "build.py", "--out", out, timeout=230)
     assert done.returncode == 0, done.stderr[-4000:]
-    return out / "site"
+    return out / "latest"
 
 
 @pytest.mark.slow
@@ -97,7 +135,34 @@ def test_pages_are_complete_and_need_no_network(site: Path) -> None:
         loaded = re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="(https?:[^"]+)"', text)
         assert not loaded, f"{page.name} loads {loaded}"
         assert not [one for one in re.findall(r"<math.*?</math>", text, re.DOTALL) if "\\" in one], page.name
+        assert 'class="site-version"' in text and text.count("/versions.js") == 2, page.name
     assert "searchindex.js" in {path.name for path in site.iterdir()}
+
+
+def look_at(page: Path, profile: Path, width: int = 1280) -> subprocess.CompletedProcess[str]:
+    """Open a file in Chromium; its standard output is the page after its scripts."""
+    command = [str(CHROME), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+    command += ["--enable-logging=stderr", f"--window-size={width},900", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROME is None, reason="no Chromium is installed here, so the list of versions is not looked at")
+def test_list_of_versions_in_a_browser(build: object, tmp_path: Path) -> None:
+    """It leads to the same page of another version, to its front page where that has none, and is text when alone."""
+    out = tmp_path / "site"
+    put_versions(out, {"0.1.0": ["index.html"], "0.2.0": ["index.html", "methods/iql.html"]})
+    build.name_versions(out)  # type: ignore[attr-defined]
+    for folder in ("0.2.0", "latest"):
+        shown = look_at(out / folder / "methods" / "iql.html", tmp_path / "profile")
+        options = re.findall(r'<option value="file://([^"]+)">([^<]+)</option>', shown.stdout)
+        assert options == [
+            (str(out / "0.2.0" / "methods" / "iql.html"), "0.2.0 (latest) (stable)"),
+            (str(out / "0.1.0" / "index.html"), "0.1.0"),
+        ], shown.stderr[-2000:]
+    (out / "versions.js").unlink()
+    shown = look_at(out / "0.2.0" / "index.html", tmp_path / "profile")
+    assert "<select" not in shown.stdout and "version 0.2.0" in shown.stdout
 
 
 @pytest.mark.slow
@@ -109,10 +174,8 @@ def test_site_in_a_browser(site: Path, page: str, width: int, tmp_path: Path) ->
     path = site / f"{page}.html"
     probe = path.with_name(f"probe-{path.stem}-{width}.html")
     probe.write_text(path.read_text().replace("<head>", "<head>" + PROBE, 1))
-    command = [str(CHROME), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
-    command += ["--enable-logging=stderr", f"--window-size={width},900", "--dump-dom", probe.as_uri()]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = look_at(probe, tmp_path, width)
     finally:
         probe.unlink()
     title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
