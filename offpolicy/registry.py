@@ -127,7 +127,11 @@ def import_callable(path: str, option: str, kind: Callable[[Any], bool] | None =
     module, attribute = _imported(path.replace(":", "."), option, "package.module.function")
     found = getattr(module, attribute, None)
     if found is None:
-        raise UsageError(f"`{option}` is '{path}', but {module.__name__} has no '{attribute}'; expected a function.")
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise UsageError(
+            f"`{option}` is '{path}', but {module.__name__} has no '{attribute}'; expected a function."
+            f"{nearest(attribute, names)}"
+        )
     if not callable(found):
         raise UsageError(f"`{option}` is '{path}', a {type(found).__name__}; expected a function.")
     check_found(path, found, option, kind)

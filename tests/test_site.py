@@ -157,7 +157,7 @@ def test_list_of_versions_in_a_browser(build: object, tmp_path: Path) -> None:
         shown = look_at(out / folder / "methods" / "iql.html", tmp_path / "profile")
         options = re.findall(r'<option value="file://([^"]+)">([^<]+)</option>', shown.stdout)
         assert options == [
-            (str(out / "0.2.0" / "methods" / "iql.html"), "0.2.0 (latest) (stable)"),
+            (str(out / "0.2.0" / "methods" / "iql.html"), "0.2.0 (latest, stable)"),
             (str(out / "0.1.0" / "index.html"), "0.1.0"),
         ], shown.stderr[-2000:]
     (out / "versions.js").unlink()

@@ -14,6 +14,7 @@ from offpolicy.cli.help import options_of
 from offpolicy.losses import policy_gradient
 from offpolicy.losses.components import COMPONENTS
 from offpolicy.losses.variants import VARIANTS
+from offpolicy.losses.variants.choosing import spec_words
 
 
 def pages() -> dict[str, str]:
@@ -57,7 +58,7 @@ def variants() -> str:
         paper = (
             f"`{one.paper} <https://arxiv.org/abs/{one.paper}>`__" if one.paper[:4].isdigit() else escaped(one.paper)
         )
-        parts = ", ".join(f"``{slot}: {spec}``" for slot, spec in one.parts.items())
+        parts = ", ".join(f"{slot} ``{spec_words(spec) or 'none'}``" for slot, spec in one.parts.items())
         told = "; ".join(part for part in (one.differs, one.unverified and f"unverified: {one.unverified}") if part)
         rows.append(
             [f"``{one.name}``", escaped(one.title), paper, escaped(one.formula), parts, one.tested, escaped(told)]

@@ -7,7 +7,7 @@ if (typeof siteVersions !== "undefined") {
   const list = document.createElement("select");
   list.setAttribute("aria-label", "version of this documentation");
   for (const row of siteVersions) {
-    const label = [row.version, ...row.names.map(name => `(${name})`)].join(" ");
+    const label = row.version + (row.names.length ? ` (${row.names.join(", ")})` : "");
     const target = new URL(`${row.version}/${row.pages.includes(page) ? page : "index.html"}`, root);
     list.add(new Option(label, target.href, false, row.version === version));
   }

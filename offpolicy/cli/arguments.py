@@ -48,7 +48,7 @@ usage: python -m offpolicy.fit [--model NAME] [--data NAME|FILE] [options]
   --model NAME          method: {methods}, or an import path package.module.Class
   --data NAME|FILE      known data set, or .hdf5, .npz or folder    (pendulum-stitch-v0)
                         for language models: .jsonl, .json, .parquet, .arrow, folder or hub id
-  --model.policy DIR    the language model to tune: folder or hub id, for DPO and its kin
+  --model.policy DIR    the language model to tune: folder or hub id, for DPO and its relatives
   --trainer.max_steps N updates to train in all                     ({steps})
   --seed_everything N   seed                                        (0)
   --seeds 0..7          several, trained at once; also 0,3,5; each gets a run folder of its own

@@ -6,6 +6,7 @@ DOCS = "https://github.com/offpolicy/offpolicy/blob/main/docs/"
 TOPICS = {  # part of a message → heading of docs/faq.md, as links name it
     "does not say whether the environment ended an episode": "which-kind-of-end",
     "keys of D4RL (observations, actions, rewards, terminals) or ours": "columns-with-other-names",
+    "Steps of control in such a table are read in Python": "steps-in-a-csv-file",
     "the columns have unequal lengths": "unequal-lengths",
     "values other than 0 and 1 (first at row": "flags-that-are-no-flags",
     "would take for real numbers; expected float actions": "discrete-actions",

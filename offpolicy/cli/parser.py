@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -23,6 +24,8 @@ from lightning.pytorch.cli import LightningCLI
 from offpolicy import api
 from offpolicy.cli.arguments import EPOCHS, LEAST_STEPS, MAX_STEPS, Command, check_options, nested, whole_text
 from offpolicy.data.module import DataModule
+from offpolicy.data.names import TABLES, file_type
+from offpolicy.data.raw import IN_A_TABLE
 from offpolicy.errors import DataError, UsageError, check_choice
 from offpolicy.given import is_whole_type, seed_number
 from offpolicy.registry import import_class
@@ -330,7 +333,12 @@ def check_kind(command: Command, method: type[Module]) -> None:
         return
     name, data = method.__name__, command.settings["data.name"]
     if command.texts:
-        raise UsageError(f"{name} is a control method and {data} holds texts; expected steps. Choose DPO or the like.")
+        table = file_type(Path(data)).removesuffix(".gz") in TABLES
+        raise UsageError(
+            f"{name} is a control method and {data} is read as texts; expected steps. "
+            + (f"{IN_A_TABLE} " if table else "")
+            + "For texts choose a method of language models, such as DPO."
+        )
     raise UsageError(
         f"{name} tunes a language model on texts"
         + (f", which {data} does not hold" if command.data_given else " and needs --data")
@@ -376,8 +384,11 @@ def one_sentence(message: str, known: Mapping[str, Mapping[str, str | None]]) ->
         details = [text.strip(" -") for text in message.splitlines() if text.strip() and not plain.search(text)]
         return f"--{key} cannot be used: {' '.join(details)}"
     value = next((text for text in found[0] if text), "")
+    one = re.match(r"(list|tuple)\[", expected) and not value.startswith(("[", "("))
+    listed = f" A list is written in brackets: --{key} '[{value}]'." if one else ""
     expected = PLAINLY.get(key, expected)
-    return f"--{key} is '{value}'; expected {expected}. See --{'model.help' if group == 'model' else 'help=all'}."
+    help_ = "model.help" if group == "model" else "help=all"
+    return f"--{key} is '{value}'; expected {expected}.{listed} See --{help_}."
 
 
 def unmade(error: Exception) -> str:

@@ -35,9 +35,14 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # parse_args comes here too
         given = list(sys.argv[1:] if args is None else args)
         refuse_empty(given)
-        found, rest = super().parse_known_args([spelled(word) for word in given], namespace)
+        found, rest = super().parse_known_args([self._by_own_name(spelled(word)) for word in given], namespace)
         tidy(found.__dict__, {})
         return found, rest
+
+    def _by_own_name(self, word: str) -> str:
+        """``--data.columns``, as `fit` and messages name it, is ``--columns`` here; other words are as they are."""
+        own = re.sub(r"^--data\.", "--", word)
+        return own if own.partition("=")[0] in self._option_string_actions else word
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = self.parse_known_args(args, namespace)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from offpolicy.cli.pages import page_for
 from offpolicy.cli.reader import Parser
 from offpolicy.data.guard import read_json
 from offpolicy.data.names import Target, describe, known_names, resolve
@@ -389,6 +390,8 @@ def _write_fault(error: OSError) -> str:
 
 def _fail(code: int, message: object) -> int:
     print(f"error: {message}", file=sys.stderr)
+    if more := page_for(str(message)):
+        print(f"More: {more}", file=sys.stderr)
     return code
 
 

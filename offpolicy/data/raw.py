@@ -27,6 +27,11 @@ ALIASES = {  # our column → the names it goes by
     "next_obs": ("next_obs", "next_observations"),
     "valid_td": ("valid_td",),
 }
+# what to do with a CSV file of steps, as part of a message
+IN_A_TABLE = (
+    "Steps of control in such a table are read in Python: put columns side by side as obs (N, O) and action (N, A), "
+    "and write numpy.savez('steps.npz', obs=…, action=…, reward=…, terminated=…, episode_end=…)."
+)
 
 
 @dataclass
@@ -105,7 +110,11 @@ def check_structure(
             f"{where} has no {' or '.join(f'`{NAMES[m][1]}`' for m in missing)}; it has {listing}. Expected the "
             "keys of D4RL (observations, actions, rewards, terminals) or ours (obs, action, reward, terminated). "
             "Rename the keys"
-            + (", or add rewards: for cloning and goals zeros will do." if missing == ["reward"] else ".")
+            + (
+                ", or add rewards: for cloning and goals zeros will do."
+                if missing == ["reward"]
+                else ", or pass offpolicy.load_data a dict with the arrays under these names."
+            )
         )
     scalars = [keys[name] for name in keys if len(shapes[keys[name]]) == 0]
     lengths = {key: shapes[key][0] for key in keys.values() if shapes[key]}

@@ -62,7 +62,7 @@ class Judge:
 
     Args:
         real: the data that are imitated.
-        policy: a trained method whose law of actions is asked; None leaves the likelihood out.
+        policy: a trained method whose distribution of actions is asked; None leaves the likelihood out.
         rows: of each set, at most, the same whenever the set is.
         novelty_rows: of them, for the search of neighbours; None for all, 0 for none.
 
@@ -279,11 +279,11 @@ def compare(
     Args:
         real: the data that are imitated.
         synthetic: sets by name, or sets that name themselves.
-        policy: a trained method whose law of actions is asked; None leaves the likelihood out.
+        policy: a trained method whose distribution of actions is asked; None leaves the likelihood out.
         rows: of each set, at most, for likelihood, dynamics and novelty; quantiles take all.
 
     Raises:
-        UsageError: a policy of other sizes, or without a law of actions.  DataError: sets of other sizes.
+        UsageError: a policy of other sizes, or without a distribution of actions.  DataError: sets of other sizes.
     """
     named = (
         dict(synthetic) if isinstance(synthetic, Mapping) else {_name(one, i): one for i, one in enumerate(synthetic)}

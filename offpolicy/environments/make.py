@@ -43,7 +43,10 @@ def make_environment(meta: Mapping[str, Any]) -> Any:
         text = environment_refusal(meta[REFUSED])
         raise NoEnvironment(f"{text[0].upper()}{text[1:]}.")
     if not env_id:
-        raise NoEnvironment("The data name no environment (`env_id`): returns and scores are not measured.")
+        raise NoEnvironment(
+            "The data name no environment, and no --data.env_id (`module:Id` of your own) does: returns and scores are "
+            "not measured."
+        )
     if not isinstance(env_id, str):
         raise UsageError(
             f"`env_id` is an object ({type(env_id).__name__}); expected the id of an environment, which runs can keep. "

@@ -97,7 +97,7 @@ class PreferenceModule(LanguageModule):
             scores: :class:`PairScores`, :class:`SingleScores` or :class:`GroupScores` of
                 :mod:`offpolicy.losses.scores`.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define loss(scores).")
+        raise UsageError(f"{type(self).__name__} must define loss(scores).")
 
     def texts_of(self, replay: Replay) -> BoundTexts:
         """The rows that the method learns from, in a replay.

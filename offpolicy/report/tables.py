@@ -148,7 +148,8 @@ def _unlike(found: Comparison) -> list[str]:
             notes.append(f"{method}: {counts[0]} to {counts[-1]} seeds by task; aggregates take {counts[0]} of each.")
     few = [cell for cell in found.cells.values() if len(cell.values) < FEWEST]
     if few:
-        notes.append(f"{len(few)} cells have fewer than {FEWEST} seeds: their values are shown and no interval.")
+        cells = "1 cell has" if len(few) == 1 else f"{len(few)} cells have"
+        notes.append(f"{cells} fewer than {FEWEST} seeds: the values are shown and no interval.")
     return notes
 
 

@@ -35,11 +35,11 @@ class ActingModule(Module):
 
     def build(self, sizes: Sizes) -> None:
         """Make the networks. Called once, before training or when a checkpoint is opened without data."""
-        raise NotImplementedError(f"{type(self).__name__} must define build(sizes) and make its networks there.")
+        raise UsageError(f"{type(self).__name__} must define build(sizes) and make its networks there.")
 
     def policy(self, obs: Tensor) -> Tensor:
         """Deterministic action in [-1, 1] for normalised observations: (…, B, O) → (…, B, A)."""
-        raise NotImplementedError(f"{type(self).__name__} must define policy(obs), used by act() and evaluation.")
+        raise UsageError(f"{type(self).__name__} must define policy(obs), used by act() and evaluation.")
 
     def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
         """log π(a|s), nats, (B,), of actions (B, A) in [-1, 1] for normalised observations (B, O).

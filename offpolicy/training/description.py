@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+EVALUATE = "python -m offpolicy.evaluate {folder}"
+EXPORT = "python -m offpolicy.export {folder} policy.pt2"  # where no environment is known
+
 
 @dataclass(frozen=True)
 class Description:
@@ -25,7 +28,7 @@ class Description:
     evaluates: str = ""
     notes: Sequence[str] = ()
     samples: str = ""
-    look: str = "python -m offpolicy.evaluate {folder}"
+    look: str = EVALUATE
 
 
 def origin(meta: Mapping[str, Any]) -> str:

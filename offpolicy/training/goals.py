@@ -66,7 +66,7 @@ class GoalModule(OfflineModule):
     def goal_policy(self, obs: Tensor, goal: Tensor, perturb: Perturb) -> Tensor:
         """Action (…, B, A) for normalised obs and goal (…, B, O); ``perturb`` adds the noise of the temperature to the
         mean of every Gaussian on the way and may return it as it is."""
-        raise NotImplementedError(f"{type(self).__name__} must define goal_policy(obs, goal, perturb).")
+        raise UsageError(f"{type(self).__name__} must define goal_policy(obs, goal, perturb).")
 
     def values(self, obs: Tensor, goal: Tensor) -> dict[str, Tensor]:
         """Values (…, B) of normalised obs and goal (…, B, O) by name: "value", or "low" and "high"."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.compute.torch_private import foreach_add_, foreach_zero_
+from offpolicy.errors import UsageError
 
 Metrics = dict[str, Any]  # (B,) or one number per seed each; of language methods also means over tokens
 
@@ -25,7 +26,16 @@ class Meter:
 
     @torch.no_grad()  # a metric that was not detached must not keep the graphs of all updates
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Take the metrics of one update."""
+        """Take the metrics of one update.
+
+        Raises:
+            UsageError: the first are no mapping.
+        """
+        if not self.sums and not isinstance(metrics, Mapping):
+            raise UsageError(
+                f"`update` returned {type(metrics).__name__}; expected a dict of metrics by name. Write, as the last "
+                "line, return {'loss': loss.detach()}."
+            )
         new = [name for name in metrics if name not in self.sums]
         for name in new:
             self.sums[name] = torch.zeros_like(metrics[name], dtype=torch.float32)

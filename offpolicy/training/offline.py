@@ -33,10 +33,11 @@ from offpolicy.data.views import BoundView, TransitionView
 from offpolicy.errors import UsageError, check_range
 from offpolicy.given import refuse_half
 from offpolicy.training import divergence
+from offpolicy.training.acting import ActingModule
 from offpolicy.training.collecting import check_collects
 from offpolicy.training.common import CommonOptions
 from offpolicy.training.compiled import CompiledUpdates, compile_advice
-from offpolicy.training.description import Description, origin
+from offpolicy.training.description import EVALUATE, EXPORT, Description, origin
 from offpolicy.training.drawing import Counters, Draw, draw_batches, has_dropout, seed_dropout
 from offpolicy.training.graph import Blocks
 from offpolicy.training.joint_folder import parts_of, share_rounds
@@ -123,7 +124,7 @@ class OfflineModule(SteppingModule):
             UsageError: called from outside of training, and there are no networks, optimisers or noise yet, or a field
                 of the batch has another number of axes than it should.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define update(batch, step).")
+        raise UsageError(f"{type(self).__name__} must define update(batch, step).")
 
     def phase(self, step: int) -> Hashable:
         """What the Python of :meth:`update` decides by ``step``: updates of equal phases do the same operations.
@@ -413,8 +414,9 @@ class OfflineModule(SteppingModule):
                 *([] if self._compiled is None else [("compile", self._compiled.fact())]),
             ],
             batch=batch,
-            evaluates=f"{episodes} episodes of {env}{each}" if episodes and env else "",
+            evaluates=f"{episodes} episode{'s' * (episodes != 1)} of {env}{each}" if episodes and env else "",
             notes=compile_advice(self, self.trainer.max_steps - self.updates),
+            look=EVALUATE if env or type(self).policy is ActingModule.policy else EXPORT,
         )
 
     def _facts_of_rates(self) -> list[tuple[str, str]]:

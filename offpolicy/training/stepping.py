@@ -61,7 +61,7 @@ class SteppingModule(ActingModule):
 
     def learning_rates(self) -> dict[str, Rate]:
         """What is trained: name of a network or parameter of this module → its rate, or a function of the update."""
-        raise NotImplementedError(f"{type(self).__name__} must define learning_rates(), e.g. {{'actor': 3e-4}}.")
+        raise UsageError(f"{type(self).__name__} must define learning_rates(), e.g. {{'actor': 3e-4}}.")
 
     def make_optimizer(self, name: str, params: list[Tensor]) -> FusedAdam:
         """The optimiser of one name: Adam (0.9, 0.999, 1e-8) by default."""

@@ -126,7 +126,10 @@ def run(*argv: str) -> Path:
         (["TD3BC"], ["found 'TD3BC'", "--name VALUE"]),
         (["--model.alpha", "high"], ["--model.alpha is 'high'; expected float"]),
         (["--model.policy_freq", "1.5"], ["--model.policy_freq is '1.5'; expected int"]),
-        (["--model.hidden_dims", "64"], ["--model.hidden_dims is '64'; expected tuple[int, ...]"]),
+        (
+            ["--model.hidden_dims", "64"],
+            ["is '64'; expected tuple[int, ...]. A list is written in brackets: --model.hidden_dims '[64]'."],
+        ),
         (["--run.block", "many"], ["--run.block is 'many'; expected int"]),
         (["--data.download", "maybe"], ["--data.download is 'maybe'; expected bool"]),
         (["--trainer.precision", "17"], ["--trainer.precision is '17'", "'bf16-mixed'"]),

@@ -186,7 +186,7 @@ def test_a_run_and_its_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[
     method = offpolicy.OTA(hidden_dims=(8, 8), batch_size=8, subgoal_steps=5)
     run = offpolicy.fit(method, data, max_steps=3, folder=tmp_path / "run", eval_every=0, eval_episodes=1)
     out = capsys.readouterr().out
-    assert "1 episodes of pointmaze-medium-v0 for each of 5 goals" in out and "success: last" in out
+    assert "1 episode of pointmaze-medium-v0 for each of 5 goals" in out and "success: last" in out
     for key in ("success_mean", "success_task5", "score", "order_consistency/low", "order_consistency/high"):
         assert 0.0 <= run.scores[key] <= 100.0
     assert method.eval_row["score_kind"].startswith("ogbench-success")

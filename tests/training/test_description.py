@@ -49,3 +49,8 @@ def test_a_control_method_tells_data_sizes_batch_and_evaluation() -> None:
     assert dict(found.facts)["sizes"] == "observation 3, action 1, 113 parameters"
     module.run.eval_episodes = 2
     assert module.describe().evaluates == "2 episodes of Pendulum-v1"
+    assert module.describe().look == "python -m offpolicy.evaluate {folder}"
+    module.run.eval_episodes = 1
+    assert module.describe().evaluates == "1 episode of Pendulum-v1"
+    module.data_meta = {**module.data_meta, "env_id": None}  # there is nothing to evaluate in
+    assert module.describe().look == "python -m offpolicy.export {folder} policy.pt2"

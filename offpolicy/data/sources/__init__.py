@@ -12,6 +12,7 @@ from typing import Any
 
 from offpolicy.data.guard import faults
 from offpolicy.data.names import TABLES, Target, file_type, resolve
+from offpolicy.data.raw import IN_A_TABLE
 from offpolicy.data.recheck import recheck
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.arrays import environment, from_arrays
@@ -108,10 +109,10 @@ def _open(
     if target.kind == "language":
         table = target.path is not None and file_type(target.path).removesuffix(".gz") in TABLES
         what = "a table of text" if table else "language data (prompts or preference pairs)"
-        save = "Save its columns of numbers with numpy.savez (obs, action, …). " if table else ""
+        save = f"{IN_A_TABLE} " if table else ""
         raise UsageError(
-            f"{target.path} is {what}; expected control data: .hdf5, .npz, or a folder. {save}Choose a method for "
-            "language models (DPO, SimPO, SFT), or other data."
+            f"{target.path} is {what}; expected control data: .hdf5, .npz, or a folder. {save}For texts choose a "
+            "method of language models (DPO, SimPO, SFT), else give other data."
         )
     own_environment = env_id is not None or max_episode_steps is not None
     if own_environment and target.kind not in ("hdf5", "npz", "replay"):

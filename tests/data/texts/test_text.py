@@ -609,7 +609,7 @@ def test_names_of_the_hub_are_for_language_alone(tmp_path: Path, monkeypatch: py
         resolve("data/pairs.jsonl", language=True)
     assert resolve("hopper-medium-v2", language=True).kind == "d4rl"
     write(tmp_path, [pair()])
-    with pytest.raises(UsageError, match=r"expected control data.*Choose a method for language models"):
+    with pytest.raises(UsageError, match=r"expected control data.*For texts choose a method of language models"):
         open_source("pairs.jsonl")
     with pytest.raises(DataError, match="pendulum-stitch-v0 holds control data without pairs or answers"):
         open_texts("pendulum-stitch-v0", tokenizer=made_tokenizer())

@@ -179,6 +179,11 @@ def test_tables_hold_conversations_lists_and_labels_as_text(tmp_path: Path) -> N
         ('prompt,chosen,rejected\na,"b"b,c\n', "line 2 is no row of a table"),
         ('prompt,chosen,rejected\na,"b,c\n', "line 2 is no row of a table"),
         ("prompt,prompt,rejected\na,b,c\n", "has the column 'prompt' twice"),
+        (
+            "x,push,reward\n-1e-3,2,.5\n",
+            "has the columns x, push, reward, all of numbers; expected texts. Steps of",
+        ),
+        ("x,note\n1,good\n", "has the columns x, note; expected chosen and rejected (pairs)"),
         ("prompt,chosen,rejected\na,,c\n", "`chosen` has no text in 1 row (first: row 0"),
     ],
 )

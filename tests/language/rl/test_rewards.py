@@ -66,6 +66,7 @@ def test_verifier_by_name_and_path(tmp_path, monkeypatch) -> None:
         ("final-number", "Did you mean 'final_number'"),
         ("no_such_module.f", "no module 'no_such_module'"),
         ("own_verifier.long", "no 'long'"),
+        ("own_verifier.shrt", "no 'shrt'; expected a function. Did you mean 'short'?"),
         ("own_verifier.__name__", "expected a function"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from offpolicy.data.raw import IN_A_TABLE
 from offpolicy.data.texts.formats.columns import (
     NAMES,
     WORDS,
@@ -58,6 +59,10 @@ def detect(source: Source, columns: Mapping[str, str | None] | None = None) -> F
 def _kind(source: Source, found: Mapping[str, str]) -> AnswerKind:
     """The kind of answers, whose columns are all there."""
     kind = next((one for one in KINDS if one.fits(found)), None)
+    if kind is None and _holds_numbers_alone(source):
+        raise DataError(
+            f"{source.where} has the columns {listing(source.names)}, all of numbers; expected texts. {IN_A_TABLE}"
+        )
     if kind is None:
         raise DataError(
             f"{source.where} has the columns {listing(source.names)}; expected {EXPECTED}."
@@ -68,6 +73,22 @@ def _kind(source: Source, found: Mapping[str, str]) -> AnswerKind:
         if name not in found:
             raise DataError(missing_column(source, name))
     return kind
+
+
+def _holds_numbers_alone(source: Source) -> bool:
+    """Whether the first row has a number in every column, as text too."""
+    firsts = [next(iter(source.column(name)), None) for name in source.names]
+    return bool(firsts) and all(_is_number(value) for value in firsts)
+
+
+def _is_number(value: object) -> bool:
+    if not isinstance(value, str):
+        return isinstance(value, (int, float))
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _style_of_answers(source: Source, found: Mapping[str, str], types: Mapping[str, str], kind: AnswerKind) -> str:
