@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from offpolicy.data.texts.sequences import Pairs, Ragged, Singles
 from offpolicy.errors import UsageError
 from offpolicy.language.attention import attention_inputs, shares_prompt, take_packed
-from offpolicy.language.last_layer import gradient_norms
+from offpolicy.language.last_layer import gradient_norms, policy_shift
 from offpolicy.language.layout import Layout, pair_layout, single_layout
 from offpolicy.language.logprobs import plain_logits, token_divergence, token_logps
 from offpolicy.language.nucleus import nucleus_entropy
@@ -143,6 +143,9 @@ class TokenScores(NamedTuple):
         top_logp: log-probability of the likeliest token, (n,), without gradient; None unless asked for.
         mean_logp: mean log-probability over the vocabulary, (n,), likewise.
         nucleus_entropy: of the likeliest tokens of a share, (n,), with gradient; None unless asked for.
+        shift: what a move of the output layer does to the log-probabilities to first order, (n,), without gradient;
+            None unless asked for.
+        shift_variance: twice the divergence that it makes at each place to second order, (n,), likewise.
         head_norm: norm of the gradient of each answer's log-probability by the output layer, (A,), without gradient;
             None unless asked for.
     """
@@ -155,6 +158,8 @@ class TokenScores(NamedTuple):
     mean_logp: Tensor | None = None
     nucleus_entropy: Tensor | None = None
     head_norm: Tensor | None = None
+    shift: Tensor | None = None
+    shift_variance: Tensor | None = None
 
 
 def score_tokens(
@@ -169,6 +174,7 @@ def score_tokens(
     vocabulary: bool = False,
     nucleus: float | None = None,
     norms: bool = False,
+    move: Tensor | None = None,
 ) -> TokenScores:
     """Log-probability of every scored token at a temperature, differentiable in the model's parameters.
 
@@ -183,8 +189,9 @@ def score_tokens(
         vocabulary: also give ``top_logp`` and ``mean_logp``.
         nucleus: also give the entropy of the likeliest tokens of this share.
         norms: also give ``head_norm``.
+        move: of the output layer's weight, (V, D), by which ``shift`` and ``shift_variance`` are wanted.
     """
-    given = (chunk, temperature, entropy, entropy_gradient, others or {}, vocabulary, nucleus, norms)
+    given = (chunk, temperature, entropy, entropy_gradient, others or {}, vocabulary, nucleus, norms, move)
     return _in_forward(_score_tokens, model, layout, *given)
 
 
@@ -199,6 +206,7 @@ def _score_tokens(
     vocabulary: bool,
     nucleus: float | None,
     norms: bool,
+    move: Tensor | None,
 ) -> TokenScores:
     head = Head(model)
     hidden = _hidden(head, layout)
@@ -215,7 +223,8 @@ def _score_tokens(
     top, mean = (facts[name] if vocabulary else None for name in ("top_logp", "mean_logp"))
     few = None if nucleus is None else head.nucleus_entropy(hidden, nucleus, chunk, temperature)
     norm = head.gradient_norms(hidden, layout, chunk, temperature) if norms else None
-    return TokenScores(logps, facts.get("entropy"), hidden, apart, top, mean, few, norm)
+    moved = (None, None) if move is None else head.shift(hidden, layout.target, move, chunk, temperature)
+    return TokenScores(logps, facts.get("entropy"), hidden, apart, top, mean, few, norm, *moved)
 
 
 class Route(NamedTuple):
@@ -228,6 +237,11 @@ class Route(NamedTuple):
 
 ROUTES = (Route(True, True), Route(False, True), Route(True, False), Route(False, False))
 _routes: WeakKeyDictionary[nn.Module, Route] = WeakKeyDictionary()
+
+
+def output_weight(model: nn.Module) -> Tensor:
+    """The weight of the output layer, (V, D)."""
+    return Head(model).weight
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
@@ -333,6 +347,22 @@ class Head:
             self.weight.detach(),
             layout.target,
             layout.length,
+            bias=self.bias,
+            softcap=self.softcap,
+            scale=self.scale,
+            temperature=temperature,
+            chunk=chunk,
+        )
+
+    def shift(
+        self, hidden: Tensor, target: Tensor, move: Tensor, chunk: int = 256, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """`policy_shift` of this head, (n,) each."""
+        return policy_shift(
+            hidden.detach(),
+            self.weight.detach(),
+            move,
+            target,
             bias=self.bias,
             softcap=self.softcap,
             scale=self.scale,

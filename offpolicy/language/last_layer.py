@@ -82,3 +82,42 @@ def _slope(z: Tensor, softcap: float | None, scale: float, temperature: float) -
     if softcap is None:
         return scale / temperature
     return (1 - (z * (temperature / softcap)).square()) * (scale / temperature)
+
+
+@torch.no_grad()
+def policy_shift(
+    hidden: Tensor,
+    weight: Tensor,
+    move: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    chunk: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """What a move ΔW of the last layer does to log-probabilities, to first and to second order: with u = ∂z/∂W·ΔW the
+    numbers u_y − ū, the slope of log p(y), and Σ_v p(v)(u_v − ū)², ū = Σ_v p(v)·u_v, the curvature of −log p(y) where
+    no logit is capped.
+
+    Args:
+        hidden: states that predict the tokens, (n, D); n may be 0.
+        weight: W, (V, D).
+        move: ΔW, (V, D).
+        target: the tokens y, (n,) int64.
+        bias: as of ``token_logps``, likewise ``softcap``, ``scale`` and ``temperature``.
+        chunk: at most about ``chunk * V`` numbers exist at a time, ≥ 1.
+
+    Returns:
+        Both (n,) float32 (float64 for float64 input).
+    """
+    size, parts = max(1, chunk // 4), []  # about four tables of this many places exist at once
+    for h, y in zip(hidden.split(size), target.split(size), strict=True):
+        z = plain_logits(h, weight, bias, softcap=softcap, scale=scale) / temperature
+        u = plain_logits(h, move, None) * _slope(z, softcap, scale, temperature)
+        p = z.softmax(-1)
+        mean = (p * u).sum(-1, keepdim=True)
+        parts.append((u.gather(1, y[:, None])[:, 0] - mean[:, 0], (p * (u - mean).square()).sum(-1)))
+    shift, variance = (torch.cat(found) for found in zip(*parts, strict=True))
+    return shift, variance

@@ -113,6 +113,28 @@ def decay_groups(params: Iterable[Tensor], *, lr: float, weight_decay: float) ->
     return [group for group in groups if group["params"]]
 
 
+@torch.no_grad()
+def trial_move(optimizer: Optimizer, weight: Tensor, gradient: Tensor) -> Tensor:
+    """How an optimiser would move a weight by a gradient, of the weight's shape; nothing of the optimiser changes.
+
+    Args:
+        optimizer: AdamW of torch, or Adafactor; its learning rates are those of the step.
+        weight: one of its parameters.
+        gradient: of the weight.
+    """
+    group = next(group for group in optimizer.param_groups if any(p is weight for p in group["params"]))
+    moved = weight.detach().clone().requires_grad_(True)
+    kind: Any = type(optimizer)
+    trial = kind([{**group, "params": [moved]}])
+    trial.state[moved] = {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in optimizer.state.get(weight, {}).items()
+    }
+    moved.grad = gradient.to(moved.dtype)
+    trial.step()
+    return moved.detach() - weight
+
+
 def moment_bytes(name: str, p: Tensor) -> int:
     """Bytes that an optimiser keeps for a trained tensor, beside weight and gradient, without its count of steps."""
     if name == "adamw":

@@ -40,6 +40,9 @@ class Tokens(NamedTuple):
         mean_log_ratio: (B, T), mean over the vocabulary of log π_θ − log π_k at each place, without gradient.
         nucleus_entropy: (B, T) of the policy on the likeliest tokens that reach a share of its mass, renormalised, with
             gradient; the component says the share in an attribute ``nucleus``.
+        shift: (B, T), change of ℓ to first order by the move of the output layer that the optimiser would make with all
+            tokens of this step, without gradient; NaN while that move is not known.
+        shift_variance: (B, T), the same of twice KL(before ‖ after) at each place, to second order; likewise.
         uniform: (B, T), numbers in [0, 1) that are a function of the seed, the step, the answer and the place.
         columns: further columns of the store, by name, (B,) or (B, T), that a component lists in ``columns``: ``turn``
             and ``segment`` (int64, −1 outside), ``group``, ``prompt``, ``reward``, ``length``, ``ended``.
@@ -64,6 +67,8 @@ class Tokens(NamedTuple):
     top_logp: Tensor | None = None
     mean_log_ratio: Tensor | None = None
     nucleus_entropy: Tensor | None = None
+    shift: Tensor | None = None
+    shift_variance: Tensor | None = None
     uniform: Tensor | None = None
     columns: Mapping[str, Tensor] | None = None
     step: Mapping[str, Tensor] | None = None

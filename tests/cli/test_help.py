@@ -166,9 +166,10 @@ def test_every_part_and_variant_is_told() -> None:
 
 
 def test_the_table_of_variants_is_what_the_code_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the measured column, which the page has by itself. Else: python examples/rlvr/objective_table.py"""
+    """All but the measured columns, which the page has by itself. Else: python examples/rlvr/objective_table.py"""
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "rlvr"))
     import objective_table
 
     page = objective_table.PAGE.read_text()
-    assert objective_table.page_of(page, objective_table.known_times(page)) == page
+    times = (objective_table.known_times(page, column) for column in ("ms", "step, ms"))
+    assert objective_table.page_of(page, *times) == page

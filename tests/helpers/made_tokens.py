@@ -81,6 +81,8 @@ def full_tokens(seed: int = 0) -> Tokens:
         top_logp=padded(-0.1 * draw(6, 5).abs()),
         mean_log_ratio=padded(0.1 * draw(6, 5)),
         uniform=torch.rand(6, 5, generator=generator, dtype=torch.float64),
+        shift=padded(0.3 * draw(6, 5)),
+        shift_variance=padded(0.2 * draw(6, 5).abs()),
         columns=columns,
     )
 

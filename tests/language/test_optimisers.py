@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from toy import differences
 
 from offpolicy.errors import UsageError
-from offpolicy.language.optimisers import Adafactor, HostMasters, check_sharding, make_optimizer, moment_bytes
+from offpolicy.language.optimisers import (
+    Adafactor,
+    HostMasters,
+    check_sharding,
+    make_optimizer,
+    moment_bytes,
+    trial_move,
+)
 from offpolicy.training.checkpoints import newest_checkpoint
 from offpolicy.training.lightning_private import FullySharded
 
@@ -155,3 +162,17 @@ def test_what_does_not_go_together_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UsageError, match=r"bitsandbytes.*offpolicy\[quantized\].*'adafactor' or 'adamw'"):
         method("DPO", Path("x"), optimizer="adamw_8bit")
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_step_that_is_tried_is_the_step(name: str, steps: int) -> None:
+    """To the last bit, from the moments of earlier steps; and nothing has changed by trying."""
+    model, optimizer = trained(name, steps=steps)
+    (model(torch.ones(2, 80)) - 1).square().sum().backward()
+    weight: Any = model[0].weight
+    before, state = weight.detach().clone(), repr(optimizer.state_dict())
+    move = trial_move(optimizer, weight, weight.grad)
+    assert torch.equal(weight, before) and repr(optimizer.state_dict()) == state
+    optimizer.step()
+    assert torch.equal(move, weight.detach() - before) and move.any()

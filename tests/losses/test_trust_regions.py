@@ -287,8 +287,52 @@ def test_forks_and_informative_tokens() -> None:
     assert other == part and int(informed(other, given).step["chosen"].sum()) == 4  # type: ignore[index]
 
 
+def moved(shift: list[list[float]], variance: list[list[float]], **fields: Any) -> Tokens:
+    """Answers with ratio 1 and what the optimiser's step would do to their tokens."""
+    before = torch.full((len(shift), len(shift[0])), -1.0, dtype=torch.float64)
+    mask = f64(*shift).isnan().logical_not().double()
+    advantage = f64(*fields.pop("advantage"))
+    logp = before.clone().requires_grad_()
+    return Tokens(logp, mask, advantage, before, before, shift=f64(*shift), shift_variance=f64(*variance), **fields)
+
+
+def test_what_the_step_would_move_too_far() -> None:
+    """A = 2, s = .3, v = .04: change 2·(.3 + (.09 − .04)/2) = .65 of A·ρ and 2·(.3 − .02) = .56 of A·ℓ, KL .02. A = −1,
+    s = .3, v = .2: −(.3 + (.09 − .2)/2) = −.245, KL .1. Each bound rejects by itself, and as a mean of an answer."""
+    given = moved([[0.3, -0.1], [0.3, math.nan]], [[0.04, 0.04], [0.2, math.nan]], advantage=[2.0, -1.0])
+
+    def kept(**spec: Any) -> list[list[bool]]:
+        bounds = {"least": None, "most": None, "kl": None} | spec
+        found = surrogate({"name": "capo", **bounds}, given)[1]
+        value = torch.where(given.kept, found.value, 0.0)
+        assert torch.equal(value != 0, given.kept & ~found.clipped)
+        return (value != 0).tolist()
+
+    assert kept() == [[True, True], [True, False]]
+    # the second token: 2·(−.1 + (.01 − .04)/2) = −.23
+    assert kept(least=-0.24) == [[True, True], [False, False]] == kept(kl=0.05)
+    assert kept(least=-0.22) == [[True, False], [False, False]]
+    assert kept(most=0.64) == [[False, True], [True, False]] == kept(most=0.55, form="log")
+    assert kept(most=0.66) == [[True, True], [True, False]] == kept(most=0.57, form="log")
+    # by answer: the mean of .65 and −.23 is .21, of KL .02
+    assert kept(least=-0.22, sets="answer") == [[True, True], [False, False]] == kept(kl=0.03, sets="answer")
+    assert kept(most=0.2, least=-0.3, sets="answer") == [[False, False], [True, False]]
+    with pytest.raises(UsageError, match="`sets`"):
+        component("trust", {"name": "capo", "sets": "turn"})
+    with pytest.raises(UsageError, match="`most`"):
+        component("trust", {"name": "capo", "least": 0.1, "most": 0.0})
+
+
+def test_nothing_is_rejected_while_the_move_is_not_known() -> None:
+    unknown = torch.full((1, 2), math.nan, dtype=torch.float64)
+    given = moved([[0.3, 0.3]], [[9.0, 9.0]], advantage=[2.0])
+    assert not surrogate("capo", given)[1].value.any()
+    kept = surrogate("capo", given._replace(shift=unknown, shift_variance=unknown))[1]
+    assert kept.value.tolist() == [[2.0, 2.0]] and not kept.clipped.any()
+
+
 SMOOTH = ["ppo", "two_sided", "bapo", "entropy_adaptive", "clip_cov", "gtpo", "d3s", "spine", "sequence_mask"]
-SMOOTH += ["over_length", "rover"]  # functions whose slope is what it seems to be: no sg in the value
+SMOOTH += ["over_length", "rover", "capo"]  # functions whose slope is what it seems to be: no sg in the value
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------

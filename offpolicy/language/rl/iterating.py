@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from offpolicy.compute import processes
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.replaying import Recent
 from offpolicy.data.texts.rollouts import BoundRollouts, Rollouts
+from offpolicy.language.head import output_weight
 from offpolicy.language.module import LanguageModule
+from offpolicy.language.optimisers import trial_move
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.advantages import from_groups, left_out_facts
 from offpolicy.language.rl.ahead import Ahead, mean_age
@@ -30,6 +33,7 @@ from offpolicy.language.rl.iteration import Course, Shape, replayed_now, sweeps_
 from offpolicy.language.rl.records import Recorder
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.tokens import batch_tokens
+from offpolicy.language.rl.trial import limited, unknown_shift, wants_trial
 from offpolicy.language.rl.whole_step import WholeStep, pieces
 from offpolicy.language.sharding import gathered_model
 from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
@@ -211,21 +215,36 @@ class IteratingModule(LanguageModule):
             self.whole_step.forget()
             if self.objective.sees_step and split:
                 self._look_at_step(rows, mine)
-        length, some = bound.store.length[rows], max(1, len(rows))
-        totals = Totals(some, int(length.sum()), self.answering.length, int(length.max(initial=1)))
-        batch, tokens, real = self._micro_batch(mine[j])
-        if self.objective.sees_step and not split:
-            seen, whole = [(batch.row.numpy(), tokens)], rows if real else self._filler
-            self.whole_step.look(seen, whole, iteration=self.iteration, device=self.passes.device)
-        facts = self.whole_step.of(batch.row.numpy(), tokens.mask.shape[1])
-        loss, sums = self.objective.loss(tokens, totals, iteration=self.iteration, facts=facts)
-        share = torch.full_like(loss, len(mine[j]) / some).detach()
+            if wants_trial(self.objective):
+                self._try_step(rows, mine)
+        loss, sums, batch, tokens, real = self._loss(rows, mine[j], split=split)
+        share = torch.full_like(loss, len(mine[j]) / max(1, len(rows))).detach()
         if real and self.course.begins(t):
             self.scoring.hear(batch, tokens.logp, tokens.mask)
         self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})
         self.pace.tokens += int(bound.lengths[mine[j]].sum()) if real else 0
         self.end_micro_batch()
         return loss * (len(mine) * self.world_size)  # Lightning takes the mean over micro-batches and processes
+
+    def _loss(
+        self, rows: np.ndarray, some: np.ndarray, *, split: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Rollouts, Tokens, bool]:
+        """The share of a micro-batch in the loss of a step, its sums for the metrics, and what they are of.
+
+        Args:
+            rows: of the step.
+            some: of the micro-batch.
+            split: whether that is not the step.
+        """
+        assert self.course.rollouts is not None
+        length = self.course.rollouts.store.length[rows]
+        totals = Totals(max(1, len(rows)), int(length.sum()), self.answering.length, int(length.max(initial=1)))
+        batch, tokens, real = self._micro_batch(some)
+        if self.objective.sees_step and not split and self.whole_step.facts is None:
+            seen, whole = [(batch.row.numpy(), tokens)], rows if real else self._filler
+            self.whole_step.look(seen, whole, iteration=self.iteration, device=self.passes.device)
+        facts = self.whole_step.of(batch.row.numpy(), tokens.mask.shape[1])
+        return *self.objective.loss(tokens, totals, iteration=self.iteration, facts=facts), batch, tokens, real
 
     def _mine(self, rows: np.ndarray) -> list[np.ndarray]:
         """The rows of each micro-batch of this process."""
@@ -261,6 +280,28 @@ class IteratingModule(LanguageModule):
         rows = rows if len(rows) else self._filler
         self.whole_step.look(seen, rows, iteration=self.iteration, device=self.passes.device)
 
+    def _try_step(self, rows: np.ndarray, mine: Sequence[np.ndarray]) -> None:
+        """Find how the optimiser would move the output layer if all tokens of the step counted.
+
+        Gradients of other weights are taken where their norm is limited, and otherwise only what the output layer needs
+        of them where it is the embedding too.
+        """
+        optimizer: Any = self.trainer.optimizers[0]
+        weight, limit = output_weight(self.model), self.trainer.gradient_clip_val
+        others = [p for group in optimizer.param_groups for p in group["params"] if p is not weight] if limit else []
+        gradients = [torch.zeros_like(p) for p in (weight, *others)]
+        for j, some in enumerate(mine):
+            self.micro.current = j  # dropout is that of the micro-batch
+            loss = self._loss(rows, some, split=len(mine) * self.world_size > 1)[0]
+            found = torch.autograd.grad(loss, (weight, *others), allow_unused=True)
+            for total, one in zip(gradients, found, strict=True):
+                total += 0.0 if one is None else one
+        self.micro.current = 0
+        torch.clear_autocast_cache()
+        move = trial_move(optimizer, weight, limited([processes.sum_over_processes(g) for g in gradients], limit))
+        factor = self.whole_step.factor  # both optimisers move in proportion to their rate
+        self.whole_step.move = move if factor is None else move * factor
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.meter.add(self.whole_step.take_rate(optimizer.param_groups))
         super().on_before_optimizer_step(optimizer)
@@ -284,7 +325,10 @@ class IteratingModule(LanguageModule):
             others=self.scoring.others(batch),
             vocabulary=bool(objective.reads & {"top_logp", "mean_log_ratio"}),
             nucleus=objective.nucleus,
+            move=self.whole_step.move,
         )
+        if wants_trial(objective) and self.whole_step.move is None:
+            scores = scores._replace(**unknown_shift(scores.logps.detach()))
         return batch_tokens(
             batch,
             scores,

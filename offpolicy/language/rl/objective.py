@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offpolicy.errors import UsageError, nearest
+from offpolicy.language.rl.trial import wants_trial
 from offpolicy.losses.answers import OF_POLICY
 from offpolicy.losses.policy_gradient import COMPONENTS, Objective
 from offpolicy.losses.tokens import Tokens
@@ -74,6 +75,9 @@ def objective_facts(objective: Objective, micro_batches: int) -> list[tuple[str,
         lines.append(("step", words))
     if objective.reads_of_answers & OF_POLICY:
         lines.append(("answers", "the advantage asks what the policy thinks of them: all new ones are scored at once"))
+    if wants_trial(objective):
+        words = "a part asks how it would move the output layer: all of it goes through the policy once more, first, "
+        lines.append(("step", words + "for the gradient of that layer"))
     if "turn" in objective.columns:
         lines.append(("turns", "answers have one turn each, so a part that looks at turns looks at whole answers"))
     return lines

@@ -16,6 +16,7 @@ Where it is told, in the order of an iteration::
     ahead.py       answers that are drawn before the iteration that they are for
     advantages.py  rewards become the advantage of an answer, or by a critic (critic.py) of a token
     scoring.py     log-probabilities of the answers under π_k and the base, and which old answers may stay
+    trial.py       how the optimiser would move the output layer, for parts that ask before the step
     tokens.py      what the loss sees of a micro-batch: columns of the store, and scores of the policy
     whole_step.py  what parts of the loss want to know of all answers of a step, however it is cut
     objective.py   the parts of the loss; a part that the user names replaces the method's
@@ -72,6 +73,7 @@ from offpolicy.language.rl.options import (
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.solving import solve
 from offpolicy.language.rl.tokens import check_columns
+from offpolicy.language.rl.trial import check_trial, wants_trial
 from offpolicy.language.rl.whole_step import WholeStep
 from offpolicy.language.room import base_dtype
 from offpolicy.language.sharding import gathered_model, shard
@@ -256,6 +258,8 @@ class RolloutModule(IteratingModule):
         super().on_fit_start()
         if self.critic is not None:
             self.critic.train()
+        if wants_trial(self.objective):
+            check_trial(self.model, self.hparams, self.trainer, sharded=self.device_mesh is not None)
         if self.micro.number * self.world_size > 1:
             cut = f"{self.micro.number} micro-batches on {self.world_size} process(es)"
             self.objective.own.check_split(f"a step of this run is cut into {cut}")

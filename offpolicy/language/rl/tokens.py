@@ -105,7 +105,8 @@ def batch_tokens(
             return padded(torch.ones_like(scores.logps, dtype=torch.int64)) - 1
         return ids
 
-    vocabulary: dict[str, Any] = {"top_logp": scores.top_logp, "nucleus_entropy": scores.nucleus_entropy}
+    of_places = ("top_logp", "nucleus_entropy", "shift", "shift_variance")
+    vocabulary: dict[str, Any] = {name: getattr(scores, name) for name in of_places}
     if "previous_mean_logp" in steps and scores.mean_logp is not None:
         vocabulary["mean_log_ratio"] = scores.mean_logp - send(batch.steps["previous_mean_logp"], device)
     known: dict[str, Any] = {name: padded(values) for name, values in vocabulary.items() if values is not None}

@@ -44,17 +44,19 @@ class WholeStep:
     Attributes:
         facts: of its parts; None where the micro-batch is the step, or nobody asks.
         factor: on the learning rate, 0-d; None where nobody has a say.
+        move: of the output layer by the optimiser, (V, D); None where nobody asks, or while it is not known.
     """
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.facts: Facts | None = None
         self.factor: Tensor | None = None
+        self.move: Tensor | None = None
         self._place: dict[int, int] = {}
         self._number = 1.0
 
     def forget(self) -> None:
-        self.facts, self.factor = None, None
+        self.facts, self.factor, self.move = None, None, None
 
     def look(self, seen: Seen, rows: np.ndarray, *, iteration: int, device: torch.device) -> None:
         """Note what the parts want to know.

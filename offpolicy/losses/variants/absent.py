@@ -41,12 +41,6 @@ ROWS = (
         "nothing draws the hot and cold answers; the part for them is `entropy` 'aepo', for a store with a column "
         "`tempered`",
     ),
-    Absent(
-        "capo",
-        "CAPO",
-        "2510.00819",
-        "tokens are masked by the step that the optimiser would take, which is known after their gradient alone",
-    ),
     Absent("aspo", "ASPO, reasoning with tools", "", "a bonus for calling code early, and answers call no tools"),
     Absent("verl", "VERL, hidden states", "", "advantages by the rank of hidden states, one decomposition per answer"),
     Absent("ares", "ARES", "", "images, and windows of entropy over their texts"),

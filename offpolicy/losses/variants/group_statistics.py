@@ -167,7 +167,8 @@ ROWS = (
         "2506.15050",
         "values after a cut are those of the last token (EGAE)",
         {"advantage": "egae", "value": "squared"},
-        differs="answers are not resumed over a window, and the critic learns from cut answers too",
+        differs="no window: an answer has one policy version, by which its log-probabilities are kept and its age is "
+        "told, and tokens before the new ones would be taken for a demonstration; the critic learns from cut answers",
         unverified="λ and γ (1 here)",
         needs="critic",
     ),

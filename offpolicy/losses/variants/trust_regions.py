@@ -130,6 +130,14 @@ ROWS = (
         needs="vocabulary",
     ),
     Variant(
+        "capo",
+        "CAPO",
+        "2510.00819",
+        "tokens whose A·ρ the optimiser's step of the output layer would lower, or whose KL it would raise, too much",
+        {"trust": "capo"},
+        unverified="the thresholds: −.1 and .05 are ours",
+    ),
+    Variant(
         "rover",
         "ROVER",
         "2509.24981",

@@ -43,6 +43,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "steps": ("GRPO", {"objective": LOOKS_AT_STEPS, "lag": 1, "micro_batch_size": 4, "batch_size": 12}),
+    "last-layer": (  # norms of gradients of answers, and what the step would do to tokens
+        "GRPO",
+        {
+            "objective": {"advantage": "opob", "trust": {"name": "capo", "least": -1e-3, "kl": None}},
+            "micro_batch_size": 4,
+            "batch_size": 12,
+        },
+    ),
     "ReMix": ("ReMix", {"base": "ppo", "group_size": 1, "reincarnation": 2, "micro_batch_size": 3, "kl": "full"}),
     "RLPlus": ("RLPlus", {"aggregation": "token_mean"}),
 }

@@ -23,6 +23,14 @@ LAST = 6
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "GRPO": ("GRPO", {"beta": 0.1, "micro_batch_size": 3, "batch_size": 12}),
     "GRPO-LoRA": ("GRPO", {"beta": 0.1, "lora_rank": 2, "engine": "tiny"}),
+    "GRPO-steps": (  # facts of the whole step, and norms of gradients of answers
+        "GRPO",
+        {
+            "objective": {"advantage": "opob", "trust": {"name": "clip_cov", "share": 0.2, "lb": 0.0, "ub": 60.0}},
+            "micro_batch_size": 3,
+            "batch_size": 12,
+        },
+    ),
     "GRPO-lag": ("GRPO", {"lag": 1}),
     "GRPO-engine": ("GRPO", {"engine": "tiny_rl.OwnWeightsEngine"}),
     "ReMix": ("ReMix", {"reincarnation": 2, "micro_batch_size": 3, "kl": "full"}),

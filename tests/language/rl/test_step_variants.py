@@ -32,6 +32,10 @@ LOOKS: dict[str, dict[str, Any]] = {
             ],
         },
     },
+    "moves": {  # tokens that the step would move too far, of answers of the policy before
+        "lag": 1,
+        "objective": {"trust": {"name": "capo", "least": -1e-3, "kl": None}, "lr": "ess"},
+    },
     "groups": {
         "objective": {"ratio": "none", "trust": "gtpo", "terms": [{"name": "copg", "beta": 0.5, "coef": 0.1}]},
     },
@@ -55,6 +59,8 @@ def test_a_variant_is_the_same_however_its_steps_are_cut(name: str, policy: Path
     assert (whole.micro.number, cut.micro.number) == (1, 3)
     torch.testing.assert_close(weights(cut), weights(whole), rtol=1e-6, atol=1e-7)
     assert cut.objective.own.state_dict().keys() == whole.objective.own.state_dict().keys()
+    if name == "moves":
+        assert all(0 < row["train/ratio/clipped"] < 1 for row in Table(tmp_path / "metrics.csv").rows())
     if name == "stale":
         factors = [row["train/lr/factor"] for row in Table(tmp_path / "metrics.csv").rows()]
         assert all(0 < factor <= 1 for factor in factors) and min(factors) < 1
