@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from tiny import make_policy
 from toy import UndrawnFolder, quiet
 
 from offpolicy.data.replay import Replay
-from offpolicy.data.texts.problems import ProblemData
+from offpolicy.data.texts.problems import ProblemData, Problems, open_problems
 from offpolicy.language.rl.engines import TransformersEngine
 from offpolicy.language.rl.rollouts import RolloutModule
 from offpolicy.language.weights import exported
@@ -209,4 +210,11 @@ def write_problems(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-__all__ = ["fit", "make_policy", "method", "toy_problems", "write_problems"]
+def told_problems(policy: Path, count: int = 8) -> Problems:
+    """Sums with a solution of four words, whose texts are known, as this process has written them beside the policy."""
+    rows = [{"prompt": f"{i}+1=", "solution": f"we add one now ####{i + 1}"} for i in range(count)]
+    path = write_problems(policy.parent / f"sums-{os.getpid()}.jsonl", rows)
+    return open_problems(str(path), tokenizer=str(policy), template="{prompt}.", max_prompt_length=40)
+
+
+__all__ = ["fit", "make_policy", "method", "told_problems", "toy_problems", "write_problems"]

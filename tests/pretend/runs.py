@@ -90,6 +90,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other c
         {"objective": MASKS_OF_STEPS, "demonstrations": 1},
         {"objective": CRITIC, "critic": "model", "micro_batch_size": 3},
         {"objective": GROUPS},
+        {"curriculum": "gain", "hints": {"name": "scaffold", "patience": 1}},
     ],
 }
 WHOLE = ("DPO", "KTO", "ORPO", "SFT", "GRPO", "ReMix", "RLPlus")  # others differ from one of them in their losses alone
@@ -143,9 +144,11 @@ class Place:
             toy.METHODS[self.name] = (self.name, {k: v for k, v in SMALL.items() if k in known})
         return toy.method(self.name, **options)
 
-    def data(self) -> Any:
+    def data(self, method: Any) -> Any:
         if self.rolls_out:
-            return ProblemData.of(tiny_rl.toy_problems(), tiny_rl.toy_problems(5, seed=1))
+            told = method.hparams.hints is not None  # hints are made of texts
+            problems = tiny_rl.told_problems(self.policy) if told else tiny_rl.toy_problems()
+            return ProblemData.of(problems, tiny_rl.toy_problems(5, seed=1))
         if self.kind.trains_on_texts:
             return TextData.of(tiny.toy_texts(self.name), tiny.toy_texts(self.name, 5, 1))
         return toy.toy_replay()
@@ -154,7 +157,7 @@ class Place:
         BLOCK.clear()
         found = offpolicy.fit(
             method,
-            self.data(),
+            self.data(method),
             max_steps=max_steps,
             folder=self.root / self.name / folder,
             verbose=False,

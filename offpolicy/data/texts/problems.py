@@ -18,7 +18,7 @@ import numpy as np
 from offpolicy.data.columns import smallest_type, to_numpy
 from offpolicy.data.names import Target, resolve
 from offpolicy.data.replay import Replay
-from offpolicy.data.texts.answers import joined_answers
+from offpolicy.data.texts.answers import alternatives, joined_answers
 from offpolicy.data.texts.formats import Faults, Source
 from offpolicy.data.texts.hub import read
 from offpolicy.data.texts.numbers import MARK
@@ -26,6 +26,7 @@ from offpolicy.data.texts.problem_rows import Problem, problem_columns, question
 from offpolicy.data.texts.rendering import Row
 from offpolicy.data.texts.retelling import Telling
 from offpolicy.data.texts.rollouts import told_columns
+from offpolicy.data.texts.sequences import token_ids
 from offpolicy.data.texts.stops import TurnEnd, turn_end
 from offpolicy.data.texts.tokenised import TokenisedData
 from offpolicy.data.texts.tokens import Limits, encode, fingerprint, load_tokenizer, tokenise
@@ -420,6 +421,19 @@ def _check_overlap(training: Replay, held_out: Replay) -> None:
             f"{seen:,} of the {len(asked):,} held-out problems are in the training data too, so they would measure "
             "memory; expected none. Remove them from one side, or pass other `--data.eval_data`."
         )
+
+
+def problem_texts(problems: Replay, tokenizer: Any, number: int) -> str:
+    """The first problems, with their demonstrations and right answers, for a person to read."""
+    lines = []
+    for i in range(min(number, len(problems.tables["problems"]))):
+        prompt, demonstration = problems.tables["problems"][i].tolist()
+        text = tokenizer.decode(token_ids(problems, prompt)) + " ▶ "
+        if demonstration >= 0:
+            text += tokenizer.decode(token_ids(problems, demonstration))
+        answers = " or ".join(alternatives(str(problems.tables["problems/answer"][i])))
+        lines.append(f"problem {i}\n  {text}" + (f"\n  answer {answers}" if answers else ""))
+    return "\n".join(lines)
 
 
 def step_column(replay: Replay, episode: int, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Problems put into other words than those of their data: other templates, or with the beginning of the solution."""
+"""Problems put into other words than those of their data: other templates, or with a hint."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from offpolicy.data.texts.numbers import MARK
 from offpolicy.data.texts.problem_rows import Problem, read_problems
 from offpolicy.data.texts.rendering import Row
 from offpolicy.data.texts.tokens import Limits, encode
-from offpolicy.errors import DataError
+from offpolicy.errors import DataError, nearest
 
 
 class OtherWords(NamedTuple):
     """What a problem is put into.
 
     Attributes:
-        text: with {prompt} in it, and {hint} where the beginning of the solution stands.
-        share: of the words of the solution that the hint is, in [0, 1); what follows "####" or \\boxed is no part.
+        text: with {prompt} in it, and {hint} where the hint stands.
+        hint: the share of the words of the solution that is shown, in (0, 1), of which what follows "####" or \\boxed
+            is no part; or the column of the data that holds the hint; None for no hint.
         option: that asks for it, for messages.
     """
 
     text: str
-    share: float
+    hint: float | str | None
     option: str
 
 
@@ -53,12 +54,13 @@ class Telling:
     longest: int
 
     def prompts(self, rows: np.ndarray, words: Sequence[OtherWords]) -> list[list[np.ndarray | None]]:
-        """Tokens of these rows of the source in each of the words; None where a problem has no solution for a hint.
+        """Tokens of these rows of the source in each of the words; None where a problem has no hint.
 
         Raises:
-            DataError: a prompt is no plain text, or too long.
+            DataError: a prompt is no plain text, or too long; no such column.
         """
-        known = list(read_problems(self.reopen(), self.named))
+        source = self.reopen()
+        known = list(read_problems(source, self.named))
         problems = [known[row] for row in rows.tolist()]
         for row, problem in zip(rows.tolist(), problems):
             if not isinstance(problem.prompt, str):
@@ -66,11 +68,25 @@ class Telling:
                     f"`{words[0].option}` puts prompts into other words, and row {row} has turns of a conversation; "
                     "expected prompts of plain text. Leave the option out."
                 )
-        return [self._tokens(rows, problems, one) for one in words]
+        return [self._tokens(rows, problems, self._hints(source, rows, problems, one), one) for one in words]
 
-    def _tokens(self, rows: np.ndarray, problems: Sequence[Problem], words: OtherWords) -> list[np.ndarray | None]:
-        hints = [beginning(problem.solution, words.share) for problem in problems]
-        told = [bool(hint) or not words.share for hint in hints]
+    def _hints(self, source: Source, rows: np.ndarray, problems: Sequence[Problem], words: OtherWords) -> list[str]:
+        if words.hint is None:
+            return [""] * len(problems)
+        if not isinstance(words.hint, str):
+            return [beginning(problem.solution, words.hint) for problem in problems]
+        if words.hint not in source.names:
+            raise DataError(
+                f"`{words.option}` takes hints from the column '{words.hint}', and {source.where} has "
+                f"{', '.join(source.names)}; expected one of them.{nearest(words.hint, source.names)}"
+            )
+        column = source.column(words.hint)
+        return [str(column[row] or "").strip() for row in rows.tolist()]
+
+    def _tokens(
+        self, rows: np.ndarray, problems: Sequence[Problem], hints: Sequence[str], words: OtherWords
+    ) -> list[np.ndarray | None]:
+        told = [bool(hint) or words.hint is None for hint in hints]
         asked = [self._row(problem, hint, words) for problem, hint, one in zip(problems, hints, told) if one]
         found = encode(asked, self.tokenizer, Limits(1 << 30, truncation="keep_end"))
         tokens = [next(found) if one else None for one in told]
@@ -84,7 +100,7 @@ class Telling:
 
     def _row(self, problem: Problem, hint: str, words: OtherWords) -> Row:
         text = filled(words.text, prompt=str(problem.prompt), hint=hint)
-        text = filled(self.template, prompt=text) if words.share else text
+        text = text if words.hint is None else filled(self.template, prompt=text)
         asked = Problem(text, problem.system).asked("{prompt}", self.chat)
         return Row(asked, (), {**self.chat_template_kwargs, **problem.options})
 
@@ -102,7 +118,7 @@ def beginning(solution: str | None, share: float) -> str:
 
 def retold(problems: Any, words: Sequence[OtherWords]) -> Any:
     """The problems with the table ``problems/asked``, (P, 1 + words) int64: the text of each problem in its own words,
-    then in the others; its own stand where it has no solution for a hint.
+    then in the others; its own stand where it has no hint.
 
     Raises:
         DataError: the data do not say how to put their problems into other words.

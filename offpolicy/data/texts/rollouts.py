@@ -41,6 +41,11 @@ def asked_texts(problems: Replay, prompt: np.ndarray, asked: np.ndarray | None) 
     return problems.tables["problems/asked"][prompt, asked]
 
 
+def prompt_lengths(problems: Replay) -> np.ndarray:
+    """Tokens of every problem in all its words, (P, words)."""
+    return problems.length[problems.tables.get("problems/asked", problems.tables["problems"][:, :1])]
+
+
 class Rollouts(NamedTuple):
     """A batch of B answers.
 
@@ -80,7 +85,8 @@ class BoundRollouts:
 
         Args:
             rows: numbers in the store.
-            longest: answers of a group share a lane as long as it has no more tokens than this, its prompt included.
+            longest: answers of a group behind one prompt share a lane as long as it has no more tokens than this, its
+                prompt included.
         """
         lane, turn = self._lanes(rows, longest)
         order = np.lexsort((lane, turn))
@@ -94,10 +100,9 @@ class BoundRollouts:
     def _lanes(self, rows: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
         lane, turn = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
         lengths, last = self.lengths[rows], -1
-        filled: dict[int, tuple[int, int, int]] = {}  # group → its newest lane, answers and tokens in it
-        for i, (group, (prompt, answer)) in enumerate(
-            zip(self.store.episodes["group"][rows].tolist(), lengths.tolist())
-        ):
+        filled: dict[tuple[int, int], tuple[int, int, int]] = {}  # group, prompt → newest lane, answers, tokens in it
+        asked = zip(self.store.episodes["group"][rows].tolist(), self.prompts[rows].tolist())
+        for i, (group, (prompt, answer)) in enumerate(zip(asked, lengths.tolist())):
             mine, count, tokens = filled.get(group, (-1, 0, 0))
             if mine < 0 or tokens + answer > longest:
                 last += 1

@@ -13,7 +13,7 @@ from offpolicy.compute import processes
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.answers import alternatives
 from offpolicy.data.texts.problems import Problems
-from offpolicy.data.texts.rollouts import CONTINUED, DEMONSTRATION, OWN, asked_texts
+from offpolicy.data.texts.rollouts import CONTINUED, DEMONSTRATION, OWN, asked_texts, prompt_lengths
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
@@ -31,6 +31,7 @@ from offpolicy.language.rl.engine import (
 )
 from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, make_engine, room
 from offpolicy.language.rl.filtering import Filters
+from offpolicy.language.rl.hints import BEHIND_HINT, check_hinted_rewards, with_help
 from offpolicy.language.rl.lengths import CYCLES
 from offpolicy.language.rl.probing import PROMPTS, probe
 from offpolicy.language.rl.rewards import Rewards, Scored
@@ -94,6 +95,7 @@ class Answering:
                 columns=problems.meta.get("source_columns", ()),
                 seconds=h.reward_seconds,
             )
+        check_hinted_rewards(self.asking.hints, self.rewards.comparing)
         with speaking(words):
             self.filters = Filters(h.filter, self.rewards.names)
         self.cycle = (
@@ -183,6 +185,7 @@ class Answering:
         """
         self.engine.sync(model, version)
         gather(model)  # where an engine has asked for the weights of a sharded model, which cuts them
+        self.asking.look(model)
         is_model = type(self.engine) in (TransformersEngine, TinyEngine)  # nothing is copied, nothing can differ
         if is_model or not getattr(self.engine, "on_policy", True):
             return
@@ -249,37 +252,62 @@ class Answering:
         wanted, again, then = sum(one.groups for one, _ in drawn), 0, then or (lambda extra: None)
         if not self.filters.redraws:
             then(0)
-        everyone = self._judged(drawn, seed)
+        alone: list[dict[str, Any]] = []  # what was answered without help
+        hinted: list[dict[str, Any]] = []
+
+        def judged(parts: Sequence[tuple[Asked, Answers]]) -> list[dict[str, Any]]:
+            rows = self._judged([row for one, answers in parts for row in self._rows(one, answers, seed)])
+            alone.extend(rows)
+            return self._helped(rows, hinted, k, seed, stop)
+
+        everyone = judged(drawn)
         for _ in range(self.filters.redraws):
             missing = wanted - self.filters.with_signal(everyone)
             if missing <= 0:
                 break
             asked = Asked(k, k, seen + groups + again, missing, first=wanted + again)
             again += missing
-            everyone += self._judged([(asked, self.draw(asked, seed, stop))], seed)
+            everyone += judged([(asked, self.draw(asked, seed, stop))])
         if self.filters.redraws:
             then(again)
-        everyone.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
-        self.asking.learn(everyone)
+        for rows in (alone, everyone):
+            rows.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
+        self.asking.learn(alone)
         store, facts = rows_stored(everyone, k, self.length_of(k), self.problems, self.dtype)
-        own = int((store.episodes["source"] != DEMONSTRATION).sum())
+        own = int((store.episodes["source"] != DEMONSTRATION).sum()) + len(hinted)
         if self.filters.redraws:
             store, said = self.filters.chosen(store, wanted)
             facts |= said
         speeds = [speed for speed in processes.gathered(self._speed()) if speed is not None]
         facts |= {"perf/engine_tokens_per_s": sum(speeds)} if speeds else {}
-        facts |= self.asking.metrics(everyone)
+        facts |= self.asking.metrics(everyone, hinted)
         facts |= self.probed | (self.engine.facts() if hasattr(self.engine, "facts") else {})
         return Fresh(store, facts, wanted + again, own)
 
-    def _judged(self, drawn: Sequence[tuple[Asked, Answers]], seed: int) -> list[dict[str, Any]]:
+    def _judged(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What was drawn on all processes, with its rewards."""
         self.rest()
-        made = [row for one, answers in drawn for row in self._rows(one, answers, seed)]
         self._judge(made)
         parts = processes.gathered((made, self.rewards.tallies))
         self.rewards.check([tallies for _, tallies in parts])
         return [row for rows, _ in parts for row in rows]
+
+    def _helped(
+        self, rows: list[dict[str, Any]], hinted: list[dict[str, Any]], k: int, seed: int, stop: Stop
+    ) -> list[dict[str, Any]]:
+        """Judged rows, in failed groups with an answer behind a hint; all that are drawn so are added to ``hinted``."""
+        for tier in range(1, self.asking.scaffolds + 1):
+            wanted = self.asking.wanted_help(rows, tier)
+            if not wanted:
+                continue
+            mine = wanted[processes.rank() :: processes.world_size()]
+            requests = [Request(self._prompt(problem, tier), slot + tier * BEHIND_HINT, 1) for slot, problem in mine]
+            drawn = zip(mine, self._generated(requests, k, seed, stop))
+            made = [answer_row(slot, problem, OWN, some[0], k, asked=tier) for (slot, problem), some in drawn]
+            judged = self._judged(made)
+            rows = with_help(rows, judged)
+            hinted += judged
+        return rows
 
     def _problems_of(self, asked: Asked, seed: int) -> Iterator[tuple[int, int, int, int]]:
         """Of each group that this process answers its number, its problem, in which words, and the tokens given."""
@@ -309,8 +337,11 @@ class Answering:
         Raises:
             Stopped: the user wants to stop.
         """
+        return self._generated(self.requests(asked, seed), asked.iteration, seed, stop)
+
+    def _generated(self, requests: list[Request], iteration: int, seed: int, stop: Stop) -> Answers:
         wants_to_stop, on_any_process = stop
-        how, requests, began = self.sampling(asked.iteration, seed), self.requests(asked, seed), time.perf_counter()
+        how, began = self.sampling(iteration, seed), time.perf_counter()
         answers = self.engine.generate(requests, how, wants_to_stop)
         self.note_drawn(answers, time.perf_counter() - began)
         if on_any_process(wants_to_stop()):
@@ -430,21 +461,3 @@ def _reference(kept: str) -> str | list[str] | None:
     """The right answer that a table holds, or all of them where there are several."""
     found = alternatives(str(kept)) if kept else []
     return found if len(found) > 1 else found[0] if found else None
-
-
-def prompt_lengths(problems: Replay) -> np.ndarray:
-    """Tokens of every problem in all its words, (P, words)."""
-    return problems.length[problems.tables.get("problems/asked", problems.tables["problems"][:, :1])]
-
-
-def problem_texts(problems: Replay, tokenizer: Any, number: int) -> str:
-    """The first problems, with their demonstrations and right answers, for a person to read."""
-    lines = []
-    for i in range(min(number, len(problems.tables["problems"]))):
-        prompt, demonstration = problems.tables["problems"][i].tolist()
-        text = tokenizer.decode(token_ids(problems, prompt)) + " ▶ "
-        if demonstration >= 0:
-            text += tokenizer.decode(token_ids(problems, demonstration))
-        answers = " or ".join(alternatives(str(problems.tables["problems/answer"][i])))
-        lines.append(f"problem {i}\n  {text}" + (f"\n  answer {answers}" if answers else ""))
-    return "\n".join(lines)

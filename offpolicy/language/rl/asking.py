@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,11 @@ from offpolicy.data import sampling
 from offpolicy.data.texts.replaying import Recent
 from offpolicy.data.texts.retelling import OtherWords, retold
 from offpolicy.data.texts.rollouts import OWN
-from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.data.texts.sequences import token_ids
+from offpolicy.errors import DataError, UsageError
+from offpolicy.language.rl.curricula import CURRICULA, Curriculum
+from offpolicy.language.rl.engine import engine_name
+from offpolicy.language.rl.hints import HINTS, Hints, Scaffold
 from offpolicy.registry import make
 
 
@@ -38,121 +42,6 @@ class Asked:
     seen: int
     groups: int
     first: int = 0
-
-
-@runtime_checkable
-class Curriculum(Protocol):
-    """What orders the problems of an iteration; every process has one, and all of them must say the same."""
-
-    def begin(self, problems: int) -> None:
-        """Start with so many problems, of which nothing is known."""
-
-    def order(self, seed: int, iteration: int) -> np.ndarray:
-        """The problems, those to be asked first in front, (n ≥ 1,) int64; after the last comes the first again.
-
-        It is asked several times in an iteration, and must say the same each time.
-        """
-
-    def learn(self, problem: np.ndarray, right: np.ndarray) -> None:
-        """Take own answers of an iteration, group by group: problems (B,), and whether each is right, (B,) bool."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-@dataclass
-class Vade:
-    """Asks the problems whose success rate, drawn from what is known of it, is nearest to ½ (VADE).
-
-    Every problem has Beta(α, β) of its success rate p, at first Beta(1, 1). An iteration draws p of each and takes the
-    largest p(1 − p), the variance of a reward of 0 or 1. Then α and β of every problem go back to 1 by ``slow``, those
-    of problems that were asked by ``fast``, and the right and wrong answers are added: as the policy changes, what is
-    old counts less. The two factors are our reading of the paper's decay at two scales; it was not checked.
-
-    Args:
-        slow: what is left of α − 1 and β − 1 after an iteration, in [0, 1].
-        fast: the same, for problems that were asked, in [0, 1].
-    """
-
-    slow: float = 0.99
-    fast: float = 0.8
-
-    def __post_init__(self) -> None:
-        check_range("slow", self.slow, 0.0, 1.0)
-        check_range("fast", self.fast, 0.0, 1.0)
-
-    def begin(self, problems: int) -> None:
-        self.counts = np.ones((2, problems))  # α and β
-
-    def order(self, seed: int, iteration: int) -> np.ndarray:
-        key = sampling.keys(seed, "vade", torch.tensor([iteration], device="cpu"))
-        drawn = np.random.Generator(np.random.Philox(key=int(key) & (2**64 - 1))).beta(*self.counts)
-        return np.argsort(-drawn * (1 - drawn), kind="stable")
-
-    def learn(self, problem: np.ndarray, right: np.ndarray) -> None:
-        size = self.counts.shape[1]
-        new = np.stack([np.bincount(problem[right], minlength=size), np.bincount(problem[~right], minlength=size)])
-        self.counts = 1 + np.where(new.sum(0) > 0, self.fast, self.slow) * (self.counts - 1) + new
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"counts": torch.from_numpy(self.counts)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.counts = np.asarray(state["counts"], np.float64)
-
-
-@dataclass
-class Hints:
-    """Asks a problem with the beginning of its solution once the policy has failed it several times.
-
-    After ``patience`` iterations in a row in which no answer to a problem was right, its next group is asked with one
-    tier more, up to the last; an iteration with a right answer takes a tier back. The whole group is asked in the same
-    words, and its log-probabilities are those behind these words.
-
-    Args:
-        tiers: shares of the words of the solution, ascending, each in (0, 1); the answer behind "####" or in \\boxed is
-            never shown.
-        patience: iterations of failures, ≥ 1.
-        text: what the problem is put into before the template of the data, with {prompt} and {hint}.
-    """
-
-    tiers: Sequence[float] = (0.25, 0.5, 0.75)
-    patience: int = 1
-    text: str = "{prompt}\nHint: {hint}"
-
-    def __post_init__(self) -> None:
-        check_range("patience", self.patience, 1)
-        for tier in self.tiers:
-            check_range("tiers", tier, 0.0, 1.0, lower_open=True, upper_open=True)
-        if not self.tiers or list(self.tiers) != sorted(set(self.tiers)):
-            raise UsageError(f"`tiers` is {list(self.tiers)}; expected ascending shares, as [0.25, 0.5, 0.75].")
-        if "{prompt}" not in self.text or "{hint}" not in self.text:
-            raise UsageError(f"`text` is '{self.text}'; expected {{prompt}} and {{hint}} in it. Add them.")
-
-    def words(self) -> list[OtherWords]:
-        return [OtherWords(self.text, tier, "hints") for tier in self.tiers]
-
-    def begin(self, problems: int) -> None:
-        self.tier, self.failures = np.zeros(problems, np.int64), np.zeros(problems, np.int64)
-
-    def learn(self, problem: np.ndarray, right: np.ndarray) -> None:
-        asked = np.bincount(problem, minlength=len(self.tier)) > 0
-        solved = np.bincount(problem[right], minlength=len(self.tier)) > 0
-        self.failures = np.where(asked, np.where(solved, 0, self.failures + 1), self.failures)
-        more = self.failures >= self.patience
-        self.tier = np.clip(self.tier + more - solved, 0, len(self.tiers))
-        self.failures[more] = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"tier": torch.from_numpy(self.tier), "failures": torch.from_numpy(self.failures)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.tier, self.failures = (np.asarray(state[name], np.int64) for name in ("tier", "failures"))
-
-
-CURRICULA = {"vade": Vade}
-HINTS = {"tiers": Hints}
 
 
 class AskedProblems:
@@ -177,25 +66,29 @@ class AskedProblems:
         if self.curriculum is not None and not isinstance(self.curriculum, Curriculum):
             raise UsageError(
                 f"`curriculum` is {curriculum!r}; expected a class with begin, order, learn, state_dict and "
-                "load_state_dict, as offpolicy.language.rl.asking.Curriculum has them."
+                "load_state_dict, as offpolicy.language.rl.curricula.Curriculum has them."
             )
-        if self.hints is not None and not isinstance(self.hints, Hints):
-            raise UsageError(
-                f"`hints` is {hints!r}; expected 'tiers', or a class that extends offpolicy.language.rl.asking.Hints."
-            )
+        if self.hints is not None:
+            check_hints(self.hints, options)
         for one in self._learners().values():
             one.begin(count)
-        words = self.hints.words() if self.hints else [OtherWords(text, 0.0, "templates") for text in self.templates]
+        words = self.hints.words() if self.hints else [OtherWords(text, None, "templates") for text in self.templates]
         self.problems = retold(problems, words) if words else problems
         if self.hints:
             asked = self.problems.tables["problems/asked"]
-            self.without = int((asked[:, 1:] == asked[:, :1]).any(1).sum())
-            if self.without == count:
+            lacks = asked[:, 1:] == asked[:, :1]
+            self.without = int(lacks.any(1).sum())
+            if lacks.all():
                 raise DataError(
-                    f"`hints` shows the beginning of solutions, and {problems.meta.get('name', 'the data')} has none "
-                    "that are long enough; expected a column `solution` with words before the answer. Name it with "
+                    f"`hints` has nothing to show of {problems.meta.get('name', 'the data')}; expected a column "
+                    "`solution` with words before the answer, or names of columns with hints as `tiers`. Name it with "
                     "--data.columns, or leave the option out."
                 )
+
+    @property
+    def scaffolds(self) -> int:
+        """Tiers of hints behind which single answers are drawn, 0 for none."""
+        return len(self.hints.tiers) if isinstance(self.hints, Scaffold) else 0
 
     def _learners(self) -> dict[str, Any]:
         known = {"curriculum": self.curriculum, "hints": self.hints}
@@ -224,7 +117,13 @@ class AskedProblems:
         if self.templates:
             key = sampling.keys(seed, "templates", torch.tensor([iteration], device="cpu"))[0]
             return 1 + (sampling.bits(key, torch.from_numpy(slot)) % len(self.templates)).numpy()
-        return np.zeros_like(problem) if self.hints is None else self.hints.tier[problem]
+        return np.zeros_like(problem) if self.hints is None else self.hints.tier_of(problem)
+
+    def look(self, model: Any) -> None:
+        """Show the curriculum the policy, if it wants to see it; called on all processes with new weights."""
+        look = getattr(self.curriculum, "look", None)
+        if look is not None:
+            look(model, (token_ids(self.problems, row) for row in self.problems.tables["problems"][:, 0]))
 
     def learn(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take the judged answers of an iteration, of all processes, group by group."""
@@ -234,13 +133,20 @@ class AskedProblems:
         for one in self._learners().values():
             one.learn(problem, right)
 
-    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """The share of answers that were drawn behind a hint."""
+    def wanted_help(self, rows: Sequence[Mapping[str, Any]], tier: int) -> list[tuple[int, int]]:
+        """Number and problem of the groups of judged rows to which an answer is drawn behind the hint of a tier."""
+        assert isinstance(self.hints, Scaffold)
+        asked = self.problems.tables["problems/asked"]
+        return [(slot, i) for slot, i in self.hints.wanted(rows) if asked[i, tier] != asked[i, 0]]
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]], hinted: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """The share of answers that were drawn behind a hint, and how many were drawn to replace another."""
         if self.hints is None:
             return {}
         problem, words = (np.asarray([row[name] for row in rows]) for name in ("problem", "asked"))
         asked = self.problems.tables["problems/asked"]
-        return {"answers/hinted": float((asked[problem, words] != asked[problem, 0]).mean())}
+        facts = {"answers/hinted": float((asked[problem, words] != asked[problem, 0]).mean())}
+        return facts | ({"hints/drawn": float(len(hinted))} if self.scaffolds else {})
 
     def facts(self) -> list[tuple[str, str]]:
         """Lines of the first screen."""
@@ -251,10 +157,11 @@ class AskedProblems:
         if self.templates:
             lines.append(("templates", f"{len(self.templates)}, one per group; evaluations have that of the data"))
         if self.hints is not None:
-            tiers = ", ".join(f"{100 * tier:g} %" for tier in self.hints.tiers)
-            text = f"{tiers} of the solution after {self.hints.patience} iteration(s) of failures; none in evaluations"
+            tiers = [t if isinstance(t, str) else f"{100 * t:g} % of the solution" for t in self.hints.tiers]
+            patience = f"{self.hints.patience} iteration{'s' if self.hints.patience > 1 else ''}"
+            text = f"{', '.join(tiers)}, {self.hints.what}, after {patience} of failures; none in evaluations"
             if self.without:
-                text += f"; {self.without:,} problems lack words for a tier and stay as they are there"
+                text += f"; {self.without:,} problems lack the hint of a tier and stay as they are there"
             lines.append(("hints", text))
         return lines
 
@@ -284,6 +191,27 @@ def problems_in_turn(n: int, count: int, seen: int, seed: int) -> np.ndarray:
     passes = range(seen // n, (seen + count - 1) // n + 1)
     stream = np.concatenate([sampling.permutation(seed, p, n).numpy() for p in passes])
     return stream[seen - n * passes[0] :][:count]
+
+
+def check_hints(hints: Any, options: Any) -> None:
+    """Raise :class:`UsageError` where a rule of hints is none, or cannot be followed."""
+    if not isinstance(hints, Hints):
+        raise UsageError(
+            f"`hints` is {options.hints!r}; expected 'tiers', 'scaffold', or a class that extends "
+            "offpolicy.language.rl.hints.Hints."
+        )
+    if not isinstance(hints, Scaffold):
+        return
+    if options.group_size < 2:
+        raise UsageError(
+            f"`hints` is 'scaffold', which replaces one answer of a group, and `group_size` is {options.group_size}; "
+            "expected ≥ 2. Pass --model.group_size 8."
+        )
+    if engine_name(options.engine) == "replay":
+        raise UsageError(
+            "`hints` is 'scaffold' and the engine 'replay' reads recorded answers, among which the replaced ones are "
+            "not; expected an engine that draws, or no hints: records hold what was kept."
+        )
 
 
 def check_asking(options: Any, rule: Recent) -> None:

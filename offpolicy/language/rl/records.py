@@ -27,6 +27,7 @@ from offpolicy.data.texts.tokens import prompt_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import atomic_write
 from offpolicy.language.rl.engine import CONTINUES, Completion, Request, Sampling
+from offpolicy.language.rl.hints import BEHIND_HINT
 
 
 class ReplayEngine:
@@ -151,11 +152,16 @@ class Recorder:
         """Add the policy's answers of an iteration, once their log-probabilities are known."""
         fresh, source = iteration_of(store) == iteration, store.episodes["source"]
         lines = []
+        words = store.episodes.get("asked", np.zeros_like(store.length))
         for group, rows in group_rows(store).items():
-            for kind, number in ((OWN, group & 0xFFFFFFFF), (CONTINUED, (group & 0xFFFFFFFF) + CONTINUES)):
-                drawn = rows[fresh[rows] & (source[rows] == kind)]
-                if len(drawn):
-                    line = {**_line(problems, store, drawn), "iteration": iteration, "request": number}
+            slot, rows = group & 0xFFFFFFFF, rows[fresh[rows]]
+            for kind, number in ((OWN, slot), (CONTINUED, slot + CONTINUES)):
+                drawn = rows[source[rows] == kind]
+                first = words[drawn].min(initial=len(words))
+                for asked in np.unique(words[drawn]).tolist():
+                    some = drawn[words[drawn] == asked]
+                    number_of = number + (asked - int(first)) * BEHIND_HINT
+                    line = {**_line(problems, store, some), "iteration": iteration, "request": number_of}
                     lines.append(json.dumps(line) + "\n")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:

@@ -142,6 +142,11 @@ class Rewards:
         return tuple(name for name, part in self._parts.items() if part.path in VERIFIERS)
 
     @property
+    def comparing(self) -> tuple[str, ...]:
+        """The parts that compare the answers of a group."""
+        return tuple(name for name, part in self._parts.items() if GROUPS in part.call.needs)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the data that functions ask for."""
         return tuple(dict.fromkeys(name for part in self._parts.values() for name in part.call.columns))

@@ -11,7 +11,7 @@ a run goes on exactly from anywhere, and two processes learn what one does.
 Where it is told, in the order of an iteration::
 
     iteration.py   how many groups are fresh and replayed, which rows each step takes, where the run stands
-    asking.py      which problems are asked, and in which words
+    asking.py      which problems are asked, and in which words; by curricula.py and hints.py
     answering.py   the policy answers problems, by an engine (engines.py), and rewards.py judges the answers
     ahead.py       answers that are drawn before the iteration that they are for
     advantages.py  rewards become the advantage of an answer, or by a critic (critic.py) of a token
@@ -46,14 +46,14 @@ from torch.optim import Optimizer
 from offpolicy.compute import processes
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
-from offpolicy.data.texts.problems import ProblemData
+from offpolicy.data.texts.problems import ProblemData, problem_texts
 from offpolicy.data.texts.replaying import RULES, Recent
 from offpolicy.language import policy as policies
 from offpolicy.language.checks import check_tokens
 from offpolicy.language.meters import SumMeter
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.ahead import Ahead
-from offpolicy.language.rl.answering import Answering, Stopped, problem_texts
+from offpolicy.language.rl.answering import Answering, Stopped
 from offpolicy.language.rl.asking import check_asking
 from offpolicy.language.rl.critic import Critic
 from offpolicy.language.rl.engine import engine_name
@@ -129,13 +129,14 @@ class RolloutModule(IteratingModule):
         replay: which answers of earlier iterations are used again: "recent", "ssb", "exgrpo", "r3", ``{"name": …,
             parameters}``, or an import path (:mod:`offpolicy.data.texts.replaying`).
         curriculum: which problems are asked: None for all of them in turn, "vade" for those that are neither easy nor
-            hard by what is known of them, ``{"name": …, parameters}``, or an import path
-            (:class:`offpolicy.language.rl.asking.Curriculum`).
+            hard by what is known of them, "gain" by the angles between the policy's states of their tokens, ``{"name":
+            …, parameters}``, or an import path (:class:`offpolicy.language.rl.curricula.Curriculum`).
         templates: texts with {prompt} in them, of which each group of new answers gets one in place of the data's
             template; None for that of the data, which evaluations always have.
-        hints: shows the beginning of its solution with a problem that the policy has failed: "tiers", or
-            ``{"name": "tiers", "tiers": [0.25, 0.5, 0.75], "patience": 1, "text": "{prompt}\\nHint: {hint}"}``
-            (:class:`offpolicy.language.rl.asking.Hints`); None for no hints.
+        hints: shows the beginning of its solution, or a column of the data, with a problem that the policy has failed:
+            "tiers" to whole groups, "scaffold" to one answer of a failed group, ``{"name": …, "tiers": [0.25, 0.5,
+            0.75], "patience": 1, "text": "{prompt}\\nHint: {hint}"}``, or an import path
+            (:class:`offpolicy.language.rl.hints.Hints`); None for no hints.
         demonstrations: answers of each group that are demonstrations of the data, where there is one: 0 or 1.
         demonstration_share: of a demonstration that is given, in (0, 1]: below 1 the policy goes on from its first
             tokens (a share of them, rounded down; at least one, never the last).

@@ -29,12 +29,6 @@ ROWS = (
         "a second turn corrects the first, and engines are asked for one turn",
     ),
     Absent(
-        "gain_rl",
-        "GAIN-RL",
-        "",
-        "problems are ranked by the angles of their hidden states, which takes a pass over all of them before training",
-    ),
-    Absent(
         "aepo",
         "AEPO, arbitrary entropy",
         "2510.08141",

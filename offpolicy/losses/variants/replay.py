@@ -159,14 +159,15 @@ ROWS = (
     ),
     Variant(
         "scaf_grpo",
-        "Scaf-GRPO, its tiers",
+        "Scaf-GRPO",
         "2510.19807",
-        "a problem that stays unsolved is asked with the beginning of its solution, in three tiers",
+        "a group of a problem that stays unsolved gets a right answer behind a hint, of three tiers the first that "
+        "helps, in the place of a failed one",
         {},
-        {"hints": {"name": "tiers", "tiers": [0.25, 0.5, 0.75], "patience": 2}},
-        differs="hints of a stronger model replace a failed answer of the group at once there; here the next group of "
-        "the problem is asked with the beginning of its solution",
-        unverified="the tiers and the patience, which are ours",
+        {"hints": {"name": "scaffold", "tiers": [0.25, 0.5, 0.75], "patience": 2}},
+        differs="hints are written by a stronger model there; here they are columns of the data or, by default, the "
+        "beginning of the solution",
+        unverified="the tiers, the patience, and which failed answer goes (the last here)",
     ),
     Variant(
         "sage",
@@ -186,5 +187,16 @@ ROWS = (
         {},
         {"curriculum": "vade"},
         unverified="both factors of the decay, and where each applies; texts without images here",
+    ),
+    Variant(
+        "gain_rl",
+        "GAIN-RL",
+        "2506.02281",
+        "problems ranked by the mean cosine of their tokens' states, drawn by a Gaussian that moves with the accuracy",
+        {},
+        {"curriculum": "gain"},
+        differs="the code adds eight times the cosines between question and template, takes the input of the last MLP, "
+        "and takes them anew with the answers; here the last states of the prompt, once",
+        unverified="the paper's constants; those of its code stand here, for some ten thousand problems",
     ),
 )

@@ -9,20 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_rl import fit, make_policy, method, write_problems
+import torch
+from tiny_rl import fit, make_policy, method, told_problems, write_problems
 from toy import differences, run_files
 
 from offpolicy.compute import processes
-from offpolicy.data.texts.problems import Problems, open_problems
+from offpolicy.data.texts.problems import Problems, open_problems, select_problems
 from offpolicy.data.texts.retelling import OtherWords, beginning, retold
 from offpolicy.data.texts.rollouts import BoundRollouts
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
-from offpolicy.language.rl.asking import Asked, AskedProblems, Hints, Vade
+from offpolicy.language.rl.asking import Asked, AskedProblems
+from offpolicy.language.rl.curricula import Gain, Vade, concentrations
+from offpolicy.language.rl.hints import BEHIND_HINT, Scaffold, Tiers, with_help
 from offpolicy.training.checkpoints import newest_checkpoint
 
 TEMPLATES = ["a {prompt}", "{prompt} b", "c {prompt} c"]
-ROWS = [{"prompt": f"{i}+1=", "solution": "we add one now ####" + str(i + 1)} for i in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +34,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def problems(policy: Path) -> Problems:
-    path = write_problems(policy.parent / "sums.jsonl", ROWS)
-    return open_problems(str(path), tokenizer=str(policy), template="{prompt}.", max_prompt_length=40)
+    return told_problems(policy)
 
 
 def texts(problems: Any, rows: Any, policy: Path) -> list[str]:
@@ -45,15 +46,22 @@ def texts(problems: Any, rows: Any, policy: Path) -> list[str]:
 
 def test_other_words(problems: Problems, policy: Path) -> None:
     """Templates stand in place of that of the data, hints within it; a problem without a solution keeps its own."""
-    told = retold(problems, [OtherWords(TEMPLATES[0], 0.0, "templates"), OtherWords("{prompt} {hint}?", 0.5, "hints")])
+    told = retold(problems, [OtherWords(TEMPLATES[0], None, "templates"), OtherWords("{prompt} {hint}?", 0.5, "hints")])
     found = texts(told, told.tables["problems/asked"][3], policy)
     assert found == ["3+1=.", "a3+1=", "3+1=weadd?."]
     assert texts(told, told.tables["problems"][3, :1], policy) == ["3+1=."]
     assert len(problems.start) < len(told.start) and "problems/asked" not in problems.tables
     assert beginning("a b c d #### e", 0.75) == "a b c" and beginning("a b \\boxed{c}", 0.9) == "a"
     assert beginning(None, 0.5) == ""
+    rows = [{"prompt": f"{i}+1=", "answer": f"{i + 1}", "plan": "" if i else "add"} for i in range(2)]
+    path = write_problems(policy.parent / "planned.jsonl", rows)
+    planned = open_problems(str(path), tokenizer=str(policy), template="{prompt}.")
+    told = retold(planned, [OtherWords("{hint}+{prompt}", "plan", "hints")])
+    assert texts(told, told.tables["problems/asked"][:2, 1], policy) == ["add+0+1=.", "1+1=."]
+    with pytest.raises(DataError, match="Did you mean 'plan'"):
+        retold(planned, [OtherWords("{hint}+{prompt}", "plans", "hints")])
     with pytest.raises(DataError, match="Pass a larger"):
-        retold(problems, [OtherWords("a" * 40 + "{prompt}", 0.0, "templates")])
+        retold(problems, [OtherWords("a" * 40 + "{prompt}", None, "templates")])
 
 
 def test_vade_by_hand() -> None:
@@ -75,7 +83,7 @@ def test_vade_by_hand() -> None:
 
 def test_hints_by_hand() -> None:
     """Two failures add a tier, up to the last; a success takes one back; what was not asked stays."""
-    rule = Hints(tiers=(0.3, 0.6), patience=2)
+    rule = Tiers(tiers=(0.3, 0.6), patience=2)
     rule.begin(2)
     tiers = []
     for right in (False, False, False, False, False, False, True, False, True, True):
@@ -83,6 +91,90 @@ def test_hints_by_hand() -> None:
         tiers.append(int(rule.tier[0]))
     assert tiers == [0, 1, 1, 2, 2, 2, 1, 1, 0, 0]
     assert rule.tier[1] == rule.failures[1] == 0
+
+
+class Sees(torch.nn.Module):
+    """A model whose last states are the tokens' rows of a table."""
+
+    def __init__(self, table: list[list[float]]) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.tensor(table, dtype=torch.float64))
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(hidden_states=(None, self.table[input_ids]))
+
+
+def test_gain_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cosines of all pairs: 1 for like directions, ½ for two that are at right angles, 0 for opposite ones."""
+    model, prompts = Sees([[2, 0], [0, 3], [-1, 0]]), [np.array(one) for one in ([0, 2], [0, 0, 0], [0, 1])]
+    found = concentrations(model, prompts)
+    np.testing.assert_allclose(found, [0, 1, 0.5])
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+    monkeypatch.setattr(processes, "gathered", lambda mine: [found[::2], mine])
+    np.testing.assert_allclose(concentrations(model, iter(prompts)), found)
+    monkeypatch.undo()
+    rule = Gain(deviation=1e-3, step=0.5)
+    rule.begin(3)
+    rule.look(model, prompts)
+    rule.look(model, [])  # once is enough
+    assert rule.order(0, 1).tolist() == [1]
+    rule.learn(np.array([1, 2]), np.array([True, False]))  # accuracy ½, mean C ¾
+    assert rule.mean == pytest.approx(0.25 * np.tanh(1.5))
+    rule.learn(np.array([0]), np.array([False]))  # would go back
+    assert rule.mean == pytest.approx(0.25 * np.tanh(1.5))
+    rule.deviation, again = 1.0, Gain(deviation=1.0)
+    again.begin(3)
+    again.load_state_dict(rule.state_dict())
+    orders = [again.order(0, k).tolist() for k in range(200)]
+    assert orders == [rule.order(0, k).tolist() for k in range(200)] and {*map(len, orders)} == {3}
+    firsts = np.bincount([one[0] for one in orders], minlength=3)
+    assert firsts[1] > firsts[2] > firsts[0] > 0
+    rule.step = 9.0
+    rule.learn(np.array([1]), np.array([True]))
+    assert rule.mean == 2  # the last one
+
+
+def judged(slot: int, problem: int, right: bool, asked: int = 0) -> dict[str, Any]:
+    return {"slot": slot, "problem": problem, "right": right, "source": 0, "asked": asked}
+
+
+def test_scaffold_by_hand() -> None:
+    """Groups without a right answer, of problems that have failed twice, get a hinted answer in place of their last."""
+    rule = Scaffold()
+    rule.begin(3)
+    rows = [judged(0, 2, False), judged(0, 2, False), judged(1, 1, False), judged(1, 1, True), judged(2, 0, False)]
+    assert rule.wanted(rows) == []
+    rule.learn(np.array([2, 2, 1, 1]), np.array([False, False, False, True]))
+    assert rule.failures.tolist() == [0, 0, 1] and rule.wanted(rows) == [(0, 2)]
+    wrong, right = judged(0, 2, False, 1), judged(0, 2, True, 2)
+    assert with_help(rows, [wrong]) == rows
+    helped = with_help(rows, [right])
+    assert helped == [rows[0], right, *rows[2:]] and rule.wanted(helped) == []
+
+
+class Backwards:
+    """Asks the last problems first, and counts what it is told."""
+
+    def begin(self, problems: int) -> None:
+        self.problems, self.told = problems, 0
+
+    def order(self, seed: int, iteration: int) -> np.ndarray:
+        return np.arange(self.problems)[::-1]
+
+    def learn(self, problem: np.ndarray, right: np.ndarray) -> None:
+        self.told += len(problem)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"told": self.told}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.told = state["told"]
+
+
+class Beyond(Backwards):
+    def order(self, seed: int, iteration: int) -> np.ndarray:
+        return np.array([self.problems])
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -95,6 +187,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"curriculum": "vade", "lag": 1}, "--model.lag 0"),
     ({"curriculum": "vader"}, "Did you mean 'vade'"),
     ({"curriculum": "torch.nn.Identity"}, "expected a class with begin"),
+    ({"curriculum": f"{__name__}.Beyond"}, "expected one row of whole numbers from 0 to 7"),
+    ({"hints": "torch.nn.Identity"}, "expected 'tiers', 'scaffold'"),
+    ({"hints": "scaffold", "group_size": 1}, "--model.group_size 8"),
+    ({"hints": "scaffold", "rewards": ["majority"]}, "--model.hints tiers"),
+    ({"hints": "scaffold", "engine": "replay", "records": "none"}, "expected an engine that draws"),
     ({"hints": {"name": "tiers", "tiers": [0.5, 0.25]}}, "expected ascending shares"),
     ({"hints": {"name": "tiers", "text": "{prompt}"}}, "expected {prompt} and {hint}"),
 ]
@@ -121,6 +218,11 @@ def never(prompt: str, answer: str, reference: str) -> float:
     return 0.0
 
 
+def with_three_words(prompt: str, answer: str, reference: str) -> float:
+    """Right behind the last hint alone."""
+    return 1.0 if "weaddone" in prompt.replace(" ", "") else len(answer) % 3 / 10
+
+
 def by_words(prompt: str, answer: str, reference: str) -> float:
     """Depends on the words that a problem was put into, which a reward is given."""
     return float(prompt.replace(" ", "").startswith("a")) + len(answer) % 3 / 10
@@ -134,6 +236,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "replay_fraction": 0.5,
         "replay_window": 2,
     },
+    "scaffold": {"hints": {"name": "scaffold", "patience": 1}, "rewards": [f"{__name__}.with_three_words"]},
+    "own": {"curriculum": f"{__name__}.Backwards"},
+    "gain": {"curriculum": {"name": "gain", "deviation": 2.0, "step": 2.0}, "rewards": ["tiny_rl.ends_early"]},
     "vade": {"curriculum": "vade", "rewards": ["tiny_rl.ends_early"], "filter": "signal"},
 }
 
@@ -145,15 +250,16 @@ def test_runs_resume_and_say_what_was_asked(
 ) -> None:
     """Bit for bit from the middle of an iteration; two processes ask what one does.
 
-    Records and scores have the prompt that was asked.
+    Records and scores have the prompt that was asked: what the policy thinks of an answer is what the engine thought.
     """
-    how: dict[str, Any] = {"problems": problems, "held_out": False}
+    some = np.arange(8) < (4 if name == "hints" else 8)  # few come back soon
+    how: dict[str, Any] = {"problems": select_problems(problems, some), "held_out": False}
     options = {**RUNS[name], "record": True}
-    whole = fit(method("GRPO", policy, **options), 8, tmp_path / "whole", **how)
-    fit(method("GRPO", policy, **options), 5, tmp_path / "cut", **how)
+    whole = fit(method("GRPO", policy, **options), 6, tmp_path / "whole", **how)
+    fit(method("GRPO", policy, **options), 3, tmp_path / "cut", **how)
     path = newest_checkpoint(tmp_path / "cut")
-    fit(method("GRPO", policy, **options), 8, tmp_path / "cut", ckpt_path=path, **how)
-    found, expected = (run_files(tmp_path / one, 8) for one in ("cut", "whole"))
+    fit(method("GRPO", policy, **options), 6, tmp_path / "cut", ckpt_path=path, **how)
+    found, expected = (run_files(tmp_path / one, 6) for one in ("cut", "whole"))
     for part in ("state_dict", "optimizer_states", "offpolicy"):
         assert not differences(found[part], expected[part], part)
     next_one = Asked(9, 9, 40, 5), 0
@@ -168,13 +274,28 @@ def test_runs_resume_and_say_what_was_asked(
     lines = [json.loads(one) for one in (tmp_path / "whole" / "records.jsonl").read_text().splitlines()]
     store, asked = whole.course.rollouts.store, whole.problems
     bound = BoundRollouts(asked, store)
+    np.testing.assert_allclose(store.steps["logp"], store.steps["sampler_logp"], atol=1e-4)
     if name == "vade":
         assert "asked" not in store.episodes and whole.answering.asking.curriculum.counts.max() > 1
+        return
+    if name == "gain":
+        assert whole.answering.asking.curriculum.mean > 0 and whole.answering.asking.curriculum.known
+        return
+    if name == "own":
+        assert whole.answering.asking.curriculum.told == 3 * 16
+        assert store.episodes["prompt"].reshape(4, 4).tolist() == [[7] * 4, [6] * 4, [5] * 4, [4] * 4]
         return
     assert (bound.lengths[:, 0] == asked.length[bound.prompts]).all()
     words = store.episodes["asked"]
     groups = store.episodes["group"]
-    assert all(len(set(words[groups == group].tolist())) == 1 for group in np.unique(groups))
+    if name == "scaffold":
+        assert all(words[groups == group].tolist() == [0, 0, 0, 3] for group in np.unique(groups))
+        assert (
+            whole.generated == 3 * (16 + 3 * 4) and store.episodes["reward"].reshape(4, 4)[:, 3].tolist() == [1.0] * 4
+        )
+        assert sorted(line["request"] for line in lines[-8:])[4:] == [slot + 3 * BEHIND_HINT for slot in range(4)]
+    else:
+        assert all(len(set(words[groups == group].tolist())) == 1 for group in np.unique(groups))
     recorded = {tuple(line["prompt"]) for line in lines}
     assert {tuple(token_ids(asked, row).tolist()) for row in bound.prompts} <= recorded
     own = {tuple(token_ids(asked, row).tolist()) for row in asked.tables["problems"][:, 0]}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from made_parts import MANY_PARTS
-from tiny_rl import fit, method
+from tiny_rl import fit, method, told_problems
 from toy import differences, run_files
 
 from offpolicy.data.replay import Replay
@@ -32,6 +32,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "GRPO-late": ("GRPO", {"lag": 1, "batch_size": 12, "demonstrations": 1, "demonstration_share": 0.5}),
     "filtered": ("GRPO", {"filter": "signal", "rewards": ["tiny_rl.ends_early"], "batch_size": 12}),
     "r3": ("GRPO", {"replay": {"name": "r3", "success": 0.5}, "rewards": ["tiny_rl.ends_early"], "batch_size": 12}),
+    "asked": (
+        "GRPO",
+        {
+            "curriculum": {"name": "gain", "deviation": 2.0, "step": 2.0},
+            "hints": {"name": "scaffold", "patience": 1, "text": "{prompt} {hint}"},
+            "rewards": ["tiny_rl.ends_early"],
+            "batch_size": 12,
+        },
+    ),
     "HPT": ("HPT", {"success": 0.6, "micro_batch_size": 3}),
     "many-parts": ("GRPO", {"objective": MANY_PARTS, "batch_size": 12, "micro_batch_size": 4}),
     "SPEAR": ("SPEAR", {"capacity": 2, "ramp": 3}),
@@ -60,6 +69,7 @@ def train(name: str, root: Path, folder: Path, devices: int, **options: Any) -> 
     kind, settings = CASES[name]
     strategy = {"strategy": "ddp"} if devices > 1 else {}
     module = method(kind, root / "policy", **settings)
+    options["problems"] = told_problems(root / "policy") if "hints" in settings else None
     return fit(module, LAST, folder, devices=devices, precision="64-true", **strategy, **options)
 
 
@@ -94,5 +104,5 @@ def test_two_processes_equal_one(name: str, pair: tuple[Path, list[dict[str, Any
         for ours, theirs in zip(one[part], two[part]):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     stores = [Replay.load(sorted((folder / "replay").iterdir())[-1]) for folder in (tmp_path, root / name / "whole")]
-    for column in ("group", "prompt", "policy_version", "source", "digest", "reward"):
+    for column in ("group", "prompt", "policy_version", "source", "digest", "reward", *({"asked"} & {name})):
         assert (stores[0].episodes[column] == stores[1].episodes[column]).all(), column
