@@ -81,7 +81,7 @@ class Telling:
                 f"{', '.join(source.names)}; expected one of them.{nearest(words.hint, source.names)}"
             )
         column = source.column(words.hint)
-        return [str(column[row] or "").strip() for row in rows.tolist()]
+        return ["" if column[row] is None else str(column[row]).strip() for row in rows.tolist()]
 
     def _tokens(
         self, rows: np.ndarray, problems: Sequence[Problem], hints: Sequence[str], words: OtherWords
@@ -130,7 +130,7 @@ def retold(problems: Any, words: Sequence[OtherWords]) -> Any:
             "keep their texts; expected problems that offpolicy has read. Leave the option out."
         )
     own, count = problems.tables["problems"][:, 0], len(problems.start)
-    columns, new = [own], []
+    columns, new = [own], list[np.ndarray]()
     for told in telling.prompts(problems.tables["problems/row"], words):
         column = own.copy()
         for i, prompt in enumerate(told):

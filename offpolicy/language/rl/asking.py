@@ -153,7 +153,7 @@ class AskedProblems:
         lines = []
         if self.curriculum is not None:
             name = type(self.curriculum).__doc__ or type(self.curriculum).__name__
-            lines.append(("curriculum", name.strip().partition("\n")[0]))
+            lines.append(("order", name.strip().partition("\n")[0]))
         if self.templates:
             lines.append(("templates", f"{len(self.templates)}, one per group; evaluations have that of the data"))
         if self.hints is not None:

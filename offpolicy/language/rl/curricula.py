@@ -139,22 +139,19 @@ class Gain:
 def concentrations(model: nn.Module, prompts: Iterable[np.ndarray]) -> np.ndarray:
     """The mean cosine of a model's last states over all pairs of tokens of each prompt, (P,) float64.
 
-    Processes share the prompts, which are read one by one, so that nothing depends on who reads what.
+    Processes share the prompts, which are read one by one, so that nothing depends on who reads what; all of them make
+    the same number of passes, as weights may be cut over them.
     """
-    device, found = next(model.parameters()).device, []
+    texts, world, device, found = list(prompts), processes.world_size(), next(model.parameters()).device, []
     shorter = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
     rest = {"use_cache": False, "output_hidden_states": True, **({"logits_to_keep": 1} if shorter else {})}
-    for i, prompt in enumerate(prompts):
-        if i % processes.world_size() == processes.rank():
-            ids = torch.from_numpy(prompt.astype(np.int64)).to(device)
-            states = model(input_ids=ids[None], **rest).hidden_states[-1][0].double()
-            found.append(nn.functional.normalize(states, dim=-1).mean(0).square().sum())
-    mine = torch.stack(found).cpu().numpy() if found else np.zeros(0)
-    parts = processes.gathered(mine)
-    whole = np.zeros(sum(map(len, parts)))
-    for rank, part in enumerate(parts):
-        whole[rank :: len(parts)] = part
-    return whole
+    for first in range(0, len(texts), world):
+        prompt = texts[min(first + processes.rank(), len(texts) - 1)]
+        ids = torch.from_numpy(prompt.astype(np.int64)).to(device)
+        states = model(input_ids=ids[None], **rest).hidden_states[-1][0].double()
+        found.append(nn.functional.normalize(states, dim=-1).mean(0).square().sum())
+    parts = processes.gathered(torch.stack(found).cpu().numpy())
+    return np.stack(parts, axis=1).reshape(-1)[: len(texts)]
 
 
 CURRICULA = {"vade": Vade, "gain": Gain}
