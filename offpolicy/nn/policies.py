@@ -181,6 +181,11 @@ class TanhGaussianPolicy(nn.Module):
         """Action (…, B, A) and its log-density (…, B) from standard normal noise (…, B, A); differentiable."""
         return self.sample_from(*self.heads(obs), noise)
 
+    def draw(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The action of :meth:`sample` alone, for collecting, where its density takes a third of the time."""
+        mean, log_std = self.heads(obs)
+        return torch.tanh(torch.addcmul(mean, torch.exp(log_std), noise))
+
     def sample_from(self, mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`sample`, from heads already at hand, which broadcast against the noise."""
         u = torch.addcmul(mean, torch.exp(log_std), noise)

@@ -168,7 +168,7 @@ class ActingModule(Module):
         """
         actor = getattr(self, "actor", None)
         if isinstance(actor, TanhGaussianPolicy):
-            return actor.sample(obs, noise)[0]
+            return actor.draw(obs, noise)
         if isinstance(actor, GaussianPolicy):
             return actor.sample(obs, noise)
         return self.policy(obs) + scale * noise

@@ -32,8 +32,8 @@ class SeedViews(BoundView):
         return sum(map(len, self.parts))
 
     def row(self, items: Tensor) -> Tensor:
-        """The replay rows of items, each of the replay of its seed."""
-        return torch.stack([part.row(items[..., i, :]) for i, part in enumerate(self.parts)], -2)
+        """Refused: rows are of one replay (UsageError)."""
+        raise UsageError("each seed has rows of data of its own, and those of one are asked for; expected one seed.")
 
     def pick(self, word: Tensor, row: Tensor | None = None) -> Tensor:
         return torch.stack([part.pick(word[..., i, :], row) for i, part in enumerate(self.parts)], -2)

@@ -66,6 +66,7 @@ def test_tanh_gaussian_matches_torch(scalars) -> None:
     law = D.TransformedDistribution(D.Normal(mean, log_std.exp()), D.TanhTransform(cache_size=1))
     action, logp = policy.sample(obs, noise)
     torch.testing.assert_close(action, torch.tanh(mean + log_std.exp() * noise))
+    assert torch.equal(policy.draw(obs, noise), action)
     torch.testing.assert_close(logp, law.log_prob(action).sum(-1))
     torch.testing.assert_close(policy.log_prob(obs, action), logp, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(policy.mode(obs), torch.tanh(mean))
