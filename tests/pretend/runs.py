@@ -305,6 +305,8 @@ def collects(place: Place) -> None:
         found[part] = state(run.folder / "checkpoints" / "step=00000040.ckpt")
     assert not BLOCK, dict(BLOCK)
     assert not toy.differences(*found.values())
+    several = counting.collect(place.root / place.name / "several", method=place.method(), seeds=(0, 1))
+    assert several.updates == 40 and not BLOCK, dict(BLOCK)
 
 
 def checks(place: Place) -> list[Callable[[Place], None]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from counting import collect, online, scratch
+from forks import pair_of
 from test_joint_runs import close
 from toy import Crash, differences, run_files, toy_replay
 
@@ -108,6 +109,27 @@ def test_seeds_of_an_offline_run_go_on_online_each_by_itself(joint: op.FitResult
     assert together.method.seeds == SEEDS and (together.folder / "online.json").is_file()
     for seed in SEEDS:
         as_if_alone(together, both(seed=seed), seed)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("pair")
+def test_two_processes_equal_one(joint: op.FitResult, tmp_path: Path) -> None:
+    """The first collects for all seeds; the run is stopped on the way."""
+    options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "accelerator": "cpu", "save_every": 20}
+
+    def both() -> None:
+        data: dict[str, Any] = {"episodes": "keep", "envs": 2}
+        with pytest.raises(ZeroDivisionError):
+            collect(tmp_path, scratch(ENV, **data), seeds=SEEDS, precision="64-true", callbacks=[Crash(30)], **options)
+
+    copies = pair_of(both)
+    assert [copy.returncode for copy in copies] == [0, 0], copies[0].output + copies[1].output
+    found = run(tmp_path, scratch(ENV, episodes="keep", envs=2), ckpt_path=tmp_path)
+    for seed in SEEDS:
+        ours, theirs = (run_files(one.folders[seed], 40) for one in (found, joint))
+        close(ours["state_dict"], theirs["state_dict"], str(seed))
+        rounds = [contents(one.folders[seed])["rounds"] for one in (found, joint)]
+        assert rounds[0] == rounds[1]
 
 
 @pytest.mark.slow
