@@ -17,13 +17,13 @@ from torch import Tensor
 
 from offpolicy.data.texts.sequences import ScoredGroupView
 from offpolicy.errors import check_choice, check_range
-from offpolicy.language.preference import PreferenceModule
+from offpolicy.language.rl.rounds import RoundModule
 from offpolicy.losses.groups import PAIR_NORMS, candidate_entropy, concordance, copg_group_loss
 from offpolicy.losses.scores import GroupScores, TokenMean
 from offpolicy.training.meter import Metrics
 
 
-class CoPG(PreferenceModule):
+class CoPG(RoundModule):
     """Contrastive policy gradient: learns from scored lists of answers that anybody wrote.
 
     A row is a prompt with all of its answers, which share a forward pass; ``batch_size`` and ``micro_batch_size`` count
@@ -37,6 +37,7 @@ class CoPG(PreferenceModule):
     """
 
     view = ScoredGroupView()
+    makes = "lists"
 
     def __init__(self, *, beta: float = 0.1, normalise: str = "pair_mean", lr: float = 1e-6, **language: Any) -> None:
         super().__init__(lr=lr, **language)

@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from offpolicy.errors import check_range
-from offpolicy.language.preference import PreferenceModule
+from offpolicy.language.rl.rounds import RoundModule
 from offpolicy.losses.preference import dpo_loss, nll, preference_metrics
 from offpolicy.losses.scores import PairScores
 from offpolicy.training.meter import Metrics
 
 
-class CPO(PreferenceModule):
+class CPO(RoundModule):
     """Contrastive preference optimisation: DPO without a reference, and cloning of the chosen answer.
 
     Args:

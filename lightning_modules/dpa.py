@@ -5,8 +5,8 @@ a unit vector at most ``max_angle`` from the first objective; the prompt is told
 with the largest vᵀr is learned from by maximum likelihood. Afterwards any direction can be asked for.
 
 The paper draws many answers (80 is what is recalled of it) under every prompt and direction from the policy itself,
-and repeats that from the new policy. Here the answers are given: scored lists with several columns. A round is
-``offpolicy.generate`` with a function that scores, then this method. The wording of the message is ours.
+at temperature 0.7, and repeats that from the new policy: ``rounds``, with a reward for each objective. Without rounds
+the answers are given: scored lists with several columns. The wording of the message is ours.
 """
 
 from __future__ import annotations
@@ -23,16 +23,21 @@ from lightning_modules.sft import SFT
 from offpolicy.data.replay import Replay
 from offpolicy.data.sampling import keys, normals, uniforms
 from offpolicy.data.texts.conditioning import Numbered, SystemMessages, is_chat, with_texts
-from offpolicy.data.texts.sequences import BoundGroups, BoundTexts, ScoredGroupView, Singles, token_ids
+from offpolicy.data.texts.problems import Problems
+from offpolicy.data.texts.sequences import BoundTexts, ScoredGroupView, Singles, SingleView, token_ids
 from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.language.rl.pairing import groups_in_order, rows_of_round, texts_of_answers
+from offpolicy.language.rl.rounds import RoundModule
 from offpolicy.losses.directions import cone, percent, winner
 
 
-class DPA(SFT):
-    """Directional preference alignment, offline: cloning of the best answer for a direction that the prompt states.
+class DPA(RoundModule, SFT):
+    """Directional preference alignment: cloning of the best answer for a direction that the prompt states.
 
-    Data are lists of answers whose scores are lists of k ≥ 2 numbers, read with ``--data.pair_strategy none``. Bring
-    the objectives to one scale, as the paper's 0 to 100.
+    Data are lists of answers whose scores are lists of k ≥ 2 numbers, read with ``--data.pair_strategy none``. In
+    rounds they are problems, ``rewards`` has one for each objective, times its weight, and a prompt with a direction
+    counts as one of ``prompts``; its directions are the same in every round. Bring the objectives to one scale, as the
+    paper's 0 to 100.
 
     Args:
         max_angle: largest angle between a direction and the first objective, in degrees, in [0, 180].
@@ -43,6 +48,7 @@ class DPA(SFT):
     """
 
     view = ScoredGroupView(objectives=True)
+    makes = "winners"
 
     def __init__(
         self,
@@ -70,6 +76,8 @@ class DPA(SFT):
 
     def texts_of(self, replay: Replay) -> BoundTexts:
         """A row for each prompt and direction: the prompt that states it, and the answer that is best by it."""
+        if self.in_rounds:  # such rows already
+            return SingleView().bind(replay)
         groups, h = self.view.bind(replay), self.hparams
         scores = torch.from_numpy(groups.facts["score"]).double()
         if scores.shape[2] != len(h.objectives):
@@ -78,22 +86,59 @@ class DPA(SFT):
                 "expected one for each. Pass --model.objectives with the names in the order of the scores."
             )
         asked, answers = groups.index[:, 0], groups.index[:, 1::2]
-        v = self.drawn(groups)
+        v = self.drawn(replay, asked)
         best = winner(scores, v, torch.from_numpy(answers >= 0)).numpy()  # (P, D)
-        made, put = Numbered(replay), SystemMessages(self._tokenizer, chat=is_chat(replay))
-        index = np.empty((*best.shape, 2), dtype=np.int64)
-        for row, weights in enumerate(percent(v).tolist()):
-            prompt = token_ids(replay, asked[row])
-            for place, one in enumerate(weights):
-                index[row, place, 0] = made.number(put.put(prompt, self.message_of(one)))
-                index[row, place, 1] = answers[row, best[row, place]]
+        told, prompts = self._told(replay, asked, v)
+        index = np.stack([prompts, np.take_along_axis(answers, best, 1)], axis=2)
         facts = {"direction": v.reshape(-1, v.shape[2]).numpy()}
-        return BoundTexts(with_texts(replay, made.texts), index.reshape(-1, 2), facts, Singles)
+        return BoundTexts(told, index.reshape(-1, 2), facts, Singles)
 
-    def drawn(self, groups: BoundGroups) -> torch.Tensor:
+    def problems_of(self, problems: Replay) -> Replay:
+        """A problem for each prompt and direction, with the column ``direction``."""
+        table = problems.tables["problems"]
+        v = self.drawn(problems, table[:, 0])
+        told, prompts = self._told(problems, table[:, 0], v)
+        tables = {name: np.repeat(column, v.shape[1], axis=0) for name, column in problems.tables.items()}
+        tables["problems"][:, 0] = prompts.reshape(-1)
+        tables["problems/direction"] = v.reshape(-1, v.shape[2]).numpy()
+        found = type(problems)(told.steps, start=told.start, length=told.length, tables=tables, meta=problems.meta)
+        if isinstance(problems, Problems) and isinstance(found, Problems):
+            found.reopen = problems.reopen
+        return found
+
+    def take_data(self, data: Any) -> None:
+        super().take_data(data)
+        if self.in_rounds and len(self.answering.rewards.names) != len(self.hparams.objectives):
+            raise UsageError(
+                f"`rewards` has {len(self.answering.rewards.names)} and `objectives` {len(self.hparams.objectives)}; "
+                "expected a reward for each objective, in their order. Pass --model.rewards."
+            )
+
+    def texts_of_round(self, store: Replay, iteration: int) -> tuple[Replay | None, list[dict[str, Any]]]:
+        rewards, rows = self.answering.rewards, groups_in_order(store)
+        parts = [store.episodes[f"reward/{name}"] * weight for name, weight in zip(rewards.names, rewards.weights)]
+        scores = np.stack(parts, axis=1).astype(np.float64)  # (E, k)
+        v = self.problems.tables["problems/direction"][store.episodes["prompt"][rows[:, 0]]]
+        best = winner(*map(torch.from_numpy, (scores[rows], v[:, None])))[:, 0].numpy()
+        texts, index = texts_of_answers(self.problems, store)
+        texts.tables = {"singles": index[rows[np.arange(len(rows)), best]]}
+        written = rows_of_round(self.problems, store, self.tokenizer, self.answering.stops, scores)
+        return texts, [row | {"direction": one} for row, one in zip(written, v.tolist())]
+
+    def _told(self, replay: Replay, asked: np.ndarray, v: torch.Tensor) -> tuple[Replay, np.ndarray]:
+        """The texts with every prompt that states a direction behind them, and their numbers, (P, D)."""
+        made, put = Numbered(replay), SystemMessages(self._tokenizer, chat=is_chat(replay))
+        prompts = [token_ids(replay, number) for number in asked]
+        numbers = [
+            [made.number(put.put(prompt, self.message_of(one))) for one in weights]
+            for prompt, weights in zip(prompts, percent(v).tolist())
+        ]
+        return with_texts(replay, made.texts), np.array(numbers)
+
+    def drawn(self, replay: Replay, prompts: np.ndarray) -> torch.Tensor:
         """The directions of every prompt, (P, D, k) float64: by the hash of its tokens, so the same in every run."""
-        h, others = self.hparams, groups.facts["score"].shape[2] - 1
-        digests = [blake2b(token_ids(groups.replay, i).tobytes(), digest_size=5) for i in groups.index[:, 0]]
+        h, others = self.hparams, len(self.hparams.objectives) - 1
+        digests = [blake2b(token_ids(replay, i).tobytes(), digest_size=5) for i in prompts]
         rows = torch.tensor([int.from_bytes(one.digest(), "big") for one in digests], device="cpu")
         begin = torch.zeros(1, dtype=torch.int64, device="cpu")
         angles, sides = (keys(0, name, begin)[0] for name in ("directions: angles", "directions: sides"))

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from offpolicy.errors import check_range
-from offpolicy.language.preference import PreferenceModule
+from offpolicy.language.rl.rounds import RoundModule
 from offpolicy.losses.preference import dpo_loss, preference_metrics
 from offpolicy.losses.scores import PairScores
 from offpolicy.training.meter import Metrics
 
 
-class DPO(PreferenceModule):
+class DPO(RoundModule):
     """Direct preference optimisation: the reward of an answer is its log-ratio to the reference.
 
     Args:

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.sequences import BoundTexts
-from offpolicy.errors import DataError, check_range
-from offpolicy.language.preference import PreferenceModule
+from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.language.rl.rounds import RoundModule
 from offpolicy.losses.preference import inpo_loss, preference_metrics
 from offpolicy.losses.scores import PairScores, Scores
 from offpolicy.training.meter import Metrics
 
 
-class INPO(PreferenceModule):
+class INPO(RoundModule):
     """Iterative Nash policy optimisation, one round: two references, the policy at its start and ``reference``.
 
     Args:
@@ -54,6 +54,11 @@ class INPO(PreferenceModule):
         check_range("eta", eta, 0.0, lower_open=True)
         if tau is not None:
             check_range("tau", tau, 0.0, eta)
+        if soft_labels and self.in_rounds and not self.hparams.judge:
+            raise UsageError(
+                "`soft_labels` is true, and rewards say which answer of a pair is better, not how probably; expected "
+                "a judge of two answers. Pass --model.judge package.module.function, or leave `soft_labels` out."
+            )
         self.save_hyperparameters()
 
     @property

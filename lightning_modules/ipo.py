@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from offpolicy.errors import check_range
-from offpolicy.language.preference import PreferenceModule
+from offpolicy.language.rl.rounds import RoundModule
 from offpolicy.losses.preference import ipo_loss, preference_metrics
 from offpolicy.losses.scores import PairScores
 from offpolicy.training.meter import Metrics
 
 
-class IPO(PreferenceModule):
+class IPO(RoundModule):
     """Identity preference optimisation: the margin is drawn to 1/(2β) and no further.
 
     Args:

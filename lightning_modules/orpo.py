@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from offpolicy.errors import check_range
-from offpolicy.language.preference import PreferenceModule
+from offpolicy.language.rl.rounds import RoundModule
 from offpolicy.losses.preference import log_odds, nll, odds_ratio_loss, preference_metrics
 from offpolicy.losses.scores import PairScores
 from offpolicy.training.meter import Metrics
 
 
-class ORPO(PreferenceModule):
+class ORPO(RoundModule):
     """Odds-ratio preference optimisation: fine-tuning and preferences in one stage, without a reference.
 
     Args:

@@ -19,13 +19,13 @@ from typing import Any
 from torch import Tensor
 
 from offpolicy.errors import check_range
-from offpolicy.language.preference import PreferenceModule
+from offpolicy.language.rl.rounds import RoundModule
 from offpolicy.losses.preference import cdpo_loss, preference_metrics, rdpo_loss
 from offpolicy.losses.scores import PairScores
 from offpolicy.training.meter import Metrics
 
 
-class RDPO(PreferenceModule):
+class RDPO(RoundModule):
     """Provably robust DPO: an unbiased estimate of the DPO loss under flipped labels.
 
     Args:

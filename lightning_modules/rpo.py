@@ -17,13 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from offpolicy.errors import UsageError, check_choice, check_range
-from offpolicy.language.preference import PreferenceModule
+from offpolicy.language.rl.rounds import RoundModule
 from offpolicy.losses.preference import NLL_FORMS, dpo_loss, nll, preference_metrics
 from offpolicy.losses.scores import PairScores
 from offpolicy.training.meter import Metrics
 
 
-class RPO(PreferenceModule):
+class RPO(RoundModule):
     """Regularised preference optimisation: DPO and imitation of the chosen answer, so that it does not lose likelihood.
 
     Args:

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from offpolicy.errors import UsageError, check_range
-from offpolicy.language.preference import PreferenceModule
+from offpolicy.language.rl.rounds import RoundModule
 from offpolicy.losses.preference import nll, preference_metrics, simpo_loss
 from offpolicy.losses.scores import PairScores
 from offpolicy.training.meter import Metrics
 
 
-class SimPO(PreferenceModule):
+class SimPO(RoundModule):
     """Preference optimisation on mean log-probabilities with a margin, without a reference.
 
     The authors tune the rate first (3e-7 to 1e-6; 1e-5 ruins a model), then γ/β from 0.5 within [0, 1], then β.

@@ -222,7 +222,7 @@ def check_epochs(method: Module, options: Mapping[str, Any]) -> None:
 
 def data_of(method: Module, data: Loadable) -> DataModule:
     """The data as a module of the kind that the method reads."""
-    kind = method.data_class()
+    kind = method.data_class_for(method.hparams)
     if isinstance(data, (str, Path)):
         return renewable(kind(str(data)))
     return renewable(kind.of(data) if isinstance(data, Replay) else load_data(data))

@@ -47,12 +47,18 @@ class FitCLI(LightningCLI):
 
     loggers = ""  # short names of the Trainer's loggers
 
-    def __init__(self, args: list[str], method: type[Module] = OfflineModule, seed: int | None = 0) -> None:
+    def __init__(
+        self,
+        args: list[str],
+        method: type[Module] = OfflineModule,
+        seed: int | None = 0,
+        data_class: type[DataModule] | None = None,
+    ) -> None:
         self.method, self.seed = method, seed
         max_steps = MAX_STEPS if issubclass(method, OfflineModule) else -1  # -1: as the method plans
         super().__init__(
             Module,
-            method.data_class(),
+            data_class or method.data_class(),
             save_config_callback=None,
             trainer_defaults={"max_steps": max_steps, **TRAINER_DEFAULTS},
             seed_everything_default=seed,  # type: ignore[arg-type]  # None where there are several
@@ -202,7 +208,7 @@ def _parse(command: Command) -> FitCLI:
         raise UsageError(
             f"`model` is {command.method}; expected a subclass of offpolicy.OfflineModule or LanguageModule."
         )
-    data_class = method.data_class()
+    data_class = method.data_class_for(options_of_method(command))
     if command.texts is not None:
         check_kind(command, method)
     helping = any(name in ("help", "model.help") for name, _ in command.flags)
@@ -222,7 +228,7 @@ def _parse(command: Command) -> FitCLI:
     try:
         with quiet(), only_allowed_names():
             args = with_own_updates(command, args, method)
-            made = FitCLI(args, method, seed=None if "seeds" in command.settings else 0)
+            made = FitCLI(args, method, None if "seeds" in command.settings else 0, data_class)
     except ArgumentError as error:
         raise UsageError(one_sentence(str(error), known)) from None
     finally:
@@ -344,6 +350,12 @@ def check_kind(command: Command, method: type[Module]) -> None:
         + (f", which {data} does not hold" if command.data_given else " and needs --data")
         + "; expected a .jsonl, .json, .parquet or .arrow file, a folder written by `datasets`, or a hub id org/name."
     )
+
+
+def options_of_method(command: Command) -> dict[str, Any]:
+    """What a command says of the options of the method, as text where it was typed."""
+    given = {**command.settings, **dict(command.flags)}
+    return {name.removeprefix("model."): value for name, value in given.items() if name.startswith("model.")}
 
 
 def method_options(method: type) -> dict[str, str | None]:

@@ -103,6 +103,11 @@ def make_optimizer(
     return HostMasters(groups, make) if offload else make(groups)
 
 
+def forget_moments(optimizer: Optimizer) -> None:
+    """Let an optimiser go on as a new one would, from the weights as they are."""
+    getattr(optimizer, "inner", optimizer).state.clear()
+
+
 def decay_groups(params: Iterable[Tensor], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """The trained ones of some parameters in groups: matrices with decay, biases and norms without."""
     trained = [p for p in params if p.requires_grad]

@@ -77,6 +77,7 @@ class PreferenceModule(LanguageModule):
     scores_prompt: bool = False
     uses_mismatched: bool = False
     uses_previous: bool = False
+    first_step: int = 0  # of those that the plan of rows is for
 
     def prepare_state(self) -> None:
         self.meter = RowMeter()
@@ -371,7 +372,8 @@ class PreferenceModule(LanguageModule):
 
     @divergence.named
     def training_step(self, tick: Any, batch_idx: int) -> Tensor:
-        t, j, table, plan = self.global_step, self.micro.current, self._table, self._plan_of()
+        step, j, table, plan = self.global_step, self.micro.current, self._table, self._plan_of()
+        t = step - self.first_step
         assert table is not None
         if j == 0:
             self.begin_step()
@@ -383,9 +385,9 @@ class PreferenceModule(LanguageModule):
         real = len(rows) > 0
         rows = rows if real else plan.rows(t)[-1:]  # every process runs the same number of forward passes
         self.seed_dropout(rank)
-        scores = self.scores(table, rows, means, stats=self.writes_row(t + 1))
+        scores = self.scores(table, rows, means, stats=self.writes_row(step + 1))
         loss, metrics = self.loss(scores)
-        if t == 0 and j == 0 and not self.has_dropout:
+        if step == 0 and j == 0 and not self.has_dropout:
             for reference in filter(None, (self._reference, self._previous)):
                 reference.check_start(scores)
         weight = send(torch.from_numpy(row_weights(table.texts, rows) * real).to(loss.dtype), loss.device)

@@ -94,12 +94,14 @@ class Reference:
         self.words = ""
         self._live: Any = None  # a frozen copy
 
-    def prepare(self, tables: list[ReferenceTable], start: str) -> None:
-        """Get ready while the policy still has its first weights: fill the tables, or copy the policy.
+    def prepare(self, tables: list[ReferenceTable], start: str, *, kept: bool = True, moved: bool = False) -> None:
+        """Fill the tables, or copy the policy.
 
         Args:
             tables: all that will be asked for.
             start: hash of the first weights.
+            kept: whether the numbers are kept on disk, for other runs.
+            moved: whether the policy has left its first weights, so that these are opened again.
         """
         h = self.options
         for table in tables:
@@ -111,21 +113,26 @@ class Reference:
             self.words, self._live = "a frozen copy", self._open(h.policy, h.adapter)
             return
         model, digest, name = self.policy, start, "the policy at its start"
+        without_adapter = moved and h.lora_rank  # which changed nothing at the start
         if self.kind not in REFERENCES:
             model, name = self._open(self.kind), str(self.kind)
             self._check_other(model, name, tables)
             digest = policies.weights_digest(model)
-        began, folder = time.perf_counter(), references_folder(h.ref_cache)
+        elif moved and not without_adapter:
+            model = self._open(h.policy, h.adapter)
+        began, folder = time.perf_counter(), references_folder(h.ref_cache) if kept else None
         rank, world = processes.rank(), processes.world_size()
         computed = 0
         for table in tables:
             cache = Cache(folder, self._parts(model, digest, table.texts))
             compute = partial(self.compute, model, table.texts)
-            found, now = columns_of(table.texts, table.needed, cache, compute, rank=rank, world=world)
+            with model.disable_adapter() if model is self.policy and without_adapter else nullcontext():
+                found, now = columns_of(table.texts, table.needed, cache, compute, rank=rank, world=world)
             table.columns |= {self._own(name): column for name, column in found.items()}
             computed += now
-        how = f"computed in {time.perf_counter() - began:.1f} s and kept" if computed else "found"
-        self.words = f"{name}, {sum(len(table.needed) for table in tables):,} rows {how} in {folder}"
+        how = f"computed in {time.perf_counter() - began:.1f} s" if computed else "found"
+        where = f"{' and kept' if computed else ''} in {folder}" if kept else ""
+        self.words = f"{name}, {sum(len(table.needed) for table in tables):,} rows {how}{where}"
 
     def _own(self, column: str) -> str:
         """The name of a column among those of all references."""

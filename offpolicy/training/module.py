@@ -112,6 +112,11 @@ class Module(LightningModule):
         """What reads this kind of method's data; its arguments are the command line's ``--data.*``."""
         return DataModule
 
+    @classmethod
+    def data_class_for(cls, options: Mapping[str, Any]) -> type[DataModule]:
+        """The same with these options, given or as text; it differs where what is learned from does."""
+        return cls.data_class()
+
     def bind_data(self, data: DataModule) -> None:
         """Give the data, before they are opened, what they need of the method."""
 

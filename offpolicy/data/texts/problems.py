@@ -240,6 +240,7 @@ def open_problems(
         "source_columns": source.names,
         "template": template,
         "reward": "math" if marked or boxed else "exact",
+        "style": "chat" if talks else "text",
         "dropped": faults.counts(),
         "notes": [*source.notes, *notes],
         "warnings": [*warnings, *source.doubts],

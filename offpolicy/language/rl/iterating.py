@@ -22,12 +22,12 @@ from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.replaying import Recent
 from offpolicy.data.texts.rollouts import BoundRollouts, Rollouts
 from offpolicy.language.head import output_weight
-from offpolicy.language.module import LanguageModule
 from offpolicy.language.optimisers import trial_move
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.advantages import from_groups, left_out_facts
 from offpolicy.language.rl.ahead import Ahead, mean_age
-from offpolicy.language.rl.answering import Answering, Stopped
+from offpolicy.language.rl.answering import Stopped
+from offpolicy.language.rl.drawing import DrawingModule
 from offpolicy.language.rl.forward import Forward
 from offpolicy.language.rl.iteration import Course, Shape, replayed_now, sweeps_of
 from offpolicy.language.rl.records import Recorder
@@ -40,12 +40,11 @@ from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
 from offpolicy.training import divergence
 
 
-class IteratingModule(LanguageModule):
+class IteratingModule(DrawingModule):
     """The loop of iterations; methods extend :class:`offpolicy.RolloutModule`, which has the options too.
 
     Attributes:
         objective: what is learned.
-        answering: who answers and who judges, once there are data.
         ahead: what is asked for iterations to come, once there are data.
         passes: through the policy, once it is on its device.
         scoring: scores under earlier weights, once the policy is on its device.
@@ -59,7 +58,6 @@ class IteratingModule(LanguageModule):
 
     def prepare_state(self) -> None:
         self.course = Course()
-        self.answering: Answering = None  # type: ignore[assignment]
         self.ahead: Ahead = None  # type: ignore[assignment]
         self.passes: Forward = None  # type: ignore[assignment]
         self.scoring: Scoring = None  # type: ignore[assignment]
@@ -130,7 +128,7 @@ class IteratingModule(LanguageModule):
         try:
             self.trainer.datamodule.on_block_start(self)  # type: ignore[attr-defined]
         except Stopped:
-            return self._stop()
+            return self.stop_drawing()
         return None
 
     def roll_out(self, store: Replay | None) -> Replay:
@@ -363,16 +361,3 @@ class IteratingModule(LanguageModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         self._saved = time.monotonic()
-
-    def wants_to_stop(self) -> bool:
-        """Whether the user wants this process to stop."""
-        return bool(self.run_log.received)
-
-    def _stop(self) -> int:
-        """End the run before the iteration begins, with its weights on disk."""
-        trainer: Any = self.trainer
-        self.run_log.interrupted_by = int(max(trainer.strategy.broadcast(self.run_log.received), 2))
-        trainer.should_stop = True
-        if self.run_log.files is not None:
-            self.run_log.files.save(trainer, self)
-        return -1

@@ -137,6 +137,11 @@ class Rewards:
         return tuple(self._parts)
 
     @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights of the parts."""
+        return tuple(part.weight for part in self._parts.values())
+
+    @property
     def verifiers(self) -> tuple[str, ...]:
         """The parts that compare with a right answer."""
         return tuple(name for name, part in self._parts.items() if part.path in VERIFIERS)

@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
@@ -376,18 +375,6 @@ class RolloutModule(IteratingModule):
         self.scoring = Scoring(self.passes, self.objective, on_policy=on_policy, dropout=self.has_dropout)
         self.whole_step = WholeStep(self.objective)
 
-    def watchers(self) -> list[Callback]:
-        return [*super().watchers(), CloseEngine()]
-
-    def teardown(self, stage: str) -> None:
-        super().teardown(stage)
-        self.close_engine()
-
-    def close_engine(self) -> None:
-        """End what the engine has started."""
-        if self.answering is not None:
-            self.answering.close()
-
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def extra_state(self) -> dict[str, Any]:
@@ -457,13 +444,6 @@ class RolloutModule(IteratingModule):
             samples=problem_texts(self.problems, self.tokenizer, shown),
             look="python -m offpolicy.evaluate {folder}, or offpolicy.export {folder} OUT [--merge]",
         )
-
-
-class CloseEngine(Callback):
-    """Ends the engine of a run that an error ends, before and in training; Lightning tears no module down then."""
-
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        pl_module.close_engine()
 
 
 __all__ = ["RolloutModule", "Stopped"]
