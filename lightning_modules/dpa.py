@@ -91,7 +91,11 @@ class DPA(RoundModule, SFT):
         told, prompts = self._told(replay, asked, v)
         index = np.stack([prompts, np.take_along_axis(answers, best, 1)], axis=2)
         facts = {"direction": v.reshape(-1, v.shape[2]).numpy()}
-        return BoundTexts(told, index.reshape(-1, 2), facts, Singles)
+        if "weight" in groups.facts:
+            facts["weight"] = np.repeat(groups.facts["weight"], v.shape[1])
+        found = BoundTexts(told, index.reshape(-1, 2), facts, Singles)
+        found.notes = groups.notes
+        return found
 
     def problems_of(self, problems: Replay) -> Replay:
         """A problem for each prompt and direction, with the column ``direction``."""

@@ -1,14 +1,14 @@
 """INPO — Zhang et al. 2024, Iterative Nash Policy Optimization (arXiv:2407.00617).
 
-One round of mirror descent against oneself under a general preference, with the policy π_t that the round starts from
+A round is a step of mirror descent against oneself under a general preference, with the policy π_t that it starts from
 and a fixed reference π_ref, on pairs of answers drawn from π_t:
 L = (Δ_θ − (τ/η)·Δ_ref − (1 − τ/η)·Δ_t − 1/(2η))², Δ the summed log-probability of y_w less that of y_l.
 The minimiser is π_ref^{τ/η}·π_t^{1 − τ/η}·exp(P(y ≻ π_t)/η), normalised, where the two answers of a pair were drawn
 independently from π_t; pairs of the best and the worst of K answers, as experiments often take, shift it.
 
-A further round starts from the policy of the last one: ``--model.policy RUN/hf --model.reference FIRST_POLICY``, on
-pairs drawn from that policy. η = 0.0075, τ = η/3 and the rate are those of a public trainer that cites the paper; the
-paper's own table was not checked.
+``rounds`` draws, judges and trains by turns; without it the pairs are given, and a further round starts from the policy
+of the last one: ``--model.policy RUN/hf --model.reference FIRST_POLICY``. η = 0.0075, τ = η/3 and the rate are those of
+a public trainer that cites the paper; the paper's own table was not checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from offpolicy.training.meter import Metrics
 
 
 class INPO(RoundModule):
-    """Iterative Nash policy optimisation, one round: two references, the policy at its start and ``reference``.
+    """Iterative Nash policy optimisation: two references, the policy at the start of a round and ``reference``.
 
     Args:
         eta: η > 0, the step is 1/η; the summed margin aimed at is 1/(2η), 67 nats at 0.0075. Small models and short

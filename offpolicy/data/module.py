@@ -99,11 +99,6 @@ class DataModule(LightningDataModule):
         if source not in SOURCES:
             guess = nearest(source, SOURCES)
             raise UsageError(f"`data.source` is {source!r}; expected one of {', '.join(SOURCES)}.{guess}")
-        if source == "real" and synthetic.model is not None:
-            raise UsageError(
-                f"`data.synthetic.model` is {synthetic.model}, but `data.source` is 'real'; expected 'policy-guided' "
-                "or 'unguided', or 'model-rollouts' with a world model. Add --data.source policy-guided."
-            )
         if source != "real" and online.env_steps:
             raise UsageError(
                 f"`data.source` is {source!r}, and `data.online.env_steps` {online.env_steps:,}; expected synthetic or "

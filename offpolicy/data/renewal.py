@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,10 +79,17 @@ class SyntheticOptions:
         Raises:
             UsageError: one is given that the source does not know.
         """
+        usual = SyntheticOptions()
         if source == "real":
+            for one in fields(self):
+                if getattr(self, one.name) != getattr(usual, one.name):
+                    raise UsageError(
+                        f"`data.synthetic.{one.name}` is {getattr(self, one.name)}, but `data.source` is 'real'; expected "
+                        "'policy-guided' or 'unguided', or 'model-rollouts' with a world model. Add --data.source "
+                        "policy-guided, or leave it out."
+                    )
             return self
         numbers: dict[str, Any] = ROLLOUT_NUMBERS if source == ROLLOUTS else NUMBERS
-        usual = SyntheticOptions()
         for name in DIFFUSION_ALONE if source == ROLLOUTS else ROLLOUT_NUMBERS.keys() - NUMBERS.keys():
             if getattr(self, name) != getattr(usual, name):
                 other = "'policy-guided' or 'unguided'" if source == ROLLOUTS else f"'{ROLLOUTS}'"

@@ -39,7 +39,10 @@ def termination_of(meta: Mapping[str, Any], obs_dim: int) -> tuple[Termination |
         obs_dim: O of the data. Observations of another width than the rule knows are another environment's.
     """
     name = str(meta.get("env_id") or meta.get("name") or "the environment")
-    family = re.split(r"[-_/ ]", name.rpartition("/")[2].lower())[0]
+    heads = [re.split(r"[-_ ]", part)[0] for part in reversed(name.lower().split("/"))]
+    family = next((head for head in heads if head in RULES or head in NEVER), heads[0])
+    if family != heads[0]:  # "mujoco/hopper/medium-v0"
+        name = f"{family}, which the name {name} says"
     changed = [key for key in meta.get("env_kwargs") or {} if "healthy" in key]
     if family in NEVER:
         return None, f"end by no rule, as those of {name} do not"

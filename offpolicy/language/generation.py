@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from offpolicy.data import sampling
+from offpolicy.data.columns import to_numpy
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.data.texts.stops import stop_ids
@@ -185,8 +186,8 @@ def prompts_of(replay: Replay, limit: int = 0) -> list[Prompt]:
     """The distinct prompts of a replay of texts in their order, each with a good answer where the data have one.
 
     Args:
-        replay: with pairs or singles, where the chosen answer, or the first desirable one, is the reference; or with
-            problems, where the demonstration is.
+        replay: with pairs or singles, where the chosen answer, or the first desirable one, is the reference, of scored
+            ones the best, and none of those with several scores; or with problems, where the demonstration is.
         limit: how many at most; 0 for all.
     """
     if "problems" in replay.tables:
@@ -197,6 +198,8 @@ def prompts_of(replay: Replay, limit: int = 0) -> list[Prompt]:
     else:
         table = replay.tables["singles"]
         good = replay.tables.get("singles/label", np.ones(len(table), dtype=bool))
+        if "singles/score" in replay.tables:
+            good = _is_best(table[:, 0], to_numpy(replay.tables["singles/score"]))
     references: dict[int, int | None] = {}
     for (prompt, answer), fine in zip(table.tolist(), good.tolist()):
         if references.get(prompt) is None:
@@ -206,6 +209,15 @@ def prompts_of(replay: Replay, limit: int = 0) -> list[Prompt]:
         Prompt(token_ids(replay, prompt), None if answer is None else token_ids(replay, answer))
         for prompt, answer in chosen
     ]
+
+
+def _is_best(prompt: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """Whether each answer is the best to its prompt, the first of equal ones, (n,) bool; none with several scores."""
+    best = np.zeros(len(prompt), dtype=bool)
+    if score.ndim == 1:
+        order = np.lexsort((-score, prompt))  # stable
+        best[order[np.unique(prompt[order], return_index=True)[1]]] = True
+    return best
 
 
 def statistics(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:

@@ -279,7 +279,7 @@ class PreferenceModule(LanguageModule):
             facts=[*rows, self.policy_fact(), *references, self.padding_fact(), *self.memory_facts()],
             batch=f"{self.hparams.batch_size} rows{split}, {epochs:.3g} epochs",
             evaluates="" if self.eval_table is None else f"{len(self.eval_table.needed):,} held-out rows",
-            notes=self.precision_notes(),
+            notes=[*self._table_of().texts.notes, *self.precision_notes()],
             samples=samples(data.replay, self.tokenizer, shown) if shown and self.tokenizer is not None else "",
             look="python -m offpolicy.generate {folder}, or offpolicy.export {folder} OUT [--merge]",
         )
@@ -396,6 +396,10 @@ class PreferenceModule(LanguageModule):
         self.end_micro_batch()
         # Lightning takes the mean over micro-batches and processes
         return (loss * weight).sum() * (self.micro.number * world / means.weight)
+
+    def _table_of(self) -> ReferenceTable:
+        assert self._table is not None
+        return self._table
 
     def _plan_of(self) -> RowPlan:
         assert self._plan is not None

@@ -164,6 +164,19 @@ def test_which_rule_is_taken_is_said() -> None:
         ({"env_id": "Hopper-v4"}, 11, hopper_falls, "end by the rule of Hopper-v4"),
         ({"name": "walker2d-medium-v2"}, 17, walker_falls, "end by the rule of walker2d-medium-v2"),
         ({"env_id": "HalfCheetah-v5"}, 17, None, "end by no rule, as those of HalfCheetah-v5 do not"),
+        (
+            {"name": "mujoco/hopper/medium-v0"},
+            11,
+            hopper_falls,
+            "rule of hopper, which the name mujoco/hopper/medium-v0",
+        ),
+        (
+            {"name": "mujoco/reacher/expert-v0"},
+            11,
+            None,
+            "by no rule, as those of reacher, which the name .* says do not",
+        ),
+        ({"name": "D4RL/pen/human-v2"}, 45, None, "no rule is known for D4RL/pen/human-v2"),
         ({"env_id": "Ant-v4"}, 27, None, "never end: no rule is known for Ant-v4"),
         ({"env_id": "Hopper-v4"}, 12, None, "never end: no rule .* its observations have 12 numbers and not 11"),
         (

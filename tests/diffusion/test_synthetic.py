@@ -355,6 +355,9 @@ def test_mistakes_are_named(model: Path, policy: Path, tmp_path: Path) -> None:
     assert DataModule(source="Policy_Guided").source == "policy-guided"
     with pytest.raises(UsageError, match=r"but `data.source` is 'real'; expected 'policy-guided' or 'unguided'"):
         DataModule(synthetic=SyntheticOptions(model="x"))
+    for ignored in ({"share": 0.5}, {"every": 10_000}, {"guidance": 0.0}, {"seed": 3}):  # the second is a default
+        with pytest.raises(UsageError, match=rf"`data.synthetic.{next(iter(ignored))}` is .* 'real'.* or leave it out"):
+            DataModule(synthetic=SyntheticOptions(**ignored))
     with pytest.raises(UsageError, match=r"no diffusion model is given; .* pass --data.synthetic.model RUN"):
         load_data(toy_replay(), source="unguided").load()
     with pytest.raises(UsageError, match="is a run of TD3BC, which generates no trajectories; expected one of Traj"):

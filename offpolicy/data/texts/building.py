@@ -39,7 +39,7 @@ class Builder:
         index: list[list[int]] = []
         kept: list[Record] = []
         for record, encoded in zip(made, self._encode(made)):
-            fault = next((one for one in encoded if one.fault), None) or _same_text(encoded)
+            fault = next((one for one in encoded if one.fault), None) or _same_text(encoded) or _cut_apart(encoded)
             if fault is not None:
                 self.faults.add(record.row, fault.where, fault.fault, fault.found)
                 continue
@@ -177,6 +177,12 @@ def _same_text(encoded: list[Encoded]) -> Encoded | None:
         return None
     cut = any(one.cut_prompt or one.cut_answer for one in encoded)
     return replace(encoded[1], fault="identical_cut" if cut else "identical", found="the same tokens on both sides")
+
+
+def _cut_apart(encoded: list[Encoded]) -> Encoded | None:
+    """The first of two rows whose prompt was cut, as a fault."""
+    cut = next((one for one in encoded if one.cut_prompt), None) if len(encoded) > 1 else None
+    return cut and replace(cut, fault="cut_apart", where="prompt", found=f"{len(cut.prompt)} tokens are left")
 
 
 def _flat(text: Text) -> str:

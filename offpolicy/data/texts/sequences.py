@@ -137,7 +137,10 @@ class BoundTexts:
         lengths: (n, k) int64, tokens of each.
         scored: (n, k) int64, tokens of each that the model writes.
         facts: columns by name, (n, …).
+        notes: sentences on what was left out of the replay.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, replay: Replay, index: np.ndarray, facts: dict[str, np.ndarray], kind: Any) -> None:
         if not len(index):
@@ -307,6 +310,7 @@ def _groups_of_singles(replay: Replay) -> BoundGroups:
         )
     order = np.argsort(facts["group"], kind="stable")
     _, begin, size = np.unique(facts["group"][order], return_index=True, return_counts=True)
+    alone = int((size < 2).sum())
     begin, size = begin[size > 1], size[size > 1]  # one answer alone compares with nothing
     if not len(size):
         raise DataError("no prompt has two scored answers; expected at least two, as they are compared. Pass others.")
@@ -315,7 +319,15 @@ def _groups_of_singles(replay: Replay) -> BoundGroups:
     row = order[np.where(there, begin[:, None] + place, 0)]  # (n, K)
     index = np.where(there[:, :, None], replay.tables["singles"][row], -1).reshape(len(size), -1)
     score = np.where(there[..., None] if facts["score"].ndim > 1 else there, facts["score"][row], 0.0)
-    return BoundGroups(replay, index, {"score": score.astype(facts["score"].dtype)})
+    found = {"score": score.astype(facts["score"].dtype)}
+    if "weight" in facts:  # of a list, on each of its answers
+        found["weight"] = facts["weight"][row[:, 0]]
+    bound = BoundGroups(replay, index, found)
+    if alone:
+        bound.notes = (
+            f"{alone:,} prompts have one scored answer left, which compares with nothing, and are left out.",
+        )
+    return bound
 
 
 def row_weights(bound: BoundTexts, rows: np.ndarray) -> np.ndarray:

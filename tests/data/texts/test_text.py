@@ -22,7 +22,9 @@ from offpolicy.data.sources import open_source
 from offpolicy.data.texts.module import TextData, report, samples
 from offpolicy.data.texts.opening import open_texts
 from offpolicy.data.texts.parts import split_by_prompt
+from offpolicy.data.texts.sequences import ScoredGroupView
 from offpolicy.errors import DataError, UsageError
+from offpolicy.language.generation import prompts_of
 
 Rows = list[dict[str, Any]]
 
@@ -526,6 +528,43 @@ def test_lists_as_single_answers(tmp_path: Path) -> None:
     replay = read(tmp_path, [LIST, {**LIST, "prompt": "4 + 4?"}], pair_strategy="none")
     assert replay.tables["singles/score"].tolist() == [1, 5, 3, 5] * 2
     assert replay.tables["singles/group"].tolist() == [0] * 4 + [1] * 4
+
+
+def test_a_weight_of_a_list_counts_for_its_pairs_and_for_its_group(tmp_path: Path) -> None:
+    rows = [{**LIST, "weight": 2.0}, {**LIST, "prompt": "4 + 4?", "weight": 0.5}]
+    assert read(tmp_path, rows).tables["pairs/weight"].tolist() == [2.0, 0.5]
+    bound = ScoredGroupView().bind(read(tmp_path, rows, pair_strategy="none"))
+    assert bound.facts["weight"].tolist() == [2.0, 0.5]
+    with pytest.raises(DataError, match="negative weight"):
+        read(tmp_path, [{**LIST, "weight": -1.0}])
+
+
+def test_lists_of_which_one_answer_is_left_are_counted(tmp_path: Path) -> None:
+    replay = read(tmp_path, [LIST, {**LIST, "prompt": "4 + 4?"}], pair_strategy="none")
+    keep = np.array([0, 1, 2, 3, 4])
+    replay.tables = {name: column[keep] for name, column in replay.tables.items()}
+    bound = ScoredGroupView().bind(replay)
+    assert len(bound) == 1 and "1 prompts have one scored answer left" in bound.notes[0]
+
+
+def test_the_reference_of_a_scored_list_is_its_best_answer(tmp_path: Path) -> None:
+    """Of equal ones the first; where answers have several scores, none is the best."""
+    replay = read(tmp_path, [LIST, {**LIST, "prompt": "4 + 4?"}], pair_strategy="none")
+    best = [made_tokenizer("byte_level", False).decode(p.reference).strip() for p in prompts_of(replay)]
+    assert [one.replace("</s>", "") for one in best] == ["b", "b"]
+    several = {**LIST, "scores": [[1, 2], [3, 4], [5, 6], None, [0, 1]]}
+    replay = read(tmp_path, [several], pair_strategy="none")
+    assert [p.reference for p in prompts_of(replay)] == [None]
+
+
+def test_a_prompt_that_is_cut_beside_another_is_a_fault(tmp_path: Path) -> None:
+    """What tells two prompts apart stands in front of them, where cutting begins."""
+    long = "word " * 30
+    prompts = {"prompt_chosen": f"in capitals: {long}", "prompt_rejected": f"{long}now"}
+    rows = [{**prompts, "chosen": "YES", "rejected": "YES"}]
+    assert len(read(tmp_path, rows).tables["pairs"]) == 1
+    with pytest.raises(DataError, match=r"pair with two prompts.*raise --data\.max_length"):
+        read(tmp_path, rows, max_length=24, max_prompt_length=16)
 
 
 def test_min_score_gap_of_pairs(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from forks import run_pair
-from tiny_rl import early_letters, ends_early, toy_problems
+from tiny_rl import early_letters, ends_early, toy_problems, write_problems
 from toy import UndrawnFolder, differences, quiet, run_files
 
 from offpolicy.cli.arguments import read_command
@@ -62,13 +62,16 @@ def train(
     **options: Any,
 ) -> Any:
     """Train in rounds, or on other data with the options that are left."""
-    module = tiny.method(name, policy, **{**(SMALL if data is None else {"batch_size": 4}), **options})
+    module = tiny.method(
+        name, policy, **{**(SMALL if not isinstance(data, TextData) else {"batch_size": 4}), **options}
+    )
     given: dict[str, Any] = dict(trainer or {})
     callbacks = []
     if folder is not None:
         given |= {"default_root_dir": str(folder), "enable_checkpointing": True}
         callbacks = [UndrawnFolder(folder)]
     data = data or ProblemData.of(toy_problems(6), toy_problems(3, seed=1))
+    module.bind_data(data)
     quiet(steps, callbacks, **given).fit(module, data, ckpt_path=ckpt_path)
     return module
 
@@ -89,7 +92,9 @@ def fused(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_rounds_of_one_run_are_runs_of_one_round(fused: Path, tmp_path: Path) -> None:
     """Two rounds of INPO against training on the file of the first, then from there on the file of the second."""
-    whole = train("INPO", fused, tmp_path / "whole", eta=0.2, pairing="independent")
+    rows = [{"prompt": f"{a}{b}=", "answer": "x"} for a, b in zip("abcdef", "ghijkl")]
+    problems = ProblemData(str(write_problems(tmp_path / "problems.jsonl", rows)), eval_fraction=0.0, show=0)
+    whole = train("INPO", fused, tmp_path / "whole", problems, eta=0.2)
     assert whole.round.number == 2 and whole.global_step == whole.round.first_step + whole.round.steps
     policy, first = fused, {}
     for k in (1, 2):

@@ -65,6 +65,10 @@ FAULTS = {  # kind → what is wrong, what was expected
     "known_test": ("a question of the test set", "questions of the training set alone"),
     "no_prompt_token": ("a prompt without a token of its own", "a prompt that ends before the answer begins"),
     "truncated": ("an answer of which truncation leaves nothing", "room for it; raise --data.max_length"),
+    "cut_apart": (
+        "a text that was cut in a pair with two prompts, which may have lost what tells these apart,",
+        "room for both prompts; raise --data.max_length",
+    ),
     "identical_cut": ("answers that are equal after truncation", "room for both; raise --data.max_length"),
 }
 

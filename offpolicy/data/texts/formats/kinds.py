@@ -54,6 +54,7 @@ class ScoredLists(AnswerKind):
     """Several answers with a score each, which become pairs."""
 
     name, words, answers = "lists", "lists of scored answers", ("completions", "scores")
+    numbers = ("weight",)
 
     def fits(self, columns: Mapping[str, str]) -> bool:
         return "completions" in columns
@@ -66,7 +67,7 @@ class ScoredLists(AnswerKind):
             raise Fault("completions" if answers is None else "scores", "none", None)
         if not isinstance(scores, list) or len(scores) != len(answers):
             raise Fault("scores", "scores", scores)
-        template = template_options(values, row)
+        template, shared = template_options(values, row), numbers_in(values, self.numbers)
         made: list[Record] = []
         for answer, score in zip(answers, scores):
             several = isinstance(score, list) and len(score) > 0
@@ -77,7 +78,7 @@ class ScoredLists(AnswerKind):
             text = read_text(answer, "completions")
             one = checked_answer(prompt, text, "completions", form.chat, form.prompt.apart)
             value = [float(number) for number in score] if several else float(score)
-            made.append(Record(row, prompt, (one,), None, {"score": value}, template))
+            made.append(Record(row, prompt, (one,), None, {"score": value, **shared}, template))
         if len(made) < 2:
             raise Fault("scores", "scores", scores)
         yield from made
@@ -114,7 +115,8 @@ class ScoredLists(AnswerKind):
             elif same(better.answers[0], worse.answers[0]):
                 counts["pairs of lists left out, as their answers are equal"] += 1
             else:
-                facts = {"score_chosen": better.facts["score"], "score_rejected": worse.facts["score"]}
+                facts = {name: value for name, value in better.facts.items() if name != "score"}  # of the list
+                facts |= {"score_chosen": better.facts["score"], "score_rejected": worse.facts["score"]}
                 answers = (better.answers[0], worse.answers[0])
                 pairs.append(Record(row, better.prompt, answers, None, facts, better.template))
         return pairs
