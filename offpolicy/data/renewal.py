@@ -84,9 +84,9 @@ class SyntheticOptions:
             for one in fields(self):
                 if getattr(self, one.name) != getattr(usual, one.name):
                     raise UsageError(
-                        f"`data.synthetic.{one.name}` is {getattr(self, one.name)}, but `data.source` is 'real'; expected "
-                        "'policy-guided' or 'unguided', or 'model-rollouts' with a world model. Add --data.source "
-                        "policy-guided, or leave it out."
+                        f"`data.synthetic.{one.name}` is {getattr(self, one.name)}, but `data.source` is 'real'; "
+                        "expected 'policy-guided' or 'unguided', or 'model-rollouts' with a world model. Add "
+                        "--data.source policy-guided, or leave it out."
                     )
             return self
         numbers: dict[str, Any] = ROLLOUT_NUMBERS if source == ROLLOUTS else NUMBERS

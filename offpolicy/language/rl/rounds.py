@@ -26,7 +26,7 @@ import torch
 
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
-from offpolicy.data.texts.problems import ProblemData
+from offpolicy.data.texts.problems import ProblemData, problem_texts
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import atomic_write
 from offpolicy.language.checks import check_tokens
@@ -34,7 +34,7 @@ from offpolicy.language.optimisers import forget_moments
 from offpolicy.language.preference import PreferenceModule
 from offpolicy.language.reference import Reference, ReferenceTable, evaluating
 from offpolicy.language.rl import pairing as pairs_of
-from offpolicy.language.rl.answering import Answering, Stopped, problem_texts
+from offpolicy.language.rl.answering import Answering, Stopped
 from offpolicy.language.rl.drawing import DrawingModule
 from offpolicy.language.rl.options import check_problems
 from offpolicy.language.rl.pairing import Chosen, Judge
