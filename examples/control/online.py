@@ -4,7 +4,7 @@ usage: python examples/control/online.py curves [--method SAC] [--envs Pendulum-
                                                 [--steps 10000 25000] [--sb3 PYTHON] [--out runs/online.png]
        python examples/control/online.py switch [--data pendulum-stitch-v0] [--methods IQL AWAC TD3BC RLPD]
                                                 [--steps 20000] [--utd 4]
-       python examples/control/online.py learns [--data pendulum-medium-made-v0] [--utd 4]
+       python examples/control/online.py learns [--data pendulum-stitch-v0] [--utd 4]
        all: [--seeds 3] [--jobs 1] [--root runs/online]
 
 Every run is ``python -m offpolicy.fit`` on one thread with the recipe of its method and task; ``--jobs`` of them at a

@@ -44,7 +44,7 @@ from offpolicy.training.joint_folder import parts_of, share_rounds
 from offpolicy.training.lightning_private import count_updates, save_interval
 from offpolicy.training.measurement import Evaluation
 from offpolicy.training.meter import Metrics
-from offpolicy.training.seed_data import SeedViews, check_alike
+from offpolicy.training.seed_data import SeedViews, check_alike, check_seeds
 from offpolicy.training.slices import wide_row
 from offpolicy.training.stepping import Rate, SteppingModule
 from offpolicy.training.switching import switch_words, write_switch
@@ -216,6 +216,7 @@ class OfflineModule(SteppingModule):
         self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self.fit_normalizer(replay)
         if self.seeds and self._collection is not None:
+            check_seeds(self.seeds, self._collection)
             stores = self._collection.stores
             check_alike(self, [self.select(store) for store in stores])
             if self._collection.offline is None:  # else they begin with the same

@@ -58,6 +58,16 @@ class SeedViews(BoundView):
         return all(part.grow(replay) for part, replay in zip(self.parts, replays, strict=True))
 
 
+def check_seeds(seeds: tuple[int, ...], collection: Any) -> None:
+    """Refuse a data module that collects for other seeds than the method has (UsageError), under a Trainer alone."""
+    if collection.seeds != seeds:
+        raise UsageError(
+            f"`seeds` is {seeds_text(seeds)}, and the data module collects for "
+            f"{seeds_text(collection.seeds) if collection.seeds else 'one seed'}; expected the same. Train with "
+            "offpolicy.fit, or set `data.seeds` before the data are opened."
+        )
+
+
 def check_alike(method: Any, replays: Sequence[Replay]) -> None:
     """Refuse data of several seeds that ask for other networks or another scale for each.
 

@@ -19,7 +19,7 @@ from offpolicy.errors import UsageError
 from offpolicy.files import Table
 from offpolicy.training import run_folder
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
-from offpolicy.training.seed_data import check_alike
+from offpolicy.training.seed_data import check_alike, check_seeds
 
 SEEDS, ENV = (4, 1), "Drifting-v0"
 SHARED = ("perf/collecting_share", "perf/updates_per_s", "perf/peak_memory_mb")
@@ -150,6 +150,12 @@ def test_what_seeds_cannot_collect_is_refused(joint: op.FitResult, tmp_path: Pat
     ):
         with pytest.raises(UsageError, match=said):
             run(tmp_path / "runs", module, method, seeds=SEEDS)
+    alone = scratch(ENV)
+    alone.load()
+    with pytest.raises(
+        UsageError, match="`seeds` is 4,1, and the data module collects for one seed"
+    ):
+        check_seeds(SEEDS, alone.collection)
     several: Any = op.TD3(**small)
     several.seeds = SEEDS
     replays = [toy_replay(lengths, env_id=None, max_episode_steps=None) for lengths in ((3, 3), (3, 4))]
