@@ -28,9 +28,6 @@ class TD3BC(TD3):
 
     Args:
         alpha: α; larger trusts Q more, 0 is plain cloning. Range ≥ 0, paper 2.5.
-        final_alpha: α at the end, > 0, which it goes to from ``alpha`` > 0 by the same factor in every update; None for
-            a constant one.
-        alpha_steps: updates until then, counted from the first one that was asked for ``final_alpha``, ≥ 1.
         discount: γ per environment step, in [0, 1).
         tau: Polyak rate of the targets, in [0, 1].
         policy_noise: standard deviation of the target action's noise, in units of the scaled action (±1), ≥ 0.
@@ -44,14 +41,15 @@ class TD3BC(TD3):
         normalize_obs: standardise observations: (s - mean) / (std + 1e-3).
         reward_transform: "r", an affine form such as "0.1r" or "r-1", or "return_range".
         max_grad_norm: limit on each network's gradient norm, > 0; None for no limit.
+        final_alpha: α at the end, > 0, which it goes to from ``alpha`` > 0 by the same factor in every update; None for
+            a constant one.
+        alpha_steps: updates until then, counted from the first one that was asked for ``final_alpha``, ≥ 1.
     """
 
     def __init__(
         self,
         *,
         alpha: float = 2.5,
-        final_alpha: float | None = None,
-        alpha_steps: int = 100_000,
         discount: float = 0.99,
         tau: float = 0.005,
         policy_noise: float = 0.2,
@@ -65,6 +63,8 @@ class TD3BC(TD3):
         normalize_obs: bool = True,
         reward_transform: str = "r",
         max_grad_norm: float | None = None,
+        final_alpha: float | None = None,
+        alpha_steps: int = 100_000,
     ) -> None:
         check_range("alpha", alpha, 0.0, lower_open=final_alpha is not None)
         if final_alpha is not None:

@@ -152,9 +152,7 @@ def test_what_seeds_cannot_collect_is_refused(joint: op.FitResult, tmp_path: Pat
             run(tmp_path / "runs", module, method, seeds=SEEDS)
     alone = scratch(ENV)
     alone.load()
-    with pytest.raises(
-        UsageError, match="`seeds` is 4,1, and the data module collects for one seed"
-    ):
+    with pytest.raises(UsageError, match="`seeds` is 4,1, and the data module collects for one seed"):
         check_seeds(SEEDS, alone.collection)
     several: Any = op.TD3(**small)
     several.seeds = SEEDS
