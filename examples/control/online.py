@@ -4,7 +4,7 @@ usage: python examples/control/online.py curves [--method SAC] [--envs Pendulum-
                                                 [--steps 10000 25000] [--sb3 PYTHON] [--out runs/online.png]
        python examples/control/online.py switch [--data pendulum-stitch-v0] [--methods IQL AWAC TD3BC RLPD]
                                                 [--steps 20000] [--utd 4]
-       python examples/control/online.py learns [--data pendulum-stitch-v0] [--utd 4]
+       python examples/control/online.py learns [--data pendulum-medium-made-v0] [--utd 4]
        all: [--seeds 3] [--jobs 1] [--root runs/online]
 
 Every run is ``python -m offpolicy.fit`` on one thread with the recipe of its method and task; ``--jobs`` of them at a
@@ -17,7 +17,8 @@ the recipe, then online for so many steps, all rows drawn alike; RLPD begins at 
 ``--utd`` updates per step (the paper's is 20) and networks of 2x64.
 
 ``learns`` checks three things that must hold, with all seeds in one process: SAC reaches -200 on Pendulum-v1 in 6,000
-steps; IQL ends 5,000 online steps above its offline score; RLPD is above SAC alone after 2,000 steps of each.
+steps; IQL ends 5,000 online steps above its offline score; RLPD is above SAC alone after 2,000 steps of each. A set of
+``python -m offpolicy.data make`` is made first, a minute or two for Pendulum.
 """
 
 from __future__ import annotations
@@ -238,6 +239,8 @@ def learnt(args: argparse.Namespace) -> list[tuple[str, list[float], list[float]
     """What was checked, what each seed reached, and what it had to."""
     root, n, pendulum = args.root / "learns", args.seeds, ("--data.online.env", "Pendulum-v1")
     shutil.rmtree(root, ignore_errors=True)
+    if "-made-" in args.data:
+        command([sys.executable, "-m", "offpolicy.data", "make", args.data])
 
     def sac(steps: int) -> list[float]:
         words = [*pendulum, "--data.online.env_steps", str(steps), "--data.online.random_steps", str(steps // 6)]
@@ -279,7 +282,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, help="environment steps; of curves for each of --envs")
     parser.add_argument("--sb3", default="", metavar="PYTHON", help="of an environment that has stable-baselines3")
     parser.add_argument("--out", type=Path, default=Path("runs/online.png"))
-    parser.add_argument("--data", default="pendulum-stitch-v0")
+    parser.add_argument("--data", help="pendulum-stitch-v0; of learns pendulum-medium-made-v0, which has room above it")
     parser.add_argument("--methods", nargs="+", default=["IQL", "AWAC", "TD3BC", "RLPD"])
     parser.add_argument("--utd", type=int, default=4, help="of RLPD")
     parser.add_argument("--seeds", type=int, default=3)
@@ -287,6 +290,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/online"))
     args = parser.parse_args()
     args.root = args.root.resolve()
+    args.data = args.data or ("pendulum-medium-made-v0" if args.part == "learns" else "pendulum-stitch-v0")
     {"curves": curves, "switch": switch, "learns": learns}[args.part](args)
 
 

@@ -66,13 +66,16 @@ def test_what_must_be_learnt_is_compared_seed_by_seed(
             (folder / f"seed{seed}" / "evals.csv").write_text(rows)
             (folder / f"seed{seed}" / "online.json").write_text(json.dumps({"at_switch": 50.0, "last": given["end"]}))
 
+    made: list[Any] = []
     monkeypatch.setattr(example, "fit", fit)
+    monkeypatch.setattr(example, "command", made.append)
     monkeypatch.setattr(sys, "argv", ["online.py", "learns", "--seeds", "2", "--root", str(tmp_path)])
     given = {"end": 70.0}
     example.main()
     rows = [[cell.strip() for cell in row.split("|")][2:6] for row in capsys.readouterr().out.splitlines()[2:]]
     scores = [["-150.0, -130.0", "-140.0", "-200.0", "yes"], ["70.0, 70.0", "70.0", "50.0", "yes"]]
     assert rows == [*scores, ["-150.0, -130.0", "-140.0", "-140.0", "yes"]]
+    assert made[0][-2:] == ["make", "pendulum-medium-made-v0"]
     given = {"end": 40.0}
     with pytest.raises(SystemExit, match="One of them was not learnt"):
         example.main()
