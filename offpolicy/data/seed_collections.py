@@ -90,8 +90,16 @@ class SeedCollections:
 
     def facts(self) -> list[tuple[str, str]]:
         """Lines of the first screen."""
-        each = f"by each of {len(self.each)} seeds, in environments and with a store of its own"
+        full = f"together about {self.room() / 1e9:.2g} GB when they are full"
+        each = f"by each of {len(self.each)} seeds, in environments and with a store of its own, {full}"
         return [*self.one.facts(), ("", each)]
+
+    def room(self) -> int:
+        """Bytes of all stores when they are full: rows as they were collected, and as batches are drawn from them."""
+        o, sim, offline = self.one.options, self.one.simulator, self.one.offline
+        kept = 0 if offline is None or o.mix == "none" else offline.num_steps
+        numbers = (sim.obs_dim + sim.action_dim + 2) + (2 * sim.obs_dim + sim.action_dim + 2)
+        return 4 * len(self.each) * numbers * (o.capacity or kept + o.env_steps)
 
     # -- collecting and checkpoints ------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from toy import Crash, differences, run_files, toy_replay
 import offpolicy as op
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
+from offpolicy.data.seed_collections import SeedCollections
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
 from offpolicy.training import run_folder
@@ -154,6 +155,9 @@ def test_what_seeds_cannot_collect_is_refused(joint: op.FitResult, tmp_path: Pat
     alone.load()
     with pytest.raises(UsageError, match="`seeds` is 4,1, and the data module collects for one seed"):
         check_seeds(SEEDS, alone.collection)
+    alone.begin_at(0, None, 4, SEEDS)  # rows of 2 + 1 + 2 and of 2·2 + 1 + 2 numbers, 60 of them for each of two seeds
+    assert isinstance(alone.collection, SeedCollections) and alone.collection.room() == 4 * 2 * 60 * 12
+    check_seeds(SEEDS, alone.collection)
     several: Any = op.TD3(**small)
     several.seeds = SEEDS
     replays = [toy_replay(lengths, env_id=None, max_episode_steps=None) for lengths in ((3, 3), (3, 4))]
