@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -48,7 +47,7 @@ from offpolicy.training.module import Module
 from offpolicy.training.offline import OfflineModule
 from offpolicy.training.opening import load
 from offpolicy.training.options import RunOptions
-from offpolicy.training.origin import Origin, Start, resume_words
+from offpolicy.training.origin import Origin, Start, folder_words, resume_words
 from offpolicy.training.run_folder import RunFolder
 from offpolicy.training.run_log import RunLog
 from offpolicy.training.seeds import chosen_seeds, over_seeds
@@ -305,7 +304,7 @@ def finished(
         method.finish_files(folder)
     if start.verbose and trainer.is_global_zero:
         resume_or_none = resume_words(folder, start.origin) if result.interrupted else None
-        look = start.look.format(folder=shlex.quote(str(folder)))
+        look = start.look.format(folder=folder_words(folder, start.origin))
         best = "" if found.files is None else found.files.best_words()
         went = method.last_words(folder)
         said = screen.last_lines(

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -132,6 +133,20 @@ def names_in(value: Any) -> frozenset[str]:
 def names_of_method(method: Any) -> frozenset[str]:
     """The names that a method at hand consists of: its class, and what its options name."""
     return names_in(dict(method.hparams)) | {f"{type(method).__module__}.{type(method).__qualname__}"}
+
+
+def packages_to_trust(names: Iterable[str]) -> tuple[str, ...]:
+    """The packages of others that names of a run lead to, which its files have to be trusted with to open them again.
+
+    Only what is imported now and has a part of the name counts, so that a file called ``runs.jsonl`` is no package.
+    """
+    found = set()
+    for name in names:
+        head, *rest = re.split(r"[.:]", name)
+        module = None if head in (*OWN, "lightning", "__main__") else sys.modules.get(head)
+        if module is not None and (ENVIRONMENT.fullmatch(name) or (NAME.fullmatch(name) and hasattr(module, rest[0]))):
+            found.add(head)
+    return tuple(sorted(found))
 
 
 def check_name(path: str, option: str) -> None:

@@ -10,23 +10,28 @@ rows = [
     for a in range(1, 9)
     for b in range(1, 9)
 ]
-Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+with open("pairs.jsonl", "w") as file:
+    file.writelines(json.dumps(row) + "\n" for row in rows)
 
 # %% The policy: any folder or hub id of a causal language model. Here one is made.
-sys.path.append(str(Path(__file__).parents[1] / "preference" if "__file__" in globals() else "../preference"))
+import offpolicy as op  # noqa: E402
+
+sys.path.append(str(Path(op.__file__).parents[1] / "examples" / "preference"))
 from make_policy import make_policy  # noqa: E402
 
 make_policy(Path("tiny"))
 
 # %% Train. What the model will see is printed first.
-import offpolicy as op  # noqa: E402
-
 data = op.TextData("pairs.jsonl")
 run = op.fit(op.DPO(policy="tiny", lr=1e-3, batch_size=8), data, max_steps=6, threads=1)
 print(run.folder)
 
 # %% What was measured on held-out pairs.
-print((Path(run.folder) / "evals.csv").read_text())
+import csv  # noqa: E402
+
+with open(Path(run.folder) / "evals.csv") as file:
+    last = list(csv.DictReader(file))[-1]
+print({name: last[f"eval/{name}"] for name in ("loss", "rewards/accuracies", "rewards/margins")})
 
 # %% Another method is another name. SimPO needs no reference.
 other = op.fit(op.SimPO(policy="tiny", lr=1e-3, batch_size=8), op.TextData("pairs.jsonl"), max_steps=4, threads=1)

@@ -9,14 +9,14 @@ Path("notebook_rewards.py").write_text("def short(prompt, answer, reference):\n 
 sys.path.insert(0, ".")
 
 # %% The policy: any folder or hub id of a causal language model. Here one is made.
-sys.path.append(str(Path(__file__).parents[1] / "preference" if "__file__" in globals() else "../preference"))
+import offpolicy as op  # noqa: E402
+
+sys.path.append(str(Path(op.__file__).parents[1] / "examples" / "preference"))
 from make_policy import make_policy  # noqa: E402
 
 make_policy(Path("tiny"))
 
 # %% Problems and training: two rounds of answers, four to a problem.
-import offpolicy as op  # noqa: E402
-
 method = op.GRPO(
     policy="tiny",
     rewards=["notebook_rewards.short", {"name": "exact", "weight": 0.5}],

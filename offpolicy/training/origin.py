@@ -18,15 +18,20 @@ from offpolicy.training import screen
 from offpolicy.training.checkpoints import plain_hparams, to_plain
 from offpolicy.training.module import Module
 from offpolicy.training.run_folder import RunFolder
+from offpolicy.trust import ENVIRONMENT, names_in, names_of_method, packages_to_trust
 
 
 @dataclass
 class Origin:
-    """Where a run comes from: what its folder keeps so that it can be repeated, and lines for the first screen."""
+    """Where a run comes from: what its folder keeps so that it can be repeated, and lines for the first screen.
+
+    ``trust`` are packages of others that its settings name, known when training begins.
+    """
 
     config: str | None = None
     command: str = ""
     lines: list[str] = field(default_factory=list)
+    trust: tuple[str, ...] = ()
 
 
 class Start(Callback):
@@ -49,6 +54,7 @@ class Start(Callback):
         }
         self.files.keep_settings(config, versions, f"{called}  # from update {trainer.global_step}")
         pl_module.keep_files(folder)
+        self.origin.trust = packages_to_trust(names_of_run(pl_module, self.data))
         if self.verbose:
             described = pl_module.describe()
             self.look = described.look
@@ -96,8 +102,19 @@ def as_settings(value: Any) -> Any:
     raise UsageError(f"{value!r} is no plain value; expected numbers, text, lists or dicts of them.")
 
 
+def names_of_run(method: Module, data: DataModule) -> frozenset[str]:
+    """Names of classes, functions and environments in the settings of a run."""
+    environments = {name for name in names_in(data.settings()) if ENVIRONMENT.fullmatch(name)}
+    return names_of_method(method) | environments | names_in(method.data_meta.get("env_id"))
+
+
+def folder_words(folder: Path, origin: Origin) -> str:
+    """The folder as an argument of a command, with the packages that have to be trusted to open it."""
+    return shlex.quote(str(folder)) + (f" --trust {','.join(origin.trust)}" if origin.trust else "")
+
+
 def resume_words(folder: Path, origin: Origin) -> str:
     """The command, or the call in Python, that continues a run."""
     if origin.command:
-        return f"python -m offpolicy.fit --ckpt_path {shlex.quote(str(folder))}"
+        return f"python -m offpolicy.fit --ckpt_path {folder_words(folder, origin)}"
     return f'offpolicy.fit(..., ckpt_path="{folder}")'

@@ -10,6 +10,8 @@ from toy import fit, toy_replay
 
 import offpolicy as op
 from offpolicy.training.description import Description
+from offpolicy.training.origin import Origin, resume_words
+from offpolicy.trust import packages_to_trust
 
 
 class Talkative(op.TD3BC):
@@ -27,9 +29,21 @@ class Talkative(op.TD3BC):
 def test_every_line_reaches_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     op.fit(Talkative(hidden_dims=(8,), batch_size=4), toy_replay(), max_steps=2, eval_episodes=0, folder=tmp_path)
     before, samples, after = capsys.readouterr().out.partition("\n\na row of the data\n")
-    assert samples and f"taste {tmp_path}" in after
+    assert samples and f"taste {tmp_path} --trust {__name__}" in after  # the class is none of the library's
     for line in ("weather   fair", "updates   2 of one spoon", "updates, the taste", "note      Stir well."):
         assert line in before, line
+
+
+def test_commands_that_go_on_name_what_has_to_be_trusted(tmp_path: Path) -> None:
+    own = packages_to_trust(
+        [f"{__name__}.Talkative", f"{__name__}:Mine-v0", "offpolicy.BC", "lightning.a.B", "Hopper-v5"]
+    )
+    assert own == (__name__,)
+    assert packages_to_trust(["json.jsonl", "no_such_package.f", "__main__.Mine"]) == ()
+    folder = tmp_path / "a run"
+    told = resume_words(folder, Origin(command="python -m offpolicy.fit", trust=("mine", "yours")))
+    assert told == f"python -m offpolicy.fit --ckpt_path '{folder}' --trust mine,yours"
+    assert "--trust" not in resume_words(folder, Origin(command="python -m offpolicy.fit"))
 
 
 def test_a_control_method_tells_data_sizes_batch_and_evaluation() -> None:
