@@ -138,7 +138,8 @@ def fit(
             origin.lines += [screen.line("select", selection_words(method, module))] if selecting else []
         if begin.checkpoint is not None and begin.updates >= max_steps:
             with trusting(names=names_of_method(method) | names_in(module.settings())):
-                done = already_done(method, begin.checkpoint, begin.updates, max_steps, verbose and is_first_process())
+                told = verbose and is_first_process()
+                done = already_done(method, begin.checkpoint, begin.updates, max_steps, told, module)
                 if is_first_process() and begin.updates == max_steps:  # with fewer steps not all of them have room
                     collected_late(done, module, saved)
                 return selected_late(done, module, verbose) if is_first_process() else done

@@ -262,11 +262,17 @@ def keep_earlier_rows(checkpoint: Path, updates: int, folder: Path) -> None:
             Table(folder / name).cut(updates)
 
 
-def already_done(method: Module, checkpoint: Path, updates: int, max_steps: int, verbose: bool) -> FitResult:
-    """The result of a run that has nothing left to do but perhaps its last evaluation."""
+def already_done(
+    method: Module, checkpoint: Path, updates: int, max_steps: int, verbose: bool, data: DataModule
+) -> FitResult:
+    """The result of a run that has nothing left to do but perhaps its last evaluation, in the environment of ``data``
+    where that is named anew."""
     folder = own_folder(checkpoint) or run_of(checkpoint)
     trained = load(checkpoint, method=type(method))
     trained.run = method.run
+    options = getattr(data, "options", {})
+    named = {name: options.get(name) for name in ("env_id", "env_kwargs", "max_episode_steps")}
+    trained.data_meta |= {name: value for name, value in named.items() if value is not None}
     missing = is_first_process() and not last_evaluation(trained, checkpoint, folder, updates)
     rows = Table(folder / "evals.csv").rows()
     scores = scores_of(rows[-1] if rows else {})

@@ -192,6 +192,19 @@ def test_the_last_evaluation_is_made_when_a_finished_run_is_continued(
     assert again.scores == whole.scores and steps(Path("late")) == [20, 40, 60]
 
 
+def test_the_last_evaluation_is_made_with_the_step_limit_that_is_given_now(
+    data: Replay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An episode without an end fails at the limit of the evaluator, and the run goes on with a limit."""
+    np.savez("steps.npz", **data.steps, episode_end=np.arange(data.num_steps) % 10 == 9)
+    monkeypatch.setattr(Fragile, "trouble", fails_at(3))
+    with pytest.raises(EvaluationFailed, match="update 60"):
+        op.fit(op.BC(**SMALL), op.load_data("steps.npz", env_id="Fragile-v0"), folder="late", **SHORT)
+    limited = op.load_data("steps.npz", env_id="Fragile-v0", max_episode_steps=4)
+    op.fit(op.BC(**SMALL), limited, ckpt_path="late", **SHORT)
+    assert [row["eval/length_mean"] for row in Table(Path("late", "evals.csv")).rows()] == [10, 10, 4]
+
+
 def test_a_plain_trainer_saves_when_an_evaluation_fails(
     data: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
