@@ -108,6 +108,7 @@ COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
         "k1": anchors.K1,
         "k2": anchors.K2,
         "k3": anchors.K3,
+        "turn_kl": anchors.TurnKL,
         "full": anchors.FullKL,
         "convex": anchors.ConvexKL,
         "forward": gates.ForwardKL,

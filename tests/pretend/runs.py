@@ -91,6 +91,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other c
         {"objective": CRITIC, "critic": "model", "micro_batch_size": 3},
         {"objective": GROUPS},
         {"curriculum": "gain", "hints": {"name": "scaffold", "patience": 1}},
+        {"correction": "score", "objective": {"anchors": [{"name": "turn_kl", "coef": 0.1}]}},
     ],
 }
 WHOLE = ("DPO", "KTO", "ORPO", "SFT", "GRPO", "ReMix", "RLPlus")  # others differ from one of them in their losses alone
@@ -146,7 +147,7 @@ class Place:
 
     def data(self, method: Any) -> Any:
         if self.rolls_out:
-            told = method.hparams.hints is not None  # hints are made of texts
+            told = method.hparams.hints or method.hparams.correction  # these need texts
             problems = tiny_rl.told_problems(self.policy) if told else tiny_rl.toy_problems()
             return ProblemData.of(problems, tiny_rl.toy_problems(5, seed=1))
         if self.kind.trains_on_texts:

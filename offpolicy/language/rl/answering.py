@@ -15,10 +15,11 @@ from offpolicy.data.texts.answers import alternatives
 from offpolicy.data.texts.problems import Problems
 from offpolicy.data.texts.rollouts import CONTINUED, DEMONSTRATION, OWN, asked_texts, prompt_lengths
 from offpolicy.data.texts.sequences import token_ids
-from offpolicy.errors import DataError, UsageError
+from offpolicy.errors import UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.generation import prompt_text, stop_ids, unended
 from offpolicy.language.rl.asking import Asked, AskedProblems
+from offpolicy.language.rl.correcting import corrected, correction_facts, make_correction
 from offpolicy.language.rl.demonstrations import Demonstrations
 from offpolicy.language.rl.engine import (
     CONTINUES,
@@ -31,8 +32,9 @@ from offpolicy.language.rl.engine import (
 )
 from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, make_engine, room
 from offpolicy.language.rl.filtering import Filters
-from offpolicy.language.rl.hints import BEHIND_HINT, check_hinted_rewards, with_help
+from offpolicy.language.rl.hints import check_hinted_rewards, helped
 from offpolicy.language.rl.lengths import CYCLES
+from offpolicy.language.rl.options import check_right_answers
 from offpolicy.language.rl.probing import PROMPTS, probe
 from offpolicy.language.rl.rewards import Rewards, Scored
 from offpolicy.language.rl.rows import answer_row, rows_stored
@@ -88,6 +90,8 @@ class Answering:
         self.tokenizer, self.words, self.held_out = tokenizer, words, held_out
         with speaking(words):
             self.asking = AskedProblems(problems, h)
+            self.correction = make_correction(getattr(h, "correction", None))
+        self.again = np.asarray(self._ids(self.correction.instruction), np.int64) if self.correction else None
         self.problems: Replay = self.asking.problems
         with speaking(words), trusting(in_file=words.in_file or not h.rewards):
             self.rewards = Rewards(
@@ -103,7 +107,7 @@ class Answering:
         )
         for asked in (problems, held_out):
             if asked is not None:
-                self._check_answers(asked)
+                check_right_answers(asked, self.rewards.verifiers)
         self._columns: dict[tuple[int, str], list[Any]] = {}  # of the data, that rewards ask for
         self.engine: Any = None
         self.dtype: Any = torch.float32  # that the policy computes in
@@ -113,16 +117,12 @@ class Answering:
         self.demonstrations: Demonstrations = None  # type: ignore[assignment]
         self.stops: Sequence[int] = ()  # tokens that end an answer
 
-    def _check_answers(self, problems: Replay) -> None:
-        """Stop where a reward compares with right answers and there are none."""
-        needs, meta = self.rewards.verifiers, problems.meta
-        if not needs or problems.tables["problems/answer"].astype(bool).any():
-            return
-        raise DataError(
-            f"{meta.get('name', 'the data')} has the columns {', '.join(meta.get('source_columns', ()))} and no right "
-            f"answers, with which the reward {needs[0]} compares; expected a column of answers, as in --data.columns "
-            "'{\"answer\": \"…\"}', or rewards that need none, as in --model.rewards '[package.module.function]'."
-        )
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def before_last(self, length: int) -> int:
+        """Tokens of an answer that stand before its last turn, at most, where a turn has so many."""
+        return 0 if self.again is None else length + len(self.again)
 
     def open(self, model: Any, **place: Any) -> int:
         """Get ready for a policy, and make the engine.
@@ -136,15 +136,20 @@ class Answering:
         """
         h = self.options
         prompts = prompt_lengths(self.problems)
-        self.length = room(policies.base_of(model), int(prompts.max()), h.max_new_tokens)
+        if self.again is None:
+            self.length = room(policies.base_of(model), int(prompts.max()), h.max_new_tokens)
+        else:  # two turns
+            prompt = int(prompts.max()) + len(self.again) + 1
+            self.length = (room(policies.base_of(model), prompt, 2 * h.max_new_tokens) + 1) // 2
+        before = self.before_last(self.length)
         self.stops = tuple(stop_ids(model, self.tokenizer))
         self.demonstrations = Demonstrations(
             self.problems, wanted=h.demonstrations > 0, share=float(h.demonstration_share), length=self.length
         )
         context = EngineContext(
-            longest_prompt=max(self.longest_prompt(), self.demonstrations.longest_request()),
+            longest_prompt=max(self.longest_prompt() + before, self.demonstrations.longest_request()),
             longest_answer=self.length,
-            longest=self.longest_prompt() + self.length,
+            longest=self.longest_prompt() + before + self.length,
             answers_at_once=h.generation_batch,
             model=model,
             temperature=h.temperature,
@@ -162,7 +167,7 @@ class Answering:
                 tokenizer=self.tokenizer,
                 context=context,
             )
-        return int(prompts.max()) + self.length
+        return int(prompts.max()) + before + self.length
 
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt, held-out ones included."""
@@ -215,6 +220,7 @@ class Answering:
             *self.demonstrations.facts(),
             *self.asking.facts(),
             *self.filters.facts(),
+            *([] if self.correction is None else [("turns", self.correction.fact())]),
             *([] if self.cycle is None else [("lengths", self.cycle.fact(self.length))]),
             ("reward", ", ".join(self.rewards.names)),
             *([("answers", f"by {by}")] if by else []),
@@ -255,59 +261,44 @@ class Answering:
         alone: list[dict[str, Any]] = []  # what was answered without help
         hinted: list[dict[str, Any]] = []
 
-        def judged(parts: Sequence[tuple[Asked, Answers]]) -> list[dict[str, Any]]:
-            rows = self._judged([row for one, answers in parts for row in self._rows(one, answers, seed)])
+        def answered(parts: Sequence[tuple[Asked, Answers]]) -> list[dict[str, Any]]:
+            made = [row for one, answers in parts for row in self._rows(one, answers, seed)]
+            rows = self.judged(made if self.again is None else corrected(self, made, self.again, k, seed, stop))
             alone.extend(rows)
-            return self._helped(rows, hinted, k, seed, stop)
+            return helped(self, rows, hinted, k, seed, stop)
 
-        everyone = judged(drawn)
+        everyone = answered(drawn)
         for _ in range(self.filters.redraws):
             missing = wanted - self.filters.with_signal(everyone)
             if missing <= 0:
                 break
             asked = Asked(k, k, seen + groups + again, missing, first=wanted + again)
             again += missing
-            everyone += judged([(asked, self.draw(asked, seed, stop))])
+            everyone += answered([(asked, self.draw(asked, seed, stop))])
         if self.filters.redraws:
             then(again)
         for rows in (alone, everyone):
             rows.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
         self.asking.learn(alone)
         store, facts = rows_stored(everyone, k, self.length_of(k), self.problems, self.dtype)
-        own = int((store.episodes["source"] != DEMONSTRATION).sum()) + len(hinted)
+        turns = 1 if self.again is None else 2
+        own = turns * int((store.episodes["source"] != DEMONSTRATION).sum()) + len(hinted)
         if self.filters.redraws:
             store, said = self.filters.chosen(store, wanted)
             facts |= said
         speeds = [speed for speed in processes.gathered(self._speed()) if speed is not None]
         facts |= {"perf/engine_tokens_per_s": sum(speeds)} if speeds else {}
-        facts |= self.asking.metrics(everyone, hinted)
+        facts |= self.asking.metrics(everyone, hinted) | ({} if self.correction is None else correction_facts(store))
         facts |= self.probed | (self.engine.facts() if hasattr(self.engine, "facts") else {})
         return Fresh(store, facts, wanted + again, own)
 
-    def _judged(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def judged(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What was drawn on all processes, with its rewards."""
         self.rest()
         self._judge(made)
         parts = processes.gathered((made, self.rewards.tallies))
         self.rewards.check([tallies for _, tallies in parts])
         return [row for rows, _ in parts for row in rows]
-
-    def _helped(
-        self, rows: list[dict[str, Any]], hinted: list[dict[str, Any]], k: int, seed: int, stop: Stop
-    ) -> list[dict[str, Any]]:
-        """Judged rows, in failed groups with an answer behind a hint; all that are drawn so are added to ``hinted``."""
-        for tier in range(1, self.asking.scaffolds + 1):
-            wanted = self.asking.wanted_help(rows, tier)
-            if not wanted:
-                continue
-            mine = wanted[processes.rank() :: processes.world_size()]
-            requests = [Request(self._prompt(problem, tier), slot + tier * BEHIND_HINT, 1) for slot, problem in mine]
-            drawn = zip(mine, self._generated(requests, k, seed, stop))
-            made = [answer_row(slot, problem, OWN, some[0], k, asked=tier) for (slot, problem), some in drawn]
-            judged = self._judged(made)
-            rows = with_help(rows, judged)
-            hinted += judged
-        return rows
 
     def _problems_of(self, asked: Asked, seed: int) -> Iterator[tuple[int, int, int, int]]:
         """Of each group that this process answers its number, its problem, in which words, and the tokens given."""
@@ -321,13 +312,13 @@ class Answering:
         size = self.options.group_size
         plain, begun = [], []
         for slot, problem, words, given in self._problems_of(asked, seed):
-            plain.append(Request(self._prompt(problem, words), slot, size - int(given > 0)))
+            plain.append(Request(self.prompt(problem, words), slot, size - int(given > 0)))
             if given and self.demonstrations.continued:
                 text, left = self.demonstrations.request(problem)
                 begun.append(Request(text, slot + CONTINUES, 1, left))
         return [*plain, *begun]
 
-    def _prompt(self, problem: int, words: int) -> np.ndarray:
+    def prompt(self, problem: int, words: int) -> np.ndarray:
         """Tokens of a problem in its own words (0) or others."""
         return token_ids(self.problems, asked_texts(self.problems, np.asarray([problem]), np.asarray([words]))[0])
 
@@ -337,9 +328,10 @@ class Answering:
         Raises:
             Stopped: the user wants to stop.
         """
-        return self._generated(self.requests(asked, seed), asked.iteration, seed, stop)
+        return self.generated(self.requests(asked, seed), asked.iteration, seed, stop)
 
-    def _generated(self, requests: list[Request], iteration: int, seed: int, stop: Stop) -> Answers:
+    def generated(self, requests: list[Request], iteration: int, seed: int, stop: Stop) -> Answers:
+        """Answers to requests of this process; raises as :meth:`draw`."""
         wants_to_stop, on_any_process = stop
         how, began = self.sampling(iteration, seed), time.perf_counter()
         answers = self.engine.generate(requests, how, wants_to_stop)
@@ -447,10 +439,14 @@ class Answering:
 
     def _judge(self, made: list[dict[str, Any]]) -> None:
         rows = [row["problem"] for row in made]
-        answers, ended = [row["token"] for row in made], [row["ended"] for row in made]
+        answers, ended = [row["token"][row.get("behind", 0) :] for row in made], [row["ended"] for row in made]
         slots, words = [row["slot"] for row in made], [row["asked"] for row in made]
         scored = self.judge(self.problems, rows, answers, ended, slots, words)
         (scores, parts, problems), right = scored, self.rewards.solved(scored)
+        if self.correction is not None:
+            firsts, ended = [row["token"][: row["first"]] for row in made], [row["first_ended"] for row in made]
+            for row, reward in zip(made, self.judge(self.problems, rows, firsts, ended, slots, words).scores):
+                row["first_reward"] = float(reward)
         for i, row in enumerate(made):
             row["right"] = bool(right[i])
             row["reward"], row["parts"] = float(scores[i]), {name: float(part[i]) for name, part in parts.items()}

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
+from offpolicy.compute import processes
 from offpolicy.data.texts.retelling import OtherWords
 from offpolicy.data.texts.rollouts import OWN
 from offpolicy.errors import UsageError, check_range
+from offpolicy.language.rl.engine import Request
+from offpolicy.language.rl.rows import answer_row
+
+if TYPE_CHECKING:
+    from offpolicy.language.rl.answering import Answering, Stop
 
 BEHIND_HINT = 1 << 24  # times the tier: added to the number of a group for a single answer behind a hint
 
@@ -131,6 +137,24 @@ def with_help(rows: Sequence[dict[str, Any]], hinted: Sequence[dict[str, Any]]) 
         if row["right"]:
             found[last[row["slot"]]] = row
     return found
+
+
+def helped(
+    answering: Answering, rows: list[dict[str, Any]], hinted: list[dict[str, Any]], k: int, seed: int, stop: Stop
+) -> list[dict[str, Any]]:
+    """Judged rows, in failed groups with an answer behind a hint; all that are drawn so are added to ``hinted``."""
+    for tier in range(1, answering.asking.scaffolds + 1):
+        wanted = answering.asking.wanted_help(rows, tier)
+        if not wanted:
+            continue
+        mine = wanted[processes.rank() :: processes.world_size()]
+        requests = [Request(answering.prompt(problem, tier), slot + tier * BEHIND_HINT, 1) for slot, problem in mine]
+        drawn = zip(mine, answering.generated(requests, k, seed, stop))
+        made = [answer_row(slot, problem, OWN, some[0], k, asked=tier) for (slot, problem), some in drawn]
+        judged = answering.judged(made)
+        rows = with_help(rows, judged)
+        hinted += judged
+    return rows
 
 
 def check_hinted_rewards(hints: Hints | None, comparing: Sequence[str]) -> None:

@@ -167,6 +167,8 @@ class IteratingModule(DrawingModule):
                 columns, said = from_groups(self.objective, fresh, k, told, self.answering.filters)
                 fresh.episodes.update(columns)
                 facts |= left_out_facts(fresh) | said
+                if self.answering.correction is not None:
+                    fresh.steps["advantage"] = self.answering.correction.advantages(fresh, k)
             store, said = self.extended(store_of.merged_answers(store, fresh), k)
             facts |= said
             steps = self._plan_steps(store, k, sweeps_of(old, len(old[0]) > 0, fraction))
@@ -218,7 +220,7 @@ class IteratingModule(DrawingModule):
         loss, sums, batch, tokens, real = self._loss(rows, mine[j], split=split)
         share = torch.full_like(loss, len(mine[j]) / max(1, len(rows))).detach()
         if real and self.course.begins(t):
-            self.scoring.hear(batch, tokens.logp, tokens.mask)
+            self.scoring.hear(batch, tokens.logp)
         self.meter.add({"loss": torch.stack([loss.detach(), share]).double(), **sums})
         self.pace.tokens += int(bound.lengths[mine[j]].sum()) if real else 0
         self.end_micro_batch()

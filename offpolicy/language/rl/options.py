@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from offpolicy.data.replay import Replay
 from offpolicy.data.texts.replaying import Recent
 from offpolicy.errors import DataError, UsageError, check_choice, check_range
 from offpolicy.language.rl.critic import CRITICS
@@ -125,6 +126,19 @@ def check_replay(rule: Any, options: Any, *, critic: bool) -> None:
             f"`replay` is '{name}', which completes groups without success, and `filter` 'signal' drops them first; "
             "expected one of both."
         )
+
+
+def check_right_answers(problems: Replay, verifiers: Collection[str]) -> None:
+    """Raise :class:`DataError` where a reward compares with right answers and there are none."""
+    if not verifiers or problems.tables["problems/answer"].astype(bool).any():
+        return
+    meta = problems.meta
+    raise DataError(
+        f"{meta.get('name', 'the data')} has the columns {', '.join(meta.get('source_columns', ()))} and no right "
+        f"answers, with which the reward {next(iter(verifiers))} compares; expected a column of answers, as in "
+        '--data.columns \'{"answer": "…"}\', or rewards that need none, as in --model.rewards '
+        "'[package.module.function]'."
+    )
 
 
 def check_masks(masks: Collection[str], *, critic: bool) -> None:

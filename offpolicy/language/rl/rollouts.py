@@ -12,6 +12,7 @@ Where it is told, in the order of an iteration::
 
     iteration.py   how many groups are fresh and replayed, which rows each step takes, where the run stands
     asking.py      which problems are asked, and in which words; by curricula.py and hints.py
+    correcting.py  second answers, where the policy corrects its first ones
     answering.py   the policy answers problems, by an engine (engines.py), and rewards.py judges the answers
     ahead.py       answers that are drawn before the iteration that they are for
     advantages.py  rewards become the advantage of an answer, or by a critic (critic.py) of a token
@@ -54,6 +55,7 @@ from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.ahead import Ahead
 from offpolicy.language.rl.answering import Answering, Stopped
 from offpolicy.language.rl.asking import check_asking
+from offpolicy.language.rl.correcting import check_correction
 from offpolicy.language.rl.critic import Critic
 from offpolicy.language.rl.engine import engine_name
 from offpolicy.language.rl.forward import Forward
@@ -136,6 +138,9 @@ class RolloutModule(IteratingModule):
             "tiers" to whole groups, "scaffold" to one answer of a failed group, ``{"name": …, "tiers": [0.25, 0.5,
             0.75], "patience": 1, "text": "{prompt}\\nHint: {hint}"}``, or an import path
             (:class:`offpolicy.language.rl.hints.Hints`); None for no hints.
+        correction: gives answers a second turn, in which the policy corrects the first: "score", ``{"name": "score",
+            "bonus": 10.0, "first_stage": 100, "instruction": …}`` (:class:`offpolicy.language.rl.correcting.Score`), or
+            an import path; None for one turn. ``max_new_tokens`` is of a turn.
         demonstrations: answers of each group that are demonstrations of the data, where there is one: 0 or 1.
         demonstration_share: of a demonstration that is given, in (0, 1]: below 1 the policy goes on from its first
             tokens (a share of them, rounded down; at least one, never the last).
@@ -183,6 +188,7 @@ class RolloutModule(IteratingModule):
         curriculum: Any = None,
         templates: list[str] | None = None,
         hints: Any = None,
+        correction: Any = None,
         demonstrations: int = 0,
         demonstration_share: float = 1.0,
         base_kl: bool = True,
@@ -302,6 +308,9 @@ class RolloutModule(IteratingModule):
         problems = data.replay
         check_problems(problems, type(self).__name__, demonstrations=bool(self.hparams.demonstrations))
         check_asking(self.hparams, self.replay_rule)
+        kind = type(self)
+        mixes = kind.mixture is not RolloutModule.mixture or kind.extended is not RolloutModule.extended
+        check_correction(self.hparams, mixes=mixes, critic=self.objective.uses_critic)
         held_out = getattr(data, "eval_replay", None)
         self.eval_problems = held_out if held_out is not None and self.run.eval_episodes > 0 else None
         self.tokenizer = data.tokenizer if self.tokenizer is None else self.tokenizer
@@ -316,7 +325,8 @@ class RolloutModule(IteratingModule):
         self.ahead = Ahead(self.answering, lambda: self.seed or 0, self.wants_to_stop)
 
     def expected_tokens(self) -> int:
-        return self.answering.longest_prompt() + self.hparams.max_new_tokens
+        longest = self.hparams.max_new_tokens
+        return self.answering.longest_prompt() + self.answering.before_last(longest) + longest
 
     @property
     def rows_together(self) -> int:

@@ -182,10 +182,11 @@ class Scoring:
             return fresh
         return fresh & np.isnan(np.asarray(store.steps["logp"]))
 
-    def hear(self, batch: Rollouts, logp: Tensor, mask: Tensor) -> None:
-        """Note what π_k says of a batch of the first step, (B, T) each."""
+    def hear(self, batch: Rollouts, logp: Tensor) -> None:
+        """Note what π_k says of a batch of the first step, (B, T)."""
         if self.hears:
-            self._said.append((batch.row.numpy(), logp.detach()[mask > 0].cpu().numpy()))
+            inside = torch.arange(logp.shape[1], device="cpu") < batch.answer.length[:, None]
+            self._said.append((batch.row.numpy(), logp.detach().cpu()[inside].numpy()))
 
     def keep(self, store: Any, k: int) -> None:
         """Put into the store what π_k said of the rows of the first step, for the steps and iterations to come."""

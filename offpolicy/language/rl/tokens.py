@@ -34,8 +34,8 @@ def check_columns(columns: Collection[str], rewards: Collection[str], given: Col
     """Raise :class:`UsageError` for a column that an objective asks for and no answer will have.
 
     Args:
-        columns: that the objective asks for. Of answers: ``OF_ANSWERS``, or ``reward/NAME``. Of tokens: ``turn``, which
-            is 0, as answers have one turn, and −1 outside of the answer; and ``token``, its number in the vocabulary.
+        columns: that the objective asks for. Of answers: ``OF_ANSWERS``, or ``reward/NAME``. Of tokens: ``turn``, from
+            0, and −1 outside of the answer; and ``token``, its number in the vocabulary.
         rewards: names of the rewards.
         given: columns that the advantage gives.
     """
@@ -86,6 +86,7 @@ def batch_tokens(
 
     steps = {name: padded(send(values.to(scores.logps.dtype), device)) for name, values in batch.steps.items()}
     facts = {name: send(values, device) for name, values in batch.facts.items()}
+    said = steps["turn"] >= 0 if "turn" in steps else True  # the rest is what the policy was told between two turns
     external = torch.arange(width, device=device) < facts["given"][:, None]
     advantage = steps["advantage"] if "advantage" in steps else facts["advantage"].to(scores.logps)
     behavior, previous, logp = steps["logp"], steps["previous_logp"], padded(scores.logps)
@@ -115,7 +116,7 @@ def batch_tokens(
     known |= {name: steps[name] for name in ("old_value", "returns") if name in steps}
     return Tokens(
         logp=logp,
-        mask=padded(torch.full_like(scores.logps, float(real)).detach()),
+        mask=padded(torch.full_like(scores.logps, float(real)).detach()) * said,
         advantage=advantage,
         behavior_logp=behavior,
         previous_logp=previous,

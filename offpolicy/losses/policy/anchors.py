@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from offpolicy.errors import UsageError, check_choice, check_range
-from offpolicy.losses.tokens import Tokens, difference, field
+from offpolicy.losses.tokens import Tokens, column, difference, field
 
 ESTIMATORS = ("k1", "k2", "k3", "full")
 Coefficient = float | Sequence[Sequence[float]]  # a number, or knots (iteration, number), linear between them
@@ -110,6 +110,26 @@ class K3(KL):
     """e^δ − δ − 1: unbiased and ≥ 0; its expected gradient on own samples is that of the forward KL(target ‖ π_θ)."""
 
     estimator = "k3"
+
+
+@dataclass(frozen=True)
+class TurnKL(K3):
+    """The estimator e^δ − 1 − δ on the tokens of one turn of a conversation, 0 on others (SCoRe, arXiv:2409.12917).
+
+    Args:
+        coef, target, correction: as of ``k3``; SCoRe ends it with its first stage: [[100, 0.1], [101, 0]].
+        turn: whose tokens, from 0.
+    """
+
+    turn: int = 0
+    columns: ClassVar[frozenset[str]] = frozenset({"turn"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("turn", self.turn, 0)
+
+    def __call__(self, tokens: Tokens, *, iteration: int) -> Tensor:
+        return super().__call__(tokens, iteration=iteration) * (column(tokens, "turn") == self.turn)
 
 
 class FullKL(KL):

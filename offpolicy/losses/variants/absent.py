@@ -23,12 +23,6 @@ class Absent(NamedTuple):
 
 ROWS = (
     Absent(
-        "score",
-        "SCoRe",
-        "2409.12917",
-        "a second turn corrects the first, and engines are asked for one turn",
-    ),
-    Absent(
         "aepo",
         "AEPO, arbitrary entropy",
         "2510.08141",

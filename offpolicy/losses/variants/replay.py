@@ -199,4 +199,20 @@ ROWS = (
         "and takes them anew with the answers; here the last states of the prompt, once",
         unverified="the paper's constants; those of its code stand here, for some ten thousand problems",
     ),
+    Variant(
+        "score",
+        "SCoRe",
+        "2409.12917",
+        "two answers; first r₂ for the second alone and a divergence on the first, then r₁, and r₂ + α(r₂ − r₁)",
+        {
+            "trust": "none",
+            "aggregation": "seq_sum",
+            "anchors": ({"name": "k3", "coef": 0.01}, {"name": "turn_kl", "coef": [[100, 0.1], [101, 0.0]]}),
+        },
+        {"correction": "score"},
+        differs="the first answer is rewarded by its own reward alone, and a turn's baseline is its group's mean",
+        unverified="α, both coefficients, the length of the first stage and the instruction; evaluations have one turn",
+        off_policy="answers with two turns are not kept",
+        needs="base",
+    ),
 )

@@ -41,6 +41,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "batch_size": 12,
         },
     ),
+    "corrected": (
+        "GRPO",
+        {
+            "correction": {"name": "score", "first_stage": 1, "instruction": "again"},
+            "objective": {"anchors": [{"name": "turn_kl", "coef": 0.1}], "aggregation": "seq_sum"},
+            "micro_batch_size": 3,
+            "batch_size": 12,
+        },
+    ),
     "HPT": ("HPT", {"success": 0.6, "micro_batch_size": 3}),
     "many-parts": ("GRPO", {"objective": MANY_PARTS, "batch_size": 12, "micro_batch_size": 4}),
     "SPEAR": ("SPEAR", {"capacity": 2, "ramp": 3}),
@@ -69,7 +78,7 @@ def train(name: str, root: Path, folder: Path, devices: int, **options: Any) -> 
     kind, settings = CASES[name]
     strategy = {"strategy": "ddp"} if devices > 1 else {}
     module = method(kind, root / "policy", **settings)
-    options["problems"] = told_problems(root / "policy") if "hints" in settings else None
+    options["problems"] = told_problems(root / "policy") if {"hints", "correction"} & settings.keys() else None
     return fit(module, LAST, folder, devices=devices, precision="64-true", **strategy, **options)
 
 

@@ -1,0 +1,137 @@
+"""Answers in two turns: what is asked, rewarded, kept and learned from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from tiny_rl import fit, make_policy, method, told_problems
+from toy import differences, run_files
+from transformers import AutoTokenizer
+
+from offpolicy.data.replay import Replay
+from offpolicy.errors import UsageError
+from offpolicy.language.rl.correcting import AGAIN, Score, in_two_turns, requests_again
+from offpolicy.language.rl.engine import Completion
+from offpolicy.losses.policy.anchors import TurnKL
+from offpolicy.losses.tokens import Tokens, column
+from offpolicy.training.checkpoints import newest_checkpoint
+
+INSTRUCTION = "again now"
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_policy(tmp_path_factory.mktemp("correcting") / "policy")
+
+
+def test_rewards_and_advantages_by_hand() -> None:
+    """Two answers of a group, r₁ = 1 and 0, r₂ = 1 and 2, α = 3: R₂ = r₂ + 3(r₂ − r₁) = 1 and 8, mean 4.5."""
+    turn = np.array([0, -1, 1, 1, 0, 0, -1, 1], np.float32)
+    episodes = {"group": np.array([7, 7]), "first_reward": np.array([1.0, 0.0]), "reward": np.array([1.0, 2.0])}
+    store = Replay({"turn": turn}, start=np.array([0, 4]), length=np.array([4, 4]), episodes=episodes)
+    rule = Score(bonus=3.0, first_stage=2)
+    assert rule.advantages(store, 2).tolist() == [0, 0, -0.5, -0.5, 0, 0, 0, 0.5]
+    assert rule.advantages(store, 3).tolist() == [0.5, 0, -3.5, -3.5, -0.5, -0.5, 0, 3.5]
+
+
+def test_second_requests_and_rows() -> None:
+    """The second request stands behind prompt, first answer and instruction; its number is that of slot and place."""
+    first = {"slot": 3, "token": np.array([4, 2]), "logp": np.array([-1.0, -2.0]), "ended": True}
+    first["sampler_logp"] = first["logp"]
+    asked = requests_again([first, {**first, "token": np.array([5])}], [np.array([9])] * 2, np.array([6, 7]), 4)
+    assert [one.prompt.tolist() for one in asked] == [[9, 4, 2, 6, 7], [9, 5, 6, 7]]
+    assert [one.number for one in asked] == [AGAIN + 12, AGAIN + 13]
+    row = in_two_turns(first, np.array([6, 7]), Completion(np.array([8]), np.array([-3.0]), False))
+    assert row["token"].tolist() == [4, 2, 6, 7, 8] and row["turn"].tolist() == [0, 0, -1, -1, 1]
+    assert row["logp"].tolist() == row["sampler_logp"].tolist() == [-1, -2, 0, 0, -3]
+    assert row["first_ended"] and not row["ended"] and (row["first"], row["behind"]) == (2, 4)
+
+
+def test_divergence_of_one_turn_by_hand() -> None:
+    """e^δ − 1 − δ with δ = ln 2 on the first turn, nothing elsewhere, and nothing once the stage is over."""
+    logp = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    base = torch.full((1, 4), np.log(2.0), dtype=torch.float64)
+    turn = torch.tensor([[0, 0, -1, 1]])
+    mask = (turn >= 0).double()
+    tokens = Tokens(logp, mask, torch.zeros(1), logp.detach(), logp.detach(), base_logp=base, columns={"turn": turn})
+    part = TurnKL([[2, 0.1], [3, 0.0]])
+    found = part(tokens, iteration=2)
+    torch.testing.assert_close(found[0], 0.1 * (1 - np.log(2.0)) * torch.tensor([1.0, 1, 0, 0], dtype=torch.float64))
+    found.sum().backward()
+    torch.testing.assert_close(logp.grad, torch.tensor([[-0.1, -0.1, 0, 0]], dtype=torch.float64))
+    assert part(tokens, iteration=3).abs().sum() == 0
+
+
+class Spy:
+    """A weight of 1 that keeps what it sees."""
+
+    columns: ClassVar[frozenset[str]] = frozenset({"turn"})
+    seen: ClassVar[list[tuple[torch.Tensor, ...]]] = []
+
+    def __call__(self, tokens: Tokens) -> torch.Tensor:
+        turn = column(tokens, "turn")
+        if tokens.mask.any():
+            Spy.seen.append((tokens.mask.clone(), turn.clone(), tokens.advantage.clone()))
+        return torch.ones_like(tokens.mask)
+
+
+OPTIONS: dict[str, Any] = {
+    "correction": {"name": "score", "first_stage": 1, "instruction": INSTRUCTION},
+    "objective": {
+        "trust": "none",
+        "aggregation": "seq_sum",
+        "anchors": [{"name": "turn_kl", "coef": [[1, 0.1], [2, 0.0]]}],
+        "weight": [f"{__name__}.Spy"],
+    },
+}
+
+
+@pytest.mark.slow
+def test_a_run_in_two_turns_resumes(policy: Path, tmp_path: Path) -> None:
+    """Bit for bit; the second answers are scored behind what they were drawn behind, and the instruction counts not."""
+    how: dict[str, Any] = {"problems": told_problems(policy), "held_out": False}
+    Spy.seen.clear()
+    whole = fit(method("GRPO", policy, **OPTIONS), 4, tmp_path / "whole", **how)
+    fit(method("GRPO", policy, **OPTIONS), 3, tmp_path / "cut", **how)
+    path = newest_checkpoint(tmp_path / "cut")
+    fit(method("GRPO", policy, **OPTIONS), 4, tmp_path / "cut", ckpt_path=path, **how)
+    found, expected = (run_files(tmp_path / one, 4) for one in ("cut", "whole"))
+    for part in ("state_dict", "optimizer_states", "offpolicy"):
+        assert not differences(found[part], expected[part], part)
+    store = whole.course.rollouts.store
+    turn, own = store.steps["turn"], store.steps["turn"] >= 0
+    assert set(turn.tolist()) == {0, -1, 1}
+    np.testing.assert_allclose(store.steps["logp"][own], store.steps["sampler_logp"][own], atol=1e-4)
+    said = AutoTokenizer.from_pretrained(policy)(INSTRUCTION, add_special_tokens=False)["input_ids"]
+    assert store.steps["token"][turn == -1].tolist() == said * store.num_episodes
+    assert whole.generated == 2 * 2 * 16 and store.num_episodes == 16
+    np.testing.assert_allclose(store.steps["advantage"], Score(first_stage=1).advantages(store, 2))
+    for mask, place, advantage in Spy.seen:
+        assert (mask.bool() == (place >= 0)).all() and advantage.shape == mask.shape
+        assert (advantage[place < 0] == 0).all()
+    first_stage = Spy.seen[0]
+    assert (first_stage[2][first_stage[1] == 0] == 0).all() and (first_stage[2] != 0).any()
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("GRPO", {"lag": 1}, "`lag`"),
+    ("GRPO", {"hints": "tiers"}, "`hints`"),
+    ("GRPO", {"replay_fraction": 0.5, "replay_window": 1}, "`replay_fraction`"),
+    ("GRPO", {"record": True}, "`record`"),
+    ("GRPO", {"objective": {"advantage": "gae", "value": "squared"}}, "`objective.value`"),
+    ("SPEAR", {}, "--model GRPO"),
+    ("GRPO", {"correction": "scores"}, "Did you mean 'score'"),
+    ("GRPO", {"correction": "torch.nn.Identity"}, "extends offpolicy.language.rl.correcting.Score"),
+    ("GRPO", {"correction": {"name": "score", "bonus": -1.0}}, "bonus"),
+]
+
+
+@pytest.mark.parametrize("name, options, said", REFUSED, ids=lambda one: "-".join(one) if isinstance(one, dict) else "")
+def test_what_does_not_go_with_a_second_turn(name: str, options: dict[str, Any], said: str, policy: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        fit(method(name, policy, **{"correction": "score", **options}), 1, held_out=False)
+    assert said in str(caught.value)
