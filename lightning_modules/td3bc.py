@@ -96,7 +96,7 @@ class TD3BC(TD3):
         if self.hparams.final_alpha is None:
             checkpoint["state_dict"].pop("alpha_updates", None)
         else:  # a run that had a constant α begins to change it
-            checkpoint["state_dict"].setdefault("alpha_updates", torch.zeros((), dtype=torch.int64))
+            checkpoint["state_dict"].setdefault("alpha_updates", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def alpha(self, like: Tensor) -> Tensor | float:
         """α of the update at hand; a tensor () of the type of ``like`` where it changes."""
