@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from offpolicy.errors import UsageError
+from offpolicy.errors import DataError, UsageError
 from offpolicy.losses.answers import OF_POLICY
 from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
 from offpolicy.losses.variants import VARIANTS, Variant
@@ -135,7 +135,7 @@ def make_policy(folder: Path) -> None:
     torch.manual_seed(0)
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 12, "pad_token_id": 13}
     sizes = {"vocab_size": len(words), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=32, **ids)
+    config = LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=128, **ids)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -175,7 +175,7 @@ def measured_steps() -> dict[str, str]:
                 data = ProblemData(str(folder / "sums.jsonl"), show=0)
                 op.fit(method, data, max_steps=6, seed=0, folder=folder / variant.name, eval_every=0, threads=1,
                        verbose=False, save_every=0, callbacks=[clock])  # fmt: skip
-            except UsageError as error:  # it asks for what these data, or any here, do not have
+            except (DataError, UsageError) as error:  # it asks for what these data, or any here, do not have
                 print(f"{variant.name}: {error}", file=sys.stderr)
                 continue
             times = [after - before for before, after in itertools.pairwise(clock.ends)]
