@@ -222,7 +222,7 @@ class Scoring:
                 "entropy": scores.entropy,
             }
             values["previous_mean_logp"] = scores.mean_logp
-            if "head_norm" in names:  # one number of all tokens of an answer
+            if scores.head_norm is not None:  # one number of all tokens of an answer
                 values["head_norm"] = scores.head_norm.repeat_interleave(send(batch.answer.length, passes.device))
             if "old_value" in names:
                 values["old_value"] = passes.values(batch, scores)

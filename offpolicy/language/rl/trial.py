@@ -12,7 +12,7 @@ from offpolicy.errors import UsageError
 from offpolicy.language.head import output_weight
 from offpolicy.losses.policy_gradient import Objective
 
-EXACT = ("adamw", "adafactor")  # optimisers whose step of one weight can be tried on a copy
+TRIED = ("adamw", "adafactor")  # optimisers whose step of one weight can be tried on a copy
 FIELDS = ("shift", "shift_variance")  # of the tokens
 
 
@@ -35,7 +35,7 @@ def check_trial(model: Any, options: Any, trainer: Any, *, sharded: bool) -> Non
         found, expected = "the output layer is not trained", "all weights. Leave --model.adapter out"
     elif sharded:
         found, expected = "weights are cut by 'fsdp2'", "whole ones. Pass --trainer.strategy ddp"
-    elif options.optimizer not in EXACT:
+    elif options.optimizer not in TRIED:
         found, expected = f"`optimizer` is '{options.optimizer}'", "'adamw'. Pass --model.optimizer adamw"
     elif options.offload_optimizer:
         found, expected = "`offload_optimizer` is true", "moments on the device. Leave it out"
@@ -56,6 +56,6 @@ def limited(gradients: Sequence[Tensor], limit: float | None) -> Tensor:
     return gradients[0] * (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
 
 
-def unknown_shift(like: Tensor) -> dict[str, Tensor]:
+def unknown_shift(like: Tensor) -> dict[str, Any]:
     """The fields of tokens as long as the move is not known: NaN, shaped as ``like``."""
     return {name: torch.full_like(like, torch.nan) for name in FIELDS}
