@@ -1,14 +1,14 @@
 """Writes the table of published variants in docs/objective.md from the code.
 
-usage: python examples/rlvr/objective_table.py [--measure] [--steps] [--check]
+usage: python examples/rlvr/objective_table.py [--measure] [--steps [NAMES]] [--check]
 
 ``--measure`` takes the processor time of the objective of each variant beside GRPO's: facts of the step, loss and
 gradient by the tokens' log-probabilities, without a model, for 64 answers of at most 256 tokens; median over
-interleaved rounds. ``--steps`` takes that of whole iterations of one step of GRPO with each variant, drawing and
-scoring included: 32 answers of at most 12 tokens of a Llama with random weights, 2 layers, 64 wide, 2,048 tokens in its
-vocabulary; the median of the last four of six. Both numbers are of the machine that takes them, on one thread, to be
-compared with each other. Without an option its column stays as it is. ``--check`` changes nothing and exits with 1
-where the page is not what the code says.
+interleaved rounds. ``--steps`` takes that of whole iterations of one step of GRPO with each variant, or with those
+named, drawing and scoring included: 32 answers of at most 12 tokens of a Llama with random weights, 2 layers, 64 wide,
+2,048 tokens in its vocabulary; the median of the last four of six. Both numbers are of the machine that takes them, on
+one thread, to be compared with each other. Without an option its column stays as it is. ``--check`` changes nothing
+and exits with 1 where the page is not what the code says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,8 @@ def make_policy(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def measured_steps() -> dict[str, str]:
-    """Milliseconds of an iteration of one step with each variant, by the first column of its row."""
+def measured_steps(names: Collection[str]) -> dict[str, str]:
+    """Milliseconds of an iteration of one step with these variants, or with all, by the first column of its row."""
     import logging
 
     from lightning.pytorch import Callback
@@ -168,7 +168,7 @@ def measured_steps() -> dict[str, str]:
         ]
         (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         usual: dict[str, Any] = {"max_new_tokens": 12, "group_size": 8, "batch_size": 32, "lr": 1e-5, "export": "none"}
-        for variant in (v for v in VARIANTS.values() if not v.method):
+        for variant in (v for v in VARIANTS.values() if not v.method and v.name in (names or VARIANTS)):
             clock, sizes = Clock(), {k: v for k, v in variant.options.items() if k in ("group_size", "batch_size")}
             try:
                 method = op.GRPO(policy=str(folder / "policy"), variant=variant.name, **(usual | sizes))
@@ -208,13 +208,13 @@ def main() -> int:
     """Write the page, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--steps", nargs="*")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     page = PAGE.read_text()
     times = measured() if args.measure else known_times(page)
-    steps = measured_steps() if args.steps else known_times(page, "step, ms")
+    steps = known_times(page, "step, ms") | ({} if args.steps is None else measured_steps(args.steps))
     made = page_of(page, times, steps)
     if args.check:
         return int(made != page)

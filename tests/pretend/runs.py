@@ -90,6 +90,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other c
         {"objective": MASKS_OF_STEPS, "demonstrations": 1},
         {"objective": CRITIC, "critic": "model", "micro_batch_size": 3},
         {"objective": GROUPS},
+        {"objective": {"advantage": "opob", "trust": "capo"}, "micro_batch_size": 4},
         {"curriculum": "gain", "hints": {"name": "scaffold", "patience": 1}},
         {"correction": "score", "objective": {"anchors": [{"name": "turn_kl", "coef": 0.1}]}},
     ],
