@@ -25,7 +25,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.sampling import keys
 from offpolicy.data.texts.sequences import BoundTexts, SingleView
 from offpolicy.errors import UsageError, check_choice, check_range
-from offpolicy.language.head import Answers, TokenValue, score
+from offpolicy.language.answer_scores import Answers, TokenValue, score
 from offpolicy.language.layout import Layout
 from offpolicy.language.one_token import drawn_value, token_keys
 from offpolicy.language.preference import PreferenceModule, StepMeans

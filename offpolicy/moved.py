@@ -59,7 +59,12 @@ MOVED: dict[str, tuple[str, ...]] = {  # module of version 0.1 → where its nam
     "offpolicy.language.answering": ("offpolicy.language.rl.answering",),
     "offpolicy.language.critic": ("offpolicy.language.rl.critic",),
     "offpolicy.language.engines": ("offpolicy.language.rl.engines", "offpolicy.language.rl.engine"),
-    "offpolicy.language.layout": ("offpolicy.language.head",),
+    "offpolicy.language.head": ("offpolicy.language.answer_scores", "offpolicy.language.head_checks"),
+    "offpolicy.language.layout": (
+        "offpolicy.language.head",
+        "offpolicy.language.answer_scores",
+        "offpolicy.language.head_checks",
+    ),
     "offpolicy.language.module": (
         "offpolicy.language.preference",
         "offpolicy.language.meters",
@@ -114,7 +119,7 @@ RENAMED = {  # name of version 0.1 → where it is now under another name
     "offpolicy.language.engines.choose": "offpolicy.language.rl.engines.draw_scored",
     "offpolicy.language.engines.uniforms": "offpolicy.language.rl.engines.answer_uniforms",
     "offpolicy.language.layout.States": "offpolicy.language.head.FinalStates",
-    "offpolicy.language.layout.states": "offpolicy.language.head.final_states",
+    "offpolicy.language.layout.states": "offpolicy.language.answer_scores.final_states",
     "offpolicy.language.records.cut": "offpolicy.language.rl.records.cut_answer",
     "offpolicy.language.plan.Plan": "offpolicy.language.plan.RowPlan",
     "offpolicy.language.reference.cache_folder": "offpolicy.language.reference_cache.references_folder",

@@ -54,7 +54,7 @@ def batch_of(kind: str, order: str, median: int, rows: int, rng: np.random.Gener
 
 def seconds(model: Any, layout: Any) -> tuple[float, float]:
     """Processor time of a forward and a backward pass, and the loss."""
-    from offpolicy.language.head import score
+    from offpolicy.language.answer_scores import score
 
     model.zero_grad()
     began = time.process_time()

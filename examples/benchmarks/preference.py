@@ -175,7 +175,7 @@ def run_loop(folder: Path, steps: int, size: int, part: int) -> dict[str, Any]:
 
     from offpolicy.compute.matmul import choose_matmul, matmul_setting
     from offpolicy.compute.memory import keep_freed_memory
-    from offpolicy.language.head import score
+    from offpolicy.language.answer_scores import score
     from offpolicy.language.layout import Layout, pair_layout
 
     has = {name: part >= i for i, name in enumerate(PARTS)}

@@ -9,7 +9,7 @@ import torch
 
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.attention import packs_rows, shares_prompt
-from offpolicy.language.head import packed_fault, shared_fault
+from offpolicy.language.head_checks import packed_fault, shared_fault
 from offpolicy.language.layout import WASTE
 from offpolicy.language.policy import base_of, vocabulary_of
 

@@ -37,7 +37,7 @@ from offpolicy.language.checks import (
     refuse_half_weights,
 )
 from offpolicy.language.export import export_dtype, export_model
-from offpolicy.language.head import check_head
+from offpolicy.language.head_checks import check_head
 from offpolicy.language.kernels import KERNELS, use_kernels
 from offpolicy.language.meters import Pace
 from offpolicy.language.noise import without_noise

@@ -22,10 +22,10 @@ from offpolicy.data.texts.preview import report, samples
 from offpolicy.data.texts.sequences import BoundTexts, Pairs, PairView, TextGroups, row_weights
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language import policy as policies
+from offpolicy.language.answer_scores import Answers, score
 from offpolicy.language.checks import check_tokens
 from offpolicy.language.evaluation import eval_sample, evaluate, idealised, ranges_of_grid
 from offpolicy.language.generation import positions
-from offpolicy.language.head import Answers, score
 from offpolicy.language.layout import Layout, pair_layout, single_layout
 from offpolicy.language.meters import RowMeter
 from offpolicy.language.module import LanguageModule

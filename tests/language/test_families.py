@@ -11,8 +11,10 @@ import torch
 
 from offpolicy.data.texts.sequences import Pairs, Ragged
 from offpolicy.errors import UsageError
+from offpolicy.language.answer_scores import score
+from offpolicy.language.attention import shares_prompt
 from offpolicy.language.generation import sample
-from offpolicy.language.head import score, shared_fault, shares_prompt
+from offpolicy.language.head_checks import shared_fault
 from offpolicy.language.layout import pair_layout
 from offpolicy.language.noise import without_noise
 from offpolicy.language.reading import way_of

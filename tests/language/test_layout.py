@@ -15,7 +15,8 @@ from torch.distributed import FileStore
 
 from offpolicy.data.texts.sequences import Pairs, Ragged, Singles
 from offpolicy.errors import UsageError
-from offpolicy.language.head import score, shares_prompt
+from offpolicy.language.answer_scores import score
+from offpolicy.language.attention import shares_prompt
 from offpolicy.language.layout import pair_layout, single_layout
 
 V = 41

@@ -105,7 +105,7 @@ def test_weights_of_a_step(policy: Path) -> None:
         scores = module.scores(module._table, rows, module.step_means(module._table, rows))
         found[name] = scores.answer.sum_values.detach()
         layout = module.layout(module._table.texts.gather(rows))
-        from offpolicy.language.head import score_tokens
+        from offpolicy.language.answer_scores import score_tokens
 
         with torch.no_grad():
             logps = score_tokens(module.model, layout).logps.double()

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from offpolicy.data.texts.rollouts import Rollouts
 from offpolicy.data.texts.sequences import Pairs, Ragged, Singles
 from offpolicy.errors import UsageError
+from offpolicy.language.answer_scores import score, score_tokens
 from offpolicy.language.attention import PACKED, packs_rows, take_packed
 from offpolicy.language.checks import padding_in_words, padding_is_left_out
-from offpolicy.language.head import check_packed, packed_fault, score, score_tokens
+from offpolicy.language.head_checks import check_packed, packed_fault
 from offpolicy.language.layout import Layout, group_layout, pair_layout, single_layout
 from offpolicy.language.meters import Pace
 
@@ -187,7 +188,7 @@ def test_flash_attention_is_told_the_lengths(monkeypatch: pytest.MonkeyPatch, ll
 
 def score_of_packed(model: nn.Module, layout: Layout) -> Tensor:
     """Scores without the trials of a model, which need plain attention."""
-    from offpolicy.language.head import _score
+    from offpolicy.language.answer_scores import _score
 
     return _score(model, layout, 256, False).sum_logps
 

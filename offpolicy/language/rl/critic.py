@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from offpolicy.errors import UsageError
 from offpolicy.language.attention import attention_inputs, take_packed
-from offpolicy.language.head import decoder_of
+from offpolicy.language.head_checks import decoder_of
 from offpolicy.language.layout import Layout
 from offpolicy.language.reading import taken
 

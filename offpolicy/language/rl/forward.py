@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from offpolicy.data.texts.rollouts import BoundRollouts, Rollouts
-from offpolicy.language.head import FinalStates, TokenScores, final_states, score_tokens
+from offpolicy.language.answer_scores import TokenScores, final_states, score_tokens
+from offpolicy.language.head import FinalStates
 from offpolicy.language.layout import Layout, group_layout
 from offpolicy.language.meters import Pace
 
@@ -54,7 +55,7 @@ class Forward:
         return group_layout(batch, self.pad_id, padding_free=self.padding_free).to(self.device)
 
     def scores(self, batch: Rollouts, **options: Any) -> TokenScores:
-        """Scores of the tokens of a batch; ``options`` as of :func:`offpolicy.language.head.score_tokens`."""
+        """Scores of the tokens of a batch; ``options`` as of :func:`offpolicy.language.answer_scores.score_tokens`."""
         layout = self.layout(batch)
         if torch.is_grad_enabled():
             self.pace.add_pass(layout.real_tokens, layout.input_ids.numel())

@@ -13,7 +13,7 @@ from offpolicy.data import sampling
 from offpolicy.data.texts.rollouts import Rollouts
 from offpolicy.data.texts.sequences import spread
 from offpolicy.errors import UsageError, nearest, resembles
-from offpolicy.language.head import TokenScores
+from offpolicy.language.answer_scores import TokenScores
 from offpolicy.losses.tokens import Tokens
 
 OF_ANSWERS = (
