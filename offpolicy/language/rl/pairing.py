@@ -40,6 +40,10 @@ class Chosen(NamedTuple):
     tied: int
     equal: int
 
+    def facts(self) -> dict[str, float]:
+        """For the metrics."""
+        return {"pairs": float(len(self.better)), "pairs/tied": float(self.tied), "pairs/equal": float(self.equal)}
+
 
 class Judge(Rewards):
     """A function of the user that compares two answers; what fails for a pair counts as undecided there."""
@@ -78,6 +82,15 @@ class Judge(Rewards):
                 "preferred, between 0 and 1. Correct it, or pass a function that scores one answer as --model.rewards."
             )
         return whole
+
+    def preferred_rows(
+        self, prompts: Sequence[str], answers: Sequence[str], first: np.ndarray, second: np.ndarray
+    ) -> np.ndarray:
+        """The same for rows of answers, each beside its prompt, against other rows, (n,) each."""
+        sides = [
+            [texts[row] for row in rows] for texts, rows in ((prompts, first), (answers, first), (answers, second))
+        ]
+        return self.preferred(*sides)
 
 
 def nothing(prompt: str, answer: str, reference: Any) -> float:
@@ -184,6 +197,28 @@ def texts_of_answers(problems: Replay, store: Replay) -> tuple[Replay, np.ndarra
     index = np.stack([number, len(prompts) + np.arange(store.num_episodes)], axis=1)
     meta = {name: problems.meta[name] for name in ("name", "style") if name in problems.meta}
     return Replay({"token": token}, start=np.cumsum(length) - length, length=length, meta=meta), index
+
+
+def texts_of_pairs(problems: Replay, store: Replay, chosen: Chosen) -> Replay:
+    """The pairs of a round."""
+    texts, index = texts_of_answers(problems, store)
+    sides = {"chosen": chosen.better, "rejected": chosen.worse}
+    texts.tables = {"pairs": np.concatenate([index[rows] for rows in sides.values()], axis=1)}
+    if chosen.agreement is None:
+        texts.tables |= {f"pairs/score_{side}": store.episodes["reward"][rows] for side, rows in sides.items()}
+    else:
+        texts.tables["pairs/agreement"] = chosen.agreement.astype(np.float32)
+    return texts
+
+
+def texts_of_lists(problems: Replay, store: Replay) -> Replay:
+    """The answers of a round as scored lists."""
+    texts, index = texts_of_answers(problems, store)
+    rows = groups_in_order(store)
+    order, score = rows.reshape(-1), store.episodes["reward"].astype(np.float32)
+    group = np.repeat(np.arange(len(rows)), rows.shape[1])
+    texts.tables = {"singles": index[order], "singles/group": group, "singles/score": score[order]}
+    return texts
 
 
 def rows_of_round(

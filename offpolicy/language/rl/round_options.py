@@ -77,3 +77,16 @@ def answering_options(h: Any) -> SimpleNamespace:
     none: dict[str, Any] = {"records": None, "filter": None, "length_cycle": None}
     none |= {"demonstrations": 0, "demonstration_share": 1.0}
     return SimpleNamespace(group_size=h.answers, **none, **{name: h[name] for name in names})
+
+
+def reference_words(h: Any) -> str:
+    """What the reference of a round is, for the first screen."""
+    words = {
+        "round": "the policy at the start of each round",
+        "live": "the policy at the start of the run, a frozen copy",
+        "adapter_off": "the policy with its adapter off",
+    }
+    again = "the policy with its adapter off" if h.lora_rank else "opened again to score a round"
+    return words.get(h.reference) or (
+        f"the policy at the start of the run, {again}" if h.reference in ("auto", "precomputed") else str(h.reference)
+    )

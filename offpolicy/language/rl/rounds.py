@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,9 +37,10 @@ from offpolicy.language.reference import Reference, ReferenceTable, evaluating
 from offpolicy.language.rl import pairing as pairs_of
 from offpolicy.language.rl.answering import Answering, Stopped
 from offpolicy.language.rl.drawing import DrawingModule
+from offpolicy.language.rl.engine import engine_name
 from offpolicy.language.rl.options import check_problems
 from offpolicy.language.rl.pairing import Chosen, Judge
-from offpolicy.language.rl.round_options import answering_options, check_round_options
+from offpolicy.language.rl.round_options import answering_options, check_round_options, reference_words
 from offpolicy.language.rl.solving import solve
 from offpolicy.language.stepping import rate_at
 from offpolicy.training.description import Description
@@ -120,7 +122,8 @@ class RoundModule(DrawingModule, PreferenceModule):
         self.eval_problems: Replay | None = None
         self._judge: Judge | None = None
         self._cap = 0  # steps in all, as the user or the plan says
-        self._known: dict[str, Any] = {}  # what a checkpoint says was scored for its round
+        self._tables: dict[str, np.ndarray] = {}  # of the texts of the round
+        self._known: dict[str, dict[str, Any]] = {}  # the same, and what was scored, as a checkpoint has them
 
     # -- to be written by a method -------------------------------------------------------------------------------------
 
@@ -131,41 +134,26 @@ class RoundModule(DrawingModule, PreferenceModule):
     def texts_of_round(self, store: Replay, iteration: int) -> tuple[Replay | None, list[dict[str, Any]]]:
         """What a round makes of its answers: texts that :meth:`texts_of` takes, None where they teach nothing; and rows
         for the file of the round."""
-        texts, index = pairs_of.texts_of_answers(self.problems, store)
-        reward, rows = store.episodes["reward"], pairs_of.groups_in_order(store)
         written = (self.problems, store, self.tokenizer, self.answering.stops)
         if self.makes == "lists":
-            group = np.repeat(np.arange(len(rows)), rows.shape[1])
-            order, score = rows.reshape(-1), reward.astype(np.float32)
-            texts.tables = {"singles": index[order], "singles/group": group, "singles/score": score[order]}
-            return texts, pairs_of.rows_of_round(*written, reward)
+            texts = pairs_of.texts_of_lists(self.problems, store)
+            return texts, pairs_of.rows_of_round(*written, store.episodes["reward"])
         chosen = self._pairs(store, iteration)
-        better, worse = chosen.better, chosen.worse
-        texts.tables = {"pairs": np.concatenate([index[better], index[worse]], axis=1)}
-        if chosen.agreement is None:
-            texts.tables |= {"pairs/score_chosen": reward[better], "pairs/score_rejected": reward[worse]}
-            lines = pairs_of.rows_of_round(*written, reward)
-        else:
-            texts.tables["pairs/agreement"] = chosen.agreement.astype(np.float32)
-            lines = pairs_of.rows_of_pairs(*written, chosen)
-        self.round.facts |= {
-            "pairs": float(len(better)),
-            "pairs/tied": float(chosen.tied),
-            "pairs/equal": float(chosen.equal),
-        }
-        return (texts if len(better) else None), lines
+        self.round.facts |= chosen.facts()
+        lists = chosen.agreement is None
+        lines = (
+            pairs_of.rows_of_round(*written, store.episodes["reward"])
+            if lists
+            else pairs_of.rows_of_pairs(*written, chosen)
+        )
+        return (pairs_of.texts_of_pairs(self.problems, store, chosen) if len(chosen.better) else None), lines
 
     def _pairs(self, store: Replay, iteration: int) -> Chosen:
         h, judge = self.hparams, self._judge
         if judge is None:
             return pairs_of.pairs_by_reward(store, h.pairing)
         prompts = pairs_of.prompt_texts(self.problems, store, self.tokenizer)
-        answers = self.answering.texts(pairs_of.token_lists(store))
-
-        def preferred(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-            sides = ([answers[row] for row in some] for some in (first, second))
-            return judge.preferred([prompts[row] for row in first], *sides)
-
+        preferred = partial(judge.preferred_rows, prompts, self.answering.texts(pairs_of.token_lists(store)))
         soft = bool(h.get("soft_labels"))
         return pairs_of.pairs_by_judge(store, h.pairing, preferred, soft=soft, seed=self.seed or 0, iteration=iteration)
 
@@ -211,6 +199,7 @@ class RoundModule(DrawingModule, PreferenceModule):
 
     def take_data(self, data: Any) -> None:
         self.problems, self.answering, self.eval_problems = None, None, None  # type: ignore[assignment]
+        self.round = Round()
         if not self.in_rounds:
             super().take_data(data)
             return
@@ -260,7 +249,7 @@ class RoundModule(DrawingModule, PreferenceModule):
         known = super().workload()
         if not self.in_rounds:
             return known
-        h, local = self.hparams, self.hparams.engine in ("transformers", "tiny")
+        h, local = self.hparams, engine_name(self.hparams.engine) in ("transformers", "tiny")
         length = self.answering.longest_prompt() + h.max_new_tokens
         again = self.uses_reference and not h.lora_rank and h.reference in ("auto", "precomputed")  # opened each round
         return known | {
@@ -300,14 +289,11 @@ class RoundModule(DrawingModule, PreferenceModule):
         if self.uses_previous:
             self._previous = self._made_reference("previous", "precomputed")
         store = self.trainer.datamodule.rollouts  # type: ignore[attr-defined]
-        if store is None or not self.round.number:
-            self.round = Round()
-        else:  # a checkpoint stopped in this round
-            texts, _ = self.texts_of_round(store, self.round.number)
-            assert texts is not None
+        if store is not None and self.round.steps:  # a checkpoint stopped in this round
+            texts, _ = pairs_of.texts_of_answers(self.problems, store)
+            texts.tables = {name: column.cpu().numpy() for name, column in self._known["tables"].items()}
             self._lay_out(texts)
-            assert self._table is not None
-            self._table.columns = {name: column.numpy() for name, column in self._known.items()}
+            self._table_of().columns = {name: column.cpu().numpy() for name, column in self._known["scored"].items()}
             self._end_at()
 
     def _made_reference(self, name: str, kind: str) -> Reference:
@@ -321,6 +307,8 @@ class RoundModule(DrawingModule, PreferenceModule):
         super().on_train_batch_start(batch, batch_idx)
         if not self.in_rounds or not self.round.is_over(self.global_step):
             return None
+        if self.round.number >= self.hparams.rounds:
+            return self.end_here()
         self.check_finite()  # before answers are drawn
         try:
             self.trainer.datamodule.on_block_start(self)  # type: ignore[attr-defined]
@@ -342,6 +330,7 @@ class RoundModule(DrawingModule, PreferenceModule):
             with evaluating(self.model), self.precision_context():
                 self.answering.sync(self.model, k)
                 fresh = self.answering.fresh(k, prompts, (k - 1) * prompts, seed, stop)
+            fresh.store.version = k
             self.round = Round(k, self.global_step, 0, dict(fresh.facts))
             texts, rows = self.texts_of_round(fresh.store, k)
             self._write(k, rows)
@@ -356,7 +345,6 @@ class RoundModule(DrawingModule, PreferenceModule):
         self._score(k)
         self._end_at()
         forget_moments(self.trainer.optimizers[0])
-        fresh.store.version = k
         return fresh.store
 
     def _say_empty(self, k: int) -> None:
@@ -372,7 +360,7 @@ class RoundModule(DrawingModule, PreferenceModule):
 
     def _lay_out(self, texts: Replay) -> None:
         """Take what a round learns from, and plan its steps."""
-        bound = self.texts_of(texts)
+        bound, self._tables = self.texts_of(texts), dict(texts.tables)
         self._table = ReferenceTable(bound, np.arange(len(bound)))
         self.plan_steps()
         self.round.steps = self._steps_of(len(bound))
@@ -380,13 +368,13 @@ class RoundModule(DrawingModule, PreferenceModule):
 
     def _score(self, k: int) -> None:
         """What the reference and the policy at the start of the round think of its texts."""
-        assert self._table is not None
+        table = self._table_of()
         moved = k > 1 and self.hparams.reference != "round"
         with self.precision_context():
             if self._reference is not None and self._reference.kind != "live":
-                self._reference.prepare([self._table], self._start_digest, kept=False, moved=moved)
+                self._reference.prepare([table], self._start_digest, kept=False, moved=moved)
             if self._previous is not None:
-                self._previous.prepare([self._table], self._start_digest, kept=False)
+                self._previous.prepare([table], self._start_digest, kept=False)
 
     def _end_at(self) -> None:
         """The run ends once the rounds that are left have made their steps, unless that is planned earlier."""
@@ -434,11 +422,10 @@ class RoundModule(DrawingModule, PreferenceModule):
         known = super().extra_state()
         if not self.in_rounds:
             return known
-        columns = {} if self._table is None else self._table.columns
-        return known | {
-            "round": asdict(self.round),
-            "scored": {name: torch.from_numpy(column) for name, column in columns.items()},
-        }
+        table = self._table
+        found = {"tables": {}, "scored": {}} if table is None else {"tables": self._tables, "scored": table.columns}
+        kept = {kind: {name: torch.from_numpy(part) for name, part in parts.items()} for kind, parts in found.items()}
+        return known | {"round": asdict(self.round), **kept}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         super().load_extra_state(state)
@@ -449,7 +436,8 @@ class RoundModule(DrawingModule, PreferenceModule):
                 "its --model.rounds, or start a new run from its weights: --model.policy RUN/hf."
             )
         if self.in_rounds:
-            self.round, self._known = Round(**state["round"]), dict(state["scored"])
+            self.round = Round(**state["round"])
+            self._known = {name: dict(state[name]) for name in ("tables", "scored")}
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -469,7 +457,7 @@ class RoundModule(DrawingModule, PreferenceModule):
             facts=[
                 *self.answering.facts(),
                 ("rounds", f"{h.rounds}, each {asked:,} problems with {h.answers} answers; {made}"),
-                *([("reference", self._reference_words())] if self.uses_reference else []),
+                *([("reference", reference_words(h))] if self.uses_reference else []),
                 self.policy_fact(),
                 self.padding_fact(),
                 *self.memory_facts(),
@@ -479,16 +467,4 @@ class RoundModule(DrawingModule, PreferenceModule):
             notes=self.precision_notes(),
             samples=problem_texts(self.problems, self.tokenizer, shown),
             look="python -m offpolicy.generate {folder}, or offpolicy.export {folder} OUT [--merge]",
-        )
-
-    def _reference_words(self) -> str:
-        h = self.hparams
-        words = {
-            "round": "the policy at the start of each round",
-            "live": "the policy at the start of the run, a frozen copy",
-            "adapter_off": "the policy with its adapter off",
-        }
-        again = "the policy with its adapter off" if h.lora_rank else "opened again to score a round"
-        return words.get(h.reference) or (
-            f"the policy at the start of the run, {again}" if h.reference in ("auto", "precomputed") else h.reference
         )

@@ -34,12 +34,16 @@ SMALL: dict[str, Any] = {
 }
 
 
+ASKED: list[str] = []  # what a judge was asked
+
+
 def half(prompt: str, answer: str, other: str) -> float:
     return 0.5
 
 
 def prefers_letters(prompt: str, answer: str, other: str) -> float:
     """A judge that is surer of answers with more early letters."""
+    ASKED.append(answer)
     return 0.5 + 0.5 * (early_letters(prompt, answer, None) - early_letters(prompt, other, None))
 
 
@@ -128,10 +132,12 @@ def test_a_run_goes_on_from_the_middle_and_the_end_of_a_round(
     whole = train(name, policy, tmp_path / "whole", **options)
     last, boundary = whole.global_step, whole.round.first_step
     expected = run_files(tmp_path / "whole", last)
-    for cut in (*cuts, boundary):
+    for cut in (*cuts, boundary, last - 1):
         folder = tmp_path / f"cut{cut}"
         train(name, policy, folder, steps=cut, **options)
+        asked = len(ASKED)
         resumed = train(name, policy, folder, ckpt_path=newest_checkpoint(folder), **options)
+        assert cut < last - 1 or len(ASKED) == asked  # its pairs are those of the checkpoint, whatever it would say now
         found = run_files(folder, resumed.global_step)
         for part in ("state_dict", "optimizer_states", "global_step"):
             assert not differences(found[part], expected[part], part)
@@ -297,3 +303,23 @@ def tiny_tokens(texts: Any, row: int) -> np.ndarray:
     from offpolicy.data.texts.sequences import token_ids
 
     return token_ids(texts.replay, texts.index[row, 1])
+
+
+def differ_at_first(prompt: str, answer: str, reference: str | None) -> float:
+    """Rewards that differ among the first answers of a run alone."""
+    ASKED.append(answer)
+    return early_letters(prompt, answer, None) if len(ASKED) <= 24 else 0.0
+
+
+def test_a_run_ends_where_later_rounds_teach_nothing(policy: Path, tmp_path: Path) -> None:
+    """With its weights on disk; going on finds nothing to do, and further rounds are drawn if they are asked for."""
+    ASKED.clear()
+    options = {"rewards": ["test_preference_rounds.differ_at_first"], "rounds": 3}
+    module = train("DPO", policy, tmp_path, **options)
+    steps = module.global_step
+    assert 0 < steps <= 3 and module.round.number == 3
+    asked = len(ASKED)
+    again = train("DPO", policy, tmp_path, ckpt_path=newest_checkpoint(tmp_path), **options)
+    assert again.global_step == steps and len(ASKED) == asked
+    again = train("DPO", policy, tmp_path, ckpt_path=newest_checkpoint(tmp_path), **{**options, "rounds": 4})
+    assert again.global_step == steps and again.round.number == 4 and len(ASKED) == asked + 24
