@@ -267,7 +267,12 @@ def test_rounds_that_cannot_be_are_refused(options: dict[str, Any], words: str, 
 
 
 def test_a_judge_that_cannot_decide_leaves_pairs_to_chance(policy: Path) -> None:
-    module = train("INPO", policy, judge="test_preference_rounds.half", rewards=None, rounds=1)
+    problems = [toy_problems(6), toy_problems(3, seed=1)]
+    for one in problems:  # without right answers nothing can be measured
+        one.tables["problems/answer"] = np.full(len(one.tables["problems"]), "")
+    given = ProblemData.of(*problems)
+    module = train("INPO", policy, None, given, judge="test_preference_rounds.half", rewards=None, rounds=1)
+    assert not module.eval_row
     assert module.round.facts["pairs"] > 8 and module.round.facts["pairs/tied"] == 0
 
 
