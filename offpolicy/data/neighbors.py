@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offpolicy.data.neighbor_search import Brute, Tree, at_host, in_order, where_false
+from offpolicy.data.neighbor_search import Brute, Faster, Tree, at_host, in_order, where_false
 from offpolicy.data.sampling import mix
 from offpolicy.errors import DataError, UsageError, check_range, nearest
 from offpolicy.moved import names_of
@@ -86,7 +86,8 @@ class NeighborIndex:
         candidates: K in 1 … 32767, rows remembered for each row besides itself.
         rows: row number of each pair, int64 (N,), by which queries and answers speak; 0 … N-1 when None.
 
-    On the CPU the whole store is searched by a KD-tree unless it is "brute". Lists are made when a row is first asked
+    On the CPU the whole store is searched by a KD-tree unless it is "brute"; "exact" changes to products while these
+    take less time, as they do far from the data. Lists are made when a row is first asked
     for, no longer than that query needs, and lengthened when a later one needs more; :meth:`build` makes them ahead. A
     list costs about one KD-tree query at the same distance, which is little near the data, and in many
     dimensions and far from the data tens of milliseconds (``examples/benchmarks/neighbors.py``). Where "exact" cannot
@@ -96,7 +97,8 @@ class NeighborIndex:
     Memory in bytes, at most: 4·N·(S + A) for the pairs (8 in float64; none where ``obs`` and ``action`` are columns of
     one table that follow each other), N·(4·K + 6) for the lists (touched as they are made, and only where they are not
     empty), on the CPU 8·N·(2·S + A) plus about 44·N for two KD-trees, of states and of pairs, each made when first
-    needed, and 40·N where pairs repeat or rows have numbers of their own. Every process keeps its own.
+    needed, 4·N·(S + A + 1) for products once "exact" changes to them, and 40·N where pairs repeat or rows have numbers
+    of their own. Every process keeps its own.
 
     On other devices "cached" makes all its lists before the first query, and the others keep none. No query reads a
     value back to the host. Products in float32 choose some thousand pairs per query, which are compared in float64; an
@@ -133,6 +135,7 @@ class NeighborIndex:
         self._merge_equal(self.points[:, self.state_dim :] if state_weight == 0.0 else self.points)
         self._at_host = at_host(self.device)
         self._backend: Any = Tree if self._at_host and search != "brute" else Brute
+        self._all_pairs: Any = Faster if self._at_host and search == "exact" else self._backend
         self._whole: Any = None  # all pairs, made when first searched
         self._states: Any = None  # their states, made when a list is first wanted
         self._looked = self._compared = 0  # queries that lists did not answer, and the pairs they were compared with
@@ -266,7 +269,7 @@ class NeighborIndex:
                 self._fill(self.numbered(place), reach)
             self._complete = True
         elif not self._at_host:
-            self._whole = self._whole or self._backend(self, self.points.shape[1])
+            self._whole = self._whole or self._all_pairs(self, self.points.shape[1])
 
     def _start(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """The lowest items of these rows and the pairs stored there, in float64."""
@@ -315,7 +318,7 @@ class NeighborIndex:
             parts = rest.split(16)  # of queries whose candidates are held at once
             rest = torch.cat([self._look_longer(part, key, square, found, k) for part in parts])
             if self._compared > MANY * self._looked > MANY * SOME:  # a tree of all pairs finds them faster
-                self._whole = self._backend(self, self.points.shape[1])
+                self._whole = self._all_pairs(self, self.points.shape[1])
         if self.search == "exact" and len(rest):
             square[rest], found[rest], _ = self._search(key[rest], k, square[rest, -1].sqrt())
         return square, found, certified
@@ -374,7 +377,7 @@ class NeighborIndex:
     def _search(self, key: Tensor, k: int, bound: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The k nearest of all, which lie within ``bound (n,)``, and which answers are proven where not all are."""
         if self._whole is None:
-            self._whole = self._backend(self, self.points.shape[1])
+            self._whole = self._all_pairs(self, self.points.shape[1])
         if not self._at_host:
             square, listed, proven = self._whole.shortlist(key, k)
             return *self.rank(square, listed, k), proven

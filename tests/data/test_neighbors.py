@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offpolicy.data import neighbors
-from offpolicy.data.neighbors import Brute, NeighborIndex, Tree
+from offpolicy.data.neighbor_search import Brute, Faster, Tree
+from offpolicy.data.neighbors import NeighborIndex
 from offpolicy.errors import DataError, UsageError
 
 BETAS = (0.0, 0.25, 1.0, 2.0, 7.5)
@@ -203,7 +204,7 @@ def test_memory_bound() -> None:
     assert sum(x.numel() * x.element_size() for x in held) == 4 * 200 * 5 + 200 * (4 * 16 + 6)
     assert search._states.tree.data.nbytes == 8 * 200 * 3
     search.query(action, obs=obs)
-    assert search._whole.tree.data.nbytes == 8 * 200 * (3 + 2)
+    assert search._whole.ways[0].tree.data.nbytes == 8 * 200 * (3 + 2)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells what is resident")
@@ -395,6 +396,32 @@ def test_backends_hold_distinct_pairs_only() -> None:
     distinct = len(torch.unique(torch.cat([obs, action], 1), dim=0))
     search = index(obs, action, 1.0)
     assert Tree(search, 5).tree.n == len(Brute(search, 5).points) == search.num_distinct == distinct < 90
+
+
+@pytest.mark.parametrize("kind", ["lattice", "duplicates"])
+def test_tree_and_products_take_turns(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever took less time is asked, and every second search the other; the answers stay the same."""
+    obs, action = made(kind, 300)
+    search, asked_of = Faster(index(obs, action, 2.0), 5), []
+    for kind_of_search in (Tree, Brute):
+        finalists = kind_of_search.finalists
+
+        def noted(self: Any, *args: Any, finalists: Any = finalists) -> Any:
+            asked_of.append(type(self))
+            return finalists(self, *args)
+
+        monkeypatch.setattr(kind_of_search, "finalists", noted)
+    monkeypatch.setattr(Faster, "WORTH", -1.0)
+    monkeypatch.setattr(Faster, "EVERY", 2)
+    for seed in range(4):
+        row, query = asked(obs, action, kind, seed)
+        key = torch.cat([obs[row], query], 1).double()
+        square, items = search.finalists(key, 3)
+        found, named = search.index.rank(square, items, 3)  # type: ignore[attr-defined]
+        distance, _ = enumerate_all(obs, action, 2.0, obs[row], query, 3)
+        assert torch.allclose(found.sqrt(), distance, atol=1e-9)
+        assert torch.equal(named, index(obs, action, 2.0, "brute").query(query, row, k=3).row)
+    assert {Tree, Brute} == set(asked_of)
 
 
 @pytest.mark.gpu
