@@ -16,7 +16,7 @@ too, with the same networks, rates, batches and uniform steps; it draws both int
 the recipe, then online for so many steps, all rows drawn alike; RLPD begins at once, half of each batch offline, with
 ``--utd`` updates per step (the paper's is 20) and networks of 2x64.
 
-``learns`` checks three things that must hold, with all seeds in one process: SAC reaches -200 on Pendulum-v1 in 6,000
+``learns`` asks three things, with all seeds in one process: SAC reaches -200 on Pendulum-v1 in 6,000
 steps; IQL ends 5,000 online steps above its offline score; RLPD is above SAC alone after 2,000 steps of each. A set of
 ``python -m offpolicy.data make`` is made first, a minute or two for Pendulum.
 """
@@ -227,7 +227,7 @@ def switch(args: argparse.Namespace) -> None:
         print(f"| {method} | {' | '.join(cells)} | {np.mean([took for _, took in runs]):.0f} |")
 
 
-# -- what must be learnt -----------------------------------------------------------------------------------------------
+# -- whether it learns -------------------------------------------------------------------------------------------------
 
 
 def together(folder: Path, seeds: int, *words: str) -> list[Path]:
@@ -277,7 +277,7 @@ def learns(args: argparse.Namespace) -> None:
         each = ", ".join(f"{value:.1f}" for value in reached)
         print(f"| {what} | {each} | {np.mean(reached):.1f} | {np.mean(least):.1f} | {'yes' if holds else 'NO'} |")
     if failed:
-        raise SystemExit("One of them was not learnt.")
+        raise SystemExit("One of them does not hold.")
 
 
 def main() -> None:

@@ -77,5 +77,5 @@ def test_what_must_be_learnt_is_compared_seed_by_seed(
     assert rows == [*scores, ["-150.0, -130.0", "-140.0", "-140.0", "yes"]]
     assert made[0][-2:] == ["make", "pendulum-medium-made-v0"]
     given = {"end": 40.0}
-    with pytest.raises(SystemExit, match="One of them was not learnt"):
+    with pytest.raises(SystemExit, match="One of them does not hold"):
         example.main()
