@@ -65,7 +65,7 @@ class Judge(Rewards):
             UsageError: a number that is no probability, or a judge that never gives one.
         """
         n, world, rank = len(prompts), processes.world_size(), processes.rank()
-        mine = np.arange(rank, n, world)
+        mine = list(range(rank, n, world))
         self._failed = []
         texts = ([given[i] for i in mine] for given in (prompts, answers, others))
         found = self(*texts).scores
@@ -195,7 +195,7 @@ def texts_of_answers(problems: Replay, store: Replay) -> tuple[Replay, np.ndarra
     length = np.concatenate([problems.length[prompts], store.length])
     token = np.concatenate([asked, to_numpy(store.steps["token"])])
     index = np.stack([number, len(prompts) + np.arange(store.num_episodes)], axis=1)
-    meta = {name: problems.meta[name] for name in ("name", "style") if name in problems.meta}
+    meta: dict[str, Any] = {name: problems.meta[name] for name in ("name", "style") if name in problems.meta}
     return Replay({"token": token}, start=np.cumsum(length) - length, length=length, meta=meta), index
 
 

@@ -220,8 +220,8 @@ class RoundModule(DrawingModule, PreferenceModule):
                 self._judge = Judge(h.judge, seconds=h.reward_seconds)
             if h.rewards is None and not data.replay.tables["problems/answer"].astype(bool).any():
                 options.rewards, held_out = [NOTHING], None  # answers can be compared, and not measured
-        wanted = held_out is not None and self.run.eval_episodes > 0
-        self.eval_problems = self.problems_of(held_out) if wanted else None
+        if held_out is not None and self.run.eval_episodes > 0:
+            self.eval_problems = self.problems_of(held_out)
         self.answering = Answering(
             self.problems, self.tokenizer, options, words=self.words, held_out=self.eval_problems
         )
