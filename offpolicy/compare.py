@@ -25,7 +25,10 @@ def main(argv: list[str]) -> int:
     tables = compare_runs(find_runs(args.runs), args.which)
     if not any(table.cells for table in tables):
         notes = " ".join(note for table in tables for note in table.notes)
-        raise UsageError(f"no run here has finished with an evaluation to compare by; expected one. {notes}")
+        raise UsageError(
+            f"no run here has finished with an evaluation to compare by; expected one. {notes} Policies of data "
+            "without an environment are compared by `python -m offpolicy.ope RUN RUN`."
+        )
     print("\n\n".join(as_text(table, aggregate_lines(table)) for table in tables))
     if args.csv:
         atomic_write(Path(args.csv), csv_text([row for table in tables for row in as_rows(table)]))

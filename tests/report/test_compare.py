@@ -139,5 +139,7 @@ def test_names_cannot_steer_a_terminal(tmp_path: Path) -> None:
 
 def test_nothing_to_compare(tmp_path: Path) -> None:
     made_run(tmp_path / "a", scores=())
-    with pytest.raises(UsageError, match="no run here has finished with an evaluation"):
+    with pytest.raises(
+        UsageError, match=r"finished with an evaluation.*without an environment are .* offpolicy\.ope RUN RUN"
+    ):
         main([str(tmp_path)])
