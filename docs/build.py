@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +43,9 @@ def pages_of(folder: Path) -> list[str]:
     return sorted(page.relative_to(folder).as_posix() for page in folder.rglob("*.html"))
 
 
-def name_versions(out: Path) -> None:
-    """Write ``versions.js``, the links ``latest`` and ``stable`` and the front page for what stands in ``out``."""
+def name_versions(out: Path) -> str:
+    """Write ``versions.js``, the links ``latest`` and ``stable`` and the front page for what stands in ``out``; returns
+    where the front page leads."""
     versions = built_versions(out)
     names = {"latest": versions[0]}
     released = [version for version in versions if not version.is_prerelease]
@@ -51,6 +53,8 @@ def name_versions(out: Path) -> None:
         names["stable"] = released[0]
     for name in ("latest", "stable"):
         link = out / name
+        if link.is_dir() and not link.is_symlink():  # as a copy of a site may have it
+            shutil.rmtree(link)
         link.unlink(missing_ok=True)
         if name in names:
             link.symlink_to(str(names[name]), target_is_directory=True)
@@ -64,7 +68,9 @@ def name_versions(out: Path) -> None:
     ]
     # A script and no JSON: a page that is opened from the disk may not fetch other files.
     (out / "versions.js").write_text(f"const siteVersions = {json.dumps(rows)};\n")
-    (out / "index.html").write_text(FRONT.format(name="stable" if released else "latest"))
+    front = "stable" if released else "latest"
+    (out / "index.html").write_text(FRONT.format(name=front))
+    return front
 
 
 def main() -> int:
@@ -72,11 +78,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("site"), help="folder of all versions (default: site)")
     out = parser.parse_args().out
     folder = out / str(Version(__version__))
+    new, read = out / f".{folder.name}", out.absolute().with_name(f".{out.name}-read") / folder.name
+    shutil.rmtree(new, ignore_errors=True)
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-A", "beside_others=1"]
-    done = subprocess.run([*command, "-d", str(out / ".read" / folder.name), str(HERE), str(folder)])
-    if done.returncode == 0:
-        name_versions(out)
-        print(f"{folder / 'index.html'} is built; {out / 'index.html'} leads to the newest release.")
+    done = subprocess.run([*command, "-d", str(read), str(HERE), str(new)])
+    if done.returncode == 0:  # a build that failed is no version
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+        leads = name_versions(out)
+        print(f"{folder / 'index.html'} is built; {out / 'index.html'} leads to {leads}.")
     return done.returncode
 
 

@@ -15,7 +15,7 @@ With large β, j is always the batch's own row and PRDC *is* TD3+BC: watch the m
 | β          | per task             | class 2.0, command line 1.0              | 2.0; recipes per task             |
 | rewards    | per task             | scale·r + shift (once on next states,    | `reward_transform`, rewards alone |
 |            |                      | by mistake)                              |                                   |
-| search     | KD-tree              | KD-tree at every actor step              | remembered rows, proven, or tree  |
+| search     | KD-tree              | KD-tree at every actor step              | rows remembered, tree or products |
 | actions    | -                    | in ±A_max, losses in those units         | in ±1                             |
 """
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_modules.td3 import TD3
 from offpolicy.data.views import Transitions
-from offpolicy.errors import check_range
+from offpolicy.errors import UsageError, check_range
 from offpolicy.losses.td import mean_squared_action
 from offpolicy.training.offline import Metrics, Sizes
 
@@ -43,7 +43,8 @@ class TD3BC(TD3):
         max_grad_norm: limit on each network's gradient norm, > 0; None for no limit.
         final_alpha: α at the end, > 0, which it goes to from ``alpha`` > 0 by the same factor in every update; None for
             a constant one.
-        alpha_steps: updates until then, counted from the first one that was asked for ``final_alpha``, ≥ 1.
+        alpha_steps: updates until then, counted from the first one that was asked for ``final_alpha``, ≥ 1; None for
+            100,000.
     """
 
     def __init__(
@@ -64,12 +65,23 @@ class TD3BC(TD3):
         reward_transform: str = "r",
         max_grad_norm: float | None = None,
         final_alpha: float | None = None,
-        alpha_steps: int = 100_000,
+        alpha_steps: int | None = None,
     ) -> None:
-        check_range("alpha", alpha, 0.0, lower_open=final_alpha is not None)
+        check_range("alpha", alpha, 0.0)
         if final_alpha is not None:
             check_range("final_alpha", final_alpha, 0.0, lower_open=True)
-        check_range("alpha_steps", alpha_steps, 1)
+            if alpha == 0.0:
+                raise UsageError(
+                    f"`final_alpha` is {final_alpha}, and `alpha` is 0.0, which no factor moves; expected `alpha` > 0. "
+                    "Pass a larger --model.alpha, or leave final_alpha out."
+                )
+        if alpha_steps is not None:
+            check_range("alpha_steps", alpha_steps, 1)
+            if final_alpha is None:
+                raise UsageError(
+                    f"`alpha_steps` is {alpha_steps}, and `alpha` stays what it is without `final_alpha`; expected "
+                    "both or none. Add --model.final_alpha, or leave alpha_steps out."
+                )
         super().__init__(
             discount=discount,
             tau=tau,
@@ -103,10 +115,10 @@ class TD3BC(TD3):
         h = self.hparams
         if h.final_alpha is None:
             return h.alpha
-        share = (self.alpha_updates.to(like.dtype) / h.alpha_steps).clamp(max=1.0)
+        share = (self.alpha_updates.to(like.dtype) / (h.alpha_steps or 100_000)).clamp(max=1.0)
         return h.alpha * (h.final_alpha / h.alpha) ** share
 
-    phase = TD3.phase
+    phase = TD3.phase  # a class with an `update` of its own says which phases it has
 
     def update(self, batch: Transitions, step: int) -> Metrics:
         metrics = super().update(batch, step)

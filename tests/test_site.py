@@ -106,7 +106,10 @@ def test_versions_stand_beside_each_other(build: object, tmp_path: Path) -> None
     assert (tmp_path / "latest" / "methods" / "iql.html").resolve().parts[-3] == "0.11.0rc1"
     assert (tmp_path / "stable").resolve().name == "0.10.0"
     assert "url=stable/index.html" in (tmp_path / "index.html").read_text()
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()  # as a copy of the site may have it
     build.name_versions(tmp_path)  # type: ignore[attr-defined]  # the names are none of the versions
+    assert (tmp_path / "latest").is_symlink()
     assert len(build.built_versions(tmp_path)) == 3  # type: ignore[attr-defined]
 
 

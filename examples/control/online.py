@@ -5,7 +5,8 @@ usage: python examples/control/online.py curves [--method SAC] [--envs Pendulum-
        python examples/control/online.py switch [--data pendulum-stitch-v0] [--methods IQL AWAC TD3BC RLPD]
                                                 [--steps 20000] [--utd 4]
        python examples/control/online.py learns [--data pendulum-medium-made-v0] [--utd 4]
-       all: [--seeds 3] [--jobs 1] [--root runs/online]
+       curves, switch: [--jobs 1]
+       all: [--seeds 3] [--root runs/online]
 
 Every run is ``python -m offpolicy.fit`` on one thread with the recipe of its method and task; ``--jobs`` of them at a
 time. One that is complete under ``--root`` is read, not repeated; one that is not begins again. Prints a Markdown
@@ -18,7 +19,7 @@ the recipe, then online for so many steps, all rows drawn alike; RLPD begins at 
 
 ``learns`` asks three things, with all seeds in one process: SAC reaches -200 on Pendulum-v1 in 6,000
 steps; IQL ends 5,000 online steps above its offline score; RLPD is above SAC alone after 2,000 steps of each. A set of
-``python -m offpolicy.data make`` is made first, a minute or two for Pendulum.
+``python -m offpolicy.data make`` is made first, a minute or two for Pendulum. It always begins anew.
 """
 
 from __future__ import annotations
@@ -295,6 +296,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--root", type=Path, default=Path("runs/online"))
     args = parser.parse_args()
+    if args.part == "learns":
+        others = [
+            name
+            for name in ("method", "envs", "steps", "methods", "jobs")
+            if getattr(args, name) != parser.get_default(name)
+        ]
+        if others:
+            parser.error(f"learns has no --{others[0]}")
     args.root = args.root.resolve()
     args.data = args.data or ("pendulum-medium-made-v0" if args.part == "learns" else "pendulum-stitch-v0")
     {"curves": curves, "switch": switch, "learns": learns}[args.part](args)

@@ -87,12 +87,11 @@ class NeighborIndex:
         rows: row number of each pair, int64 (N,), by which queries and answers speak; 0 … N-1 when None.
 
     On the CPU the whole store is searched by a KD-tree unless it is "brute"; "exact" changes to products while these
-    take less time, as they do far from the data. Lists are made when a row is first asked
-    for, no longer than that query needs, and lengthened when a later one needs more; :meth:`build` makes them ahead. A
-    list costs about one KD-tree query at the same distance, which is little near the data, and in many
-    dimensions and far from the data tens of milliseconds (``examples/benchmarks/neighbors.py``). Where "exact" cannot
-    prove a list right, it compares all pairs with a state near enough; a KD-tree of all pairs is made when these are
-    too many for one query, or hundreds for most.
+    take less time, as they do far from the data. Lists are made when a row is first asked for, no longer than that
+    query needs, and lengthened when a later one needs more; :meth:`build` makes them ahead. A list costs about one
+    KD-tree query at the same distance, which is little near the data, and in many dimensions and far from the data tens
+    of milliseconds (``examples/benchmarks/neighbors.py``). Where "exact" cannot prove a list right, it compares all
+    pairs with a state near enough; all pairs are searched when these are too many for one query, or hundreds for most.
 
     Memory in bytes, at most: 4·N·(S + A) for the pairs (8 in float64; none where ``obs`` and ``action`` are columns of
     one table that follow each other), N·(4·K + 6) for the lists (touched as they are made, and only where they are not
@@ -226,7 +225,8 @@ class NeighborIndex:
             k: neighbours, 1 ≤ k ≤ N.
 
         Raises:
-            UsageError: k out of range, or not exactly one of ``row`` and ``obs``.  DataError: a row not in the index.
+            UsageError: k out of range, or not exactly one of ``row`` and ``obs``.
+            DataError: a row not in the index, or states that are not finite (seen on the CPU alone).
         """
         self.check(self.state_weight, self.search, self.candidates, k)
         check_range("num_neighbors", k, 1, len(self))
@@ -238,6 +238,8 @@ class NeighborIndex:
         if row is None:
             assert obs is not None
             state = obs.reshape(-1, self.state_dim).to(self.device, torch.float64)
+            if self._at_host and not state.isfinite().all():
+                raise DataError("a query's states hold NaN or infinity; expected finite numbers. Clean the data.")
             square, found, certified = self._search(torch.cat([state, action], 1), k)
         else:
             item, key = self._start(row.reshape(-1))

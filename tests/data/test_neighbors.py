@@ -389,6 +389,8 @@ def test_errors_name_what_is_wrong() -> None:
         NeighborIndex(obs, action[:5], 1.0)
     with pytest.raises(DataError, match="NaN"):
         NeighborIndex(obs * torch.nan, action, 1.0)
+    with pytest.raises(DataError, match="query's states hold NaN"):
+        NeighborIndex(obs, action, 1.0).query(action[:4], obs=obs[:4] * torch.nan)
 
 
 def test_backends_hold_distinct_pairs_only() -> None:
