@@ -135,7 +135,7 @@ def test_defaults_are_those_of_language_models() -> None:
     [
         (["--model", "DPO"], ["needs --data", ".jsonl"]),
         (["--model", "DPO", "--data", "pendulum-stitch-v0"], ["which pendulum-stitch-v0 does not hold"]),
-        (["--model", "BC", "--data", "pairs.jsonl"], ["control method", "pairs.jsonl holds texts"]),
+        (["--model", "BC", "--data", "pairs.jsonl"], ["control method", "pairs.jsonl is read as texts"]),
         (["--model", "DPO", *SMALL, "--model.btach_size", "3"], ["not an option of DPO", "'--model.batch_size'"]),
         (["--model", "DPO", *SMALL, "--model.bata", "3"], ["'--model.beta'"]),
         (["--model", "DPO", *SMALL, "--model.batch_size", "x"], ["--model.batch_size is 'x'", "int"]),

@@ -26,7 +26,7 @@ def test_tables_of_runs_that_collect(
     """Scores 10 at 500 steps and 30 at 2,000: those up to each quarter of 2,000 are 10, 10, 10 and 30."""
     begun: list[tuple[str, ...]] = []
 
-    def fit(*words: str) -> None:
+    def fit(*words: str) -> float:
         begun.append(words)
         folder = Path(words[words.index("--folder" if "--folder" in words else "--ckpt_path") + 1])
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,6 +34,7 @@ def test_tables_of_runs_that_collect(
         (folder / "evals.csv").write_text(f"env/steps,{name}\n500,10.0\n2000,30.0\n")
         measures = {"at_switch": 50.0, "dip": 20.0, "mean": 40.0, "last": 60.0}
         (folder / "online.json").write_text(json.dumps(measures))
+        return 1.5
 
     monkeypatch.setattr(example, "fit", fit)
     given = ["online.py", "curves", "--envs", "Pendulum-v1", "--steps", "2000", "--seeds", "2"]
@@ -58,13 +59,14 @@ def test_what_must_be_learnt_is_compared_seed_by_seed(
 ) -> None:
     """SAC ends at -150 and -130, above -200; IQL at 70 from 50; RLPD, at -140, equals SAC after 2,000 steps."""
 
-    def fit(*words: str) -> None:
+    def fit(*words: str) -> float:
         folder = Path(words[words.index("--folder" if "--folder" in words else "--ckpt_path") + 1])
         for seed in range(2):
             (folder / f"seed{seed}").mkdir(parents=True, exist_ok=True)
             rows = f"env/steps,eval/return_mean\n2000,{-150 + 20 * seed}\n"
             (folder / f"seed{seed}" / "evals.csv").write_text(rows)
             (folder / f"seed{seed}" / "online.json").write_text(json.dumps({"at_switch": 50.0, "last": given["end"]}))
+        return 1.5
 
     made: list[Any] = []
     monkeypatch.setattr(example, "fit", fit)

@@ -441,8 +441,8 @@ def test_variants_beside_other_options(lag: int, monkeypatch: pytest.MonkeyPatch
         GRPO(policy="x", variant="made")
     with pytest.raises(UsageError, match=r"Pass --model SFT --model\.weighting otr"):
         GRPO(policy="x", variant="otr")
-    with pytest.raises(UsageError, match="which is not here: a second turn"):
-        GRPO(policy="x", variant="score")
+    with pytest.raises(UsageError, match="which is not here: nothing draws the hot"):
+        GRPO(policy="x", variant="aepo")
 
 
 def test_objectives_are_data(policy: Path) -> None:

@@ -28,9 +28,9 @@ from offpolicy.compute import processes
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.rollouts import OWN, iteration_of
 from offpolicy.errors import UsageError
-from offpolicy.language.rl.answering import Answering, Answers, Stop
+from offpolicy.language.rl.answering import Answering, Answers
 from offpolicy.language.rl.asking import Asked
-from offpolicy.language.rl.engine import Completion, ConcurrentEngine, Request, engine_name
+from offpolicy.language.rl.engine import Completion, ConcurrentEngine, Request, Stop, engine_name
 from offpolicy.language.rl.iteration import Shape
 
 log = logging.getLogger(__name__)

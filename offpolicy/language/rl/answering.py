@@ -27,6 +27,7 @@ from offpolicy.language.rl.engine import (
     EngineContext,
     Request,
     Sampling,
+    Stop,
     close_engine,
     engine_name,
 )
@@ -42,7 +43,6 @@ from offpolicy.language.sharding import gather
 from offpolicy.registry import make
 from offpolicy.trust import Words, speaking, trusting
 
-Stop = tuple[Callable[[], bool], Callable[[bool], bool]]
 Answers = list[list[Completion]]  # to each request of this process
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,9 @@ import torch
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.replaying import place_among_equals
 from offpolicy.errors import UsageError, check_range
-from offpolicy.language.rl.engine import Completion, Request, engine_name
+from offpolicy.language.rl.engine import Completion, FurtherAnswers, Request, Stop, engine_name
 from offpolicy.losses.advantages import group_statistics
 from offpolicy.registry import Spec, make
-
-if TYPE_CHECKING:
-    from offpolicy.language.rl.answering import Answering, Stop
 
 AGAIN = 1 << 33  # added to the number of a request for a second answer
 FIRST, SECOND, NOBODY = 0, 1, -1  # turns
@@ -97,7 +94,7 @@ def requests_again(
 
 
 def corrected(
-    answering: Answering, made: list[dict[str, Any]], instruction: np.ndarray, k: int, seed: int, stop: Stop
+    answering: FurtherAnswers, made: list[dict[str, Any]], instruction: np.ndarray, k: int, seed: int, stop: Stop
 ) -> list[dict[str, Any]]:
     """What this process has drawn, with second answers."""
     prompts = [answering.prompt(row["problem"], row["asked"]) for row in made]

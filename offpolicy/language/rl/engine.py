@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+Stop = tuple[Callable[[], bool], Callable[[bool], bool]]  # whether one wants to stop, and whether any process does
 CONTINUES = 1 << 31  # added to the number of a group for the request that goes on from its demonstration
 
 
@@ -174,6 +175,22 @@ class ConcurrentEngine(Protocol):
         Raises:
             KeyError: no such ticket is open.
         """
+
+
+class FurtherAnswers(Protocol):
+    """What answers requests of this process beside those of an iteration: behind a hint, or after a first answer."""
+
+    asking: Any
+    options: Any
+
+    def prompt(self, problem: int, words: int) -> np.ndarray:
+        """Tokens of a problem in its own words (0) or others."""
+
+    def generated(self, requests: list[Request], iteration: int, seed: int, stop: Stop) -> list[list[Completion]]:
+        """Answers to the requests."""
+
+    def judged(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What was drawn on all processes, with its rewards."""
 
 
 def engine_name(spec: str | Mapping[str, Any]) -> str:

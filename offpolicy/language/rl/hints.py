@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,11 +13,8 @@ from offpolicy.compute import processes
 from offpolicy.data.texts.retelling import OtherWords
 from offpolicy.data.texts.rollouts import OWN
 from offpolicy.errors import UsageError, check_range
-from offpolicy.language.rl.engine import Request
+from offpolicy.language.rl.engine import FurtherAnswers, Request, Stop
 from offpolicy.language.rl.rows import answer_row
-
-if TYPE_CHECKING:
-    from offpolicy.language.rl.answering import Answering, Stop
 
 BEHIND_HINT = 1 << 24  # times the tier: added to the number of a group for a single answer behind a hint
 
@@ -140,7 +137,7 @@ def with_help(rows: Sequence[dict[str, Any]], hinted: Sequence[dict[str, Any]]) 
 
 
 def helped(
-    answering: Answering, rows: list[dict[str, Any]], hinted: list[dict[str, Any]], k: int, seed: int, stop: Stop
+    answering: FurtherAnswers, rows: list[dict[str, Any]], hinted: list[dict[str, Any]], k: int, seed: int, stop: Stop
 ) -> list[dict[str, Any]]:
     """Judged rows, in failed groups with an answer behind a hint; all that are drawn so are added to ``hinted``."""
     for tier in range(1, answering.asking.scaffolds + 1):

@@ -341,10 +341,9 @@ def test_no_process_outlives_a_trainer_that_is_killed(stand_in: Any, tmp_path: P
     while not gone(int(child)):
         assert time.monotonic() < until
         time.sleep(0.05)
-    assert Path(folder).is_dir()
     while not copy.ended():
         time.sleep(0.05)
-    stand_in()  # the next start removes what the killed one left
+    stand_in()  # the next start removes what the killed one left, and one of another test may have done so by now
     assert not Path(folder).exists()
 
 
