@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -83,6 +83,26 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write a whole small file, or leave what was there (text as UTF-8). Raises :class:`WriteError`."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def atomic_copy(source: Path, target: Path, copy: Callable[[str, str], Any] = shutil.copy2) -> None:
+    """Copy a folder, which is whole under the name of the target or not there; one of that name is replaced.
+
+    A killed process leaves at most a stray ``.<name>.<pid>.tmp``.
+
+    Args:
+        source, target: folders.
+        copy: copies a file to a path.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that had the same number
+    try:
+        shutil.copytree(source, temporary, copy_function=copy)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def is_stray(path: Path) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -30,6 +29,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.ring import Ring
 from offpolicy.data.rounds import StepNoise, fitted, in_environment, pieces_joined
 from offpolicy.errors import DataError, UsageError
+from offpolicy.files import atomic_copy
 from offpolicy.trust import REFUSED, check_environment, environment_refusal
 
 log = logging.getLogger(__name__)
@@ -362,7 +362,7 @@ class Collection:
         for folder in folders:
             if (folder / name / "meta.json").is_file():
                 if folder != folders[0] and is_first_process():
-                    shutil.copytree(folder / name, folders[0] / name, dirs_exist_ok=True)
+                    atomic_copy(folder / name, folders[0] / name)
                 return folder / name
         raise DataError(
             f"the checkpoint was trained on {folders[0] / name}, which does not exist. Resume in the folder of the "

@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 
 from offpolicy.data.seed_collections import place_of
 from offpolicy.errors import UsageError
-from offpolicy.files import PLACES, Table, atomic_write, known_folders, numbered_folder
+from offpolicy.files import PLACES, Table, atomic_copy, atomic_write, known_folders, numbered_folder
 from offpolicy.given import seeds_text
 from offpolicy.training.checkpoints import newest_checkpoint, opens, read_checkpoint, write_checkpoint
 from offpolicy.training.headlines import judged_by
@@ -163,12 +163,11 @@ def share_rounds(joint: Path, parts: Mapping[int, Path] | None = None) -> None:
         for source in sorted(place_of(joint / "replay", seed).glob("[!.]*")):
             target = place / "replay" / source.name
             if not _is_shared(source, target):
-                shutil.rmtree(target, ignore_errors=True)
-                shutil.copytree(source, target, copy_function=_link)
+                atomic_copy(source, target, _link)
 
 
 def _is_shared(source: Path, target: Path) -> bool:
-    """Whether a folder of rows is in both places; its last file says so."""
+    """Whether a folder of rows is in both places, as its facts say: it is whole where it is at all."""
     try:
         ours, theirs = ((folder / "meta.json").stat() for folder in (source, target))
     except OSError:
