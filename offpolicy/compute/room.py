@@ -33,6 +33,14 @@ def free_memory(device: Any) -> int:
     return NO_LIMIT
 
 
+def size(count: float) -> str:
+    """Bytes in words, 1 GB being 10⁹."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.3g} {units[0]}"
+
+
 def _of_machine() -> int:
     with contextlib.suppress(OSError, ValueError, IndexError, StopIteration), open("/proc/meminfo") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))

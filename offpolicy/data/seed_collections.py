@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offpolicy.compute.processes import is_first_process
+from offpolicy.compute.room import size
 from offpolicy.data.collection import Collection
 from offpolicy.data.replay import Replay
 
@@ -33,8 +34,8 @@ class SeedCollections:
 
     @property
     def rounds(self) -> int:
-        """So far."""
-        return self.one.rounds
+        """So far, of the seed that has the most: whole episodes may bring one to its last steps a round earlier."""
+        return max(one.rounds for one in self.each.values())
 
     @property
     def switch(self) -> int:
@@ -90,7 +91,7 @@ class SeedCollections:
 
     def facts(self) -> list[tuple[str, str]]:
         """Lines of the first screen."""
-        full = f"together about {self.room() / 1e9:.2g} GB when they are full"
+        full = f"together about {size(self.room())} when they are full"
         each = f"by each of {len(self.each)} seeds, in environments and with a store of its own, {full}"
         return [*self.one.facts(), ("", each)]
 

@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offpolicy.compute.room import NO_LIMIT
+from offpolicy.compute.room import NO_LIMIT, size
 from offpolicy.compute.torch_private import without_memory
 from offpolicy.errors import UsageError
 from offpolicy.language import policy as policies
 from offpolicy.language.adapters import first
 from offpolicy.language.optimisers import moment_bytes
 from offpolicy.language.quantizing import QUANTIZED_BYTES, quantizable
-from offpolicy.training.seed_room import size
 
 DEPTHS = (2, 3)  # layers of the models whose passes are followed, where a model has more
 ALL = 1 << 30  # layers

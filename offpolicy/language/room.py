@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from offpolicy.compute.processes import gathered
-from offpolicy.compute.room import NO_LIMIT, available_memory, free_memory
+from offpolicy.compute.room import NO_LIMIT, available_memory, free_memory, size
 from offpolicy.errors import check_choice
 from offpolicy.language import policy as policies
 from offpolicy.language.adapters import lora_settings
 from offpolicy.language.memory import MemoryEstimate, Workload, check_memory, estimate_memory
 from offpolicy.language.stepping import MicroBatches
 from offpolicy.training.lightning_private import FullySharded
-from offpolicy.training.seed_room import USABLE, size
+from offpolicy.training.seed_room import USABLE
 
 SMALL = 20_000_000  # weights of models that are not looked at: they fit everywhere
 CHECKPOINTING = ("auto", "true", "false")

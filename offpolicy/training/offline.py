@@ -44,7 +44,7 @@ from offpolicy.training.joint_folder import parts_of, share_rounds
 from offpolicy.training.lightning_private import count_updates, save_interval
 from offpolicy.training.measurement import Evaluation
 from offpolicy.training.meter import Metrics
-from offpolicy.training.seed_data import SeedViews, check_alike, check_seeds
+from offpolicy.training.seed_data import SeedViews, data_of_seeds
 from offpolicy.training.slices import wide_row
 from offpolicy.training.stepping import Rate, SteppingModule
 from offpolicy.training.switching import switch_words, write_switch
@@ -96,7 +96,7 @@ class OfflineModule(SteppingModule):
         self._in_block = False
         self.has_dropout = False  # it takes no noise of the batch
         self.bound: BoundView | None = None  # the view of the data, where they lie
-        self._bound_version: tuple[int, int] = (0, 0)
+        self._bound_version: list[tuple[int, int]] = []  # of each replay that is trained on
         self._blocks: Blocks | None = None  # how updates are made, once data are bound
         self._compiled: CompiledUpdates | None = None
         self._counters: Counters | None = None
@@ -215,12 +215,7 @@ class OfflineModule(SteppingModule):
         self.plan_rates(self.trainer.max_steps)
         self.trainer.precision_plugin.convert_module(self)  # before a checkpoint is loaded, so that it loses no digit
         self.fit_normalizer(replay)
-        if self.seeds and self._collection is not None:
-            check_seeds(self.seeds, self._collection)
-            stores = self._collection.stores
-            check_alike(self, [self.select(store) for store in stores])
-            if self._collection.offline is None:  # else they begin with the same
-                self.data_each = {k: (one.fingerprint(), dict(one.meta)) for k, one in zip(self.seeds, stores)}
+        self.data_each = {} if self._collection is None else data_of_seeds(self, self._collection)
 
     def fit_normalizer(self, replay: Replay) -> None:
         """Statistics of the rows that training draws."""
@@ -343,11 +338,11 @@ class OfflineModule(SteppingModule):
 
     def _bind_newest(self) -> None:
         """Bind the Trainer's data, again whenever they have changed."""
-        replay = self.trainer.datamodule.replay  # type: ignore[attr-defined]
-        version = (id(replay), replay.version)
+        several = self._collection.stores if self.seeds and self._collection is not None else []
+        replays = several or [self.trainer.datamodule.replay]  # type: ignore[attr-defined]
+        version = [(id(replay), replay.version) for replay in replays]  # the last round may bring rows to some alone
         if self.bound is None or version != self._bound_version:
-            several = self._collection.stores if self.seeds and self._collection is not None else []
-            chosen = [self.select(one) for one in several or [replay]]
+            chosen = list(map(self.select, replays))
             if not self._grows(chosen):
                 if several:
                     self._take_bound(SeedViews([self.view.bind(one, self.normalizer, self.device) for one in chosen]))

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from offpolicy.compute.room import size
 from offpolicy.evaluation.scores import score_kind, simulator_version
 from offpolicy.given import seeds_text
 from offpolicy.training.background import LEAST
 from offpolicy.training.description import Description
 from offpolicy.training.headlines import scores_line
 from offpolicy.training.keeping import Keeping
-from offpolicy.training.seed_room import memory_words, size
+from offpolicy.training.seed_room import memory_words
 from offpolicy.version import __version__
 
 DROPOUT = "Dropout masks are drawn for all seeds together, so each seed has others than its single run."

@@ -58,12 +58,28 @@ class SeedViews(BoundView):
         return all(part.grow(replay) for part, replay in zip(self.parts, replays, strict=True))
 
 
+def data_of_seeds(method: Any, collection: Any) -> dict[int, tuple[str, dict[str, Any]]]:
+    """Fingerprint and facts of the data that each seed begins with; of none where all begin with the same.
+
+    Raises:
+        UsageError: as :func:`check_seeds` and :func:`check_alike`.
+    """
+    check_seeds(method.seeds, collection)
+    if not method.seeds:
+        return {}
+    stores = collection.stores
+    check_alike(method, [method.select(store) for store in stores])
+    if collection.offline is not None:
+        return {}
+    return {seed: (store.fingerprint(), dict(store.meta)) for seed, store in zip(method.seeds, stores, strict=True)}
+
+
 def check_seeds(seeds: tuple[int, ...], collection: Any) -> None:
     """Refuse a data module that collects for other seeds than the method has (UsageError), under a Trainer alone."""
     if collection.seeds != seeds:
+        ours, theirs = (seeds_text(numbers) if numbers else "one seed" for numbers in (seeds, collection.seeds))
         raise UsageError(
-            f"`seeds` is {seeds_text(seeds)}, and the data module collects for "
-            f"{seeds_text(collection.seeds) if collection.seeds else 'one seed'}; expected the same. Train with "
+            f"`seeds` is {ours}, and the data module collects for {theirs}; expected the same. Train with "
             "offpolicy.fit, or set `data.seeds` before the data are opened."
         )
 
@@ -89,8 +105,9 @@ def check_alike(method: Any, replays: Sequence[Replay]) -> None:
         for replay in replays[1:]:
             method.fit_normalizer(replay)
             if not all(map(torch.equal, first, method.normalizer.buffers())):
+                scaled, rewards = str(method.common.normalize_obs).lower(), method.common.reward_transform
                 raise UsageError(
-                    f"`seeds` is {seeds}, each with data of its own, whose statistics differ (`normalize_obs`, or "
-                    "`reward_transform` return_range); expected the same scale for all. Leave these out, or start one "
-                    "process per seed."
+                    f"`seeds` is {seeds}, each with data of its own, whose statistics differ (`normalize_obs` is "
+                    f"{scaled}, `reward_transform` is {rewards!r}); expected the same scale for all. Pass "
+                    "--model.normalize_obs false (and no return_range), or start one process per seed."
                 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from offpolicy.compute.room import NO_LIMIT, free_memory
+from offpolicy.compute.room import NO_LIMIT, free_memory, size
 from offpolicy.errors import UsageError
 from offpolicy.given import seeds_text
 from offpolicy.training.lightning_private import trainer_of
@@ -71,11 +71,3 @@ def memory_words(method: Any, device: torch.device) -> str:
     total, count, free = needed(method), len(method.seeds), free_memory(device)
     left = f"{size(free)} free" if free < NO_LIMIT else f"{device} does not tell how much is free"
     return f"about {size(total)} for {count} seeds ({size(total // count)} each); {left}"
-
-
-def size(count: float) -> str:
-    """Bytes in words, 1 GB being 10⁹."""
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
-        count, units = count / 1000, units[1:]
-    return f"{count:.3g} {units[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from counting import collect, online, scratch
 from forks import pair_of
 from test_joint_runs import close
-from toy import Crash, differences, run_files, toy_replay
+from toy import Crash, differences, quiet, run_files, toy_replay
 
 import offpolicy as op
 from offpolicy.data.module import DataModule
@@ -18,8 +19,9 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.seed_collections import SeedCollections
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
-from offpolicy.training import run_folder
+from offpolicy.training import joint_folder, run_folder
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
+from offpolicy.training.joint_folder import share_rounds
 from offpolicy.training.seed_data import check_alike, check_seeds
 
 SEEDS, ENV = (4, 1), "Drifting-v0"
@@ -96,6 +98,60 @@ def test_seeds_that_were_stopped_go_on_bit_for_bit(joint: op.FitResult, tmp_path
     assert sorted(p.name for p in (alone.folder / "replay").iterdir())[-1] == "round-000006"
 
 
+def test_the_last_round_may_come_for_some_seeds_alone(tmp_path: Path) -> None:
+    """Whole episodes bring seed 1 to 53 of the 52 steps in three rounds, and seed 5 to 50, after which it plays a
+    fourth, of which two updates are made; a resume after it is exact."""
+    seeds, data = (1, 5), {"env_steps": 52, "episodes": "whole"}
+    together = run(tmp_path / "whole", scratch(ENV, **data), seeds=seeds)
+    assert together.updates == 32
+    for seed, count in zip(seeds, (3, 4)):
+        assert len(list((together.folders[seed] / "replay").glob("round-*"))) == 1 + count  # and the random steps
+        as_if_alone(together, run(tmp_path / "whole", scratch(ENV, **data), seed=seed), seed)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "cut", scratch(ENV, **data), seeds=seeds, callbacks=[Crash(31)], save_every=31)
+    again = run(tmp_path / "cut", scratch(ENV, **data), seeds=seeds, ckpt_path="last", save_every=31)
+    ours, theirs = (run_files(one.folder, 32) for one in (again, together))
+    assert not differences(ours["state_dict"], theirs["state_dict"])
+
+
+def test_rounds_are_whole_in_the_folder_of_a_seed_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far a copy had come when it was stopped."""
+    rows, other = toy_replay(), toy_replay((4, 3), seed=3)
+    source, target = (tmp_path / place / "round-000001" for place in ("joint/replay/seed4", "seed4/replay"))
+    parts, files = {4: tmp_path / "seed4"}, len([p for p in rows.save(source).rglob("*") if p.is_file()])
+    left, link = 0, joint_folder._link
+
+    def linking(*places: str) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        link(*places)
+
+    monkeypatch.setattr(joint_folder, "_link", linking)
+    for done in range(files):
+        left = done
+        with pytest.raises(KeyboardInterrupt):
+            share_rounds(tmp_path / "joint", parts)
+        assert not target.exists()
+    for replay in (rows, other):
+        left = files
+        replay.save(source, overwrite=True)
+        share_rounds(tmp_path / "joint", parts)
+        assert Replay.load(target).fingerprint() == replay.fingerprint()
+    assert [p.name for p in target.parent.iterdir()] == [target.name]
+
+
+def test_facts_of_an_earlier_fit_are_forgotten(tmp_path: Path) -> None:
+    """A method that collected is trained again on a data set, whose facts its seeds then have."""
+    method = op.SAC(hidden_dims=(8, 8), batch_size=16)
+    run(tmp_path / "first", scratch(ENV, env_steps=21), method, seeds=SEEDS)
+    assert set(method.data_each) == set(SEEDS)
+    second = run(tmp_path / "second", DataModule.of(toy_replay()), method, seeds=SEEDS, max_steps=1, eval_episodes=0)
+    facts = [json.loads((second.folders[seed] / "versions.json").read_text())["data"] for seed in SEEDS]
+    assert facts[0]["fingerprint"] == facts[1]["fingerprint"] == toy_replay().fingerprint()
+
+
 def test_seeds_of_an_offline_run_go_on_online_each_by_itself(joint: op.FitResult, tmp_path: Path) -> None:
     """Half of each batch is offline; the switch is told of the mean and of each seed."""
     source = str(joint.folders[4] / "replay" / "collected")
@@ -147,7 +203,11 @@ def test_what_seeds_cannot_collect_is_refused(joint: op.FitResult, tmp_path: Pat
     small: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 10}
     for module, method, said in (
         (data, op.PRDC(**small), r"`seeds` is 4,1, each with data that it collects, and PRDC keeps one index"),
-        (scratch(ENV), op.SAC(normalize_obs=True, **small), "whose statistics differ"),
+        (
+            scratch(ENV),
+            op.TD3BC(**small),
+            r"`normalize_obs` is true.* Pass --model.normalize_obs false \(and",
+        ),
     ):
         with pytest.raises(UsageError, match=said):
             run(tmp_path / "runs", module, method, seeds=SEEDS)
@@ -158,6 +218,9 @@ def test_what_seeds_cannot_collect_is_refused(joint: op.FitResult, tmp_path: Pat
     alone.begin_at(0, None, 4, SEEDS)  # rows of 2 + 1 + 2 and of 2·2 + 1 + 2 numbers, 60 of them for each of two seeds
     assert isinstance(alone.collection, SeedCollections) and alone.collection.room() == 4 * 2 * 60 * 12
     check_seeds(SEEDS, alone.collection)
+    assert alone.collection.facts()[-1][1].endswith("together about 5.76 kB when they are full")
+    with pytest.raises(UsageError, match="`seeds` is one seed, and the data module collects for 4,1"):
+        quiet(1).fit(op.SAC(**small), alone)
     several: Any = op.TD3(**small)
     several.seeds = SEEDS
     replays = [toy_replay(lengths, env_id=None, max_episode_steps=None) for lengths in ((3, 3), (3, 4))]

@@ -44,6 +44,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offpolicy.compute import processes
+from offpolicy.compute.room import size
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.problems import ProblemData, problem_texts
@@ -82,7 +83,6 @@ from offpolicy.losses.policy_gradient import Objective
 from offpolicy.registry import make
 from offpolicy.training.description import Description
 from offpolicy.training.lightning_private import trainer_of
-from offpolicy.training.seed_room import size
 from offpolicy.trust import speaking
 
 
