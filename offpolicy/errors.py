@@ -104,6 +104,12 @@ def check_range(
     raise UsageError(f"`{name}` is {value}; expected a value in {interval}. Change `--{option}` or leave it out.")
 
 
+def check_whole_number(name: str, value: object, low: int) -> None:
+    """Raise :class:`UsageError` unless the value is a whole number of at least ``low``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise UsageError(f"`{name}` is {value!r}; expected a whole number of at least {low}.")
+
+
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raise :class:`UsageError` unless the value is one of those known."""
     if value not in known:

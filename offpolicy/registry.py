@@ -159,6 +159,22 @@ def _imported(path: str, option: str, expected: str) -> tuple[ModuleType, str]:
         ) from None
 
 
+def named_spec(option: str, spec: Any) -> dict[str, Any]:
+    """A component as a mapping, ``name`` and parameters, which may be changed.
+
+    Raises:
+        UsageError: it is neither a name nor a mapping.
+    """
+    if isinstance(spec, str):
+        return {"name": spec}
+    if isinstance(spec, Mapping):
+        return dict(spec)
+    raise UsageError(
+        f"`{option}` is {spec!r}; expected a name, an import path package.module.callable, or a mapping "
+        "{name: …, parameter: value}. Change it or leave it out."
+    )
+
+
 def make(option: str, spec: Spec, known: Mapping[str, Callable[..., Any]], *, at_call: Collection[str] = ()) -> Any:
     """A component by name or import path, with its parameters: an object of a class, or a function that knows them.
 
@@ -169,9 +185,10 @@ def make(option: str, spec: Spec, known: Mapping[str, Callable[..., Any]], *, at
         at_call: keywords that are given to a function when it is called.
 
     Raises:
-        UsageError: there is none of that name, it does not take a parameter, or needs one that is missing.
+        UsageError: it is neither a name nor a mapping, there is none of that name, it does not take a parameter, or
+            needs one that is missing.
     """
-    given = {"name": spec} if isinstance(spec, str) else dict(spec)
+    given = named_spec(option, spec)
     name = given.pop("name", None)
     if isinstance(name, str) and name in known:
         found = known[name]
@@ -195,7 +212,7 @@ def make(option: str, spec: Spec, known: Mapping[str, Callable[..., Any]], *, at
         if parameter not in free and not anything:
             raise UsageError(
                 f"`{option}` is {name!r}, which takes no `{parameter}`; expected {', '.join(free) or 'no parameter'}."
-                f"{nearest(parameter, free)}"
+                f"{nearest(str(parameter), free)}"
             )
     for parameter in free:
         if parameters[parameter].default is inspect.Parameter.empty and parameter not in given:

@@ -14,7 +14,7 @@ import yaml
 
 from offpolicy.cli.arguments import SettingsLoader, check_options
 from offpolicy.data.names import resolve
-from offpolicy.errors import UsageError, check_range, nearest
+from offpolicy.errors import UsageError, check_range, check_whole_number, nearest
 from offpolicy.files import method_folder
 from offpolicy.given import expanded, seed_numbers, seeds_text
 from offpolicy.registry import class_path
@@ -164,9 +164,8 @@ def _seeds(value: Any) -> Any:
 
 
 def _whole(name: str, value: Any, low: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise UsageError(f"`{name}` is {value!r}; expected a whole number of at least {low}.")
-    return value
+    check_whole_number(name, value, low)
+    return int(value)
 
 
 def _named(name: str) -> str | Path:

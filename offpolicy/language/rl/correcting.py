@@ -17,7 +17,7 @@ import torch
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.replaying import place_among_equals
-from offpolicy.errors import UsageError, check_range
+from offpolicy.errors import UsageError, check_range, check_whole_number
 from offpolicy.language.rl.engine import Completion, FurtherAnswers, Request, Stop, engine_name
 from offpolicy.losses.advantages import group_statistics
 from offpolicy.registry import Spec, make
@@ -37,7 +37,8 @@ class Score:
 
     Args:
         bonus: α ≥ 0.
-        first_stage: iterations of the first stage, ≥ 0.
+        first_stage: iterations of the first stage, ≥ 0. The anchor ``turn_kl`` ends at knots of its own, which do not
+            follow: [[first_stage, 0.1], [first_stage + 1, 0]].
         instruction: what stands between the two answers, in the form that the policy reads, turns of a chat included.
     """
 
@@ -47,9 +48,9 @@ class Score:
 
     def __post_init__(self) -> None:
         check_range("bonus", self.bonus, 0.0)
-        check_range("first_stage", self.first_stage, 0)
-        if not self.instruction:
-            raise UsageError("`instruction` is empty; expected a text that stands between two answers.")
+        check_whole_number("first_stage", self.first_stage, 0)
+        if not isinstance(self.instruction, str) or not self.instruction:
+            raise UsageError(f"`instruction` is {self.instruction!r}; expected a text that stands between two answers.")
 
     def fact(self) -> str:
         """For the first screen."""

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from offpolicy.registry import named_spec
+
 Stop = tuple[Callable[[], bool], Callable[[bool], bool]]  # whether one wants to stop, and whether any process does
 CONTINUES = 1 << 31  # added to the number of a group for the request that goes on from its demonstration
 
@@ -195,7 +197,7 @@ class FurtherAnswers(Protocol):
 
 def engine_name(spec: str | Mapping[str, Any]) -> str:
     """The name, or import path, in the option ``engine``."""
-    return spec if isinstance(spec, str) else str(spec.get("name"))
+    return str(named_spec("engine", spec).get("name"))
 
 
 def close_engine(engine: Any) -> None:

@@ -22,7 +22,7 @@ from offpolicy.language.reading import Reader, read_anew, way_of
 from offpolicy.language.rl.engine import Completion, EngineContext, Request, Sampling
 from offpolicy.language.rl.records import ReplayEngine
 from offpolicy.language.rl.vllm import VllmEngine
-from offpolicy.registry import Spec, import_callable, make
+from offpolicy.registry import Spec, import_callable, make, named_spec
 
 
 class LocalEngine:
@@ -201,7 +201,7 @@ def make_engine(
     Raises:
         UsageError: there is none of that name, or it does not take an option.
     """
-    given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+    given = named_spec("engine", spec)
     name = given.get("name")
     if name == "replay":
         given.setdefault("path", records)

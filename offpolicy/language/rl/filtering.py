@@ -21,7 +21,7 @@ from offpolicy.data.texts.rollouts import OWN, select_answers
 from offpolicy.errors import UsageError, check_range, nearest
 from offpolicy.losses.advantages import group_statistics
 from offpolicy.losses.answers import Answers
-from offpolicy.registry import Spec, make
+from offpolicy.registry import Spec, make, named_spec
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class Filters:
     """
 
     def __init__(self, spec: Spec | Sequence[Spec] | None, rewards: Sequence[str]) -> None:
-        listed = [] if spec is None else [spec] if isinstance(spec, str | Mapping) else list(spec)
-        names = [one if isinstance(one, str) else str(one.get("name")) for one in listed]
+        listed = [] if spec is None else list(spec) if isinstance(spec, list | tuple) else [spec]
+        names = [str(named_spec("filter", one).get("name")) for one in listed]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise UsageError(f"`filter` has '{twice[0]}' twice; expected different filters.")

@@ -12,7 +12,7 @@ import torch
 from offpolicy.compute import processes
 from offpolicy.data.texts.retelling import OtherWords
 from offpolicy.data.texts.rollouts import OWN
-from offpolicy.errors import UsageError, check_range
+from offpolicy.errors import UsageError, check_range, check_whole_number
 from offpolicy.language.rl.engine import FurtherAnswers, Request, Stop
 from offpolicy.language.rl.rows import answer_row
 
@@ -37,7 +37,11 @@ class Hints:
     what: ClassVar[str] = ""  # for the first screen
 
     def __post_init__(self) -> None:
-        check_range("patience", self.patience, 1)
+        check_whole_number("patience", self.patience, 1)
+        if isinstance(self.tiers, str) or not isinstance(self.tiers, Sequence):
+            raise UsageError(
+                f"`tiers` is {self.tiers!r}; expected a list of shares, as [0.25, 0.5, 0.75], or of columns, as [idea]."
+            )
         shares = [tier for tier in self.tiers if not isinstance(tier, str)]
         for tier in shares:
             check_range("tiers", tier, 0.0, 1.0, lower_open=True, upper_open=True)
@@ -45,7 +49,7 @@ class Hints:
             raise UsageError(
                 f"`tiers` is {list(self.tiers)}; expected ascending shares, as [0.25, 0.5, 0.75], or columns."
             )
-        if "{prompt}" not in self.text or "{hint}" not in self.text:
+        if not isinstance(self.text, str) or "{prompt}" not in self.text or "{hint}" not in self.text:
             raise UsageError(f"`text` is '{self.text}'; expected {{prompt}} and {{hint}} in it. Add them.")
 
     def words(self) -> list[OtherWords]:
