@@ -26,6 +26,7 @@ from offpolicy.data.texts.conditioning import Numbered, SystemMessages, is_chat,
 from offpolicy.data.texts.problems import Problems
 from offpolicy.data.texts.sequences import BoundTexts, ScoredGroupView, Singles, SingleView, token_ids
 from offpolicy.errors import DataError, UsageError, check_range
+from offpolicy.language.generation import prompt_text
 from offpolicy.language.rl.pairing import groups_in_order, rows_of_round, texts_of_answers
 from offpolicy.language.rl.rounds import RoundModule
 from offpolicy.losses.directions import cone, percent, winner
@@ -133,11 +134,21 @@ class DPA(RoundModule, SFT):
         """The texts with every prompt that states a direction behind them, and their numbers, (P, D)."""
         made, put = Numbered(replay), SystemMessages(self._tokenizer, chat=is_chat(replay))
         prompts = [token_ids(replay, number) for number in asked]
+        self._check_untold(prompts[0])
         numbers = [
             [made.number(put.put(prompt, self.message_of(one))) for one in weights]
             for prompt, weights in zip(prompts, percent(v).tolist())
         ]
         return with_texts(replay, made.texts), np.array(numbers)
+
+    def _check_untold(self, prompt: np.ndarray) -> None:
+        """Raise :class:`DataError` where a prompt states a direction already, as in the files of a round."""
+        says = "".join(str(self.hparams.message).partition("{weights}")[0].split())
+        if says and says in "".join(prompt_text(self._tokenizer, prompt).split()):
+            raise DataError(
+                f"a prompt has '{self.hparams.message}' in it already, as the files of DPA's rounds have, and would "
+                "get a second direction; expected prompts without one. Pass the prompts that the rounds began with."
+            )
 
     def drawn(self, replay: Replay, prompts: np.ndarray) -> torch.Tensor:
         """The directions of every prompt, (P, D, k) float64: by the hash of its tokens, so the same in every run."""

@@ -275,6 +275,22 @@ def test_prompts_of_dpa_state_a_direction_and_have_its_winner(policy: Path, tmp_
         make("DPA", message="be good")
 
 
+@pytest.mark.parametrize("told", ["judged by right 100, short 3", "<s> judged  by right 1"])
+def test_dpa_puts_no_second_direction_before_a_prompt(policy: Path, tmp_path: Path, told: str) -> None:
+    """The files of its own rounds state one; a message that begins with the weights cannot be told from a prompt."""
+    path = tmp_path / "round0001.jsonl"
+    path.write_text(json.dumps({"prompt": f"{told} 1 + 1 = ", "completions": ["2", "3"], "scores": [[1, 0], [0, 1]]}))
+    replay = open_texts(path, tokenizer=str(policy), pair_strategy="none")
+    for message, refused in (("judged by {weights}", True), ("asked for {weights}", False), ("{weights}", False)):
+        module = make("DPA", objectives=("right", "short"), message=message)
+        module._tokenizer = load_tokenizer(str(policy))
+        if refused:
+            with pytest.raises(DataError, match="would get a second direction"):
+                module.texts_of(replay)
+        else:
+            assert len(module.texts_of(replay)) == 5
+
+
 def test_a_policy_revises_its_answers(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The draft is the answer without revisions; the revision goes on from prompt, draft and request."""
     from offpolicy.generate import main, revisions_of, run_behind
