@@ -4,7 +4,8 @@ A round is a step of mirror descent against oneself under a general preference, 
 and a fixed reference π_ref, on pairs of answers drawn from π_t:
 L = (Δ_θ − (τ/η)·Δ_ref − (1 − τ/η)·Δ_t − 1/(2η))², Δ the summed log-probability of y_w less that of y_l.
 The minimiser is π_ref^{τ/η}·π_t^{1 − τ/η}·exp(P(y ≻ π_t)/η), normalised, where the two answers of a pair were drawn
-independently from π_t; pairs of the best and the worst of K answers, as experiments often take, shift it.
+independently from π_t; pairs of the best and the worst of K answers, as experiments often take, shift it. So does a
+``temperature`` other than 1: answers are then not drawn from the π_t that is scored.
 
 ``rounds`` draws, judges and trains by turns; without it the pairs are given, and a further round starts from the policy
 of the last one: ``--model.policy RUN/hf --model.reference FIRST_POLICY``. η = 0.0075, τ = η/3 and the rate are those of

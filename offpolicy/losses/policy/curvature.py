@@ -19,7 +19,7 @@ SETS = ("token", "answer")
 
 def predicted_gain(advantage: Tensor, shift: Tensor, variance: Tensor, form: str) -> Tensor:
     """Change of A·ρ ("ratio") or A·ℓ ("log") of tokens to second order, by ``Tokens.shift`` and ``shift_variance``:
-    A·s + ½·A·(s² − v), or A·s − ½·A·v."""
+    A·s + ½·A·(s² − v), or A·s − ½·A·v. The former is at ρ = 1; elsewhere it is the change divided by ρ."""
     second = shift.square() - variance if form == "ratio" else -variance
     return advantage * (shift + second / 2)
 
@@ -35,7 +35,8 @@ class CAPO(MaskedPPO):
     are those with ``least`` ≤ the predicted change of A·ρ ≤ ``most`` and a predicted KL ≤ ``kl``.
 
     The step is the one that the optimiser would make with all tokens: its gradient by the output layer is taken once
-    more, first, and goes through a copy of the optimiser's state; all other weights count as fixed. The paper's
+    more, first, and goes through a copy of the optimiser's state; all other weights count as fixed. The change is that
+    near the sampling policy, ρ = 1: with several steps on the same answers it is the change divided by ρ. The paper's
     thresholds, which reject less than 8 % of the tokens, are not known here: these are ours.
 
     Args:

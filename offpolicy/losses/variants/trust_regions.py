@@ -135,7 +135,7 @@ ROWS = (
         "2510.00819",
         "tokens whose A·ρ the optimiser's step of the output layer would lower, or whose KL it would raise, too much",
         {"trust": "capo"},
-        unverified="the thresholds: −.1 and .05 are ours",
+        unverified="the thresholds: −.1 and .05 are ours; the change is that at ρ = 1, elsewhere divided by ρ",
     ),
     Variant(
         "rover",
