@@ -120,6 +120,11 @@ class Answering:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    @property
+    def turns(self) -> int:
+        """Turns of an answer, each of which may have the longest length."""
+        return 1 if self.again is None else 2
+
     def before_last(self, length: int) -> int:
         """Tokens of an answer that stand before its last turn, at most, where a turn has so many."""
         return 0 if self.again is None else length + len(self.again)
@@ -281,8 +286,7 @@ class Answering:
             rows.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
         self.asking.learn(alone)
         store, facts = rows_stored(everyone, k, self.length_of(k), self.problems, self.dtype)
-        turns = 1 if self.again is None else 2
-        own = turns * int((store.episodes["source"] != DEMONSTRATION).sum()) + len(hinted)
+        own = self.turns * int((store.episodes["source"] != DEMONSTRATION).sum()) + len(hinted)
         if self.filters.redraws:
             store, said = self.filters.chosen(store, wanted)
             facts |= said
@@ -442,7 +446,7 @@ class Answering:
         answers, ended = [row["token"][row.get("behind", 0) :] for row in made], [row["ended"] for row in made]
         slots, words = [row["slot"] for row in made], [row["asked"] for row in made]
         scored = self.judge(self.problems, rows, answers, ended, slots, words)
-        (scores, parts, problems), right = scored, self.rewards.solved(scored)
+        scores, parts, right = scored.scores, scored.parts, self.rewards.solved(scored)
         if self.correction is not None:
             firsts, ended = [row["token"][: row["first"]] for row in made], [row["first_ended"] for row in made]
             for row, reward in zip(made, self.judge(self.problems, rows, firsts, ended, slots, words).scores):
@@ -450,7 +454,7 @@ class Answering:
         for i, row in enumerate(made):
             row["right"] = bool(right[i])
             row["reward"], row["parts"] = float(scores[i]), {name: float(part[i]) for name, part in parts.items()}
-            row["problem_with_reward"] = problems / len(made)
+            row["problem_with_reward"] = scored.problems / len(made)
 
 
 def _reference(kept: str) -> str | list[str] | None:

@@ -22,7 +22,7 @@ from offpolicy.language.rl.engine import Completion, FurtherAnswers, Request, St
 from offpolicy.losses.advantages import group_statistics
 from offpolicy.registry import Spec, make
 
-AGAIN = 1 << 33  # added to the number of a request for a second answer
+AGAIN = 1 << 24  # added to the number of a request for a second answer; hints and demonstrations have none
 FIRST, SECOND, NOBODY = 0, 1, -1  # turns
 
 

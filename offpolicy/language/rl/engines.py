@@ -19,7 +19,7 @@ from offpolicy.data import sampling
 from offpolicy.errors import UsageError
 from offpolicy.language.generation import draw, positions
 from offpolicy.language.reading import Reader, read_anew, way_of
-from offpolicy.language.rl.engine import Completion, EngineContext, Request, Sampling
+from offpolicy.language.rl.engine import CONTINUES, Completion, EngineContext, Request, Sampling
 from offpolicy.language.rl.records import ReplayEngine
 from offpolicy.language.rl.vllm import VllmEngine
 from offpolicy.registry import Spec, import_callable, make, named_spec
@@ -252,7 +252,10 @@ def answer_uniforms(requests: Sequence[Request], how: Sampling) -> Tensor:
     """The random number of every place of every answer, (answers, max_new_tokens), on the host."""
     key = sampling.keys(how.seed, "rollout", torch.tensor([how.iteration], device="cpu"))[0]
     stride = 1 << 20  # samples of one request
-    numbers = [r.number * stride + k for r in requests for k in range(r.samples)]
+    # 2³¹ · 2²⁰ · length is 0 modulo 2⁶⁴ then, so what goes on from a demonstration would get the numbers of its group
+    less = CONTINUES - (1 << 25) if how.max_new_tokens % (1 << 13) == 0 else 0
+    begins = [r.number - less * (r.number >= CONTINUES) for r in requests]
+    numbers = [first * stride + k for first, r in zip(begins, requests) for k in range(r.samples)]
     rows = torch.tensor(numbers, dtype=torch.int64, device=key.device)
     return sampling.uniforms(key, rows, (how.max_new_tokens,))
 

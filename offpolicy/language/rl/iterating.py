@@ -237,8 +237,9 @@ class IteratingModule(DrawingModule):
             split: whether that is not the step.
         """
         assert self.course.rollouts is not None
-        length = self.course.rollouts.store.length[rows]
-        totals = Totals(max(1, len(rows)), int(length.sum()), self.answering.length, int(length.max(initial=1)))
+        padded = int(self.course.rollouts.store.length[rows].max(initial=1))
+        counted = int(self.course.counted[rows].sum())
+        totals = Totals(max(1, len(rows)), counted, self.answering.turns * self.answering.length, padded)
         batch, tokens, real = self._micro_batch(some)
         if self.objective.sees_step and not split and self.whole_step.facts is None:
             seen, whole = [(batch.row.numpy(), tokens)], rows if real else self._filler

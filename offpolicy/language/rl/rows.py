@@ -25,6 +25,14 @@ def answer_row(
     return {"slot": slot, "problem": problem, "source": source, "given": given, "asked": asked, "version": drew, **text}
 
 
+def counted_length(store: Replay) -> np.ndarray:
+    """Tokens of each answer that the policy wrote, (E,): all but an instruction between two turns."""
+    if "turn" not in store.steps:
+        return store.length
+    before = np.append(0, np.cumsum(np.asarray(store.steps["turn"]) >= 0))
+    return before[store.start + store.length] - before[store.start]
+
+
 def rows_stored(
     made: Sequence[dict[str, Any]], k: int, length: int, problems: Replay, dtype: torch.dtype
 ) -> tuple[Replay, dict[str, float]]:
@@ -62,12 +70,13 @@ def rows_stored(
     floats = np.float64 if dtype == torch.float64 else np.float32
     store = store_of.make_store(column["token"], steps, episodes, problems.steps["token"].dtype, floats)
     mine = np.flatnonzero(source == OWN)
-    cut_short = ~episodes["ended"][mine] & (store.length[mine] < length)
+    last = store.length[mine] - np.asarray(column.get("behind", np.zeros(len(made), np.int64)))[mine]  # of two turns
+    cut_short = ~episodes["ended"][mine] & (last < length)
     facts = group_metrics(rewards, torch.from_numpy(group), own) | {
-        "answers/length": float(store.length[mine].mean()),
+        "answers/length": float(counted_length(store)[mine].mean()),
         "answers/ended": float(episodes["ended"][mine].mean()),
         "answers/aborted": float(cut_short.mean()),
-        "answers/empty": float((store.length[mine] == 1).mean()),
+        "answers/empty": float((last == 1).mean()),
         "answers/duplicates": store_of.duplicates(store, mine),
         "reward/problems": float(sum(row["problem_with_reward"] for row in made)),
     }

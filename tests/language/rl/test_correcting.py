@@ -12,12 +12,15 @@ from tiny_rl import fit, make_policy, method, told_problems
 from toy import differences, run_files
 from transformers import AutoTokenizer
 
+from offpolicy.data import sampling
 from offpolicy.data.replay import Replay
 from offpolicy.errors import UsageError
 from offpolicy.language.rl.correcting import AGAIN, Score, in_two_turns, requests_again
-from offpolicy.language.rl.engine import Completion
+from offpolicy.language.rl.engine import CONTINUES, Completion, Request, Sampling
+from offpolicy.language.rl.engines import answer_uniforms
+from offpolicy.language.rl.rows import counted_length
 from offpolicy.losses.policy.anchors import TurnKL
-from offpolicy.losses.tokens import Tokens, column
+from offpolicy.losses.tokens import Tokens, Totals, column
 from offpolicy.training.checkpoints import newest_checkpoint
 
 INSTRUCTION = "again now"
@@ -51,6 +54,26 @@ def test_second_requests_and_rows() -> None:
     assert row["first_ended"] and not row["ended"] and (row["first"], row["behind"]) == (2, 4)
 
 
+@pytest.mark.parametrize("length", [5, 2048, 4096, 8192, 32768])
+def test_no_two_answers_of_an_iteration_share_random_numbers(length: int) -> None:
+    """Own answers, second ones, and what goes on from a demonstration; the latter as ever where they can be."""
+    prompt, how = np.array([1]), Sampling((2,), length)
+    asked = [(0, 2), (1, 2), (AGAIN, 1), (AGAIN + 1, 1), (CONTINUES, 1), (CONTINUES + 1, 1)]
+    found = answer_uniforms([Request(prompt, *one) for one in asked], how)
+    assert len(found.unique()) == 8 * length
+    if length % 8192:
+        key = sampling.keys(0, "rollout", torch.tensor([0]))[0]
+        assert torch.equal(found[6:7], sampling.uniforms(key, torch.tensor([CONTINUES << 20]), (length,)))
+
+
+def test_the_instruction_does_not_count() -> None:
+    turn = np.array([0, -1, 1, 1, 0, 0, -1, 1], np.float32)
+    store = Replay({"turn": turn}, start=np.array([0, 4]), length=np.array([4, 4]))
+    assert counted_length(store).tolist() == [3, 3]
+    plain = Replay({"logp": turn}, start=np.array([0, 4]), length=np.array([4, 4]))
+    assert counted_length(plain).tolist() == [4, 4]
+
+
 def test_divergence_of_one_turn_by_hand() -> None:
     """e^δ − 1 − δ with δ = ln 2 on the first turn, nothing elsewhere, and nothing once the stage is over."""
     logp = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
@@ -79,6 +102,16 @@ class Spy:
         return torch.ones_like(tokens.mask)
 
 
+class Sums:
+    """A share of 0 that keeps what it is told of a step."""
+
+    seen: ClassVar[list[tuple[Totals, int]]] = []
+
+    def __call__(self, tokens: Tokens, totals: Totals, *, iteration: int) -> torch.Tensor:
+        Sums.seen.append((totals, int(tokens.mask.sum())))
+        return tokens.logp.sum() * 0.0
+
+
 OPTIONS: dict[str, Any] = {
     "correction": {"name": "score", "first_stage": 1, "instruction": INSTRUCTION},
     "objective": {
@@ -88,6 +121,17 @@ OPTIONS: dict[str, Any] = {
         "weight": [f"{__name__}.Spy"],
     },
 }
+
+
+def test_the_facts_of_a_step_in_two_turns(policy: Path, tmp_path: Path) -> None:
+    """Tokens are those of the masks, and an answer may be as long as both of its turns."""
+    Sums.seen.clear()
+    objective = {**OPTIONS["objective"], "terms": [f"{__name__}.Sums"]}
+    module = fit(method("GRPO", policy, **{**OPTIONS, "objective": objective}), 1, tmp_path, held_out=False)
+    totals = Sums.seen[0][0]
+    assert totals.tokens == sum(counted for _, counted in Sums.seen) and totals.max_length == 2 * 5
+    store = module.course.rollouts.store
+    assert counted_length(store).mean() == module.metric_row["train/answers/length"] < store.length.mean()
 
 
 @pytest.mark.slow
