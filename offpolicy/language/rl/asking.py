@@ -168,7 +168,8 @@ class AskedProblems:
     def state_dict(self) -> dict[str, Any]:
         """What was learned, and the words, by whose number answers are stored."""
         words = [list(one) for one in self.hints.words()] if self.hints else self.templates
-        return {"words": words, **{name: one.state_dict() for name, one in self._learners().items()}}
+        kinds = {name: type(one).__name__ for name, one in self._learners().items()}
+        return {"words": words, "kinds": kinds, **{name: one.state_dict() for name, one in self._learners().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from a checkpoint.
@@ -176,8 +177,9 @@ class AskedProblems:
         Raises:
             UsageError: it was written with other words, or another curriculum.
         """
-        mine, state = self.state_dict(), state or {"words": []}
-        if mine["words"] != state["words"] or mine.keys() != state.keys():
+        mine = self.state_dict()
+        state = {"words": [], "kinds": mine["kinds"], **(state or {})}  # the kinds are not in older checkpoints
+        if mine.keys() != state.keys() or any(mine[name] != state[name] for name in ("words", "kinds")):
             raise UsageError(
                 "the checkpoint was written with other `templates`, `hints` or `curriculum`, by which its answers are "
                 "kept; expected the same. Go on with those of the run, or start a new one."

@@ -214,6 +214,31 @@ def test_words_need_texts_and_solutions(policy: Path, problems: Problems) -> Non
         AskedProblems(bare, SimpleNamespace(hints="tiers"))
 
 
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ({"curriculum": "vade"}, {"curriculum": "gain"}),
+        ({"curriculum": "gain"}, {"curriculum": "vade"}),
+        ({"hints": "scaffold"}, {"hints": {"name": "tiers", "tiers": Scaffold().tiers, "text": Scaffold().text}}),
+        ({"hints": {"name": "tiers", "tiers": Scaffold().tiers, "text": Scaffold().text}}, {"hints": "scaffold"}),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused(
+    written: dict[str, Any], wanted: dict[str, Any], problems: Problems
+) -> None:
+    """Whatever its state looks like; one of the same kind goes on, written with its kind or, by older versions, not."""
+
+    def asked(options: dict[str, Any]) -> AskedProblems:
+        return AskedProblems(problems, SimpleNamespace(**options, group_size=4, engine="tiny"))
+
+    state = asked(written).state_dict()
+    with pytest.raises(UsageError, match="was written with other"):
+        asked(wanted).load_state_dict(state)
+    asked(written).load_state_dict(state)
+    del state["kinds"]
+    asked(written).load_state_dict(state)
+
+
 def never(prompt: str, answer: str, reference: str) -> float:
     return 0.0
 
