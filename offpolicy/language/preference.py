@@ -146,7 +146,7 @@ class PreferenceModule(LanguageModule):
     def workload(self) -> dict[str, Any]:
         h, shares = self.hparams, self.hparams.shared_prompt is not False
         pairs = isinstance(self.view, PairView)
-        beside = self.uses_reference and h.reference not in ("auto", "precomputed", "adapter_off")
+        beside = self.uses_reference and h.reference not in ("auto", "precomputed", "adapter_off", "round")
         kind = "bfloat16" if base_dtype(h, self._training_device) == "bfloat16" else "float32"
         return {"own_mask": pairs and shares, "reference": kind if beside else None}
 

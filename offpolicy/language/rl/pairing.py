@@ -7,9 +7,9 @@ answers. It is asked once for two answers, and need not be transitive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -46,17 +46,30 @@ class Chosen(NamedTuple):
 
 
 class Judge(Rewards):
-    """A function of the user that compares two answers; what fails for a pair counts as undecided there."""
+    """A function of the user that compares two answers; what fails for a pair counts as undecided there.
+
+    Attributes:
+        undecided: pairs that it failed for when it was last asked, on all processes.
+
+    Raises:
+        UsageError: the path is none, or the function cannot be called.
+    """
+
+    known: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    what: ClassVar[str] = "judge"
+    option: ClassVar[str] = "--model.judge"
+    judged: ClassVar[str] = "pairs of answers"
+    otherwise: ClassVar[str] = "The pair counts as undecided"
 
     def __init__(self, path: str, *, seconds: float) -> None:
+        if "." not in path and ":" not in path:
+            raise UsageError(
+                f"`judge` is '{path}'; expected the import path package.module.function of a function of yours that "
+                "compares two answers. What scores one answer is for --model.rewards."
+            )
         super().__init__(path, seconds=seconds)
         self.path = path
-        self._failed: list[int] = []
-
-    def _note(self, name: str, part: Any, rows: Any, i: int, failure: Any) -> None:
-        super()._note(name, part, rows, i, failure)
-        if failure is not None:
-            self._failed.append(i)
+        self.undecided = 0
 
     def preferred(self, prompts: Sequence[str], answers: Sequence[str], others: Sequence[str]) -> np.ndarray:
         """Probability that each answer is preferred to the other one, (n,); processes share the work.
@@ -66,14 +79,13 @@ class Judge(Rewards):
         """
         n, world, rank = len(prompts), processes.world_size(), processes.rank()
         mine = list(range(rank, n, world))
-        self._failed = []
         texts = ([given[i] for i in mine] for given in (prompts, answers, others))
-        found = self(*texts).scores
-        found[self._failed] = 0.5
-        parts = processes.gathered((mine, found, self.tallies))
-        self.check([part[2] for part in parts])
+        scored = self(*texts)
+        parts = processes.gathered((mine, np.where(scored.failed, 0.5, scored.scores), scored.problems, self.tallies))
+        self.check([tallies for *_, tallies in parts])
+        self.undecided = sum(problems for _, _, problems, _ in parts)
         whole = np.empty(n)
-        for rows, values, _ in parts:
+        for rows, values, *_ in parts:
             whole[rows] = values
         bad = np.flatnonzero((whole < 0) | (whole > 1))
         if len(bad):

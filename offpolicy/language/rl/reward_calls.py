@@ -98,7 +98,7 @@ def _names_answer(names: Collection[str]) -> bool:
     return any(name in names for name in ANSWERED)
 
 
-def bind(function: Callable[..., Any], name: str, columns: Collection[str] = ()) -> Call:
+def bind(function: Callable[..., Any], name: str, columns: Collection[str] = (), what: str = "reward") -> Call:
     """Decide how a reward is called.
 
     A function that names ``prompts`` and ``completions``, or ``completions`` and right answers or a column of the data,
@@ -111,15 +111,16 @@ def bind(function: Callable[..., Any], name: str, columns: Collection[str] = ())
         function: the reward, with its own parameters filled in.
         name: what the user called it, for errors.
         columns: of the data, that it may ask for by name.
+        what: "reward" or "judge", for errors.
 
     Raises:
         UsageError: it can be called in none of these ways.
     """
     if not callable(function):
-        raise UsageError(f"`reward` is '{name}', which gives a {type(function).__name__}; expected a function.")
+        raise UsageError(f"`{what}` is '{name}', which gives a {type(function).__name__}; expected a function.")
     call = getattr(function, "func", function)
     if inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None)):  # noqa: B004
-        raise UsageError(f"`reward` is '{name}', an async function; {_expected(name)}")
+        raise UsageError(f"`{what}` is '{name}', an async function; {_expected(name, what)}")
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:  # some builtins do not say
@@ -151,7 +152,7 @@ def bind(function: Callable[..., Any], name: str, columns: Collection[str] = ())
     except TypeError:
         shown = str(inspect.signature(function)).partition(" ->")[0]
         raise UsageError(
-            f"`reward` is '{name}', which is defined as {name.rpartition('.')[2]}{shown}; {_expected(name)}"
+            f"`{what}` is '{name}', which is defined as {name.rpartition('.')[2]}{shown}; {_expected(name, what)}"
         ) from None
     return Call(function, "positions", facts)
 
@@ -160,8 +161,13 @@ def _with(asked: tuple[str, ...], others: Sequence[str], anything: bool) -> tupl
     return (*asked, *(n for n in others if n not in asked)) if anything else asked
 
 
-def _expected(name: str) -> str:
+def _expected(name: str, what: str) -> str:
     short = name.replace(":", ".").rpartition(".")[2]
+    if what == "judge":
+        return (
+            f"expected `def {short}(prompt, answer, other)`, which returns the probability that `answer` is preferred, "
+            f"or `def {short}(prompts, completions, references)`, which returns a list of them."
+        )
     return (
         f"expected `def {short}(prompt, answer, reference)`, which returns the number for one answer, or "
         f"`def {short}(prompts, completions, **kwargs)`, which returns a list of them. Further values are given by "

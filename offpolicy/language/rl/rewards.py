@@ -10,7 +10,7 @@ import math as maths
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -35,11 +35,13 @@ class Scored(NamedTuple):
         scores: (n,) float64, the weighted sum of the parts.
         parts: name → (n,) float64, each reward without its weight.
         problems: how many of the n × parts scores could not be had and count as 0.
+        failed: (n,) bool, answers of which one of these scores is.
     """
 
     scores: np.ndarray
     parts: dict[str, np.ndarray]
     problems: int
+    failed: np.ndarray
 
 
 class Tally(NamedTuple):
@@ -105,6 +107,12 @@ class Rewards:
         UsageError: a name or a parameter is not known, or a function cannot be called.
     """
 
+    known: ClassVar[Mapping[str, Callable[..., Any]]] = REWARDS  # by name
+    what: ClassVar[str] = "reward"  # in messages
+    option: ClassVar[str] = "--model.rewards"
+    judged: ClassVar[str] = "answers"
+    otherwise: ClassVar[str] = "It scores 0"  # what becomes of a failure
+
     def __init__(
         self, parts: Spec | Sequence[Spec] = "final_number", *, columns: Collection[str] = (), seconds: float = SECONDS
     ) -> None:
@@ -118,12 +126,12 @@ class Rewards:
             weight = given.pop("weight", 1.0)
             check_range("weight", weight)
             at_call = {*FACTS, *({*RESERVED, *columns} - given.keys())}
-            function = make("reward", given, REWARDS, at_call=at_call)
+            function = make(self.what, given, self.known, at_call=at_call)
             path = str(given["name"])
             name = path.replace(":", ".").rpartition(".")[2]
             if name in self._parts:
                 raise UsageError(f"`reward` has '{name}' twice; expected different rewards. Add up their weights.")
-            self._parts[name] = _Part(path, float(weight), bind(function, path, columns))
+            self._parts[name] = _Part(path, float(weight), bind(function, path, columns, self.what))
         self.seconds = seconds
         self.problems = 0
         self.first_problem: str | None = None
@@ -193,11 +201,12 @@ class Rewards:
         if "math" in self.verifiers:
             mathematics.prepare()
         with Watchdog(self.seconds) as watchdog:
-            found = {name: self._scores(name, part, rows, watchdog) for name, part in self._parts.items()}
-        total = np.zeros(n)
+            scored = {name: self._scores(name, part, rows, watchdog) for name, part in self._parts.items()}
+        total, failed = np.zeros(n), np.zeros(n, bool)
         for name, part in self._parts.items():
-            total += part.weight * found[name]
-        return Scored(total, found, self.problems - before)
+            total += part.weight * scored[name][0]
+            failed |= scored[name][1]
+        return Scored(total, {name: found for name, (found, _) in scored.items()}, self.problems - before, failed)
 
     def solved(self, scored: Scored) -> np.ndarray:
         """Which answers are right, (n,) bool: by the first verifier of the parts, else by a whole reward of ≥ 1."""
@@ -220,12 +229,14 @@ class Rewards:
             expected = "a list with a number for each" if self._parts[name].call.is_batch else "a number for each"
             expected = "right answers that it can read" if name in self.verifiers else expected
             raise UsageError(
-                f"the reward {self._parts[name].path} failed for every one of {whole[name].failed:,} answers: "
-                f"{whole[name].first}; expected {expected}. Correct it, or choose another with --model.rewards."
+                f"the {self.what} {self._parts[name].path} failed for every one of {whole[name].failed:,} "
+                f"{self.judged}: {whole[name].first}; expected {expected}. Correct it, or choose another with "
+                f"{self.option}."
             )
 
-    def _scores(self, name: str, part: _Part, rows: Rows, watchdog: Watchdog) -> np.ndarray:
-        found = np.zeros(len(rows))
+    def _scores(self, name: str, part: _Part, rows: Rows, watchdog: Watchdog) -> tuple[np.ndarray, np.ndarray]:
+        """A part's number for each answer, and where there is none, (n,) both."""
+        found, failed = np.zeros(len(rows)), np.zeros(len(rows), bool)
         values: Any = [None] * len(rows)
         if part.call.is_batch and len(rows):
             values, failure = _guarded(lambda: _listed(part.call.all(rows), len(rows)), watchdog, len(rows))
@@ -238,8 +249,9 @@ class Rewards:
                 value, failure = _guarded(lambda: part.call.one(rows, i), watchdog)  # noqa: B023 - called at once
             if failure is None:
                 found[i], failure = _number_of(value, rows.references[i])
+            failed[i] = failure is not None
             self._note(name, part, rows, i, failure)
-        return found
+        return found, failed
 
     def _note(self, name: str, part: _Part, rows: Rows, i: int, failure: _Failure | None) -> None:
         seen = part.tally.problems
@@ -251,8 +263,8 @@ class Rewards:
         part.tally += Tally(0, 1, int(failure.mistake), seen, failure.words)
         self.problems += 1
         if self.first_problem is None:
-            self.first_problem = f"reward '{name}': {failure.words}; answer {rows.answers[i][:80]!r}"
-            warnings.warn(f"{self.first_problem}. It scores 0; further failures are only counted.", stacklevel=2)
+            self.first_problem = f"{self.what} '{name}': {failure.words}; answer {rows.answers[i][:80]!r}"
+            warnings.warn(f"{self.first_problem}. {self.otherwise}; further failures are only counted.", stacklevel=2)
 
 
 class _Failure(NamedTuple):

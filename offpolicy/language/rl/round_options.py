@@ -22,15 +22,19 @@ DEFAULTS: dict[str, Any] = {  # of the options that only rounds have
     "engine": "transformers",
     "generation_batch": 256,
 }
+MADE = {  # of the answers of a round, where not pairs
+    "lists": "all answers to a prompt with their rewards",
+    "winners": "the best answer to each prompt by its rewards",
+}
 LEAST = {"rounds": 0, "prompts": 1, "answers": 2, "max_new_tokens": 1, "generation_batch": 1, "reward_seconds": 0}
 
 
-def check_round_options(given: Mapping[str, Any], h: Mapping[str, Any]) -> None:
+def check_round_options(given: Mapping[str, Any], method: Any) -> None:
     """Raise :class:`UsageError` for an option of rounds that is out of its range, ignored, or not possible.
 
     Args:
         given: options of rounds by name.
-        h: options of the method by name.
+        method: a :class:`offpolicy.language.rl.rounds.RoundModule` that has its options.
     """
     for name, least in LEAST.items():
         if given[name] is not None:
@@ -38,22 +42,46 @@ def check_round_options(given: Mapping[str, Any], h: Mapping[str, Any]) -> None:
     check_range("temperature", given["temperature"], 0.0, lower_open=True)
     check_choice("pairing", given["pairing"], PAIRINGS)
     if not given["rounds"]:
-        _check_without_rounds(given, h["reference"])
+        _check_without_rounds(given, method.hparams["reference"])
         return
-    if given["pairing"] == "independent" and given["answers"] % 2:
-        raise UsageError(
-            f"`answers` is {given['answers']} and `pairing` 'independent', which pairs the first with the second, the "
-            f"third with the fourth; expected an even number. Pass --model.answers {given['answers'] + 1}."
-        )
+    _check_made(given, method.makes, type(method).__name__)
+    _check_reference(method)
     if engine_name(given["engine"]) == "replay":
         raise UsageError(
             "`engine` is 'replay', which reads answers, and every round draws its own; expected an engine that draws. "
             "The answers of a round can be trained on as data: --data RUN/rounds with `rounds` 0."
         )
-    if h["quantize"] and h["adapter"]:
+
+
+def _check_made(given: Mapping[str, Any], makes: str, name: str) -> None:
+    """What a round makes of its answers must follow from the options that say so."""
+    if makes != "pairs":
+        for option, usual in (("judge", "--model.rewards"), ("pairing", "it to be left out")):
+            if given[option] != DEFAULTS[option]:
+                raise UsageError(
+                    f"`{option}` is '{given[option]}', which is about pairs of answers, and {name} learns from "
+                    f"{MADE.get(makes, makes)}; expected {usual}, or a method on pairs (DPO, INPO)."
+                )
+    elif given["pairing"] == "independent" and given["answers"] % 2:
         raise UsageError(
-            "`rounds` opens the policy's start again as the reference of every round, and one of `quantize` with "
-            "`adapter` would come without its four bits; expected a new adapter. Pass --model.lora_rank."
+            f"`answers` is {given['answers']} and `pairing` 'independent', which pairs the first with the second, the "
+            f"third with the fourth; expected an even number. Pass --model.answers {given['answers'] + 1}."
+        )
+
+
+def _check_reference(method: Any) -> None:
+    """The reference must be used, and be what it was at the start of the run."""
+    h = method.hparams
+    if not method.uses_reference and h["reference"] == "round":
+        raise UsageError(
+            f"`reference` is 'round', and {type(method).__name__} has no reference as it is set; expected it to be "
+            "left out."
+        )
+    if method.uses_reference and h["reference"] in ("auto", "precomputed", "live") and h["quantize"] and h["adapter"]:
+        raise UsageError(
+            f"`quantize` and `adapter` are given, and `reference` is '{h['reference']}', the policy at the start of "
+            "the run, opened again: the reference would be opened without quantisation. Expected a new adapter, or "
+            "another reference. Pass --model.lora_rank in place of `adapter`, or --model.reference round."
         )
 
 

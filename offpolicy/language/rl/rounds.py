@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from offpolicy.compute import processes
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.problems import ProblemData, problem_texts
@@ -40,7 +41,7 @@ from offpolicy.language.rl.drawing import DrawingModule
 from offpolicy.language.rl.engine import engine_name
 from offpolicy.language.rl.options import check_problems
 from offpolicy.language.rl.pairing import Chosen, Judge
-from offpolicy.language.rl.round_options import answering_options, check_round_options, reference_words
+from offpolicy.language.rl.round_options import MADE, answering_options, check_round_options, reference_words
 from offpolicy.language.rl.solving import solve
 from offpolicy.language.stepping import rate_at
 from offpolicy.training.description import Description
@@ -110,10 +111,8 @@ class RoundModule(DrawingModule, PreferenceModule):
         **language: Any,
     ) -> None:
         super().__init__(**language)
-        check_round_options(locals(), self.hparams)
-        if judge is not None and self.makes != "pairs":
-            raise UsageError(f"`judge` compares two answers, and {type(self).__name__} learns from {self.makes}.")
         self.save_hyperparameters()
+        check_round_options(locals(), self)
 
     def prepare_state(self) -> None:
         super().prepare_state()
@@ -140,6 +139,8 @@ class RoundModule(DrawingModule, PreferenceModule):
             return texts, pairs_of.rows_of_round(*written, store.episodes["reward"])
         chosen = self._pairs(store, iteration)
         self.round.facts |= chosen.facts()
+        if self._judge is not None:
+            self.round.facts["judge/problems"] = float(self._judge.undecided)
         lists = chosen.agreement is None
         lines = (
             pairs_of.rows_of_round(*written, store.episodes["reward"])
@@ -443,6 +444,8 @@ class RoundModule(DrawingModule, PreferenceModule):
         super().on_train_end()
         if self.in_rounds and not self.interrupted_by:
             self.answering.check_rewards()
+            if self._judge is not None:
+                self._judge.check(processes.gathered(self._judge.tallies), ended=True)
 
     def describe(self) -> Description:
         if not self.in_rounds:
@@ -450,7 +453,8 @@ class RoundModule(DrawingModule, PreferenceModule):
         h, asked = self.hparams, self._prompts(self.problems)
         shown = self.trainer.datamodule.options.get("show", 0)  # type: ignore[attr-defined]
         by = "their rewards" if self._judge is None else f"the judge {h.judge}"
-        made = f"pairs, {h.pairing.replace('_', ' against ')}, by {by}" if self.makes == "pairs" else self.makes
+        pairs = f"pairs, {h.pairing.replace('_', ' against ')}, by {by}"
+        made = pairs if self.makes == "pairs" else MADE.get(self.makes, self.makes)
         most = self._most_steps(self.problems)
         held_out = self.eval_problems
         return Description(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from offpolicy.data.texts.module import TextData
 from offpolicy.data.texts.problems import ProblemData
 from offpolicy.data.texts.rollouts import make_store
 from offpolicy.errors import DataError, UsageError
-from offpolicy.language.rl.pairing import pairs_by_judge, pairs_by_reward
+from offpolicy.language.rl.pairing import Judge, pairs_by_judge, pairs_by_reward
+from offpolicy.language.rl.round_options import DEFAULTS, check_round_options
 from offpolicy.training.checkpoints import newest_checkpoint
 
 SMALL: dict[str, Any] = {
@@ -45,6 +47,22 @@ def prefers_letters(prompt: str, answer: str, other: str) -> float:
     """A judge that is surer of answers with more early letters."""
     ASKED.append(answer)
     return 0.5 + 0.5 * (early_letters(prompt, answer, None) - early_letters(prompt, other, None))
+
+
+def fails(prompt: str, answer: str, other: str) -> float:
+    raise ValueError("no idea")
+
+
+def fails_at_times(prompt: str, answer: str, other: str) -> float:
+    """No judgement of every third pair."""
+    ASKED.append(answer)
+    if len(ASKED) % 3 == 0:
+        raise ValueError("no idea")
+    return 0.9
+
+
+def takes_one(text: str) -> float:
+    return 0.5
 
 
 def scores_answers(prompt: str, answer: str, other: str) -> float:
@@ -182,6 +200,8 @@ def test_the_reference_is_the_first_policy_in_every_round_or_that_of_the_round(p
     for ours, theirs in zip(found["auto"].state_dict().values(), found["live"].state_dict().values()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert differences(*(dict(found[one].state_dict()) for one in ("auto", "round")))
+    kept = {reference: module.workload()["reference"] for reference, module in found.items()}
+    assert kept == {"auto": "float32", "live": "float32", "round": None}  # beside the policy
 
 
 @pytest.mark.parametrize("name", ["SimPO", "CoPG"])
@@ -251,6 +271,84 @@ def test_pairs_by_a_judge() -> None:
 def test_options_of_rounds_that_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         tiny.method("INPO", Path("tiny"), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("CoPG", {"pairing": "best_worst"}, "CoPG learns from all answers to a prompt"),
+        ("DPA", {"pairing": "best_worst"}, "it to be left out"),
+        ("DPA", {"judge": "test_preference_rounds.half"}, r"expected --model.rewards, or a method on pairs \(DPO"),
+        ("SimPO", {"reference": "round"}, "SimPO has no reference"),
+        ("DPA", {"reference": "round"}, "DPA has no reference"),
+        ("DPO", {"reference": "round", "reference_weight": 0.0}, "DPO has no reference"),
+    ],
+)
+def test_options_that_a_method_does_not_use_are_refused(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        tiny.method(name, Path("tiny"), **{"rounds": 1, **options})
+
+
+@pytest.mark.parametrize("name", ["CoPG", "DPA"])
+def test_an_odd_number_of_answers_is_for_methods_without_pairs(name: str) -> None:
+    assert tiny.method(name, Path("tiny"), rounds=1, answers=5).in_rounds
+
+
+@pytest.mark.parametrize("reference", ["auto", "live", "round", "another"])
+@pytest.mark.parametrize("uses_reference", [True, False])
+def test_four_bits_with_an_adapter(reference: str, uses_reference: bool) -> None:
+    """Refused where the policy's start is opened again."""
+    options = {"quantize": "4bit", "adapter": "adapter", "reference": reference if uses_reference else "auto"}
+    method = SimpleNamespace(hparams=options, makes="pairs", uses_reference=uses_reference)
+    given = {**DEFAULTS, "rounds": 1}
+    if uses_reference and reference in ("auto", "live"):
+        with pytest.raises(UsageError, match=f"`reference` is '{reference}'.* would be opened without quantisation"):
+            check_round_options(given, method)
+    else:
+        check_round_options(given, method)
+
+
+@pytest.mark.parametrize(
+    ("judge", "words"),
+    [
+        ("nosuch", "`judge` is 'nosuch'; expected the import path"),
+        ("exact", "`judge` is 'exact'; expected the import path"),
+        ("nosuch.better", "`judge` is 'nosuch.better', but there is no module"),
+        ("test_preference_rounds.takes_one", r"`judge` is .* expected `def takes_one\(prompt, answer, other\)`"),
+    ],
+)
+def test_judges_that_are_none(judge: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Judge(judge, seconds=1.0)
+
+
+def test_a_judge_that_fails() -> None:
+    """A pair that it fails for is undecided, which is said and counted; one that always fails is refused."""
+    ASKED.clear()
+    judge = Judge("test_preference_rounds.fails_at_times", seconds=1.0)
+    with pytest.warns(UserWarning, match=r"judge 'fails_at_times': ValueError: .* The pair counts as undecided"):
+        found = judge.preferred(["q"] * 7, ["a"] * 7, ["b"] * 7)
+    assert found.tolist() == [0.9, 0.9, 0.5, 0.9, 0.9, 0.5, 0.9] and judge.undecided == 2
+    judge.preferred(["q"] * 4, ["a"] * 4, ["b"] * 4)
+    assert judge.undecided == 1
+    texts = [[str(i) for i in range(8)]] * 3
+    with (
+        pytest.warns(UserWarning, match="undecided"),
+        pytest.raises(UsageError, match=r"the judge .* failed for every one of 8 pairs of answers.* --model.judge"),
+    ):
+        Judge("test_preference_rounds.fails", seconds=1.0).preferred(*texts)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:judge 'fails")
+def test_failures_of_a_judge_in_a_run(policy: Path) -> None:
+    """They are a metric; at the end one that never judged is refused, however few pairs there were."""
+    ASKED.clear()
+    module = train("DPO", policy, judge="test_preference_rounds.fails_at_times", rounds=1)
+    assert len(ASKED) == 12 and module.round.facts["judge/problems"] == 4
+    assert module.progress(module.global_step)["train/judge/problems"] == 4
+    with pytest.raises(UsageError, match=r"the judge .* failed for every one of"):
+        train("DPO", policy, judge="test_preference_rounds.fails", rounds=1, prompts=1)
 
 
 @pytest.mark.parametrize(

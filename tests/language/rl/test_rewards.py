@@ -229,6 +229,7 @@ def test_functions_of_the_user_cannot_stop_a_run(tmp_path, monkeypatch) -> None:
     with pytest.warns(UserWarning, match=r"reward 'brittle': KeyError: 'boom'; answer 'boom'. It scores 0"):
         found = reward(["q"] * 7, answers, [None] * 7)
     assert found.scores.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0] and found.problems == 5
+    assert found.failed.tolist() == [False, True, True, True, True, True, False]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert reward(["q"], ["nan"], [None]).problems == 1
