@@ -136,7 +136,7 @@ class Filters:
     """
 
     def __init__(self, spec: Spec | Sequence[Spec] | None, rewards: Sequence[str]) -> None:
-        listed = [] if spec is None else list(spec) if isinstance(spec, list | tuple) else [spec]
+        listed: list[Any] = [] if spec is None else list(spec) if isinstance(spec, list | tuple) else [spec]
         names = [str(named_spec("filter", one).get("name")) for one in listed]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
