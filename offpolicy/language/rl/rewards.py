@@ -20,7 +20,7 @@ from offpolicy.language.rl.group_rewards import GROUP_REWARDS
 from offpolicy.language.rl.reward_calls import FACTS, GROUPS, RESERVED, SECONDS, Call, Rows, TooLong, Watchdog, bind
 from offpolicy.language.rl.verifiers import REWARDS as OF_ONE
 from offpolicy.language.rl.verifiers import VERIFIERS, Reference, Verifier
-from offpolicy.registry import Spec, import_callable, make
+from offpolicy.registry import Spec, import_callable, make, named_spec
 
 REWARDS: dict[str, Callable[..., Any]] = {**OF_ONE, **GROUP_REWARDS}
 SOLVED = 1.0  # what a verifier gives to a right answer
@@ -122,7 +122,7 @@ class Rewards:
             raise UsageError("`reward` names none; expected one or several, such as final_number.")
         self._parts: dict[str, _Part] = {}
         for spec in listed:
-            given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+            given = named_spec(self.what, spec)
             weight = given.pop("weight", 1.0)
             check_range("weight", weight)
             at_call = {*FACTS, *({*RESERVED, *columns} - given.keys())}

@@ -251,6 +251,7 @@ def test_bad_rewards() -> None:
     for given, message in (
         ("final-number", "Did you mean 'final_number'"),
         ([], "names none"),
+        ([5], "expected a name, an import path"),
         (["exact", "exact"], "'exact' twice"),
         ({"name": "length"}, "without `limit`"),
         ({"name": "format", "patern": "a"}, "Did you mean 'pattern'"),
