@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 
 from offpolicy.language.module import LanguageModule
 from offpolicy.language.rl.answering import Answering
+from offpolicy.language.rl.engine import engine_name
 
 
 class DrawingModule(LanguageModule):
@@ -25,6 +28,23 @@ class DrawingModule(LanguageModule):
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
         self.close_engine()
+
+    def open_engine(self) -> int:
+        """Start what answers, on the device of training; returns the tokens of the longest prompt with its answer."""
+        trainer: Any = self.trainer
+        half = "bf16" in str(trainer.precision)
+        return self.answering.open(
+            self.model,
+            device=trainer.strategy.root_device,
+            dtype=torch.bfloat16 if half else next(self.model.parameters()).dtype,
+            folder=Path(trainer.default_root_dir),
+            seed=self.seed or 0,
+            local_rank=trainer.local_rank,
+        )
+
+    def cached_rows(self) -> int:
+        """Answers whose keys and values stand in this process's memory at once; an engine elsewhere has its own."""
+        return self.hparams.generation_batch if engine_name(self.hparams.engine) in ("transformers", "tiny") else 0
 
     def close_engine(self) -> None:
         """End what the engine has started."""

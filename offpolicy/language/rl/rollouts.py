@@ -36,7 +36,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -58,7 +57,6 @@ from offpolicy.language.rl.answering import Answering, Stopped
 from offpolicy.language.rl.asking import check_asking
 from offpolicy.language.rl.correcting import check_correction
 from offpolicy.language.rl.critic import Critic
-from offpolicy.language.rl.engine import engine_name
 from offpolicy.language.rl.forward import Forward
 from offpolicy.language.rl.iterating import IteratingModule
 from offpolicy.language.rl.iteration import Shape
@@ -334,26 +332,17 @@ class RolloutModule(IteratingModule):
         return self.hparams.group_size if self.objective.whole_groups else 1
 
     def workload(self) -> dict[str, Any]:
-        h, local = self.hparams, engine_name(self.hparams.engine) in ("transformers", "tiny")
+        h = self.hparams
         kind = "bfloat16" if base_dtype(h, self._training_device) == "bfloat16" else "float32"
         return {
             "critic": h.critic if self.objective.uses_critic else None,
             "reference": None if self.has_adapters else kind,  # the base of the divergence is a copy
-            "cached_rows": h.generation_batch if local else 0,
+            "cached_rows": self.cached_rows(),
             "cached_length": self.expected_tokens(),
         }
 
     def longest_row(self) -> int:
-        trainer = self.trainer
-        half = "bf16" in str(trainer.precision)
-        longest = self.answering.open(
-            self.model,
-            device=trainer.strategy.root_device,
-            dtype=torch.bfloat16 if half else next(self.model.parameters()).dtype,
-            folder=Path(trainer.default_root_dir),
-            seed=self.seed or 0,
-            local_rank=trainer.local_rank,
-        )
+        longest = self.open_engine()
         check_engine_lag(self.hparams.lag, self.answering.engine)
         check_reads_of_answers(self.objective, self.hparams.lag, self.answering.engine)
         return longest

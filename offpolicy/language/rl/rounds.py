@@ -38,7 +38,6 @@ from offpolicy.language.reference import Reference, ReferenceTable, evaluating
 from offpolicy.language.rl import pairing as pairs_of
 from offpolicy.language.rl.answering import Answering, Stopped
 from offpolicy.language.rl.drawing import DrawingModule
-from offpolicy.language.rl.engine import engine_name
 from offpolicy.language.rl.options import check_problems
 from offpolicy.language.rl.pairing import Chosen, Judge
 from offpolicy.language.rl.round_options import MADE, answering_options, check_round_options, reference_words
@@ -235,27 +234,18 @@ class RoundModule(DrawingModule, PreferenceModule):
     def longest_row(self) -> int:
         if not self.in_rounds:
             return super().longest_row()
-        trainer = self.trainer
-        half = "bf16" in str(trainer.precision)
-        return self.answers_of_row * self.answering.open(
-            self.model,
-            device=trainer.strategy.root_device,
-            dtype=torch.bfloat16 if half else next(self.model.parameters()).dtype,
-            folder=Path(trainer.default_root_dir),
-            seed=self.seed or 0,
-            local_rank=trainer.local_rank,
-        )
+        return self.answers_of_row * self.open_engine()
 
     def workload(self) -> dict[str, Any]:
         known = super().workload()
         if not self.in_rounds:
             return known
-        h, local = self.hparams, engine_name(self.hparams.engine) in ("transformers", "tiny")
+        h = self.hparams
         length = self.answering.longest_prompt() + h.max_new_tokens
         again = self.uses_reference and not h.lora_rank and h.reference in ("auto", "precomputed")  # opened each round
         return known | {
             "reference": known["reference"] or ("float32" if again else None),
-            "cached_rows": h.generation_batch if local else 0,
+            "cached_rows": self.cached_rows(),
             "cached_length": length,
         }
 
