@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from toy import toy_replay
 
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
+
+os.fsync = lambda handle: None  # a test loses no power, and its short run would wait for the disk a dozen times
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
