@@ -37,8 +37,8 @@ class DPA(RoundModule, SFT):
 
     Data are lists of answers whose scores are lists of k ≥ 2 numbers, read with ``--data.pair_strategy none``. In
     rounds they are problems, ``rewards`` has one for each objective, times its weight, and a prompt with a direction
-    counts as one of ``prompts``; its directions are the same in every round. Bring the objectives to one scale, as the
-    paper's 0 to 100.
+    counts as one of ``prompts``; its directions are drawn anew in every round. Held-out problems keep those of the
+    first. Bring the objectives to one scale, as the paper's 0 to 100.
 
     Args:
         max_angle: largest angle between a direction and the first objective, in degrees, in [0, 180].
@@ -99,13 +99,17 @@ class DPA(RoundModule, SFT):
         return found
 
     def problems_of(self, problems: Replay) -> Replay:
-        """A problem for each prompt and direction, with the column ``direction``."""
-        table = problems.tables["problems"]
-        v = self.drawn(problems, table[:, 0])
-        told, prompts = self._told(problems, table[:, 0], v)
-        tables = {name: np.repeat(column, v.shape[1], axis=0) for name, column in problems.tables.items()}
-        tables["problems"][:, 0] = prompts.reshape(-1)
-        tables["problems/direction"] = v.reshape(-1, v.shape[2]).numpy()
+        """A problem for each prompt and direction: the words and the column ``direction`` of each round.
+
+        The texts of a round stand behind those of the rounds before it, so that further rounds change none.
+        """
+        asked, rounds, count = problems.tables["problems"][:, 0], self.hparams.rounds, self.hparams.directions
+        v = torch.stack([self.drawn(problems, asked, self.seed or 0, k) for k in range(1, rounds + 1)])  # (R, P, D, k)
+        told, prompts = self._told(problems, np.tile(asked, rounds), v.flatten(0, 1))
+        tables = {name: np.repeat(column, count, axis=0) for name, column in problems.tables.items()}
+        tables["problems/asked"] = prompts.reshape(rounds, -1).T  # (P·D, R)
+        tables["problems/direction"] = v.flatten(1, 2).transpose(0, 1).numpy()  # (P·D, R, k)
+        tables["problems"][:, 0] = tables["problems/asked"][:, 0]
         found = type(problems)(told.steps, start=told.start, length=told.length, tables=tables, meta=problems.meta)
         if isinstance(problems, Problems) and isinstance(found, Problems):
             found.reopen = problems.reopen
@@ -123,7 +127,7 @@ class DPA(RoundModule, SFT):
         rewards, rows = self.answering.rewards, groups_in_order(store)
         parts = [store.episodes[f"reward/{name}"] * weight for name, weight in zip(rewards.names, rewards.weights)]
         scores = np.stack(parts, axis=1).astype(np.float64)  # (E, k)
-        v = self.problems.tables["problems/direction"][store.episodes["prompt"][rows[:, 0]]]
+        v = self.problems.tables["problems/direction"][store.episodes["prompt"][rows[:, 0]], iteration - 1]
         best = winner(*map(torch.from_numpy, (scores[rows], v[:, None])))[:, 0].numpy()
         texts, index = texts_of_answers(self.problems, store)
         texts.tables = {"singles": index[rows[np.arange(len(rows)), best]]}
@@ -150,13 +154,16 @@ class DPA(RoundModule, SFT):
                 "get a second direction; expected prompts without one. Pass the prompts that the rounds began with."
             )
 
-    def drawn(self, replay: Replay, prompts: np.ndarray) -> torch.Tensor:
-        """The directions of every prompt, (P, D, k) float64: by the hash of its tokens, so the same in every run."""
+    def drawn(self, replay: Replay, prompts: np.ndarray, seed: int = 0, iteration: int = 0) -> torch.Tensor:
+        """The directions of every prompt, (P, D, k) float64, by the hash of its tokens.
+
+        They are the same in every run where answers are given; else they are those of a seed and of a round.
+        """
         h, others = self.hparams, len(self.hparams.objectives) - 1
         digests = [blake2b(token_ids(replay, i).tobytes(), digest_size=5) for i in prompts]
         rows = torch.tensor([int.from_bytes(one.digest(), "big") for one in digests], device="cpu")
-        begin = torch.zeros(1, dtype=torch.int64, device="cpu")
-        angles, sides = (keys(0, name, begin)[0] for name in ("directions: angles", "directions: sides"))
+        at = torch.tensor([iteration], device="cpu")
+        angles, sides = (keys(seed, name, at)[0] for name in ("directions: angles", "directions: sides"))
         angle = uniforms(angles, rows, (h.directions,)) * math.radians(h.max_angle)
         return cone(angle, normals(sides, rows, (h.directions, others)).double())
 

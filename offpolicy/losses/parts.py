@@ -176,7 +176,7 @@ def _made_tokens() -> tuple[Tokens, Totals]:
     turn = torch.where(mask > 0, place // 2, -1)
     columns = dict.fromkeys(("prompt", "iteration", "policy_version", "source", "given"), row // 2)
     columns |= {"group": (row > 0).long(), "reward": numbers(ROWS), "length": mask.sum(-1).long(), "ended": row != 2}
-    columns |= {"turn": turn, "segment": turn}
+    columns |= {"turn": turn, "segment": turn, "stage": turn.clamp(max=0)}
     fields |= {"lag": row, "logp": fields["logp"].requires_grad_(), "columns": columns, "step": None}
     return Tokens(**fields), Totals(ROWS, int(mask.sum()), 2 * LENGTH, LENGTH)
 

@@ -44,8 +44,8 @@ class Tokens(NamedTuple):
             tokens of this step, without gradient; NaN while that move is not known.
         shift_variance: (B, T), the same of twice KL(before ‖ after) at each place, to second order; likewise.
         uniform: (B, T), numbers in [0, 1) that are a function of the seed, the step, the answer and the place.
-        columns: further columns of the store, by name, (B,) or (B, T), that a component lists in ``columns``: ``turn``
-            and ``segment`` (int64, −1 outside), ``group``, ``prompt``, ``reward``, ``length``, ``ended``.
+        columns: further columns of the store, by name, (B,) or (B, T), that a component lists in ``columns``: ``turn``,
+            ``segment`` and ``stage`` (int64, −1 outside), ``group``, ``prompt``, ``reward``, ``length``, ``ended``.
         step: what the component's ``step_facts`` said of the whole step: name → (B, T), (B,) or 0-d.
     """
 

@@ -59,6 +59,7 @@ class Measurement(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.run_log = pl_module.run_log
+        self.run_log.measurement = self
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.run_log.evaluation = {}
@@ -69,11 +70,16 @@ class Measurement(Callback):
         self.outstanding |= pl_module.evaluates_first  # where it was evaluated already, that row is taken
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if not self.outstanding:
+        if self.outstanding:
+            self.outstanding = False
+            self.make_up(trainer, pl_module)
+
+    def make_up(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure now, unless this update was measured before."""
+        if self.run_log.evaluation_at(trainer.global_step):
             return
-        self.outstanding = False
         row = trainer.strategy.broadcast({} if self.run_log.files is None else self.run_log.files.earlier)
-        if row:  # it was made, after the checkpoint that training goes on from
+        if row.get("step") == trainer.global_step:  # after the checkpoint that training goes on from
             self.keep_best(dict(row), pl_module.seeds)
             self.run_log.evaluation = row
         else:

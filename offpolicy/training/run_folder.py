@@ -159,6 +159,7 @@ class RunFolder(Checkpoint):
 
     def save(self, trainer: Trainer, pl_module: Any) -> None:
         """Write a checkpoint, and remove those that nobody needs any more."""
+        self._append(trainer, self.evals, self.run_log.evaluation)
         self._judge(trainer)
         self.final = pl_module.run.final == "weights_only" and trainer.global_step == trainer.max_steps
         self.settle()  # one at a time, and the data ask which checkpoints there are

@@ -46,6 +46,13 @@ class Files(Protocol):
         """Write where an evaluation failed."""
 
 
+class Measuring(Protocol):
+    """What judges a method in training: :class:`offpolicy.training.measurement.Measurement`."""
+
+    def make_up(self, trainer: Any, pl_module: Any) -> None:
+        """Measure now, unless this update was measured before."""
+
+
 @dataclass
 class RunLog:
     """What a run has found so far.
@@ -57,6 +64,7 @@ class RunLog:
         interrupted_by: the signal that ended the run, 0 when none did.
         files: what keeps the run on disk; None under a plain Trainer.
         bar: what shows the run to the user, if anything does.
+        measurement: what judges the method, if anything does.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +73,7 @@ class RunLog:
     interrupted_by: int = 0
     files: Files | None = None
     bar: Callback | None = None
+    measurement: Measuring | None = None
 
     def metrics_at(self, updates: int) -> dict[str, Any]:
         """The row of metrics of this update; empty when there is none."""

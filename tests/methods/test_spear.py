@@ -13,7 +13,7 @@ from tiny_rl import fit, make_policy, method
 
 from lightning_modules.spear import SPEAR
 from offpolicy.errors import UsageError
-from offpolicy.language.rl.lengths import CosineCycle
+from offpolicy.language.rl.lengths import CosineCycle, make_cycle
 from offpolicy.losses.policy_gradient import Objective
 from offpolicy.losses.tokens import Tokens, Totals
 
@@ -82,3 +82,7 @@ def test_lengths_along_a_cosine() -> None:
     assert [cycle.length(k, 100) for k in (0, 1, 2, 3, 5, 9)] == [100, 100, 91, 70, 40, 100]
     with pytest.raises(UsageError, match=r"length_cycle\.low"):
         CosineCycle(low=0.0)
+    with pytest.raises(UsageError, match="`length_cycle` is 5; expected parameters"):
+        make_cycle(5)
+    with pytest.raises(UsageError, match="takes no `lows`"):
+        make_cycle({"lows": 0.5})

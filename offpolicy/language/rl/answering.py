@@ -34,13 +34,12 @@ from offpolicy.language.rl.engine import (
 from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, make_engine, room
 from offpolicy.language.rl.filtering import Filters
 from offpolicy.language.rl.hints import check_hinted_rewards, helped
-from offpolicy.language.rl.lengths import CYCLES
+from offpolicy.language.rl.lengths import make_cycle
 from offpolicy.language.rl.options import check_right_answers
 from offpolicy.language.rl.probing import PROMPTS, probe
 from offpolicy.language.rl.rewards import Rewards, Scored
 from offpolicy.language.rl.rows import answer_row, rows_stored
 from offpolicy.language.sharding import gather
-from offpolicy.registry import make
 from offpolicy.trust import Words, speaking, trusting
 
 Answers = list[list[Completion]]  # to each request of this process
@@ -102,9 +101,7 @@ class Answering:
         check_hinted_rewards(self.asking.hints, self.rewards.comparing)
         with speaking(words):
             self.filters = Filters(h.filter, self.rewards.names)
-        self.cycle = (
-            None if h.length_cycle is None else make("length_cycle", {"name": "cosine", **h.length_cycle}, CYCLES)
-        )
+        self.cycle = make_cycle(h.length_cycle)
         for asked in (problems, held_out):
             if asked is not None:
                 check_right_answers(asked, self.rewards.verifiers)

@@ -117,7 +117,10 @@ class AskedProblems:
         if self.templates:
             key = sampling.keys(seed, "templates", torch.tensor([iteration], device="cpu"))[0]
             return 1 + (sampling.bits(key, torch.from_numpy(slot)) % len(self.templates)).numpy()
-        return np.zeros_like(problem) if self.hints is None else self.hints.tier_of(problem)
+        if self.hints is not None:
+            return self.hints.tier_of(problem)
+        asked = self.problems.tables.get("problems/asked")  # of the method: other words in each iteration
+        return np.full_like(problem, 0 if asked is None else min(iteration, asked.shape[1]) - 1)
 
     def look(self, model: Any) -> None:
         """Show the curriculum the policy, if it wants to see it; called on all processes with new weights."""

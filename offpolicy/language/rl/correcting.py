@@ -2,8 +2,9 @@
 
 An answer in the store is then the first answer, the instruction and the second answer, end to end behind the prompt of
 the problem, and what the policy is asked for the second is what stands before it there. The column ``turn`` of the
-tokens is 0 in the first answer, 1 in the second, and −1 in the instruction, which counts in no part of the loss. The
-rewards and ``reward`` are of the second answer, ``first_reward`` is of the first.
+tokens is 0 in the first answer, 1 in the second, and −1 in the instruction, which counts in no part of the loss; their
+column ``stage`` is 0 in the first stage of the rule and 1 afterwards. The rewards and ``reward`` are of the second
+answer, ``first_reward`` is of the first.
 """
 
 from __future__ import annotations
@@ -37,8 +38,7 @@ class Score:
 
     Args:
         bonus: α ≥ 0.
-        first_stage: iterations of the first stage, ≥ 0. The anchor ``turn_kl`` ends at knots of its own, which do not
-            follow: [[first_stage, 0.1], [first_stage + 1, 0]].
+        first_stage: iterations of the first stage, ≥ 0; the anchor ``turn_kl`` ends with it.
         instruction: what stands between the two answers, in the form that the policy reads, turns of a chat included.
     """
 
@@ -57,9 +57,13 @@ class Score:
         words = "two answers to each question; advantages by turn, whatever the objective says; evaluations have one"
         return f"{words}; the first {self.first_stage} iterations reward the second alone"
 
+    def stage(self, iteration: int) -> int:
+        """The stage of an iteration, 0 or 1."""
+        return int(iteration > self.first_stage)
+
     def rewards(self, first: torch.Tensor, second: torch.Tensor, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the tokens of the first and of the second answers get, (B,) each."""
-        if iteration <= self.first_stage:
+        if not self.stage(iteration):
             return torch.zeros_like(first), second
         return first, second + self.bonus * (second - first)
 
@@ -98,14 +102,16 @@ def corrected(
     answering: FurtherAnswers, made: list[dict[str, Any]], instruction: np.ndarray, k: int, seed: int, stop: Stop
 ) -> list[dict[str, Any]]:
     """What this process has drawn, with second answers."""
+    assert answering.correction is not None
     prompts = [answering.prompt(row["problem"], row["asked"]) for row in made]
     requests = requests_again(made, prompts, instruction, answering.options.group_size)
     answers = answering.generated(requests, k, seed, stop)
-    return [in_two_turns(row, instruction, some[0]) for row, some in zip(made, answers)]
+    stage = answering.correction.stage(k)
+    return [in_two_turns(row, instruction, some[0], stage) for row, some in zip(made, answers)]
 
 
-def in_two_turns(row: dict[str, Any], instruction: np.ndarray, second: Completion) -> dict[str, Any]:
-    """The row of a first answer with the instruction and the second answer behind it."""
+def in_two_turns(row: dict[str, Any], instruction: np.ndarray, second: Completion, stage: int) -> dict[str, Any]:
+    """The row of a first answer, drawn in a stage, with the instruction and the second answer behind it."""
     parts = {
         "token": (row["token"], instruction, second.token),
         "logp": (row["logp"], np.zeros(len(instruction)), second.logp),
@@ -117,6 +123,7 @@ def in_two_turns(row: dict[str, Any], instruction: np.ndarray, second: Completio
         **row,
         **{name: np.concatenate(some) for name, some in parts.items()},
         "turn": np.repeat([FIRST, NOBODY, SECOND], length),
+        "stage": np.full(sum(length), stage),
         "first": length[0],
         "behind": length[0] + length[1],
         "first_ended": row["ended"],

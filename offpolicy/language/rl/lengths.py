@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from offpolicy.errors import check_range
+from offpolicy.errors import UsageError, check_range
+from offpolicy.registry import make
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,16 @@ class CosineCycle:
 
 
 CYCLES = {"cosine": CosineCycle}
+
+
+def make_cycle(spec: Any) -> CosineCycle | None:
+    """The cycle of the option ``length_cycle``; None for none.
+
+    Raises:
+        UsageError: it is no mapping of parameters, or one of them cannot be.
+    """
+    if spec is None:
+        return None
+    if not isinstance(spec, Mapping):
+        raise UsageError(f"`length_cycle` is {spec!r}; expected parameters, as {{'low': 0.5, 'iterations': 100}}.")
+    return make("length_cycle", {"name": "cosine", **spec}, CYCLES)

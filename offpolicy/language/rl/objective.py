@@ -62,12 +62,13 @@ def age_fact(objective: Objective) -> str:
     return "corrected: " + text.format(cap="" if cap is None else f", at most {cap:g}", weight=weight)
 
 
-def objective_facts(objective: Objective, micro_batches: int) -> list[tuple[str, str]]:
+def objective_facts(objective: Objective, micro_batches: int, turns: int = 1) -> list[tuple[str, str]]:
     """The lines on what the parts of an objective ask for beyond their micro-batch.
 
     Args:
         objective: of the run.
         micro_batches: of a step, over all processes.
+        turns: of an answer.
     """
     lines = []
     if objective.sees_step and micro_batches > 1:
@@ -78,7 +79,7 @@ def objective_facts(objective: Objective, micro_batches: int) -> list[tuple[str,
     if wants_trial(objective):
         words = "a part asks how it would move the output layer: all of it goes through the policy once more, first, "
         lines.append(("step", words + "for the gradient of that layer"))
-    if "turn" in objective.columns:
+    if "turn" in objective.columns and turns == 1:
         lines.append(("turns", "answers have one turn each, so a part that looks at turns looks at whole answers"))
     return lines
 

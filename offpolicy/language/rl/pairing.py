@@ -18,6 +18,7 @@ from offpolicy.compute import processes
 from offpolicy.data import sampling
 from offpolicy.data.columns import to_numpy
 from offpolicy.data.replay import Replay
+from offpolicy.data.texts.rollouts import asked_texts
 from offpolicy.data.texts.sequences import spans, token_ids
 from offpolicy.errors import UsageError
 from offpolicy.language.generation import answer_text, prompt_text, unended
@@ -193,16 +194,21 @@ def token_lists(store: Replay) -> list[np.ndarray]:
     return [token_ids(store, row) for row in range(store.num_episodes)]
 
 
+def prompts_of(problems: Replay, store: Replay) -> np.ndarray:
+    """The number of the text that each answer of a store was asked with, (E,)."""
+    return asked_texts(problems, store.episodes["prompt"], store.episodes.get("asked"))
+
+
 def prompt_texts(problems: Replay, store: Replay, tokenizer: Any) -> list[str]:
     """The text of the prompt of each answer of a store."""
-    rows = store.episodes["prompt"].tolist()
-    known = {row: prompt_text(tokenizer, token_ids(problems, problems.tables["problems"][row, 0])) for row in {*rows}}
-    return [known[row] for row in rows]
+    numbers = prompts_of(problems, store).tolist()
+    known = {number: prompt_text(tokenizer, token_ids(problems, number)) for number in {*numbers}}
+    return [known[number] for number in numbers]
 
 
 def texts_of_answers(problems: Replay, store: Replay) -> tuple[Replay, np.ndarray]:
     """The answers of a round with their prompts as texts, and the numbers of both for each answer, (E, 2)."""
-    prompts, number = np.unique(problems.tables["problems"][store.episodes["prompt"], 0], return_inverse=True)
+    prompts, number = np.unique(prompts_of(problems, store), return_inverse=True)
     asked = to_numpy(problems.steps["token"])[spans(problems, prompts)]
     length = np.concatenate([problems.length[prompts], store.length])
     token = np.concatenate([asked, to_numpy(store.steps["token"])])
@@ -245,9 +251,9 @@ def rows_of_round(
         stops: tokens that end an answer.
         scores: of the answers, (E,) or (E, k).
     """
-    found = []
+    found, asked = [], prompts_of(problems, store)
     for rows in groups_in_order(store):
-        prompt = token_ids(problems, problems.tables["problems"][store.episodes["prompt"][rows[0]], 0])
+        prompt = token_ids(problems, asked[rows[0]])
         answers = [unended(token_ids(store, row), stops) for row in rows]
         found.append(
             {
@@ -266,9 +272,9 @@ def rows_of_pairs(
 ) -> list[dict[str, Any]]:
     """The pairs of a judge as rows, which are data to train on; arguments as of :func:`rows_of_round`."""
     assert chosen.agreement is not None
-    found = []
+    found, asked = [], prompts_of(problems, store)
     for better, worse, agreement in zip(chosen.better, chosen.worse, chosen.agreement.tolist()):
-        prompt = token_ids(problems, problems.tables["problems"][store.episodes["prompt"][better], 0])
+        prompt = token_ids(problems, asked[better])
         texts = [answer_text(tokenizer, prompt, unended(token_ids(store, row), stops)) for row in (better, worse)]
         sides = dict(zip(("chosen", "rejected"), texts))
         found.append({"prompt": prompt_text(tokenizer, prompt), **sides, "agreement": agreement})

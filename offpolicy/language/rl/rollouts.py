@@ -138,8 +138,7 @@ class RolloutModule(IteratingModule):
             (:class:`offpolicy.language.rl.hints.Hints`); None for no hints.
         correction: gives answers a second turn, in which the policy corrects the first: "score", ``{"name": "score",
             "bonus": 10.0, "first_stage": 100, "instruction": …}`` (:class:`offpolicy.language.rl.correcting.Score`), or
-            an import path; None for one turn. ``max_new_tokens`` is of a turn. The knots of the anchor ``turn_kl`` do
-            not follow ``first_stage``.
+            an import path; None for one turn. ``max_new_tokens`` is of a turn.
         demonstrations: answers of each group that are demonstrations of the data, where there is one: 0 or 1.
         demonstration_share: of a demonstration that is given, in (0, 1]: below 1 the policy goes on from its first
             tokens (a share of them, rounded down; at least one, never the last).
@@ -407,7 +406,7 @@ class RolloutModule(IteratingModule):
 
     def objective_facts(self) -> list[tuple[str, str]]:
         """The lines on the objective."""
-        return objective_facts(self.objective, self.micro.number * self.world_size)
+        return objective_facts(self.objective, self.micro.number * self.world_size, self.answering.turns)
 
     def _replay_facts(self) -> list[tuple[str, str]]:
         """The line on a rule of replay other than the usual one."""

@@ -305,7 +305,14 @@ class RoundModule(DrawingModule, PreferenceModule):
             self.trainer.datamodule.on_block_start(self)  # type: ignore[attr-defined]
         except Stopped:
             return self.stop_drawing()
-        return self.end_here() if self._table is None else None
+        return self.end_early() if self._table is None else None
+
+    def end_early(self) -> int:
+        """End the run, as the rounds that are left teach nothing: the last update was the last one, and is judged."""
+        self.trainer.fit_loop.epoch_loop.max_steps = self.global_step
+        if self.run_log.measurement is not None:
+            self.run_log.measurement.make_up(self.trainer, self)
+        return self.end_here()
 
     def roll_out(self, store: Replay | None) -> Replay:
         """The answers of the next round that teaches something.

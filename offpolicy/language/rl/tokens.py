@@ -39,7 +39,7 @@ def check_columns(columns: Collection[str], rewards: Collection[str], given: Col
         rewards: names of the rewards.
         given: columns that the advantage gives.
     """
-    known = [*OF_ANSWERS, "turn", "token", *(f"reward/{name}" for name in rewards), *sorted(given)]
+    known = [*OF_ANSWERS, "turn", "stage", "token", *(f"reward/{name}" for name in rewards), *sorted(given)]
     for name in sorted(set(columns) - set(known)):
         alike = [other for other in known if resembles(name, other)]  # the others may be of stores elsewhere
         raise UsageError(

@@ -116,20 +116,23 @@ class K3(KL):
 class TurnKL(K3):
     """The estimator e^δ − 1 − δ on the tokens of one turn of a conversation, 0 on others (SCoRe, arXiv:2409.12917).
 
+    It ends with the first stage of SCoRe: where the column ``stage`` of a token is above 0, it is 0.
+
     Args:
-        coef, target, correction: as of ``k3``; SCoRe ends it with its first stage: [[100, 0.1], [101, 0]].
+        coef, target, correction: as of ``k3``.
         turn: whose tokens, from 0.
     """
 
     turn: int = 0
-    columns: ClassVar[frozenset[str]] = frozenset({"turn"})
+    columns: ClassVar[frozenset[str]] = frozenset({"turn", "stage"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("turn", self.turn, 0)
 
     def __call__(self, tokens: Tokens, *, iteration: int) -> Tensor:
-        return super().__call__(tokens, iteration=iteration) * (column(tokens, "turn") == self.turn)
+        held = (column(tokens, "turn") == self.turn) & (column(tokens, "stage") <= 0)
+        return super().__call__(tokens, iteration=iteration) * held
 
 
 class FullKL(KL):

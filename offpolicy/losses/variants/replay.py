@@ -207,7 +207,7 @@ ROWS = (
         {
             "trust": "none",
             "aggregation": "seq_sum",
-            "anchors": ({"name": "k3", "coef": 0.01}, {"name": "turn_kl", "coef": [[100, 0.1], [101, 0.0]]}),
+            "anchors": ({"name": "k3", "coef": 0.01}, {"name": "turn_kl", "coef": 0.1}),
         },
         {"correction": "score"},
         differs="the first answer is rewarded by its own reward alone, and a turn's baseline is its group's mean",

@@ -48,7 +48,8 @@ def test_second_requests_and_rows() -> None:
     asked = requests_again([first, {**first, "token": np.array([5])}], [np.array([9])] * 2, np.array([6, 7]), 4)
     assert [one.prompt.tolist() for one in asked] == [[9, 4, 2, 6, 7], [9, 5, 6, 7]]
     assert [one.number for one in asked] == [AGAIN + 12, AGAIN + 13]
-    row = in_two_turns(first, np.array([6, 7]), Completion(np.array([8]), np.array([-3.0]), False))
+    row = in_two_turns(first, np.array([6, 7]), Completion(np.array([8]), np.array([-3.0]), False), 1)
+    assert row["stage"].tolist() == [1] * 5
     assert row["token"].tolist() == [4, 2, 6, 7, 8] and row["turn"].tolist() == [0, 0, -1, -1, 1]
     assert row["logp"].tolist() == row["sampler_logp"].tolist() == [-1, -2, 0, 0, -3]
     assert row["first_ended"] and not row["ended"] and (row["first"], row["behind"]) == (2, 4)
@@ -75,18 +76,20 @@ def test_the_instruction_does_not_count() -> None:
 
 
 def test_divergence_of_one_turn_by_hand() -> None:
-    """e^δ − 1 − δ with δ = ln 2 on the first turn, nothing elsewhere, and nothing once the stage is over."""
+    """e^δ − 1 − δ with δ = ln 2 on the first turn, nothing elsewhere, and nothing in the second stage."""
     logp = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
     base = torch.full((1, 4), np.log(2.0), dtype=torch.float64)
     turn = torch.tensor([[0, 0, -1, 1]])
-    mask = (turn >= 0).double()
-    tokens = Tokens(logp, mask, torch.zeros(1), logp.detach(), logp.detach(), base_logp=base, columns={"turn": turn})
-    part = TurnKL([[2, 0.1], [3, 0.0]])
-    found = part(tokens, iteration=2)
+    mask, columns = (turn >= 0).double(), {"turn": turn, "stage": torch.zeros_like(turn)}
+    tokens = Tokens(logp, mask, torch.zeros(1), logp.detach(), logp.detach(), base_logp=base, columns=columns)
+    part = TurnKL(0.1)
+    found = part(tokens, iteration=1)
     torch.testing.assert_close(found[0], 0.1 * (1 - np.log(2.0)) * torch.tensor([1.0, 1, 0, 0], dtype=torch.float64))
     found.sum().backward()
     torch.testing.assert_close(logp.grad, torch.tensor([[-0.1, -0.1, 0, 0]], dtype=torch.float64))
-    assert part(tokens, iteration=3).abs().sum() == 0
+    tokens = tokens._replace(columns=columns | {"stage": torch.ones_like(turn)})
+    assert part(tokens, iteration=1).abs().sum() == 0
+    assert [Score(first_stage=2).stage(k) for k in (1, 2, 3)] == [0, 0, 1]
 
 
 class Spy:
@@ -117,7 +120,7 @@ OPTIONS: dict[str, Any] = {
     "objective": {
         "trust": "none",
         "aggregation": "seq_sum",
-        "anchors": [{"name": "turn_kl", "coef": [[1, 0.1], [2, 0.0]]}],
+        "anchors": [{"name": "turn_kl", "coef": 0.1}],
         "weight": [f"{__name__}.Spy"],
     },
 }
@@ -148,7 +151,7 @@ def test_a_run_in_two_turns_resumes(policy: Path, tmp_path: Path) -> None:
         assert not differences(found[part], expected[part], part)
     store = whole.course.rollouts.store
     turn, own = store.steps["turn"], store.steps["turn"] >= 0
-    assert set(turn.tolist()) == {0, -1, 1}
+    assert set(turn.tolist()) == {0, -1, 1} and (store.steps["stage"] == 1).all()  # of the second iteration
     np.testing.assert_allclose(store.steps["logp"][own], store.steps["sampler_logp"][own], atol=1e-4)
     said = AutoTokenizer.from_pretrained(policy)(INSTRUCTION, add_special_tokens=False)["input_ids"]
     assert store.steps["token"][turn == -1].tolist() == said * store.num_episodes

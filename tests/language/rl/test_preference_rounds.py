@@ -387,10 +387,15 @@ def test_the_command_reads_problems_where_there_are_rounds(policy: Path) -> None
 
 def test_dpa_learns_from_the_best_answer_for_the_direction_that_its_prompt_states(policy: Path, tmp_path: Path) -> None:
     rewards = ["tiny_rl.early_letters", {"name": "tiny_rl.ends_early", "weight": 0.5}]
-    module = train("DPA", policy, tmp_path, rewards=rewards, directions=3, rounds=1)
+    module = train("DPA", policy, tmp_path, rewards=rewards, directions=3)
     problems, texts = module.problems, module._table.texts
     assert len(problems.tables["problems"]) == len(texts) == 18
-    rows = [json.loads(line) for line in (tmp_path / "rounds" / "round0001.jsonl").read_text().splitlines()]
+    first, rows = (
+        [json.loads(line) for line in (tmp_path / "rounds" / f"round000{k}.jsonl").read_text().splitlines()]
+        for k in (1, 2)
+    )
+    said = [{tuple(row["direction"]) for row in some} for some in (first, rows)]
+    assert not said[0] & said[1] and [len(one) for one in said] == [18, 18]  # drawn anew in each round
     kept = module.answering.texts([tiny_tokens(texts, i) for i in range(len(texts))])
     for row, answer in zip(rows, kept):
         scores = [[early_letters("", one, None), 0.5 * ends_early("", one, None)] for one in row["completions"]]
@@ -421,6 +426,7 @@ def test_a_run_ends_where_later_rounds_teach_nothing(policy: Path, tmp_path: Pat
     module = train("DPO", policy, tmp_path, **options)
     steps = module.global_step
     assert 0 < steps <= 3 and module.round.number == 3
+    assert [row["step"] for row in run_files(tmp_path, steps)["evals"]] == [steps]  # which nobody knew to be the last
     asked = len(ASKED)
     again = train("DPO", policy, tmp_path, ckpt_path=newest_checkpoint(tmp_path), **options)
     assert again.global_step == steps and len(ASKED) == asked
