@@ -20,6 +20,7 @@ from offpolicy.moved import names_of
 
 Value = int | float | str
 MARGINS = "margins.csv"  # of a run on pairs: the margin of each at the newest evaluation
+LONGEST = 200  # bytes of a name made safe; file systems take 255, and some are put before and behind it
 PLACES = "seeds.json"  # in a joint folder: seed → its folder, as seen from there
 __getattr__ = names_of("offpolicy.files")  # what stood here in version 0.1
 
@@ -257,7 +258,7 @@ def method_folder(root: str | os.PathLike[str], data: str, method: str) -> Path:
 
 def safe_name(name: str) -> str:
     """`name` as one folder name: 'D4RL/pen/human-v2' -> 'D4RL-pen-human-v2'."""
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "unnamed"
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.").encode()[:LONGEST].decode(errors="ignore") or "unnamed"
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -286,6 +286,17 @@ def check_dataset(dataset: Any, path: Path, key: str, *, size: bool = True) -> N
         check_size(path, key, found, dataset.get_storage_size())
 
 
+def unwritten(dataset: Any) -> float:
+    """The share of a data set (``h5py.h5d.DatasetID``) that was never written, in [0, 1]: it reads as zeros."""
+    from h5py import h5d
+
+    plist = dataset.get_create_plist()
+    if plist.get_layout() != h5d.CHUNKED:
+        return float(prod(dataset.shape or ()) > 0 and dataset.get_storage_size() == 0)
+    whole = prod(-(-rows // chunk) for rows, chunk in zip(dataset.shape, plist.get_chunk()))
+    return 1 - dataset.get_num_chunks() / whole if whole else 0.0
+
+
 def check_heaps(path: Path) -> None:
     """Refuse an HDF5 file with a broken heap of texts of any length, on which its library would loop without an end.
 

@@ -93,7 +93,10 @@ def resolve(text: str | os.PathLike[str], *, language: bool = False) -> Target:
     """
     path = place("data", text)
     name = os.fspath(text)
-    found = _of_path(path) if path.exists() else None
+    try:
+        found = _of_path(path) if path.exists() else None
+    except OSError as error:  # its name is too long, or a folder above it is closed to us
+        raise UsageError(f"{name[:80]} cannot be looked for: {error.strerror}. Check the path.") from None
     if found is not None:
         return found
     known = _known().get(fold(name))
@@ -119,6 +122,8 @@ def resolve(text: str | os.PathLike[str], *, language: bool = False) -> Target:
             f"({', '.join(FILES)})"
             f" or a folder.{nearest(name, known_names())} `python -m offpolicy.data show` lists the known names."
         )
+    if path.is_symlink():
+        raise UsageError(f"{path} is a link to {os.readlink(path)}, which does not exist. Correct the link.")
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UsageError(
         f"{path} does not exist; expected a data file or folder.{nearest(path.name, siblings)} Check the path."
@@ -200,6 +205,8 @@ def _of_path(path: Path) -> Target | None:
             return Target("language", path.name, path)
         return None
     suffix = file_type(path)
+    if suffix in (*LANGUAGE, *FILES) and not path.is_file():  # it might never give anything
+        raise UsageError(f"{path} is a pipe, socket or device; expected a file or folder. Write the data to a file.")
     if suffix in LANGUAGE:
         return Target("language", path.name[: -len(suffix)], path)
     if suffix not in FILES:

@@ -59,10 +59,15 @@ class Steps:
     def replay(self, meta: Mapping[str, Any]) -> Replay:
         obs = np.stack(self.obs)
         bad = np.flatnonzero(~np.isfinite(obs).all(1))
-        if len(bad):
-            raise UsageError(f"{meta['env_id']} gave an observation that is not finite; expected finite numbers.")
         stop = np.array([end[0] for end in self.ends], np.int64)
         start = np.append(0, stop[:-1])
+        if len(bad):
+            which = int(np.searchsorted(stop, bad[0], side="right"))
+            raise UsageError(
+                f"{meta['env_id']} gave an observation that is not finite, before action {bad[0] - start[which] + 1} "
+                f"of what was played of episode {self.ends[which][2] + 1} (seed {self.ends[which][3]}); expected "
+                "finite numbers. Correct the environment."
+            )
         return Replay(
             {
                 "obs": obs,

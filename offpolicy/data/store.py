@@ -21,6 +21,7 @@ import numpy as np
 from offpolicy.data.columns import to_numpy
 from offpolicy.data.guard import faults, inside, open_npy, read_archive, read_json
 from offpolicy.errors import DataError
+from offpolicy.files import safe_name
 
 FORMAT = 1
 READ_THROUGH = 2 << 30  # bytes of columns: of larger sets the fingerprint is believed and the content sampled
@@ -58,7 +59,7 @@ def write_folder(target: Path, parts: Parts, meta: Mapping[str, Any], fingerprin
         (temporary / "steps").mkdir()
         names = {}
         for i, (name, column) in enumerate(parts["steps"].items()):
-            names[name] = f"{i:02d}-{name.replace('/', '.')}.npy"
+            names[name] = f"{i:02d}-{safe_name(name.replace('/', '.'))}.npy"
             np.save(temporary / "steps" / names[name], to_numpy(column), allow_pickle=False)
         small = {
             f"{kind}/{name}": to_numpy(column)

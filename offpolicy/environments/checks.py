@@ -17,6 +17,7 @@ from offpolicy.errors import UsageError
 
 RESET = "reset(seed=…, options=…) to return (observation, info), as in gymnasium"
 STEP = "step(action) to return (observation, reward, terminated, truncated, info), as in gymnasium"
+LARGEST = float(np.finfo(np.float32).max)  # of a reward, as it is kept
 REMEDY = "Correct the environment, or train without evaluation: --run.eval_episodes=0."
 
 
@@ -67,18 +68,18 @@ class Episode:
         """Reward, whether the episode is over, and info; the observation goes into ``out`` (width,) float32."""
         self.step_number += 1
         try:
-            found = self.env.step(action)
+            found = self.env.step(action.copy())  # what is stored is what was chosen, whatever it does with its own
         except (Exception, SystemExit) as error:
             raise self.failed(error, STEP) from error
         if not isinstance(found, tuple) or len(found) != 5 or not isinstance(found[4], (Mapping, type(None))):
             raise self.refuse(f"returned {_form(found)}", STEP)
         observation, reward, terminated, truncated, info = found
         value = self.one_number("reward", reward)
-        if not math.isfinite(value):
-            raise self.refuse(f"gave the reward {value}", "a finite number")
+        if not abs(value) <= LARGEST:  # NaN too
+            raise self.refuse(f"gave the reward {str(value)[:60]}", "a finite number of float32")
         self.put(observation, out)
-        self.terminated = bool(self.one_number("terminated", terminated))
-        over = self.terminated or bool(self.one_number("truncated", truncated))
+        self.terminated = self.flag("terminated", terminated)
+        over = self.terminated or self.flag("truncated", truncated)
         return value, over, info or {}
 
     def success(self, info: Mapping[str, Any]) -> bool | None:
@@ -90,6 +91,13 @@ class Episode:
         if math.isnan(value):
             raise self.refuse("reported the success nan", "true or false")
         return bool(value)
+
+    def flag(self, name: str, value: Any) -> bool:
+        """Whether an episode is over by what was returned as ``name``."""
+        found = self.one_number(name, value)
+        if found not in (0, 1):
+            raise self.refuse(f"gave a `{name}` of {found}", "true or false")
+        return bool(found)
 
     def put(self, observation: Any, out: np.ndarray) -> None:
         """Write an observation, its parts side by side, into a row (width,) float32."""
@@ -115,7 +123,7 @@ class Episode:
 
     def _numbers(self, parts: list[Any]) -> np.ndarray:
         try:
-            arrays = [np.ravel(part) for part in parts]
+            arrays = [np.ravel(np.ma.filled(part, np.nan)) for part in parts]  # masked numbers are missing ones
         except Exception as error:  # ragged lists, tensors on another device
             raise self.failed(error, "an observation of numbers") from error
         for array in arrays:

@@ -1,6 +1,7 @@
 """What a name or path is taken for."""
 
 import csv
+import os
 import subprocess
 import sys
 from importlib.resources import files
@@ -176,3 +177,18 @@ def test_nothing_heavy_is_imported() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_places_where_no_data_can_be(tmp_path: Path) -> None:
+    """A pipe would be waited for without an end."""
+    os.mkfifo(tmp_path / "a.hdf5")
+    os.mkfifo(tmp_path / "a.jsonl")
+    (tmp_path / "b.hdf5").symlink_to("gone.hdf5")
+    for name, said in (
+        ("a.hdf5", "is a pipe, socket or device"),
+        ("a.jsonl", "is a pipe, socket or device"),
+        ("b.hdf5", "is a link to gone.hdf5, which does not exist"),
+        ("c" * 5000 + ".hdf5", "cannot be looked for: File name too long"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            resolve(tmp_path / name, language=True)

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ import offpolicy as op
 from offpolicy.data import sampling
 from offpolicy.data.module import DataModule
 from offpolicy.data.online import OnlineOptions
+from offpolicy.data.players import Players
 from offpolicy.data.replay import Replay
 from offpolicy.data.ring import Ring
 from offpolicy.data.views import BoundView
@@ -163,6 +165,36 @@ def test_bad_options_are_refused_before_anything_is_collected(
     with pytest.raises(UsageError, match=said):
         collect(tmp_path / "run", scratch(**options))
     assert not (tmp_path / "run" / "replay").exists()
+
+
+class Grabbing(Counting):
+    """Writes over the action that it is given."""
+
+    def step(self, action: Any) -> Any:
+        action.fill(7.0)
+        return super().step(action)
+
+
+class Blind(Counting):
+    def step(self, action: Any) -> Any:
+        obs, *rest = super().step(action)
+        return np.where(obs[1] == 2, np.nan, obs), *rest
+
+
+gymnasium.register("Grabbing-v0", Grabbing, max_episode_steps=6)
+gymnasium.register("Blind-v0", Blind, max_episode_steps=6)
+
+
+def test_an_environment_cannot_change_the_actions_that_are_stored(tmp_path: Path) -> None:
+    players = Players({"env_id": "Grabbing-v0"}, 1, keep=False, whole=False)
+    found = players.play(lambda obs, steps: np.full((len(obs), 1), 0.5), 9)
+    assert (found.steps["action"] == 0.5).all()
+
+
+def test_an_observation_of_nan_is_told_with_its_place() -> None:
+    players = Players({"env_id": "Blind-v0"}, 1, keep=False, whole=False)
+    with pytest.raises(UsageError, match=r"not finite, before action 3 of .* episode 1 \(seed \d+\)"):
+        players.play(lambda obs, steps: np.zeros((len(obs), 1)), 9)
 
 
 def test_options_of_collecting_without_steps_to_collect_are_refused() -> None:

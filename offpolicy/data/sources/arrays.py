@@ -18,6 +18,7 @@ from offpolicy.data.sources.containers import plain_columns
 from offpolicy.data.sources.fetch import Lock, npz_names
 from offpolicy.data.spaces import bounds_meta, check_some_numbers, environment_facts
 from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.given import whole
 from offpolicy.trust import take_environment
 
 TIMEOUT_STEPS = ("drop", "keep", "self")
@@ -86,7 +87,12 @@ def from_arrays(
         width = arrays[action].shape[1] if action is not None and arrays[action].ndim == 2 else 1
         meta |= {"action_low": None, "action_high": None} | bounds_meta(action_low, action_high, "given", width)
         facts.setdefault("action_dim", width)
-    if ref_min_score is not None and ref_max_score is not None:
+    if ref_min_score is not None or ref_max_score is not None:
+        if ref_min_score is None or ref_max_score is None or not ref_min_score < ref_max_score:
+            raise UsageError(
+                f"`ref_min_score` is {ref_min_score} and `ref_max_score` {ref_max_score}; expected two returns, the "
+                "smaller first. Correct them, or leave both out."
+            )
         meta |= {"ref_min_score": ref_min_score, "ref_max_score": ref_max_score, "score_kind": "normalised"}
     return assemble(
         arrays,
@@ -231,7 +237,7 @@ def environment(
         UsageError: it is unknown, or cannot be made.
     """
     if max_episode_steps is not None:
-        meta["max_episode_steps"] = int(max_episode_steps)
+        meta["max_episode_steps"] = whole("max_episode_steps", max_episode_steps, 1)
     if obs_keys is not None:
         meta["obs_keys"] = list(obs_keys)
     if env_id is None:

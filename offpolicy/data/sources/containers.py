@@ -87,7 +87,13 @@ def as_array(name: str, value: Any, obs_keys: list[str] | None = None) -> np.nda
     parts = as_mapping(value)
     if parts is not None:
         return joined_parts(name, parts, obs_keys)
-    value = _of_tensor(value)
+    try:
+        value = _of_tensor(value)
+    except Exception as error:  # tensors without numbers, quantized or of rows of several lengths
+        raise DataError(
+            f"`{name}` ({type(value).__name__}) cannot be made an array: {str(error)[:200].rstrip('.')}. Expected "
+            "numbers in rows of one shape; pass a plain tensor or array."
+        ) from None
     if isinstance(value, np.ma.MaskedArray):
         value = _unmasked(name, value)
     if isinstance(value, (set, frozenset)) or callable(value):

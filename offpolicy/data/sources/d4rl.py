@@ -21,7 +21,7 @@ import numpy as np
 from offpolicy.data import ends
 from offpolicy.data.columns import to_numpy
 from offpolicy.data.doubts import precision_doubts
-from offpolicy.data.guard import check_dataset, check_heaps
+from offpolicy.data.guard import check_dataset, check_heaps, unwritten
 from offpolicy.data.raw import ALIASES, match
 from offpolicy.data.replay import Replay
 from offpolicy.data.sources.arrays import assemble, check_columns
@@ -260,6 +260,11 @@ def _columns(
     if scalars:
         extra["metadata"] = scalars
     doubts = precision_doubts(wide, rows, lambda dataset, chosen: _sample(dataset, chosen))
+    doubts += [
+        f"{share:.0%} of `{key}` was never written to the file and reads as zeros: what wrote it may have been stopped"
+        for key, dataset in found.items()
+        if key in columns and (share := unwritten(dataset.id))
+    ]
     if doubts:
         extra["warnings"] = doubts
     return columns, extra, [f"not read: {listed(skipped)}"] if skipped else []

@@ -47,7 +47,8 @@ def _walk(path: Path, group: h5py.Group, prefix: str, found: dict[str, Any], abo
                 "the column."
             ) from None
         if isinstance(item, h5py.Dataset):
-            found[key] = item
+            if item.shape is not None:  # else it holds nothing, not even a shape
+                found[key] = item
         elif isinstance(item, h5py.Group):
             _walk(path, item, f"{key}/", found, (*above, here))
 

@@ -52,7 +52,8 @@ def right_answers(value: Any, column: str) -> list[str]:
         if any(not isinstance(one, str | int | float | Decimal | None) for one in value):
             raise Fault(column, "answer_kind", value)
         return list(dict.fromkeys(text for one in value for text in right_answers(one, column) if text))
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not math.isfinite(value):
+    finite = isinstance(value, int) or (isinstance(value, float | Decimal) and math.isfinite(value))
+    if isinstance(value, bool) or not finite:
         raise Fault(column, "answer_kind", value)
     return [str(value)]
 

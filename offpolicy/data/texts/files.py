@@ -276,7 +276,7 @@ def unpadded(kind: Any) -> Callable[[Any], Any] | None:
         return of_struct
     if types.is_map(kind):
         item = unpadded(kind.item_type)
-        return lambda value: {k: v if item is None or v is None else item(v) for k, v in value}
+        return lambda value: _object([(k, v if item is None or v is None else item(v)) for k, v in value])
     if types.is_nested(kind) and hasattr(kind, "value_type"):
         one = unpadded(kind.value_type)
         return None if one is None else lambda value: [None if v is None else one(v) for v in value]

@@ -13,6 +13,7 @@ import torch
 import offpolicy as op
 from offpolicy.data.sources import from_arrays
 from offpolicy.errors import DataError, UsageError
+from offpolicy.files import method_folder
 
 N = 12
 
@@ -223,6 +224,40 @@ def test_what_is_no_column_is_refused_in_a_sentence(obs: Any, text: str) -> None
     with pytest.raises(DataError) as error:
         from_arrays(walks(obs=obs))
     assert text in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", ["meta", "quantized", "nested"])
+def test_tensors_without_plain_numbers_are_refused_in_a_sentence(make: str) -> None:
+    obs = {
+        "meta": lambda: torch.zeros(N, 3, device="meta"),
+        "quantized": lambda: torch.quantize_per_tensor(torch.zeros(N, 3), 0.1, 0, torch.qint8),
+        "nested": lambda: torch.nested.nested_tensor([torch.zeros(3)] * N),
+    }[make]()
+    with pytest.raises(DataError, match=r"`obs` .Tensor. cannot be made an array: .*pass a plain tensor"):
+        from_arrays(walks(obs=obs))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_episode_steps": -3}, "at least 1"),
+        ({"max_episode_steps": 2.5}, "a whole number"),
+        ({"ref_min_score": 1.0, "ref_max_score": 1.0}, "the smaller first"),
+        ({"ref_min_score": float("nan"), "ref_max_score": 1.0}, "the smaller first"),
+        ({"ref_max_score": 1.0}, "`ref_min_score` is None"),
+    ],
+)
+def test_numbers_of_a_task_that_make_no_sense_are_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        from_arrays(walks(), **options)
+
+
+def test_names_of_columns_and_data_may_be_anything(tmp_path: Path) -> None:
+    odd = {"прев/../x": np.ones(N), "a\0b": np.zeros(N), "y" * 300: np.zeros(N)}
+    from_arrays(walks(**odd)).save(tmp_path / "set")
+    assert odd.keys() <= op.load_data(str(tmp_path / "set")).replay.steps.keys()
+    assert len(method_folder("runs", "é" * 400, "TD3BC").parent.name.encode()) <= 200
 
 
 def test_dict_observations() -> None:

@@ -35,6 +35,21 @@ def write(path: Path, **columns: Any) -> Path:
     return path
 
 
+def test_what_was_never_written_is_told(tmp_path: Path) -> None:
+    columns = walks()
+    obs = columns.pop("observations")
+    path = write(tmp_path / "x.hdf5", **columns)
+    with h5py.File(path, "a") as file:
+        file.create_dataset("observations", obs.shape, "f4", chunks=(10, 3))[:10] = obs[:10]
+        file.create_dataset("next_observations", obs.shape, "f4")
+        file["infos/nothing"] = h5py.Empty("f4")
+    told = [text for text in open_source(path).meta["warnings"] if "never written" in text]
+    assert [text.split(" was")[0] for text in told] == ["100% of `next_observations`", "75% of `observations`"]
+    assert not any(
+        "never written" in text for text in open_source(write(tmp_path / "y.hdf5", **walks())).meta["warnings"]
+    )
+
+
 # -- links and filters -------------------------------------------------------------------------------------------------
 
 

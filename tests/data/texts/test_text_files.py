@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +115,31 @@ def test_odd_json_that_is_refused_with_its_line(tmp_path: Path, content: str | b
 
 def test_numbers_that_are_none_are_faults(tmp_path: Path) -> None:
     rows = [{**row, "weight": 1.0} for row in rows_of("a", "b")]
-    for weight in ("NaN", "Infinity", "1e999", "null"):
+    for weight in ("NaN", "Infinity", "1e999", "null", "1e300", "1" * 400):
         (tmp_path / "a.jsonl").write_text(lines(rows) + lines(rows[:1]).replace("1.0", weight))
         assert "`weight` has a score or weight that is not a finite number in 1 row (first: row 2" in refusal(
             tmp_path / "a.jsonl"
         )
+
+
+def test_scores_that_are_no_numbers_of_float32_are_faults(tmp_path: Path) -> None:
+    for score in (10**400, 1e300):
+        put(tmp_path / "a.jsonl", [{"prompt": "why?", "completions": [" a", " b"], "scores": [score, 1]}])
+        assert "`scores` has scores that do not fit the answers in 1 row" in refusal(tmp_path / "a.jsonl")
+
+
+def test_decimals_are_numbers_and_maps_have_each_key_once(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    columns = {"prompt": ["why?"], "chosen": [" a"], "rejected": [" b"]}
+    weight = pa.array([Decimal("1.5")], pa.decimal128(5, 2))
+    pa.parquet.write_table(pa.table({**columns, "weight": weight}), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet").tables["pairs/weight"].tolist() == [1.5]
+    turns = [[("role", "user"), ("content", "a"), ("content", "b")], [("role", "assistant"), ("content", "c")]]
+    messages = pa.array([turns], pa.list_(pa.map_(pa.string(), pa.string())))
+    pa.parquet.write_table(pa.table({"messages": messages}), tmp_path / "b.parquet")
+    assert "the key 'content' stands twice in one object" in refusal(tmp_path / "b.parquet")
 
 
 def test_a_very_long_line(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ FAULTS = {  # kind → what is wrong, what was expected
     ),
     "no_turn": ("sides without a common '\\n\\nAssistant:'", "dialogues that share everything up to an answer"),
     "scores": ("scores that do not fit the answers", "one number for each of at least two answers"),
-    "nan": ("a score or weight that is not a finite number", "a number"),
+    "nan": ("a score or weight that is not a finite number", "a number, of float32"),
     "negative": ("a negative weight", "a number ≥ 0; an answer to be unlearned is the rejected one of a pair"),
     "share": ("a number that is no share", "the share of judges who prefer the chosen answer, in [0, 1]"),
     "label": ("no label", "true or false"),

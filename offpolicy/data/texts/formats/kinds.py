@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from offpolicy.data.texts.formats.form import AnswerKind, Format
 from offpolicy.data.texts.formats.source import Record
-from offpolicy.data.texts.formats.values import checked_answer, label_of, numbers_in, template_options
+from offpolicy.data.texts.formats.values import as_number, checked_answer, label_of, numbers_in, template_options
 from offpolicy.data.texts.messages import Fault, blank, read_text, same
 from offpolicy.errors import DataError
 
@@ -71,13 +71,13 @@ class ScoredLists(AnswerKind):
         made: list[Record] = []
         for answer, score in zip(answers, scores):
             several = isinstance(score, list) and len(score) > 0
-            numbers = score if several else [score]
-            if not all(isinstance(one, int | float) and math.isfinite(one) for one in numbers):
+            numbers = [as_number(one) for one in (score if several else [score])]
+            if None in numbers:
                 counts["answers in lists left out, as they have no score"] += 1
                 continue
             text = read_text(answer, "completions")
             one = checked_answer(prompt, text, "completions", form.chat, form.prompt.apart)
-            value = [float(number) for number in score] if several else float(score)
+            value = numbers if several else numbers[0]
             made.append(Record(row, prompt, (one,), None, {"score": value, **shared}, template))
         if len(made) < 2:
             raise Fault("scores", "scores", scores)

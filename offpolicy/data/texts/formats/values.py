@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, cast
 
 from offpolicy.data.texts.formats.source import Source
@@ -12,6 +12,7 @@ from offpolicy.data.texts.messages import Fault, WrongType, blank, read_prompt, 
 from offpolicy.data.texts.rendering import Message, Text
 from offpolicy.errors import DataError
 
+LARGEST = 3.4e38  # of float32, a little below
 NUMBERS = ("score_chosen", "score_rejected", "weight", "agreement")
 
 
@@ -72,20 +73,26 @@ def checked_answer(prompt: Text, answer: Text, name: str, chat: bool, apart: boo
     return turns
 
 
+def as_number(value: Any) -> float | None:
+    """A finite number, which columns can keep as float32; None for anything else."""
+    value = float(value) if isinstance(value, Decimal) else value
+    return float(value) if isinstance(value, int | float) and abs(value) <= LARGEST else None
+
+
 def numbers_in(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
     """The numbers in the columns, as far as these are there. Raises :class:`Fault` for a value that is no number."""
     facts = {}
     for name in names:
         if name not in values:
             continue
-        value = values[name]
-        if value is None or not isinstance(value, int | float) or not math.isfinite(value):
-            raise Fault(name, "nan", "None" if value is None else value)
+        value = as_number(values[name])
+        if value is None:
+            raise Fault(name, "nan", "None" if values[name] is None else values[name])
         if name == "weight" and value < 0:
             raise Fault(name, "negative", value)
         if name == "agreement" and not 0 <= value <= 1:
             raise Fault(name, "share", value)
-        facts[name] = float(value)
+        facts[name] = value
     return facts
 
 
