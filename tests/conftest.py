@@ -10,8 +10,10 @@ from toy import toy_replay
 
 from offpolicy.data.module import DataModule
 from offpolicy.data.replay import Replay
+from offpolicy.training import curves, run_folder
 
 os.fsync = lambda handle: None  # a test loses no power, and its short run would wait for the disk a dozen times
+run_folder.plot_curves = lambda *_: None  # the picture of a run takes longer than most runs here; `drawn` has it
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -31,6 +33,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def one_thread() -> None:
     """Bits depend on the number of threads, and tests share the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end with the picture of their curves."""
+    monkeypatch.setattr(run_folder, "plot_curves", curves.plot_curves)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ import offpolicy as op
 from offpolicy import api
 from offpolicy.data.module import DataModule
 from offpolicy.files import Table
-from offpolicy.training import run_folder
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 16}
@@ -28,7 +27,6 @@ SHORT: dict[str, Any] = {"max_steps": 60, "eval_every": 30, "log_every": 20, "ev
 @pytest.fixture(autouse=True)
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)
     yield
 
 

@@ -21,7 +21,6 @@ from offpolicy.data import __main__ as data_command
 from offpolicy.data.names import resolve
 from offpolicy.errors import DataError, UsageError
 from offpolicy.files import Table
-from offpolicy.training import run_folder
 
 SMALL: dict[str, Any] = {"hidden_dims": (8, 8), "batch_size": 16}
 SHORT: dict[str, Any] = {"max_steps": 4, "eval_every": 0, "eval_episodes": 0, "verbose": False}
@@ -35,7 +34,6 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     home.mkdir(), here.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
-    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)
     yield home
     assert not Path("~").exists()
 

@@ -44,7 +44,9 @@ def test_the_two_set_up_commands_are_what_ci_relies_on() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_commands_and_code_run(page: Path, tmp_path: Path) -> None:
+def test_commands_and_code_run(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if page.stem == "README":
+        request.getfixturevalue("drawn")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     todo = []
     for kind, text in blocks(page):

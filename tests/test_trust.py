@@ -30,7 +30,6 @@ from offpolicy.errors import DataError, UsageError
 from offpolicy.language.rl.answering import Answering
 from offpolicy.losses.policy_gradient import Objective
 from offpolicy.registry import find_method, import_callable, import_class
-from offpolicy.training import run_folder
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 from offpolicy.trust import allows, check_found, packages_of, trusting, words
 
@@ -59,7 +58,6 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "evil.py").write_text(EVIL.format(marker=str(path)))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)
     yield path
     sys.modules.pop("evil", None)
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from offpolicy.training import run_folder
-
 
 @pytest.fixture
 def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -15,7 +13,6 @@ def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(home)
     monkeypatch.syspath_prepend(str(home))
     monkeypatch.setenv("OFFPOLICY_REF_CACHE", str(home / "references"))
-    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)  # drawing takes longer than these runs
     yield
     for module in home.glob("own_*.py"):
         sys.modules.pop(module.stem, None)

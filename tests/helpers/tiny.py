@@ -139,13 +139,13 @@ def fit(
     **options: Any,
 ) -> LanguageModule:
     """Train to ``max_steps``, in a run folder when one is given."""
-    from toy import UndrawnFolder, quiet
+    from toy import quiet
 
     name = type(module).__name__
     data = TextData.of(replay or toy_texts(name), toy_texts(name, 5, 1) if held_out else None)
     if folder:
         options |= {"default_root_dir": str(folder), "enable_checkpointing": True}
-        callbacks = [*callbacks, UndrawnFolder(folder)]
+        callbacks = [*callbacks, RunFolder(folder)]
     quiet(max_steps, callbacks, **options).fit(module, data, ckpt_path=ckpt_path)
     return module
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback
 from tiny import make_policy
-from toy import UndrawnFolder, quiet
+from toy import quiet
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.problems import ProblemData, Problems, open_problems
@@ -22,6 +22,7 @@ from offpolicy.language.rl.engines import TransformersEngine
 from offpolicy.language.rl.rollouts import RolloutModule
 from offpolicy.language.weights import exported
 from offpolicy.registry import find_method
+from offpolicy.training.run_folder import RunFolder
 
 SMALL: dict[str, Any] = {
     "lr": 1e-2,
@@ -213,7 +214,7 @@ def fit(
     data = ProblemData.of(problems or toy_problems(), toy_problems(5, seed=1) if held_out else None)
     if folder:
         options |= {"default_root_dir": str(folder), "enable_checkpointing": True}
-        callbacks = [*callbacks, UndrawnFolder(folder)]
+        callbacks = [*callbacks, RunFolder(folder)]
     quiet(max_steps, callbacks, **options).fit(module, data, ckpt_path=ckpt_path)
     return module
 

@@ -146,24 +146,16 @@ def fit(
     folder: Path | None = None,
     ckpt_path: Path | None = None,
     callbacks: Sequence[Callback] = (),
-    draw: bool = False,
     **options: Any,
 ) -> OfflineModule:
-    """Train to ``max_steps``; in a run folder when one is given, with its curves when they are asked for."""
+    """Train to ``max_steps``, in a run folder when one is given."""
     data = replay if isinstance(replay, DataModule) else DataModule.of(toy_replay() if replay is None else replay)
     if folder:
         options |= {"default_root_dir": str(folder), "enable_checkpointing": True}
-        callbacks = [*callbacks, RunFolder(folder) if draw else UndrawnFolder(folder)]
+        callbacks = [*callbacks, RunFolder(folder)]
     trainer = quiet(max_steps, callbacks, **options)
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return module
-
-
-class UndrawnFolder(RunFolder):
-    """A run folder without the picture, which costs more than the small runs here."""
-
-    def on_train_end(self, *_: Any) -> None:
-        pass
 
 
 class Rows(Callback):

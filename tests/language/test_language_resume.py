@@ -17,7 +17,7 @@ import offpolicy as op
 from offpolicy.errors import DataError
 from offpolicy.files import Table
 from offpolicy.report.records import read_margins
-from offpolicy.training import measurement, run_folder
+from offpolicy.training import measurement
 from offpolicy.training.checkpoints import newest_checkpoint
 
 HALF, LAST = 3, 7
@@ -110,7 +110,6 @@ def test_other_texts_are_refused(policy: Path, tmp_path: Path) -> None:
 def test_the_newest_run_goes_on_in_its_folder(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny import toy_pairs
 
-    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)
     options: dict[str, Any] = {"root": tmp_path, "verbose": False, "matmul": "mkl", "eval_every": 2}
     first = op.fit(method("DPO", policy), toy_pairs(), max_steps=2, **options)
     again = op.fit(method("DPO", policy), toy_pairs(), max_steps=3, ckpt_path="last", seed=0, **options)

@@ -18,7 +18,7 @@ import offpolicy as op
 from offpolicy.data.replay import Replay
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
-from offpolicy.training import measurement, run_folder
+from offpolicy.training import measurement
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 from offpolicy.training.measurement import EvaluationFailed
 
@@ -43,7 +43,6 @@ class Fragile(PendulumEnv):
 def fragile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Fragile]]:
     gymnasium.register("Fragile-v0", Fragile, max_episode_steps=10)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)
     monkeypatch.setattr(Fragile, "resets", 0)
     monkeypatch.setattr(Fragile, "trouble", staticmethod(lambda number: None))
     yield Fragile

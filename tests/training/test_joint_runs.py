@@ -19,18 +19,13 @@ from offpolicy.data.sizes import Sizes
 from offpolicy.errors import DivergenceError, UsageError
 from offpolicy.files import Table
 from offpolicy.registry import find_method
-from offpolicy.training import joint_folder, run_folder, seed_room
+from offpolicy.training import joint_folder, seed_room
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 from offpolicy.training.joint_folder import joint_label
 
 SEEDS = (4, 1)
 HALF, LAST = 20, 40  # updates: checkpoints and evaluations at both; rows of metrics at every 15
 HAVE_AXIS = [name for name, (kind, _) in METHODS.items() if find_method(kind).seed_axis and "dropout" not in name]
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)
 
 
 def train(root: Path, name: str = "TD3BC", steps: int = LAST, **options: Any) -> Any:

@@ -19,18 +19,13 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.seed_collections import SeedCollections
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
-from offpolicy.training import joint_folder, run_folder
+from offpolicy.training import joint_folder
 from offpolicy.training.checkpoints import newest_checkpoint, read_checkpoint
 from offpolicy.training.joint_folder import share_rounds
 from offpolicy.training.seed_data import check_alike, check_seeds
 
 SEEDS, ENV = (4, 1), "Drifting-v0"
 SHARED = ("perf/collecting_share", "perf/updates_per_s", "perf/peak_memory_mb")
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)
 
 
 def run(root: Path, data: DataModule | None = None, method: Any = None, **options: Any) -> op.FitResult:

@@ -82,10 +82,10 @@ def test_going_back_sets_later_checkpoints_aside(replay: Replay, tmp_path: Path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.replaced")) == ["step=00000090.ckpt.replaced"]
 
 
-def test_the_newest_two_checkpoints_and_the_best_stay(replay: Replay, tmp_path: Path) -> None:
+def test_the_newest_two_checkpoints_and_the_best_stay(replay: Replay, drawn: None, tmp_path: Path) -> None:
     module = method("BC")
     module.run.eval_every = 10
-    fit(module, replay, 60, tmp_path, draw=True)
+    fit(module, replay, 60, tmp_path)
     state = read_checkpoint(tmp_path / "checkpoints" / "step=00000060.ckpt")["callbacks"]["RunFolder"]
     evals = Table(tmp_path / "evals.csv").rows()
     best = max(evals, key=lambda row: row["eval/return_mean"])

@@ -14,7 +14,7 @@ import tiny
 import torch
 from forks import run_pair
 from tiny_rl import early_letters, ends_early, toy_problems, write_problems
-from toy import UndrawnFolder, differences, quiet, run_files
+from toy import differences, quiet, run_files
 
 from offpolicy.cli.arguments import read_command
 from offpolicy.cli.parser import parse
@@ -25,6 +25,7 @@ from offpolicy.errors import DataError, UsageError
 from offpolicy.language.rl.pairing import Judge, pairs_by_judge, pairs_by_reward
 from offpolicy.language.rl.round_options import DEFAULTS, check_round_options
 from offpolicy.training.checkpoints import newest_checkpoint
+from offpolicy.training.run_folder import RunFolder
 
 SMALL: dict[str, Any] = {
     "rounds": 2,
@@ -91,7 +92,7 @@ def train(
     callbacks = []
     if folder is not None:
         given |= {"default_root_dir": str(folder), "enable_checkpointing": True}
-        callbacks = [UndrawnFolder(folder)]
+        callbacks = [RunFolder(folder)]
     data = data or ProblemData.of(toy_problems(6), toy_problems(3, seed=1))
     module.bind_data(data)
     quiet(steps, callbacks, **given).fit(module, data, ckpt_path=ckpt_path)

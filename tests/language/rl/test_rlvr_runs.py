@@ -16,7 +16,6 @@ from tiny import make_policy
 from offpolicy import evaluate, fit, generate, load
 from offpolicy.data.replay import Replay
 from offpolicy.files import Table
-from offpolicy.training import run_folder
 
 SMALL = ["--model.batch_size", "8", "--model.group_size", "4", "--model.max_new_tokens", "6"]
 
@@ -35,7 +34,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
-    monkeypatch.setattr(run_folder, "plot_curves", lambda folder: None)
 
 
 @pytest.mark.slow
