@@ -16,10 +16,15 @@ os.fsync = lambda handle: None  # a test loses no power, and its short run would
 run_folder.plot_curves = lambda *_: None  # the picture of a run takes longer than most runs here; `drawn` has it
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Several workers begin with the slow tests, so that none is left with a long one at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    """Several workers begin with the slow tests, so that none is left with a long one at the end, and with
+    ``--dist loadgroup`` what the tests of a file share is made by one of them."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        for item in items:
+            made = [found[-1].scope for found in item._fixtureinfo.name2fixturedefs.values()]
+            if "module" in made and not item.get_closest_marker("xdist_group"):
+                item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

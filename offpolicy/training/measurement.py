@@ -112,7 +112,7 @@ class Measurement(Callback):
         if reason:
             self._fail(trainer, pl_module, reason, failure)
         elif numbers:
-            pl_module.log_dict(numbers, logger=False)
+            pl_module.show_callbacks(numbers)
             pl_module.log_to_loggers(numbers, updates)
             self.run_log.evaluation = {"step": updates, **pl_module.facts_of_update(), **numbers, **self.facts}
 

@@ -353,8 +353,14 @@ class Module(LightningModule):
         """Make a row of metrics known: to the files of the run, the bar and the loggers."""
         self.run_log.metrics = row
         scalars = {k: float(v) for k, v in wide_row(row, self.seeds).items()}
-        self.log_dict({k: v for k, v in scalars.items() if k != "step"}, logger=False)
+        self.show_callbacks(scalars)
         self.log_to_loggers(scalars, updates)
+
+    def show_callbacks(self, values: dict[str, float]) -> None:
+        """Let the Trainer's callbacks see numbers, as Lightning does with learning rates; ``log`` makes a module of
+        each."""
+        shown = {k: torch.tensor(v, dtype=torch.get_default_dtype()) for k, v in values.items() if k != "step"}
+        self.trainer.callback_metrics.update(shown)
 
     def log_to_loggers(self, values: dict[str, float], updates: int) -> None:
         """Hand a row to the Trainer's loggers; one that fails is a warning, not the end of the run."""

@@ -382,12 +382,12 @@ def test_the_report_imports_no_torch() -> None:
 
 
 @pytest.mark.slow
-def test_hundreds_of_runs_in_less_than_a_minute(tmp_path: Path) -> None:
-    """500 runs: ten methods, ten tasks, five seeds, 20 evaluations and 200 rows of metrics each."""
+def test_hundreds_of_runs_in_half_a_minute(tmp_path: Path) -> None:
+    """200 runs: ten methods, four tasks, five seeds, 20 evaluations and 200 rows of metrics each."""
     rng = np.random.default_rng(0)
     rows = "".join(f"{i},{i / 7},{i / 3},300\n" for i in range(1, 201))
     for method in range(10):
-        for task in range(10):
+        for task in range(4):
             for seed in range(5):
                 folder = tmp_path / "runs" / f"{task}" / f"{method}" / f"{seed}"
                 made_run(folder, f"M{method}", f"task{task}", seed, (1.0,), batch_size=256, planned=200)
@@ -396,8 +396,8 @@ def test_hundreds_of_runs_in_less_than_a_minute(tmp_path: Path) -> None:
                 (folder / "metrics.csv").write_text("step,train/critic_loss,train/q_mean,perf/updates_per_s\n" + rows)
     began = time.process_time()
     text, _ = report(tmp_path / "runs")
-    assert time.process_time() - began < 60
-    assert "500 runs (10 methods × 10 tasks × 5 seeds): 500 finished." in text and len(text) < 5e6
+    assert time.process_time() - began < 24
+    assert "200 runs (10 methods × 4 tasks × 5 seeds): 200 finished." in text and len(text) < 2e6
 
 
 @pytest.mark.slow
