@@ -74,7 +74,13 @@ MASKS_OF_STEPS = {
 }
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other code
     "PRDC": [{"search": "tree", "num_neighbors": 3}, {"search": "brute"}, {"state_weight": 0.0}],
-    "DPO": [{"shared_prompt": False, "micro_batch_size": 1}],
+    "DPO": [
+        {"shared_prompt": False, "micro_batch_size": 1},
+        {
+            **{"rounds": 2, "prompts": 2, "answers": 4, "batch_size": 4, "max_new_tokens": 4},  # a step each
+            **{"rewards": ["tiny_rl.early_letters"], "reference": "round"},
+        },
+    ],
     "SFT": [{"weighting": "otr", "draws": 3}],
     "GRPO": [
         {
@@ -148,8 +154,8 @@ class Place:
         return toy.method(self.name, **options)
 
     def data(self, method: Any) -> Any:
-        if self.rolls_out:
-            told = method.hparams.hints or method.hparams.correction  # these need texts
+        if self.rolls_out or getattr(method, "in_rounds", False):
+            told = method.hparams.get("hints") or method.hparams.get("correction")  # these need texts
             problems = tiny_rl.told_problems(self.policy) if told else tiny_rl.toy_problems()
             return ProblemData.of(problems, tiny_rl.toy_problems(5, seed=1))
         if self.kind.trains_on_texts:
