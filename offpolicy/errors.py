@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UsageError(ValueError):
@@ -22,6 +24,15 @@ class DataError(ValueError):
 
 class DivergenceError(UsageError):
     """Training whose losses or weights are no longer finite, by its settings or the scale of its data (exit code 4)."""
+
+
+def described(error: BaseException) -> str:
+    """Kind, first line and place of an error: 'RuntimeError: out of range (my_env.py:33)'."""
+    text = str(error).strip().split("\n", 1)[0][:200].rstrip(".")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    told = isinstance(error, SyntaxError) or not frames  # that kind says its place itself
+    place = "" if told else f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+    return type(error).__name__ + (f": {text}" if text else "") + place
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

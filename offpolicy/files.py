@@ -292,8 +292,9 @@ def _cell(value: Any) -> str:
 
 def _parse(cell: str) -> Value:
     for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(cell)
+        with contextlib.suppress(ValueError, OverflowError):
+            float(found := kind(cell))  # whole numbers may be too large for one
+            return found
     return cell
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from offpolicy.errors import UsageError
 
+LARGEST = 3.4028234e38  # number of float32, in which what users give is kept
 MAX_SEED = 2**63 - 1  # what torch and our own generator take
 MOST_SEEDS = 10_000  # of one run, so that a misspelt range is answered
 HALF = ("16", "16-mixed", "16-true", "float16", "fp16", "half", "transformer-engine-float16")

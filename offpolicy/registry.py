@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from importlib.metadata import entry_points
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from offpolicy.errors import UsageError, fold, nearest
+from offpolicy.errors import UsageError, described, fold, nearest
 from offpolicy.trust import check_found, check_name
 
 SHORT = {  # what methods are called elsewhere, folded
@@ -98,7 +99,7 @@ def import_class(path: str) -> Any:
 
     Raises:
         UsageError: no such module or no such class in it, or a name in a file that is not trusted
-            (:mod:`offpolicy.trust`). An ImportError *inside* a module that exists is passed on.
+            (:mod:`offpolicy.trust`), or a module that raises an error.
     """
     module, attribute = _imported(path, "model", "package.module.Class")
     if not hasattr(module, attribute):
@@ -122,7 +123,7 @@ def import_callable(path: str, option: str, kind: Callable[[Any], bool] | None =
 
     Raises:
         UsageError: no such module, or nothing in it that can be called, or a name in a file that is not trusted
-            (:mod:`offpolicy.trust`). An ImportError inside a module that exists is passed on.
+            (:mod:`offpolicy.trust`), or a module that raises an error.
     """
     module, attribute = _imported(path.replace(":", "."), option, "package.module.function")
     found = getattr(module, attribute, None)
@@ -148,13 +149,23 @@ def _imported(path: str, option: str, expected: str) -> tuple[ModuleType, str]:
     if not _is_registered(path):
         check_name(path, option)
     name, _, attribute = path.rpartition(".")
+    if path.startswith(".") or "/" in path:
+        raise UsageError(
+            f"`{option}` is '{path}'; expected {expected}, no path of a file. For ./mine.py pass mine.NAME, from its "
+            "folder."
+        )
     try:
         return importlib.import_module(name), attribute
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+    except (Exception, SystemExit) as error:
+        if _is_registered(path):
             raise
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent is None or not (name == absent or name.startswith(f"{absent}.")):
+            raise UsageError(
+                f"`{option}` is '{path}', and {name} cannot be imported: {described(error)}. Correct that module."
+            ) from error
         raise UsageError(
-            f"`{option}` is '{path}', but there is no module '{error.name}' in this folder or on the Python path; "
+            f"`{option}` is '{path}', but there is no module '{absent}' in this folder or on the Python path; "
             f"expected {expected}. Run from the folder that holds it, or install it."
         ) from None
 
@@ -192,7 +203,7 @@ def make(option: str, spec: Spec, known: Mapping[str, Callable[..., Any]], *, at
     name = given.pop("name", None)
     if isinstance(name, str) and name in known:
         found = known[name]
-    elif isinstance(name, str) and ("." in name or ":" in name):
+    elif isinstance(name, str) and re.fullmatch(r"\w+([.:]\w+)+", name):  # else a mapping that is no YAML
         found = import_callable(name, option, lambda one: one in known.values())
     else:
         raise UsageError(

@@ -169,6 +169,11 @@ def test_kinds_of_values(table):
     assert np.isnan(second["a"]) and second["d"] == 'a "b", c d'
 
 
+def test_numbers_of_damaged_rows_are_floats(table):
+    table.append({"step": 1, "a": 10**400, "b": 7})
+    assert table.rows()[0] == {"step": 1, "a": float("inf"), "b": 7}
+
+
 def test_every_row_is_there_at_once(table):
     for step in range(3):
         table.append({"step": step, "a": 1.0})

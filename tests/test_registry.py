@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from offpolicy.language.rl.engines import make_engine
 from offpolicy.language.rl.filtering import Filters
 from offpolicy.language.rl.hints import HINTS, Tiers
 from offpolicy.losses.policy_gradient import component
-from offpolicy.registry import make
+from offpolicy.registry import import_callable, import_class, make
 
 MADE: dict[str, Callable[[Any], Any]] = {
     "hints": lambda spec: make("hints", spec, HINTS),
@@ -57,6 +58,7 @@ def test_names_and_mappings_are_taken() -> None:
         (Score, {"instruction": 5}, "`instruction` is 5; expected a text"),
         (Score, {"instruction": ""}, "`instruction` is ''; expected a text"),
         (Score, {"first_stage": 1.5}, "`first_stage` is 1.5; expected a whole number"),
+        (Score, {"bonus": float("inf")}, "`bonus` is inf; expected a value in"),
         (Score, {"first_stage": -1}, "`first_stage` is -1; expected a whole number"),
     ],
 )
@@ -68,3 +70,34 @@ def test_options_of_hints_and_corrections_have_their_type(kind: Any, given: dict
 
 def test_columns_and_shares_are_tiers() -> None:
     assert [one.hint for one in Tiers(tiers=["idea", 0.5]).words()] == ["idea", 0.5]
+
+
+@pytest.mark.parametrize("spec", ['{"name": "tiers", "tiers": [0.5]', "./mine.py", "a b.c", "tiers."])
+def test_a_mapping_that_is_none_is_no_import_path(spec: str) -> None:
+    with pytest.raises(UsageError, match=r"`hints` is .*; expected one of tiers, scaffold, or an import path"):
+        make("hints", spec, HINTS)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("def (", r"cannot be imported: SyntaxError: invalid syntax \(bad\d.py, line 1\)\. Correct"),
+        ("x = 1\n1 / 0", r"cannot be imported: ZeroDivisionError: division by zero \(bad\d.py:2\)"),
+        ("import sys\nsys.exit(0)", r"cannot be imported: SystemExit: 0"),
+        ("import no_such_module", r"ModuleNotFoundError: No module named 'no_such_module' \(bad\d.py:1\)"),
+    ],
+)
+def test_modules_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, said: str, request: pytest.FixtureRequest
+) -> None:
+    name = f"bad{request.node.callspec.indices['content']}"
+    (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    for find in (lambda path: import_callable(path, "reward"), import_class):
+        with pytest.raises(UsageError, match=said):
+            find(f"{name}.Mine")
+
+
+def test_a_file_is_no_import_path() -> None:
+    with pytest.raises(UsageError, match=r"`reward` is './mine.py'; expected package.module.function, no path of a"):
+        import_callable("./mine.py", "reward")

@@ -6,18 +6,16 @@ Environments are the user's own as often as not: what they raise or return amiss
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from offpolicy.errors import UsageError
+from offpolicy.errors import UsageError, described
+from offpolicy.given import LARGEST
 
 RESET = "reset(seed=…, options=…) to return (observation, info), as in gymnasium"
 STEP = "step(action) to return (observation, reward, terminated, truncated, info), as in gymnasium"
-LARGEST = float(np.finfo(np.float32).max)  # of a reward, as it is kept
 REMEDY = "Correct the environment, or train without evaluation: --run.eval_episodes=0."
 
 
@@ -169,14 +167,6 @@ def reach(tree: Any, key: Sequence[str]) -> Any:
     for name in key:
         tree = tree[name]
     return tree
-
-
-def described(error: BaseException) -> str:
-    """Kind, first line and place of an error: 'RuntimeError: out of range (my_env.py:33)'."""
-    text = str(error).strip().split("\n", 1)[0][:200].rstrip(".")
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return type(error).__name__ + (f": {text}" if text else "") + place
 
 
 def _form(found: Any) -> str:

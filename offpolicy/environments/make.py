@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from offpolicy.environments.checks import described
 from offpolicy.environments.wrappers import NoEnvironment, obstacle, wrapped, wrappers_of
-from offpolicy.errors import UsageError
+from offpolicy.errors import UsageError, described
 from offpolicy.trust import REFUSED, environment_refusal
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from offpolicy.environments.checks import described
-from offpolicy.errors import DataError, UsageError
+from offpolicy.errors import DataError, UsageError, described
 from offpolicy.trust import trusts
 
 OWN = "gymnasium.wrappers"

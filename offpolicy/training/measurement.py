@@ -9,8 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from offpolicy.environments.checks import described
-from offpolicy.errors import DataError, UsageError
+from offpolicy.errors import DataError, UsageError, described
 from offpolicy.evaluation.order import OrderConsistency, make_order
 from offpolicy.evaluation.rollout import Evaluator, make_evaluator
 from offpolicy.evaluation.scores import score_kind, simulator_note, simulator_version, summarize

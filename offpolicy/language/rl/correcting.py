@@ -47,7 +47,7 @@ class Score:
     instruction: str = "\nLook at this solution again, correct what is wrong in it, and write it down once more.\n"
 
     def __post_init__(self) -> None:
-        check_range("bonus", self.bonus, 0.0)
+        check_range("bonus", self.bonus, 0.0, upper_open=True)
         check_whole_number("first_stage", self.first_stage, 0)
         if not isinstance(self.instruction, str) or not self.instruction:
             raise UsageError(f"`instruction` is {self.instruction!r}; expected a text that stands between two answers.")

@@ -6,7 +6,6 @@ in :mod:`offpolicy.language.rl.reward_calls`.
 
 from __future__ import annotations
 
-import math as maths
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from offpolicy.errors import UsageError, check_range, nearest
+from offpolicy.given import LARGEST
 from offpolicy.language.rl import mathematics
 from offpolicy.language.rl.group_rewards import GROUP_REWARDS
 from offpolicy.language.rl.reward_calls import FACTS, GROUPS, RESERVED, SECONDS, Call, Rows, TooLong, Watchdog, bind
@@ -311,7 +311,7 @@ def _number_of(value: Any, reference: Reference) -> tuple[float, _Failure | None
         number = float(value)
     except Exception as error:
         return 0.0, _Failure(f"{type(error).__name__}: {error}", mistake=isinstance(error, TypeError))
-    return (number, None) if maths.isfinite(number) else (0.0, _Failure(f"it returned {number}"))
+    return (number, None) if abs(number) <= LARGEST else (0.0, _Failure(f"it returned {number}"))  # NaN is not
 
 
 def resolve_verifier(name: str) -> Verifier:

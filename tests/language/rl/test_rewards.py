@@ -203,7 +203,8 @@ def test_a_weighted_sum() -> None:
 
 OWN_REWARDS = """
 def brittle(prompt, answer, reference, *, bonus=0.0):
-    return {"half": 0.5, "nan": float("nan"), "inf": float("inf"), "none": None, "text": "good"}[answer] + bonus
+    odd = {"nan": float("nan"), "inf": float("inf"), "none": None, "text": "good", "large": 1e39}
+    return {"half": 0.5, **odd}[answer] + bonus
 
 def short(prompt, answer, reference, *, length, ended):
     return 1.0 / length if ended else -1.0
@@ -225,15 +226,15 @@ def test_functions_of_the_user_cannot_stop_a_run(tmp_path, monkeypatch) -> None:
     (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
     monkeypatch.syspath_prepend(tmp_path)
     reward = Rewards({"name": "own_rewards.brittle", "weight": 2.0})
-    answers = ["half", "boom", "nan", "inf", "none", "text", "half"]
+    answers = ["half", "boom", "nan", "inf", "none", "text", "large", "half"]
     with pytest.warns(UserWarning, match=r"reward 'brittle': KeyError: 'boom'; answer 'boom'. It scores 0"):
-        found = reward(["q"] * 7, answers, [None] * 7)
-    assert found.scores.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0] and found.problems == 5
-    assert found.failed.tolist() == [False, True, True, True, True, True, False]
+        found = reward(["q"] * 8, answers, [None] * 8)
+    assert found.scores.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0] and found.problems == 6
+    assert found.failed.tolist() == [False, True, True, True, True, True, True, False]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert reward(["q"], ["nan"], [None]).problems == 1
-    assert reward.problems == 6 and reward.first_problem is not None and "boom" in reward.first_problem
+    assert reward.problems == 7 and reward.first_problem is not None and "boom" in reward.first_problem
     assert Rewards({"name": "own_rewards:brittle", "bonus": 1.0})(["q"], ["half"], [None]).scores.tolist() == [1.5]
     own = Rewards("own_rewards.short")
     assert own(["q"] * 2, ["a", "b"], [None] * 2, ended=[True, False], lengths=[4, 4]).scores.tolist() == [0.25, -1.0]

@@ -11,8 +11,8 @@ from offpolicy.data.texts.formats.source import Source
 from offpolicy.data.texts.messages import Fault, WrongType, blank, read_prompt, shorten, turn_key, unpack_lists
 from offpolicy.data.texts.rendering import Message, Text
 from offpolicy.errors import DataError
+from offpolicy.given import LARGEST
 
-LARGEST = 3.4e38  # of float32, a little below
 NUMBERS = ("score_chosen", "score_rejected", "weight", "agreement")
 
 
