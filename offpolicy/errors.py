@@ -50,6 +50,11 @@ def listed(items: Iterable[object], limit: int = 10) -> str:
     return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
 
+def amount(number: int, one: str, many: str = "") -> str:
+    """A number with what it counts: "1 episode", "1,200 episodes"; ``many`` is a plural that takes more than an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 SYNONYMS = {  # what options are called elsewhere
     "learning_rate": "lr",
     "gamma": "discount",

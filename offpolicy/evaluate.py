@@ -11,7 +11,7 @@ from pathlib import Path
 
 from offpolicy.cli import entry
 from offpolicy.cli.reader import Parser, add_trust, add_which
-from offpolicy.errors import UsageError
+from offpolicy.errors import UsageError, amount
 
 
 def main(argv: list[str]) -> int:
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         unwritten = str(error)
 
     each = " of each task" if "success_mean" in numbers else ""
-    print(f"{path}, {updates:,} updates, {args.episodes} episodes{each} ({numbers['score_kind']})")
+    print(f"{path}, {updates:,} updates, {amount(args.episodes, 'episode')}{each} ({numbers['score_kind']})")
     for name in ("score", "return", "length", "success_rate"):
         value = numbers.get(name, numbers.get(f"{name}_mean"))
         if value is not None:

@@ -18,7 +18,7 @@ from offpolicy.cli.pages import page_for
 from offpolicy.cli.reader import Parser
 from offpolicy.data.guard import read_json
 from offpolicy.data.names import Target, describe, known_names, resolve
-from offpolicy.errors import DataError, UsageError, nearest
+from offpolicy.errors import DataError, UsageError, amount, nearest
 from offpolicy.files import WriteError
 from offpolicy.trust import trusting
 
@@ -105,6 +105,8 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--tokenizer", metavar="DIR", help="folder or hub name of the tokenizer")
     texts.add_argument("--columns", metavar="JSON", help='our names → the source\'s, as \'{"prompt": "question"}\'')
     texts.add_argument("--split", metavar="NAME", help="part of a set that has several")
+    strategy = "how a list of scored answers becomes pairs, as of --data.pair_strategy (best_vs_worst)"
+    texts.add_argument("--pair_strategy", default="best_vs_worst", metavar="NAME", help=strategy)
     texts.add_argument("--separator", default="", metavar="TEXT", help="text between plain prompts and answers")
     texts.add_argument("--max_length", type=int, default=1024, metavar="N", help="tokens of prompt and answer together")
 
@@ -146,7 +148,7 @@ def _make_instructions(options: argparse.Namespace) -> None:
     found = make_instructions(options.source, options.out, seed=options.seed or 0)
     told = {"ordinary": "as they are", "intra": "one answer to two prompts", "inter": "two answers under two prompts"}
     words = ", ".join(f"{found[kind]:,} {word}" for kind, word in told.items() if found[kind])
-    print(f"{options.out}: {found.total():,} pairs ({words}), for --model MAPL")
+    print(f"{options.out}: {amount(found.total(), 'pair')} ({words}), for --model MAPL")
 
 
 def _make_fixed(target: Target, options: argparse.Namespace) -> None:
@@ -182,7 +184,8 @@ def _make_simulated(target: Target, options: argparse.Namespace) -> None:
 def _print_returns(found: dict[str, Any]) -> None:
     for kind, returns in found.items():
         error = returns.std(ddof=1) / len(returns) ** 0.5
-        print(f"  {kind:11}  return {returns.mean():.1f} ± {error:.1f} (standard error, {len(returns)} episodes)")
+        episodes = amount(len(returns), "episode")
+        print(f"  {kind:11}  return {returns.mean():.1f} ± {error:.1f} (standard error, {episodes})")
 
 
 def _make_ogbench(target: Target, options: argparse.Namespace) -> None:
@@ -253,7 +256,7 @@ def _text_options(options: argparse.Namespace) -> dict[str, Any]:
         columns = options.columns
     if columns is not None and not isinstance(columns, dict):
         raise UsageError(f'--columns is {options.columns!r}; expected JSON such as \'{{"prompt": "question"}}\'.')
-    return {"columns": columns, "split": options.split}
+    return {"columns": columns, "split": options.split, "pair_strategy": options.pair_strategy}
 
 
 def _show_texts(target: Target, options: argparse.Namespace) -> None:
@@ -268,6 +271,7 @@ def _show_texts(target: Target, options: argparse.Namespace) -> None:
     if "hub" in target.info:  # problems, which are no texts to imitate
         from offpolicy.data.texts.problems import sketch_problems
 
+        del given["pair_strategy"]
         print(sketch_problems(target, **given))
         return
     if options.tokenizer is None and target.kind != "replay":
@@ -316,7 +320,7 @@ def _convert_texts(target: Target, out: Path, options: argparse.Namespace) -> No
         max_length=options.max_length, **_text_options(options),
     )  # fmt: skip
     replay.save(out)
-    print(f"wrote {replay.num_steps:,} tokens in {replay.num_episodes:,} texts to {out}")
+    print(f"wrote {amount(replay.num_steps, 'token')} in {amount(replay.num_episodes, 'text')} to {out}")
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -339,7 +343,7 @@ def _convert(options: argparse.Namespace) -> None:
         write(replay, out)
     else:
         replay.save(out)
-    print(f"wrote {replay.num_steps:,} steps in {replay.num_episodes:,} episodes to {out}")
+    print(f"wrote {amount(replay.num_steps, 'step')} in {amount(replay.num_episodes, 'episode')} to {out}")
 
 
 def _compare(options: argparse.Namespace) -> None:

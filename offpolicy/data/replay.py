@@ -14,7 +14,7 @@ from torch import Tensor
 from offpolicy.data.columns import Column, gather_rows, is_mapped, to_numpy
 from offpolicy.data.sampling import bits, keys, unit
 from offpolicy.data.store import check_content, digest, read_parts, write_folder
-from offpolicy.errors import DataError, UsageError, listed
+from offpolicy.errors import DataError, UsageError, amount, listed
 from offpolicy.moved import names_of
 from offpolicy.trust import check_environment
 
@@ -367,7 +367,7 @@ class Replay:
     def __repr__(self) -> str:
         columns = ", ".join(f"{k} {tuple(v.shape)}" for k, v in self.steps.items())
         name = self.meta.get("name", "Replay")
-        return f"<{name}: {self.num_steps:,} steps in {self.num_episodes:,} episodes; {columns}>"
+        return f"<{name}: {amount(self.num_steps, 'step')} in {amount(self.num_episodes, 'episode')}; {columns}>"
 
 
 __getattr__ = names_of("offpolicy.data.replay")  # the names that stood here in version 0.1

@@ -12,6 +12,7 @@ from offpolicy.data.columns import to_numpy
 from offpolicy.data.raw import Raw, count_usable
 from offpolicy.data.replay import Replay
 from offpolicy.data.scan import range_text
+from offpolicy.errors import amount
 
 WHOSE = {"environment": "of the environment", "data": "of the data, as no environment is known", "given": "as given"}
 
@@ -58,10 +59,11 @@ class Report:
 
         cut = max(self.episodes - self.terminated, 0)
         dropped = self.rows - self.usable
-        without = f" ({dropped:,} steps have no known successor)" if dropped else ""
+        without = f" ({amount(dropped, 'step')} without a known successor)" if dropped else ""
+        usable = amount(self.usable, "usable transition")
         lines = [
             f"{self.name} ({self.source}{', ' + self.file if self.file else ''})",
-            f"  steps        {self.rows:,} in {self.episodes:,} episodes; {self.usable:,} usable transitions{without}",
+            f"  steps        {self.rows:,} in {amount(self.episodes, 'episode')}; {usable}{without}",
             f"  length       {triple(self.length)}   (smallest / mean / largest)",
         ]
         if self.returns is not None and self.reward is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from offpolicy.data.raw import Raw
-from offpolicy.errors import DataError
+from offpolicy.errors import DataError, amount
 
 CHUNK = 1 << 15  # rows per step of the pass: temporaries stay in the processor's cache
 TOLERANCE = 1e-4  # of an action's range: rounding, clipped and counted
@@ -26,7 +26,9 @@ class ContentFault:
 
     def text(self, raw: Raw) -> str:
         episode = int(np.searchsorted(raw.start, self.first, side="right") - 1)
-        return f"`{self.key}` has {self.what} in {self.rows} rows (first: row {self.first}, episode {episode})"
+        return (
+            f"`{self.key}` has {self.what} in {amount(self.rows, 'row')} (first: row {self.first}, episode {episode})"
+        )
 
 
 class Scan:

@@ -8,6 +8,7 @@ import numpy as np
 
 from offpolicy.data.columns import to_numpy
 from offpolicy.data.replay import Replay
+from offpolicy.errors import amount
 
 ROWS, BYTES = 300_000, 1 << 28  # of the steps looked at one by one: whole episodes up to here
 ASKED, AMONG = 2_000, 20_000  # states whose nearest neighbours are looked for, and the states they are looked for in
@@ -192,7 +193,9 @@ def _doubts(found: Survey, replay: Replay) -> list[str]:
     elif np.ptp(found.reward) == 0:
         told.append(f"Every reward looked at is {found.reward[0]:g}, which tells good actions from no others.")
     if len(found.length) < 20:
-        told.append(f"There are {len(found.length)} episodes: means over episodes and held-out parts say little.")
+        told.append(
+            f"The data have {amount(len(found.length), 'episode')}: means over episodes and held-out parts say little."
+        )
     if not found.terminated.any():
         told.append("No episode was ended by its environment: values are bootstrapped at every end.")
     limit, longest = replay.meta.get("max_episode_steps"), int(found.length.max())

@@ -13,7 +13,7 @@ from offpolicy.data.raw import Raw, count_usable
 from offpolicy.data.replay import Replay
 from offpolicy.data.scan import CHUNK, Scan, drop_or_raise, numbers_text, range_text
 from offpolicy.data.spaces import check_some_numbers
-from offpolicy.errors import DataError, UsageError
+from offpolicy.errors import DataError, UsageError, amount
 from offpolicy.moved import names_of
 
 JUMP = 50.0  # largest step / median step inside an episode that looks like a missing end
@@ -51,8 +51,9 @@ def finish(raw: Raw, *, on_bad: str = "error", clip_actions: bool = False) -> Re
     replay = Replay(raw.steps, start=raw.start, length=raw.length, tail=raw.tail, episodes=raw.episodes, meta=meta)
     if not count_usable(raw):
         raise DataError(
-            f"{raw.where} has no transition to train on: {replay.num_steps} steps in {replay.num_episodes} "
-            "episodes, none with a known next observation. Add `next_observations` or longer episodes."
+            f"{raw.where} has no transition to train on: {amount(replay.num_steps, 'step')} in "
+            f"{amount(replay.num_episodes, 'episode')}, none with a known next observation. Add "
+            "`next_observations` or longer episodes."
         )
     return replay
 
@@ -63,25 +64,23 @@ def _counts(raw: Raw, scan: Scan) -> None:
     end = raw.start + raw.length - 1
     say, warn = raw.notes.append, raw.warnings.append
     if scan.clipped and scan.clip_actions:
-        say(f"clipped the actions of {scan.clipped} rows to {range_text(raw.meta)}")
+        say(f"clipped the actions of {amount(scan.clipped, 'row')} to {range_text(raw.meta)}")
     if scan.rounded:
-        say(f"clipped the actions of {scan.rounded} rows that were outside {range_text(raw.meta)} by rounding only")
+        rows = amount(scan.rounded, "row")
+        say(f"clipped the actions of {rows} outside {range_text(raw.meta)} by rounding only")
     if scan.at_bound:
-        say(f"{scan.at_bound} rows have an action exactly on a bound; likelihoods of squashed policies clip them")
+        say(f"actions exactly on a bound: {amount(scan.at_bound, 'row')}; likelihoods of squashed policies clip them")
     if raw.truncated is not None:
         marked = raw.truncated if raw.marked is None else raw.marked
         unfinished = int((~marked & ~terminated[end]).sum())
         both = int((raw.truncated & terminated[end]).sum())
         if unfinished:
-            say(
-                f"{unfinished} unfinished episode{'s' * (unfinished > 1)} without an end mark: kept as cut by a "
-                "time limit"
-            )
+            say(f"{amount(unfinished, 'unfinished episode')} without an end mark: kept as cut by a time limit")
         if both:
-            say(f"{both} episodes end as terminated and truncated at once: taken as terminated")
+            say(f"terminated and truncated at once: {amount(both, 'episode')}, taken as terminated")
     single = int((raw.length == 1).sum())
     if single:
-        say(f"{single} episodes have one step: used for transitions, not for windows")
+        say(f"{amount(single, 'episode')} of one step: used for transitions, not for windows")
     if "reward" in raw.steps and scan.reward_range[0] == scan.reward_range[1]:
         warn(f"all rewards are {scan.reward_range[0]:g}: there is nothing to learn from them")
     if raw.facts.get("terminates") and not terminated.any():
@@ -91,7 +90,10 @@ def _counts(raw: Raw, scan: Scan) -> None:
         warn(text)
     twins = _duplicates(raw)
     if twins:
-        warn(f"{twins} episodes begin and last like another one: they may be duplicates, and a split would share them")
+        warn(
+            f"as many steps and the same beginning as another one: {amount(twins, 'episode')}; they may be duplicates, "
+            "and a split would share them"
+        )
 
 
 def _jumps(raw: Raw, scan: Scan) -> None:
@@ -110,8 +112,8 @@ def _jumps(raw: Raw, scan: Scan) -> None:
         row = int(np.nanargmax(moves))
         count = int((known > (JUMP * median) ** 2).sum())
         raw.warnings.append(
-            f"{count} steps inside episodes jump more than {JUMP:.0f} times the median step (largest "
-            f"{largest / median:.0f} times, row {row}): the ends of episodes may not all be marked"
+            f"jumps of more than {JUMP:.0f} times the median step inside episodes: {amount(count, 'step')} (largest "
+            f"{largest / median:.0f} times, row {row}); the ends of episodes may not all be marked"
         )
 
 

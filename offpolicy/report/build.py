@@ -7,7 +7,7 @@ from pathlib import Path
 
 from offpolicy.errors import UsageError, check_choice
 from offpolicy.files import atomic_write
-from offpolicy.report import language_section, offline_section, runs_section, scores_section
+from offpolicy.report import language_section, offline_section, runs_section, scores_section, switch_section
 from offpolicy.report.curves import AXES, check_axis
 from offpolicy.report.figures import looks_of
 from offpolicy.report.page import Section, notes, page
@@ -56,6 +56,7 @@ def write_report(
     sections = [runs_section.overview(records, labels)]
     for found in judged:
         sections += scores_section.score_sections(found, best[found.column], found.column, material, len(judged) == 1)
+    sections += [switch_section.switches(records, labels, files)]
     sections += [language_section.goals(material), language_section.preference(material)]
     sections += [language_section.rollouts(material)]
     sections += [offline_section.offline(records, offline_section.find_files(folders, runs), material)]

@@ -33,6 +33,7 @@ class MeanCurve:
         x, y: mean or IQM on the union of the evaluations of all runs, up to the end of the shortest, (T,).
         low, high: 95 % interval at each, (T,); None of fewer than three seeds.
         lines: of each run.
+        switch: place at which all of them began to collect, after training on data; None where they did not.
     """
 
     x: np.ndarray
@@ -40,6 +41,7 @@ class MeanCurve:
     low: np.ndarray | None
     high: np.ndarray | None
     lines: tuple[Line, ...]
+    switch: float | None = None
 
 
 def line_of(record: RunRecord, column: str, axis: str = "updates", *, of_metrics: bool = False) -> Line:
@@ -72,6 +74,13 @@ def along(record: RunRecord, steps: np.ndarray, axis: str) -> np.ndarray | None:
         return np.interp(steps, [0.0, *known], [0.0, *seconds / 3600.0]) if len(known) else None
     column = next((name for name in ENV_STEPS if name in record.curves), None)
     return np.interp(steps, *record.curves[column]) if column else None
+
+
+def switch_place(records: Sequence[RunRecord], axis: str) -> float | None:
+    """Where on an axis runs began to collect; None where some did not, or not at one place."""
+    places = [along(one, np.array([one.switch["switch"]]), axis) if one.switch else None for one in records]
+    known = {float(place[0]) for place in places if place is not None}
+    return known.pop() if len(known) == 1 and all(place is not None for place in places) else None
 
 
 def check_axis(records: Sequence[RunRecord], axis: str) -> None:

@@ -125,7 +125,9 @@ def page_svg(svg: str, words: str) -> str:
 
 
 def draw_curve(axes: Any, curve: MeanCurve, look: Look, name: str) -> None:
-    """Mean and band of a method, its seeds faint; of fewer than three seeds their points."""
+    """Mean and band of a method, its seeds faint; of fewer than three seeds their points. Dotted: the switch."""
+    if curve.switch is not None:
+        axes.axvline(curve.switch, color=look.colour, ls=":", lw=1)
     if curve.low is None:
         for i, line in enumerate(curve.lines or (Line(curve.x, curve.y),)):
             shown = label(name) if not i else None

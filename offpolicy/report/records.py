@@ -20,6 +20,7 @@ from offpolicy.compute.processes import LOCK
 from offpolicy.files import MARGINS
 from offpolicy.report.runs import Run, printable, versions_of
 from offpolicy.training.headlines import is_loss_name
+from offpolicy.training.switching import FILE as SWITCH
 
 MOST_ROWS = 500  # of metrics that are drawn of one run
 MOST_TEXT = 1 << 20  # characters of a file of margins
@@ -42,6 +43,7 @@ class RunRecord:
         clock: seconds of training at the update of each row, (T,) and (T,); empty where the files do not say.
         versions: ``versions.json``.
         commands: that started it, in order.
+        switch: measures of the update at which an offline run began to collect (``online.json``); empty for others.
     """
 
     run: Run
@@ -50,6 +52,7 @@ class RunRecord:
     clock: Curve
     versions: dict[str, Any] = field(default_factory=dict)
     commands: tuple[str, ...] = ()
+    switch: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def hours(self) -> float | None:
@@ -73,7 +76,18 @@ def read_record(run: Run) -> RunRecord:
     columns, clock = read_metrics(run.folder / "metrics.csv")
     text = _text(run.folder / "command.txt")
     commands = tuple(printable(line) for line in text.splitlines() if line.strip())
-    return RunRecord(run, run_state(run, columns), columns, clock, versions_of(run.folder), commands)
+    return RunRecord(
+        run, run_state(run, columns), columns, clock, versions_of(run.folder), commands, switch_of(run.folder)
+    )
+
+
+def switch_of(folder: Path) -> dict[str, float]:
+    """What ``online.json`` of a run says; empty where it is absent or lacks a number."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
+        found = json.loads(_text(folder / SWITCH))
+        numbers = {name: float(found[name]) for name in ("switch", "at_switch", "lowest", "dip", "mean", "last")}
+        return numbers if all(map(math.isfinite, numbers.values())) else {}
+    return {}
 
 
 def read_margins(folder: Path, column: int = 0) -> np.ndarray:

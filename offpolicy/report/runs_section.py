@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from offpolicy.errors import amount
 from offpolicy.report.page import Section, folded, notes, unknown
 from offpolicy.report.records import FINISHED, MEMORY, RATE, TOKENS, RunRecord
 from offpolicy.report.writing import Markup, html_table, tag
@@ -25,10 +26,9 @@ def overview(records: Sequence[RunRecord], labels: Labels) -> Section:
     seeds = {one.run.seed for one in records}
     told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     what = " × ".join(
-        f"{n} {word}{'' if n == 1 else 's'}"
-        for n, word in ((len(methods), "method"), (len(tasks), "task"), (len(seeds), "seed"))
+        amount(n, word) for n, word in ((len(methods), "method"), (len(tasks), "task"), (len(seeds), "seed"))
     )
-    found = Section("runs", "Runs", [tag("p", f"{len(records)} runs ({what}): {told}.")])
+    found = Section("runs", "Runs", [tag("p", f"{amount(len(records), 'run')} ({what}): {told}.")])
     rows = []
     for (task, method), some in groups.items():
         ended = Counter(one.state for one in some)

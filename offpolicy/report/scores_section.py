@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from offpolicy.evaluation.aggregates import bootstrap_interval, performance_profile, probability_of_improvement
 from offpolicy.evaluation.scores import FEWEST, interval
-from offpolicy.report.curves import MeanCurve, line_of, mean_curve, suite_curve
+from offpolicy.report.curves import MeanCurve, line_of, mean_curve, suite_curve, switch_place
 from offpolicy.report.figures import Drawn, Look, draw_aggregates, draw_improvement, draw_panels, draw_profiles
 from offpolicy.report.page import Section, notes, shown_figure, unknown
 from offpolicy.report.published import published_for, published_seed_scores
@@ -221,10 +221,10 @@ def mean_curves(column: str, material: Material, *, of_metrics: bool = False) ->
     """Curves of a column by task and method."""
     found: dict[str, dict[str, MeanCurve]] = {}
     for (task, method), some in by_cell(material.records, material.labels).items():
-        lines = [line_of(one, column, material.axis, of_metrics=of_metrics) for one in newest(some)]
-        curve = mean_curve(lines)
+        runs = newest(some)
+        curve = mean_curve([line_of(one, column, material.axis, of_metrics=of_metrics) for one in runs])
         if curve is not None:
-            found.setdefault(task, {})[method] = curve
+            found.setdefault(task, {})[method] = replace(curve, switch=switch_place(runs, material.axis))
     return found
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from offpolicy.cli import entry
 from offpolicy.cli.reader import Parser
-from offpolicy.errors import UsageError
+from offpolicy.errors import UsageError, amount
 
 SIGNALLED = 130
 
@@ -30,16 +30,19 @@ def main(argv: list[str]) -> int:
     plan = read_plan(Path(args.plan) if args.plan else None, given(args))
     if plan.search is not None and (args.ray or args.slurm):
         raise UsageError("a search runs on this machine; expected neither --ray nor --slurm with it. Leave them out.")
-    if args.dry and plan.search is not None:
-        print(f"{plan.search.trials} trials for each of {len(plan.methods)} methods on {len(plan.data)} data sets")
-        return 0
+    if plan.search is not None:
+        each = f"{amount(len(plan.methods), 'method')} on {amount(len(plan.data), 'data set')}"
+        say(f"{amount(plan.search.trials, 'trial')} for each of {each}, in {plan.folder}, ended ones counted")
+        if args.dry:
+            return 0
     cells = cells_of(plan)
     check_cells(plan, cells)
     jobs = jobs_of(plan, cells, shares_seeds)
     if args.cell is not None:
         every = jobs_of(plan, cells, shares_seeds) if args.cell < 0 else slurm_jobs(plan, cells)
         return run_one(every, args.cell, plan)
-    show(plan, cells, jobs)
+    if plan.search is None:
+        show(plan, cells, jobs)
     if args.dry:
         return 0
     atomic_write(plan.folder / "sweep.yaml", plan_text(plan))
@@ -159,10 +162,12 @@ def show(plan: Any, cells: Any, jobs: Any) -> None:
 
     done = sum(map(is_done, cells))
     begun = sum(has_begun(one) for job in jobs for one in job.cells)
-    sizes = f"{len(plan.methods)} methods × {len(plan.data)} data × {len(plan.seeds)} seeds"
-    say(f"{len(cells)} runs in {plan.folder}: {sizes}")
+    counts = (len(plan.methods), "method"), (len(plan.data), "data set"), (len(plan.seeds), "seed")
+    sizes = " × ".join(amount(*count) for count in counts)
+    say(f"{amount(len(cells), 'run')} in {plan.folder}: {sizes}")
     say(f"  {done} are done, {begun} go on, {len(cells) - done - begun} begin")
-    say(f"  {len(jobs)} processes, {plan.workers} at a time with {threads_of(plan)} threads each")
+    threads = amount(threads_of(plan), "thread")
+    say(f"  {amount(len(jobs), 'process', 'processes')}, {plan.workers} at a time with {threads} each")
     for job in jobs[:30]:
         say(f"  {job.name}")
     if len(jobs) > 30:
@@ -205,10 +210,11 @@ def write_slurm(plan: Any, cells: Any, script: Path) -> int:
 
 def search(plan: Any, report: str) -> int:
     """Search for settings of every method on every data set; returns the exit code."""
+    from offpolicy.given import seeds_text
     from offpolicy.sweep.search import search_settings
 
     best = [one for data in plan.data for method in plan.methods for one in search_settings(plan, method, data, say)]
-    say(f"Settings were chosen on seeds {plan.search.seeds}; report them on others.")
+    say(f"Settings were chosen on seeds {seeds_text(plan.search.seeds)}; report them on others.")
     return conclude(plan, best, report) if best else 1
 
 

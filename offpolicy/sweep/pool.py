@@ -49,6 +49,9 @@ def run_all(
                 waiting += alone
                 continue
             tell(_line(job, finished, len(waiting) + ready.running(), plan.workers))
+    except KeyboardInterrupt:
+        tell("Stopped: what runs saves, and no other begins. Run the same command again to go on.")
+        raise
     finally:
         ready.close()
     return finished

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from offpolicy.errors import UsageError
+from offpolicy.errors import UsageError, amount
 from offpolicy.report.runs import Run, read_run
 from offpolicy.sweep.jobs import DONE, PRUNED, STOPPED, Job, run_job
 from offpolicy.sweep.plan import RunCell, SweepPlan, cell_of, settings_of
@@ -34,13 +34,14 @@ def open_study(plan: SweepPlan, method: str, data: str) -> Any:
         storage=optuna.storages.JournalStorage(backend),
         study_name=f"{method} on {data}",
         direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=0),
         pruner=pruners[plan.search.pruner],
         load_if_exists=True,
     )
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # of a sweep that was killed
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(trial.params)
+    begun = len(study.get_trials(deepcopy=False))
+    study.sampler = optuna.samplers.TPESampler(seed=begun)  # the seed of an earlier call repeats its trials
     return study
 
 
@@ -88,7 +89,11 @@ def search_settings(
             cell = cell_of(plan, method, data, settings, seed)
             log = plan.folder / "logs" / f"trial-{cell.folder.parent.name}-seed{seed}.log"
             watch = Pruning(trial, cell) if i == 0 and search.pruner != "none" else None
-            job = run(Job([cell], log), plan, threads, None, watch)
+            job = Job([cell], log)
+            try:
+                job = run(job, plan, threads, None, watch)
+            except KeyboardInterrupt:  # of this process: the run has saved by then
+                job.state = STOPPED
             if watch is not None and job.state == PRUNED:
                 tell(f"{method} on {data}, trial {trial.number}: pruned at update {watch.step:,}, {trial.params}")
                 raise optuna.TrialPruned
@@ -114,7 +119,7 @@ def search_settings(
         tell(f"{method} on {data}: no trial has a value; see {plan.folder / 'logs'}.")
         return []
     best = study.best_trial
-    tell(f"{method} on {data}: best of {len(done)} trials {best.value:.4g} with {best.params}")
+    tell(f"{method} on {data}: best of {amount(len(done), 'trial')} {best.value:.4g} with {best.params}")
     settings = settings_of(method, plan.set | best.params)
     return [cell_of(plan, method, data, settings, seed) for seed in search.seeds]
 

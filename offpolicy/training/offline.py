@@ -30,7 +30,7 @@ from offpolicy.data.seed_collections import SeedCollections
 from offpolicy.data.sizes import Sizes
 from offpolicy.data.spaces import check_suits
 from offpolicy.data.views import BoundView, TransitionView
-from offpolicy.errors import UsageError, check_range
+from offpolicy.errors import UsageError, amount, check_range
 from offpolicy.given import refuse_half
 from offpolicy.training import divergence
 from offpolicy.training.acting import ActingModule
@@ -390,6 +390,7 @@ class OfflineModule(SteppingModule):
         data, meta, sizes = self.trainer.datamodule, self.data_meta, self.sizes  # type: ignore[attr-defined]
         renewal, collection = getattr(data, "renewal", None), getattr(data, "collection", None)
         replay = data.replay if renewal is None else renewal.real
+        found = f"{amount(replay.num_steps, 'step')} in {amount(replay.num_episodes, 'episode')}"
         limits = f", {sizes.max_steps} steps at most" if sizes.max_steps else ""
         size = self.common.batch_size
         batch = f"batch size {size}"
@@ -401,7 +402,7 @@ class OfflineModule(SteppingModule):
         each += f" by each of {len(self.seeds)} seeds" if self.seeds else ""
         return Description(
             facts=[
-                ("data", f"{replay.num_steps:,} steps in {replay.num_episodes:,} episodes{limits} ({origin(meta)})"),
+                ("data", f"{found}{limits} ({origin(meta)})"),
                 ("sizes", f"observation {sizes.obs_dim}, action {sizes.action_dim}, {num_trained(self):,} parameters"),
                 *([] if renewal is None else renewal.facts(self.trainer.max_steps)),
                 *([] if collection is None else collection.facts()),
@@ -410,7 +411,7 @@ class OfflineModule(SteppingModule):
                 *([] if self._compiled is None else [("compile", self._compiled.fact())]),
             ],
             batch=batch,
-            evaluates=f"{episodes} episode{'s' * (episodes != 1)} of {env}{each}" if episodes and env else "",
+            evaluates=f"{amount(episodes, 'episode')} of {env}{each}" if episodes and env else "",
             notes=compile_advice(self, self.trainer.max_steps - self.updates),
             look=EVALUATE if env or type(self).policy is ActingModule.policy else EXPORT,
         )

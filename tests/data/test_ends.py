@@ -227,4 +227,4 @@ def test_data_as_the_readme_asks_load_without_a_word() -> None:
     for data in (readme, walks(episode_end=END), with_next(walks(episode_end=END))):
         replay = from_arrays(data)
         assert replay.meta["notes"] == [] and replay.meta["warnings"] == []
-    assert "4,950 usable transitions (50 steps have no known successor)" in str(report(from_arrays(readme)))
+    assert "4,950 usable transitions (50 steps without a known successor)" in str(report(from_arrays(readme)))

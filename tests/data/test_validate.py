@@ -141,12 +141,12 @@ def test_action_outside_the_bounds() -> None:
     data = arrays()
     data["actions"][6] = 1.3
     text = message(data, **BOUNDS)
-    assert "`actions` has values outside [-1, 1] in 1 rows (first: row 6, episode 1)" in text
+    assert "`actions` has values outside [-1, 1] in 1 row (first: row 6, episode 1)" in text
     assert "clip_actions=true" in text
     clipped = from_arrays(data, clip_actions=True, **BOUNDS)
     assert clipped.steps["action"][6] == 1.0
     assert data["actions"][6] == np.float32(1.3)  # the caller's array is untouched
-    assert "clipped the actions of 1 rows to [-1, 1]" in clipped.meta["notes"]
+    assert "clipped the actions of 1 row to [-1, 1]" in clipped.meta["notes"]
     assert from_arrays(data, on_bad="drop_episode", **BOUNDS).num_episodes == 3
 
 
@@ -155,7 +155,7 @@ def test_action_outside_by_rounding_is_clipped_and_counted() -> None:
     data["actions"][6] = 1.0001  # 1e-4 of the range of 2 is 2e-4
     replay = from_arrays(data, **BOUNDS)
     assert replay.steps["action"][6] == 1.0
-    assert any("1 rows that were outside [-1, 1] by rounding only" in n for n in replay.meta["notes"])
+    assert any("1 row outside [-1, 1] by rounding only" in n for n in replay.meta["notes"])
 
 
 def test_actions_exactly_on_a_bound_are_counted_not_changed() -> None:
@@ -163,7 +163,7 @@ def test_actions_exactly_on_a_bound_are_counted_not_changed() -> None:
     data["actions"][[1, 2]] = [[1.0], [-1.0]]
     replay = from_arrays(data, **BOUNDS)
     assert replay.steps["action"][1] == 1.0 and replay.steps["action"][2] == -1.0
-    assert any(n.startswith("2 rows have an action exactly on a bound") for n in replay.meta["notes"])
+    assert any(n.startswith("actions exactly on a bound: 2 rows;") for n in replay.meta["notes"])
 
 
 def test_bounds_of_the_data_when_no_environment_is_known() -> None:
@@ -194,7 +194,7 @@ def test_terminated_wins_over_truncated() -> None:
     data["terminals"][4] = True
     replay = from_arrays(data)
     assert replay.steps["terminated"][4] and 4 in replay.usable_rows()
-    assert any("1 episodes end as terminated and truncated at once" in n for n in replay.meta["notes"])
+    assert any("terminated and truncated at once: 1 episode, taken" in n for n in replay.meta["notes"])
 
 
 def test_one_step_episodes() -> None:
@@ -203,7 +203,7 @@ def test_one_step_episodes() -> None:
     replay = from_arrays(data)
     assert replay.length.tolist() == [5, 1, 4, 5, 5]
     assert 5 in replay.usable_rows()
-    assert any("1 episodes have one step" in n for n in replay.meta["notes"])
+    assert any("1 episode of one step" in n for n in replay.meta["notes"])
 
 
 def test_position_jump() -> None:
@@ -211,7 +211,7 @@ def test_position_jump() -> None:
     data["observations"] = np.cumsum(np.full((100, 2), 0.1, dtype=np.float32), axis=0)
     data["observations"][30:] += 100.0
     replay = from_arrays(data)
-    assert any("1 steps inside episodes jump" in w and "row 29" in w for w in replay.meta["warnings"])
+    assert any("inside episodes: 1 step (largest" in w and "row 29" in w for w in replay.meta["warnings"])
     data["observations"][30:50] -= 100.0  # the same jump where an episode ends is no jump
     assert not any("jump" in w for w in from_arrays(data).meta["warnings"])
 
@@ -224,7 +224,7 @@ def test_duplicate_episodes() -> None:
     data = arrays()
     for key in ("observations", "actions", "rewards"):
         data[key][10:15] = data[key][0:5]
-    assert any(w.startswith("1 episodes begin and last like another") for w in from_arrays(data).meta["warnings"])
+    assert any("as another one: 1 episode;" in w for w in from_arrays(data).meta["warnings"])
     assert not from_arrays(arrays()).meta["warnings"]
 
 

@@ -83,7 +83,7 @@ def test_steps_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     spread = float(np.std(obs[:, 0], dtype=np.float64))
     assert sorted({round(float(x) * spread, 3) for x in found.coverage.nearest}) == [0.0, 1.0]
     for words in ("50% of the values of action 0", "1 of 10 episodes repeat", "never change: 1", "is 1, which tells",
-                  "There are 10 episodes", "4 steps, and the environment allows 3"):  # fmt: skip
+                  "The data have 10 episodes", "4 steps, and the environment allows 3"):  # fmt: skip
         assert any(words in one for one in found.doubts), words
     del data.steps["reward"]
     assert any("There are no rewards" in one for one in survey(data).doubts)

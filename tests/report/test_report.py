@@ -25,7 +25,7 @@ from offpolicy.evaluation.scores import interval
 from offpolicy.files import Table
 from offpolicy.report.__main__ import main
 from offpolicy.report.build import write_report
-from offpolicy.report.curves import Line, mean_curve, on_grid, suite_curve
+from offpolicy.report.curves import Line, mean_curve, on_grid, suite_curve, switch_place
 from offpolicy.report.published import published_for, published_scores, published_seed_scores
 from offpolicy.report.records import MOST_ROWS, read_margins, read_metrics, read_record
 from offpolicy.report.runs import Run, newest_step, read_run
@@ -431,3 +431,28 @@ def test_in_a_browser(suite: tuple[str, Path], tmp_path: Path) -> None:
     assert light["contents"] >= 8 and light["drawn"] >= 4 and not light["wide"]
     assert light["first"].startswith("88.0")  # the largest number of the column: the optimality gap of BC
     assert light["dark"] != dark["dark"]
+
+
+def test_the_switch_to_an_environment_is_on_the_page(tmp_path: Path) -> None:
+    """Two runs that began to collect at update 1,000: means over seeds by hand; without them there is no section."""
+    root = tmp_path / "runs"
+    for seed, last in enumerate((60.0, 80.0)):
+        folder = made_run(root / f"seed{seed}", "IQL", "maze", seed, (50.0, 40.0, last))
+        measures = {"switch": 10, "at_switch": 50.0, "lowest": 40.0, "dip": 10.0, "mean": 45.0 + seed, "last": last}
+        (folder / "online.json").write_text(json.dumps(measures))
+    made_run(root / "offline", "BC", "maze", 0, (30.0,))
+    (made_run(root / "odd", "CQL", "maze", 0, (30.0,)) / "online.json").write_text('{"switch": "never"}')
+    text, out = report(root)
+    assert "Offline to online" in text and "switch at update" in text
+    (row,) = csv.DictReader((out / "tables/switch.csv").read_text().splitlines())
+    assert row["method"] == "IQL" and int(row["switch"]) == 10 and int(row["seeds"]) == 2
+    assert [float(row[name]) for name in ("at_switch", "dip", "mean", "last")] == [50.0, 10.0, 45.5, 70.0]
+    runs = [read_record(read_run(root / f"seed{seed}")) for seed in (0, 1)]
+    assert switch_place(runs, "updates") == 10.0
+    assert switch_place([*runs, read_record(read_run(root / "offline"))], "updates") is None
+
+    shutil.rmtree(out)
+    for folder in root.iterdir():
+        (folder / "online.json").unlink(missing_ok=True)
+    text, out = report(root)
+    assert "Offline to online" not in text and not (out / "tables/switch.csv").exists()

@@ -326,6 +326,31 @@ def test_a_search_finds_the_best_prunes_and_goes_on(tmp_path: Path, pruner: str)
     assert count == 14 and search_settings(plan, "TD3BC", "x", lines.append, made) and len(started) == count
 
 
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="the extra `search` is not installed here")
+def test_a_search_after_ctrl_c_goes_on_and_repeats_no_trial(tmp_path: Path) -> None:
+    """Ctrl-C reaches the search itself: its trial comes again first, and all others have settings of their own."""
+    from offpolicy.sweep.search import search_settings
+
+    plan = plan_of(tmp_path, methods=["TD3BC"], search={"model.alpha": {"low": 0.0, "high": 6.0}, "trials": 4})
+    started: list[float] = []
+
+    def made(job: Any, *_: Any) -> Any:
+        (cell,) = job.cells
+        started.append(cell.settings["model.alpha"])
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        made_run(cell.folder, "TD3BC", "x", 0, (1.0,), alpha=started[-1])
+        job.state = DONE
+        return job
+
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        search_settings(plan, "TD3BC", "x", lines.append, made)
+    assert "Run the same command again" in lines[-1]
+    assert search_settings(plan, "TD3BC", "x", lines.append, made)
+    assert started[2] == started[1] and len(started) == 5 and len(set(started)) == 4
+
+
 @pytest.mark.parametrize("where", [["--ray", "local"], ["--slurm", "a.sh"]])
 def test_a_search_runs_on_this_machine(where: list[str]) -> None:
     words = ["--methods", "BC", "--data", "pendulum-stitch-v0", "--search", "model.top=0.1:1"]

@@ -101,7 +101,13 @@ def _make_instead(name: str, env_id: str, path: Path, error: DataError) -> None:
         raise DataError(command) from None
     if recipe["generator"] != "maze":
         raise DataError(command) from None
-    print(f"{name} could not be downloaded: making a set like it, from the package's own oracle.", file=sys.stderr)
+    steps = recipe["episodes"] * (recipe["rows"] - 1)
+    print(
+        f"{name} could not be downloaded: making a set like it, {steps:,} steps by the package's own oracle, in some "
+        f"minutes. Ctrl-C stops it; `python -m offpolicy.data make {name} --steps N` makes a smaller one.",
+        file=sys.stderr,
+        flush=True,
+    )
     ogbench_make.make(recipe, path)
 
 

@@ -112,13 +112,14 @@ def sketch(
     split: str | None = None,
     download: bool = True,
     on_bad: str = "error",
+    pair_strategy: str = "best_vs_worst",
     n: int = 2,
 ) -> str:
     """What can be said about texts without a tokenizer: format, counts, faults and the first ``n`` rows."""
     source = read(target, split, download=download)
     form = detect(source, columns)
     faults, counts = Faults(source.where, source.rows, on_bad, max_bad=1.0), Counter[str]()
-    made = list(records(source, form, faults, counts))
+    made = list(records(source, form, faults, counts, pair_strategy=pair_strategy))
     faults.check()
     lines = [f"{target.name}: {source.rows:,} rows give {len(made):,}: {form}"]
     lines += [f"  note      {text}" for text in [*source.notes, *_notes(counts)]]

@@ -83,6 +83,7 @@ def survey_texts(
     download: bool = True,
     separator: str = "",
     max_length: int = MAX_LENGTH,
+    pair_strategy: str = "best_vs_worst",
     eval_data: str | None = None,
 ) -> TextSurvey:
     """Measure texts: pairs, single answers, or prompts with answers that can be checked.
@@ -90,7 +91,8 @@ def survey_texts(
     Args:
         target: texts, of any kind of source.
         tokenizer: of ``transformers``, its folder or name; without one lengths are in characters.
-        columns, split, download, separator, max_length: as of :class:`offpolicy.data.texts.module.TextData`.
+        columns, split, download, separator, max_length, pair_strategy: as of
+            :class:`offpolicy.data.texts.module.TextData`.
         eval_data: held-out data whose prompts are looked for here; "NAME@SPLIT" takes another part.
 
     Raises:
@@ -101,7 +103,7 @@ def survey_texts(
     if holds_problems(target, source, columns):
         found, items = _of_problems(source, dict(columns or {}), tokenizer)
     else:
-        found, items = _of_records(source, columns, tokenizer, separator, max_length)
+        found, items = _of_records(source, columns, tokenizer, separator, max_length, pair_strategy)
     found.notes += source.notes
     found.doubts += source.doubts
     others: dict[str, tuple[Target, str | None]] = {name: (target, name) for name in source.others[:SPLITS]}
@@ -158,16 +160,24 @@ def holds_problems(target: Target, source: Source, columns: Mapping[str, str | N
 # -- pairs and single answers ------------------------------------------------------------------------------------------
 
 
-def _read(source: Source, form: Format, separator: str) -> tuple[list[Record], Faults, Counter[str]]:
+def _read(
+    source: Source, form: Format, separator: str, pair_strategy: str = "best_vs_worst"
+) -> tuple[list[Record], Faults, Counter[str]]:
     faults, counts = Faults(source.where, source.rows, "drop", max_bad=1.0), Counter[str]()
-    return list(records(source, form, faults, counts, separator=separator)), faults, counts
+    made = list(records(source, form, faults, counts, pair_strategy=pair_strategy, separator=separator))
+    return made, faults, counts
 
 
 def _of_records(
-    source: Source, columns: Mapping[str, str | None] | None, tokenizer: Any, separator: str, max_length: int
+    source: Source,
+    columns: Mapping[str, str | None] | None,
+    tokenizer: Any,
+    separator: str,
+    max_length: int,
+    pair_strategy: str,
 ) -> tuple[TextSurvey, list[Item]]:
     form = detect(source, columns)
-    made, faults, counts = _read(source, form, separator)
+    made, faults, counts = _read(source, form, separator, pair_strategy)
     if not made:
         raise DataError(f"{source.where} gives nothing to train on: {faults.table()}. Check it.")
     kind = "singles" if len(made[0].answers) == 1 else "pairs"

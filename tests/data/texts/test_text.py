@@ -804,3 +804,20 @@ def test_show_and_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     names = ["--columns", '{"prompt": "q"}', "--tokenizer", str(tmp_path / "tokenizer")]
     assert main(["show", file, *names]) == 3 and "no column 'q'" in capsys.readouterr().err
     assert main(["show", file, "--columns", "q"]) == 2 and "expected JSON" in capsys.readouterr().err
+
+
+def test_show_and_convert_take_the_strategy_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three scored answers are one pair by the default, three pairs of all, and three answers without pairs."""
+    from offpolicy.data.__main__ import main
+
+    file = write(tmp_path, [{"prompt": "p", "completions": [" a", " b", " c"], "scores": [1.0, 2.0, 3.0]}] * 2)
+    made_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for given, count in (([], 2), (["--pair_strategy", "all_pairs"], 6), (["--pair_strategy", "none"], 6)):
+        assert main(["show", file, *given]) == 0 and f"2 rows give {count}" in capsys.readouterr().out
+        page = ["--html", str(tmp_path / "page.html")]
+        assert main(["show", file, *given, *page]) == 0 and f"  {count} of 2: " in capsys.readouterr().out
+        out = str(tmp_path / f"out{len(given)}{given[-1:]}")
+        assert main(["convert", file, out, "--tokenizer", str(tmp_path / "tokenizer"), *given]) == 0
+        tables = Replay.load(out).tables
+        assert len(tables["singles" if "none" in given else "pairs"]) == count
+    assert main(["show", file, "--pair_strategy", "best"]) == 2 and "best_vs_worst" in capsys.readouterr().err
