@@ -20,6 +20,7 @@ from offpolicy.data.names import Target, resolve
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts.answers import alternatives, joined_answers
 from offpolicy.data.texts.formats import Faults, Source
+from offpolicy.data.texts.formats.values import as_number
 from offpolicy.data.texts.hub import read
 from offpolicy.data.texts.numbers import MARK
 from offpolicy.data.texts.problem_rows import Problem, problem_columns, question_hash, read_problems
@@ -354,10 +355,14 @@ def _logps(value: Any, demonstration: np.ndarray, row: int, faults: Faults) -> n
     """Log-probabilities of the demonstrator, one per token and one for its end; NaN where a row has none."""
     if value is None:
         return np.full(len(demonstration), np.nan, np.float32)
-    found = np.asarray(value, dtype=np.float32)
-    if found.shape != demonstration.shape or not (found <= 0).all():
-        faults.add(row, "solution_logps", "logps", f"{found.size} numbers for {len(demonstration)} tokens")
-    return found
+    given = value if isinstance(value, list) else [value]
+    numbers = [as_number(one) for one in given]
+    wrong = [one for one, number in zip(given, numbers) if number is None or number > 0]
+    if wrong or len(numbers) != len(demonstration):
+        shown = f"{len(numbers)} numbers for {len(demonstration)} tokens"
+        faults.add(row, "solution_logps", "logps", f"{shown}, of which one is {wrong[0]!r}" if wrong else shown)
+        return np.full(len(demonstration), np.nan, np.float32)
+    return np.asarray(numbers, dtype=np.float32)
 
 
 def _build(

@@ -88,9 +88,11 @@ def test_log_probabilities_of_the_demonstrator(tokenizer: str, tmp_path: Path) -
     first, second = data.replay.tables["problems"][:, 1]
     assert step_column(data.replay, first, "logp").tolist() == [-1.0, -2.0, -0.5]
     assert np.isnan(step_column(data.replay, second, "logp")).all()
-    rows[0]["solution_logps"] = [-1.0, -2.0]
-    with pytest.raises(DataError, match="2 numbers for 3 tokens"):
-        opened(tmp_path, rows, tokenizer)
+    odd: tuple[Any, ...] = ([-1.0, -2.0, 0.5], [-1.0, -2.0, -1e39], [-1.0, -2.0, "a"], [[-1.0], -2.0, None], "-1", {})
+    for given in ([-1.0, -2.0], *odd):
+        rows[0]["solution_logps"] = given
+        with pytest.raises(DataError, match=r"`solution_logps` has .*\d numbers for 3 tokens"):
+            opened(tmp_path, rows, tokenizer)
 
 
 def test_held_out_problems(tokenizer: str, tmp_path: Path) -> None:
