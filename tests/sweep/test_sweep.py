@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import start_command
+from forks import finish
 from made_runs import made_run
 from scripts import ROOT
 
@@ -375,19 +378,22 @@ def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     """The command itself, killed at its first checkpoint: nothing is missing afterwards, and nothing twice."""
     words = ["--methods", "BC", "--data", "pendulum-stitch-v0", "--seeds", "0..1", "--folder", str(tmp_path / "s")]
     words += ["--set", "trainer.max_steps=3000", "run.eval_every=500", "run.eval_episodes=1", "--pack", "false"]
-    call = [sys.executable, "-m", "offpolicy.sweep", *words]
-    first = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL)
+    call = ["-m", "offpolicy.sweep", *words]
+    first = start_command(*call, folder=ROOT)
     deadline = time.time() + 120
     while not list((tmp_path / "s").rglob("step=*.ckpt")) and time.time() < deadline:
         time.sleep(0.1)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    again = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and "2 done" in again.stdout, again.stdout + again.stderr
+    os.kill(first.pid, signal.SIGKILL)
+    finish(first)
+    again = start_command(*call, folder=ROOT)
+    finish(again)
+    assert first.returncode == -signal.SIGKILL
+    assert again.returncode == 0 and "2 done" in again.output, again.output
     assert (tmp_path / "s" / "report" / "index.html").exists()
     for seed in (0, 1):
         (folder,) = (tmp_path / "s").rglob(f"seed{seed}")
         steps = [line.split(",")[0] for line in (folder / "evals.csv").read_text().splitlines()[1:]]
         assert steps == [str(n) for n in range(500, 3001, 500)]
-    third = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
-    assert third.returncode == 0 and "2 are done, 0 go on, 0 begin" in third.stdout
+    third = start_command(*call, folder=ROOT)
+    finish(third)
+    assert third.returncode == 0 and "2 are done, 0 go on, 0 begin" in third.output
