@@ -208,6 +208,21 @@ def test_egae_takes_the_last_value_of_cut_answers_alone() -> None:
     )
 
 
+def test_the_critic_learns_from_finished_answers_alone() -> None:
+    """½·[2² + 1²] of the second answer, which ended, over its two tokens; nothing of the first."""
+    value = f64([5, 5], [2, 1]).requires_grad_()
+    zeros, columns = torch.zeros(2, 2, dtype=torch.float64), {"ended": torch.tensor([False, True])}
+    tokens = Tokens(
+        zeros, zeros + 1, f64(0, 0), zeros, zeros, value=value, returns=torch.zeros_like(value), columns=columns
+    )
+    part = Objective(advantage="egae", value={"name": "squared", "finished": True}, aggregation="token_mean")
+    assert part.columns == {"ended"}
+    found, _ = part.loss(tokens, Totals(2, 4, 2, 2), iteration=1)
+    torch.testing.assert_close(found, f64(0.5 * 5 / 4)[0])
+    found.backward()
+    torch.testing.assert_close(value.grad, f64([0, 0], [0.5, 0.25]))
+
+
 def test_names() -> None:
     assert {"drpo_contrast", "kl_limit", "empg_clarity"} <= COMPONENTS["terms"].keys() and "empg" in COMPONENTS[
         "weight"

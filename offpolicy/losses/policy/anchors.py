@@ -218,10 +218,13 @@ class SquaredValue:
     Args:
         coef: ≥ 0.
         clip: > 0; None for no clipping.
+        finished: leave out answers that were cut, whose end nobody has seen (T-PPO, arXiv:2506.15050); they count in
+            the mean, as 0.
     """
 
     coef: float = 0.5
     clip: float | None = None
+    finished: bool = False
 
     def __post_init__(self) -> None:
         check_range("coef", self.coef, 0.0)
@@ -232,8 +235,12 @@ class SquaredValue:
     def reads(self) -> frozenset[str]:
         return frozenset(("value", "returns") if self.clip is None else ("value", "returns", "old_value"))
 
+    @property
+    def columns(self) -> frozenset[str]:
+        return frozenset({"ended"} if self.finished else ())
+
     def __call__(self, tokens: Tokens, *, iteration: int) -> Tensor:
-        kept = tokens.own
+        kept = tokens.own & (column(tokens, "ended") > 0)[:, None] if self.finished else tokens.own
         value, returns = field(tokens, "value"), field(tokens, "returns")
         error = torch.where(kept, value - returns, 0.0).square()
         if self.clip is not None:

@@ -165,10 +165,10 @@ ROWS = (
         "t_ppo",
         "T-PPO",
         "2506.15050",
-        "values after a cut are those of the last token (EGAE)",
-        {"advantage": "egae", "value": "squared"},
+        "values after a cut are those of the last token (EGAE), and the critic learns from finished answers alone",
+        {"advantage": "egae", "value": {"name": "squared", "finished": True}},
         differs="no window: an answer has one policy version, by which its log-probabilities are kept and its age is "
-        "told, and tokens before the new ones would be taken for a demonstration; the critic learns from cut answers",
+        "told, and tokens before the new ones would be taken for a demonstration",
         unverified="λ and γ (1 here)",
         needs="critic",
     ),

@@ -177,7 +177,8 @@ ROWS = (
         {},
         {"hints": {"name": "tiers", "tiers": [0.2, 0.4, 0.6, 0.8], "patience": 1}},
         differs="the policy writes its hints from the solution there; here a hint is the solution's beginning",
-        unverified="the tiers and when they change, which are ours",
+        unverified="the tiers and when they change, which are ours; the request by which the policy writes hints, how "
+        "many it writes to a problem and when, what keeps the answer out of them, and whether it learns to write them",
     ),
     Variant(
         "vade",
