@@ -283,7 +283,7 @@ def saved(tmp_path: Path, **changed: np.ndarray) -> Path:
 def test_the_content_of_a_folder(tmp_path: Path) -> None:
     obs, action, reward = (np.array(toy_replay().steps[k]) for k in ("obs", "action", "reward"))
     obs[25, 1], action[3], reward[299] = np.nan, 2.5, np.inf
-    refused(saved(tmp_path, obs=obs), r"`obs` has NaN or infinite values in 1 rows \(first: row 25, episode 2\)")
+    refused(saved(tmp_path, obs=obs), r"`obs` has NaN or infinite values in 1 row \(first: row 25, episode 2\)")
     refused(saved(tmp_path, reward=reward), r"`reward` has NaN or infinite values")
     refused(saved(tmp_path, action=action), r"`action` has values outside")
     refused(saved(tmp_path, action=np.array(["a"] * 300)), "`action` has type <U1")

@@ -67,7 +67,7 @@ def test_a_finite_bound_counts_where_the_other_is_infinite(infinite: float) -> N
     assert low.tolist() == [0.0, 0.0] and high.tolist() == [float(data["action"][:, 0].max()), 2.0]
     assert any("where a side has no bound, the data's is taken" in n for n in replay.meta["notes"])
     data["action"][7, 0] = -0.5
-    with pytest.raises(DataError, match=r"`action` has values outside \[0, inf\] in 1 rows \(first: row 7"):
+    with pytest.raises(DataError, match=r"`action` has values outside \[0, inf\] in 1 row \(first: row 7"):
         from_arrays(data, action_low=0.0, action_high=infinite)
 
 

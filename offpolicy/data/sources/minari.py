@@ -27,7 +27,7 @@ from offpolicy.data.sources.fetch import Lock, check_network
 from offpolicy.data.sources.minari_storage import ArrowStorage, Hdf5Storage, Storage
 from offpolicy.data.spaces import bounds_meta
 from offpolicy.environments.wrappers import names, obstacle, wrappers_of
-from offpolicy.errors import DataError, UsageError, listed
+from offpolicy.errors import DataError, UsageError, amount, listed
 from offpolicy.trust import check_environment
 
 PRECISION_LIMIT = 1 << 23  # numbers of one episode that are read a second time, as float64
@@ -234,7 +234,7 @@ def _read_episodes(
     total, count = int(length.sum()), len(length)
     raw = Raw({}, start, length, str(folder), keys={"obs": "observations", "action": "actions", "reward": "rewards"})
     if empty:
-        raw.notes.append(f"{empty} episodes without a step were skipped")
+        raw.notes.append(f"{amount(empty, 'episode')} without a step: skipped")
 
     filled: list[tuple[str, np.ndarray, np.ndarray | None]] = []
 

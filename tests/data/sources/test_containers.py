@@ -195,7 +195,7 @@ def test_tables_of_arrow() -> None:
 
 def test_missing_values_are_content_faults() -> None:
     obs = np.ma.MaskedArray(walks()["obs"], mask=np.arange(36).reshape(12, 3) == 7)
-    with pytest.raises(DataError, match=r"`obs` has NaN or infinite values in 1 rows \(first: row 2"):
+    with pytest.raises(DataError, match=r"`obs` has NaN or infinite values in 1 row \(first: row 2"):
         from_arrays(walks(obs=obs))
     data = walks(obs=obs, episode_end=np.arange(N) % 4 == 3)
     assert from_arrays(data, on_bad="drop_episode").num_episodes == 2
@@ -299,7 +299,7 @@ def test_messages_stay_short() -> None:
 
 
 def test_the_data_module_shows_its_report() -> None:
-    assert "12 in 1 episodes" in repr(op.load_data(walks())) and "12 in 1" in str(op.load_data(walks()))
+    assert "12 in 1 episode;" in repr(op.load_data(walks())) and "12 in 1" in str(op.load_data(walks()))
     from offpolicy.data.module import DataModule
 
     assert repr(DataModule("pendulum-stitch-v0")) == "<DataModule of pendulum-stitch-v0, not open yet>"

@@ -142,7 +142,7 @@ def test_ends_of_episodes_and_episodes_without_steps(tmp_path: Path) -> None:
     replay = open_source(write(tmp_path / "a-v0", box(3), [4, 3, 0, 1, 5]))
     assert replay.length.tolist() == [4, 3, 1, 5]
     assert np.flatnonzero(replay.steps["terminated"]).tolist() == [3]
-    assert replay.meta["notes"][0] == "1 episodes without a step were skipped"
+    assert replay.meta["notes"][0] == "1 episode without a step: skipped"
     assert any("2 unfinished episodes" in n for n in replay.meta["notes"])
     np.testing.assert_allclose(replay.tail["obs"][:, 0], [0.04, 1.03, 3.01, 4.05], rtol=1e-6)
 
@@ -259,7 +259,7 @@ def test_damaged_metadata(hdf5: Path) -> None:
 def test_content_faults_drop_their_episode(hdf5: Path) -> None:
     with h5py.File(hdf5 / "data" / "main_data.hdf5", "a") as file:
         file["episode_4/observations"][200] = np.nan  # the observation after the last step
-    with pytest.raises(DataError, match=r"after the last step in 1 rows \(first: row 999, episode 4\)"):
+    with pytest.raises(DataError, match=r"after the last step in 1 row \(first: row 999, episode 4\)"):
         open_source(hdf5)
     assert open_source(hdf5, on_bad="drop_episode").num_episodes == 9
 

@@ -100,7 +100,7 @@ def test_the_action_of_a_last_state_is_not_looked_at(file: Path, tmp_path: Path)
     assert open_source(tmp_path / "a.npz").num_steps == 5000
     arrays["actions"][3] = np.nan
     np.savez(tmp_path / "b.npz", **arrays)
-    with pytest.raises(DataError, match=r"`actions` has NaN or infinite values in 1 rows \(first: row 3, episode 0\)"):
+    with pytest.raises(DataError, match=r"`actions` has NaN or infinite values in 1 row \(first: row 3, episode 0\)"):
         open_source(tmp_path / "b.npz")
 
 
