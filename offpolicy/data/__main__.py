@@ -164,7 +164,7 @@ def _make_fixed(target: Target, options: argparse.Namespace) -> None:
         replay = generate(target.name)
         replay.meta["file"] = str(replay.save(options.out))
     else:
-        replay = open_made(target.name)
+        replay = open_made(target.name, must_keep=True)
     print(report(replay))
     if options.check:
         _print_returns(reference_returns(target.name))

@@ -30,11 +30,12 @@ from offpolicy.errors import UsageError
 Law = Callable[[np.ndarray], np.ndarray]
 
 
-def open_made(name: str) -> Replay:
+def open_made(name: str, *, must_keep: bool = False) -> Replay:
     """The set from its folder, or made now and kept there when the folder can be written.
 
     Raises:
         UsageError: the simulator it needs is not installed.
+        OSError: with ``must_keep``, the folder cannot be written.
     """
     meta = describe_made(name)
     folder = cache_folder(name, meta["recipe"])
@@ -44,6 +45,8 @@ def open_made(name: str) -> Replay:
             replay.save(folder)
         except OSError as error:  # includes another process that has just finished the same set
             if not (folder / "meta.json").is_file():
+                if must_keep:
+                    raise
                 replay.meta["notes"] = [
                     *replay.meta["notes"],
                     f"not kept on disk ({error}): it is made again next time",

@@ -131,6 +131,8 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(short: Path, monkeypatch
     replay = open_made(NAME)
     assert replay.num_steps == 800 and any("No space left" in n for n in replay.meta["notes"])
     assert list(short.iterdir()) == []
+    with pytest.raises(OSError, match="No space left"):  # which `offpolicy.data make` answers with an exit code
+        open_made(NAME, must_keep=True)
 
 
 def test_options_that_do_not_fit_are_refused(short: Path) -> None:
