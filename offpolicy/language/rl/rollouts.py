@@ -406,7 +406,8 @@ class RolloutModule(IteratingModule):
 
     def objective_facts(self) -> list[tuple[str, str]]:
         """The lines on the objective."""
-        return objective_facts(self.objective, self.micro.number * self.world_size, self.answering.turns)
+        turns = 1 if self.answering is None else self.answering.turns
+        return objective_facts(self.objective, self.micro.number * self.world_size, turns)
 
     def _replay_facts(self) -> list[tuple[str, str]]:
         """The line on a rule of replay other than the usual one."""
