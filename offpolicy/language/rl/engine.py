@@ -183,6 +183,7 @@ class FurtherAnswers(Protocol):
     """What answers requests of this process beside those of an iteration: behind a hint, or after a first answer."""
 
     asking: Any
+    correction: Any
     options: Any
 
     def prompt(self, problem: int, words: int) -> np.ndarray:

@@ -64,7 +64,7 @@ def rows_stored(
         episodes["asked"] = np.asarray(column["asked"], np.int64)
     for name in made[0]["parts"]:
         episodes[f"reward/{name}"] = np.asarray([row["parts"][name] for row in made], np.float32)
-    steps = {name: column[name] for name in ("logp", "sampler_logp", "turn", "stage") if name in column}
+    steps: dict[str, Any] = {name: column[name] for name in ("logp", "sampler_logp", "turn", "stage") if name in column}
     if "turn" in steps:
         episodes["first_reward"] = np.asarray(column["first_reward"], np.float64)
     floats = np.float64 if dtype == torch.float64 else np.float32
