@@ -290,6 +290,9 @@ ROWS: list[tuple[str, dict, dict, str]] = [
     ("F4 parts at a turn of the user", D,
      {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, say("user", "x"), BAD]},
      "`chosen` has an answer that holds a turn of the user or system"),
+    ("a turn that is not learned from", C, {"chosen": [{**GOOD, "weight": 0}]}, "`chosen` has an answer that a `weigh"
+     "t` other than 1, or `loss`, `train` or `trainable` false, leaves out of training, in 1 row"),
+    ("a turn that is not trained", D, {"rejected": [USER, {**BAD, "train": False}]}, "`rejected` has an answer that a"),
     ("prompt ends with the assistant", C, {"prompt": [USER, GOOD]}, "`prompt` has a prompt that ends with a turn of"),
     ("other system messages", D,
      {"chosen": [say("system", "a"), USER, GOOD], "rejected": [say("system", "b"), USER, BAD]},
@@ -333,6 +336,13 @@ def test_faulty_rows_stop_the_load_or_are_dropped_and_counted(
     assert sum(replay.meta["dropped"].values()) == 1
     assert words in replay.meta["warnings"][0] and words in report(replay)
     assert replay.meta["warnings"][0].startswith("1 of 20 rows were dropped: ")
+
+
+def test_marks_of_turns_that_are_learned_from_or_asked_change_nothing(tmp_path: Path) -> None:
+    marked = {"prompt": [{**USER, "weight": 0}], "chosen": [{**GOOD, "weight": 1, "loss": 0.0}], "rejected": [BAD]}
+    plain = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    texts = [read(tmp_path, [row], chat=True).steps["token"].tolist() for row in (marked, plain)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,10 @@ FAULTS = {  # kind → what is wrong, what was expected
     ),
     "last_role": ("a last turn that is not the assistant's", "a turn with the role 'assistant'"),
     "other_turn": ("an answer that holds a turn of the user or system", "turns of the assistant after the prompt"),
+    "left_out": (
+        "an answer that a `weight` other than 1, or `loss`, `train` or `trainable` false, leaves out of training,",
+        "answers that are learned from; remove such rows or keys, or put a number into a column `weight` of the rows",
+    ),
     "prompt_mismatch": (
         "a text that does not occur in the conversations",
         "the same question in both; pass --data.columns '{\"prompt\": null}' to take the conversations",

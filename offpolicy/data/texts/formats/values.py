@@ -54,7 +54,7 @@ def checked_answer(prompt: Text, answer: Text, name: str, chat: bool, apart: boo
         apart: whether the prompt stands in a column of its own, so that an answer that begins with it repeats it.
 
     Raises:
-        Fault: it says nothing, repeats the prompt, or holds turns of others.
+        Fault: it says nothing, repeats the prompt, holds turns of others, or says that it is not learned from.
     """
     if not chat:
         if blank(answer):
@@ -70,7 +70,14 @@ def checked_answer(prompt: Text, answer: Text, name: str, chat: bool, apart: boo
         raise Fault(name, "last_role", turns[-1])
     if any(m["role"] in ("user", "system") for m in turns):
         raise Fault(name, "other_turn", turns)
+    if marked := next((m for m in turns if m["role"] == "assistant" and left_out(m)), None):
+        raise Fault(name, "left_out", marked)
     return turns
+
+
+def left_out(turn: Message) -> bool:
+    """Whether a turn says of itself that it is not learned from, or not as the others are."""
+    return turn.get("weight", 1) != 1 or any(turn.get(name) is False for name in ("loss", "train", "trainable"))
 
 
 def as_number(value: Any) -> float | None:
