@@ -359,7 +359,8 @@ class Module(LightningModule):
     def show_callbacks(self, values: dict[str, float]) -> None:
         """Let the Trainer's callbacks see numbers, as Lightning does with learning rates; ``log`` makes a module of
         each."""
-        shown = {k: torch.tensor(v, dtype=torch.get_default_dtype()) for k, v in values.items() if k != "step"}
+        dtype = torch.get_default_dtype()
+        shown = {k: torch.tensor(v, dtype=dtype, device="cpu") for k, v in values.items() if k != "step"}
         self.trainer.callback_metrics.update(shown)
 
     def log_to_loggers(self, values: dict[str, float], updates: int) -> None:

@@ -133,4 +133,4 @@ def test_jumps_of_large_and_small_numbers() -> None:
         data = walks(next_obs=None, episode_end=None)
         data["obs"] = (np.arange(400.0)[:, None] * np.ones(3) * scale).astype(np.float32)
         data["obs"][200:] += np.float32(1000 * scale)
-        assert any("jump more than 50 times" in w and "row 199" in w for w in warnings(data))
+        assert any("jumps of more than 50 times" in w and "row 199" in w for w in warnings(data))
