@@ -34,8 +34,8 @@ def check_columns(columns: Collection[str], rewards: Collection[str], given: Col
     """Raise :class:`UsageError` for a column that an objective asks for and no answer will have.
 
     Args:
-        columns: that the objective asks for. Of answers: ``OF_ANSWERS``, or ``reward/NAME``. Of tokens: ``turn``, from
-            0, and −1 outside of the answer; and ``token``, its number in the vocabulary.
+        columns: that the objective asks for. Of answers: ``OF_ANSWERS``, or ``reward/NAME``. Of tokens: ``turn``
+            and ``stage``, from 0, and −1 outside of the answer; and ``token``, its number in the vocabulary.
         rewards: names of the rewards.
         given: columns that the advantage gives.
     """
