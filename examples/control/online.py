@@ -3,7 +3,7 @@
 usage: python examples/control/online.py curves [--method SAC] [--envs Pendulum-v1 InvertedDoublePendulum-v5]
                                                 [--steps 10000 25000] [--sb3 PYTHON] [--out runs/online.png]
        python examples/control/online.py switch [--data pendulum-stitch-v0] [--methods IQL AWAC TD3BC RLPD]
-                                                [--steps 20000] [--utd 4]
+                                                [--steps 20000] [--utd 4] [--updates N]
        python examples/control/online.py learns [--data pendulum-medium-made-v0] [--utd 4]
        curves, switch: [--jobs 1]
        all: [--seeds 3] [--root runs/online]
@@ -14,8 +14,9 @@ table: means over seeds with the 95 % interval of Student's t.
 
 ``curves`` trains from scratch, and with ``--sb3`` (the interpreter of an environment that has it) stable-baselines3
 too, with the same networks, rates, batches and uniform steps; it draws both into a figure. ``switch`` trains offline by
-the recipe, then online for so many steps, all rows drawn alike; RLPD begins at once, half of each batch offline, with
-``--utd`` updates per step (the paper's is 20) and networks of 2x64.
+the recipe (with ``--updates`` updates in place of its own), then online for so many steps, all rows drawn alike; RLPD
+begins at once, half of each batch offline, with ``--utd`` updates per step (the paper's is 20); on Pendulum its
+networks are of 2x64, its rates 1e-3, and rewards a tenth.
 
 ``learns`` asks three things, with all seeds in one process: SAC reaches -200 on Pendulum-v1 in 6,000
 steps; IQL ends 5,000 online steps above its offline score; RLPD is above SAC alone after 2,000 steps of each. A set of
@@ -46,11 +47,14 @@ from offpolicy.files import safe_name
 HERE = Path(__file__).parent
 ENVS, STEPS = ("Pendulum-v1", "InvertedDoublePendulum-v5"), (10_000, 25_000)
 HERE_NAME, SB3 = "here", "stable-baselines3"
-SMALL = ["--model.hidden_dims", "[64,64]", "--model.actor_lr", "1e-3", "--model.critic_lr", "1e-3"]
+SMALL = [
+    *("--model.hidden_dims", "[64,64]", "--model.actor_lr", "1e-3", "--model.critic_lr", "1e-3"),
+    *("--model.entropy_lr", "1e-3", "--model.reward_transform", "0.1r"),
+]
 RLPD = [
     *("--model.num_critics", "10", "--model.num_min_critics", "2", "--model.layer_norm", "true"),
     *("--model.init", "xavier", "--model.actor_q", "mean", "--model.update_order", "critic_first"),
-    *("--model.entropy_lr", "1e-3", "--model.reward_transform", "0.1r", "--data.online.mix", "half"),
+    *("--data.online.mix", "half"),
 ]
 Curve = list[tuple[int, float]]
 
@@ -188,18 +192,22 @@ def draw(found: dict[str, list[dict[str, tuple[Curve, float]]]], out: Path) -> N
 # -- offline, then online ----------------------------------------------------------------------------------------------
 
 
-def switched(method: str, data: str, steps: int, utd: int, seed: int, root: Path) -> tuple[dict[str, float], float]:
+def switched(
+    method: str, data: str, steps: int, updates: int | None, utd: int, seed: int, root: Path
+) -> tuple[dict[str, float], float]:
     """Scores of one run: at the switch (missing where nothing was trained before), the dip, the mean, the end."""
-    folder = root / safe_name(data) / method / f"seed{seed}"
+    length = [] if updates is None or method == "RLPD" else ["--trainer.max_steps", str(updates)]
+    folder = root / safe_name(data) / "-".join([method, *length[1:]]) / f"seed{seed}"
     online = ["--data", data, "--data.online.env_steps", str(steps)]
 
     def work() -> float:
         begin = ["--folder", str(folder), "--seed_everything", str(seed)]
         if method == "RLPD":
-            updates = ["--data.online.utd", str(utd), "--model.policy_freq", str(utd)]
+            per_step = ["--data.online.utd", str(utd), "--model.policy_freq", str(utd)]
             every = ["--run.eval_every", str(utd * 1000), "--run.eval_episodes", "20"]
-            return fit("--model", "SAC", *online, *SMALL, *RLPD, *updates, *every, *begin)
-        offline = fit("--model", method, "--data", data, *begin)
+            small = SMALL if data.startswith("pendulum-") else []
+            return fit("--model", "SAC", *online, *small, *RLPD, *per_step, *every, *begin)
+        offline = fit("--model", method, "--data", data, *length, *begin)
         return offline + fit("--model", method, "--ckpt_path", str(folder), *online)
 
     took = once(folder, work)
@@ -214,7 +222,8 @@ def switch(args: argparse.Namespace) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         pending = {
             method: [
-                pool.submit(switched, method, args.data, steps, args.utd, seed, args.root) for seed in range(args.seeds)
+                pool.submit(switched, method, args.data, steps, args.updates, args.utd, seed, args.root)
+                for seed in range(args.seeds)
             ]
             for method in args.methods
         }
@@ -292,6 +301,7 @@ def main() -> None:
     parser.add_argument("--data", help="pendulum-stitch-v0; of learns pendulum-medium-made-v0, which has room above it")
     parser.add_argument("--methods", nargs="+", default=["IQL", "AWAC", "TD3BC", "RLPD"])
     parser.add_argument("--utd", type=int, default=4, help="of RLPD")
+    parser.add_argument("--updates", type=int, help="of switch before it; left out, those of the recipe")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--root", type=Path, default=Path("runs/online"))
@@ -299,7 +309,7 @@ def main() -> None:
     if args.part == "learns":
         others = [
             name
-            for name in ("method", "envs", "steps", "methods", "jobs")
+            for name in ("method", "envs", "steps", "methods", "jobs", "updates")
             if getattr(args, name) != parser.get_default(name)
         ]
         if others:

@@ -2,11 +2,12 @@
 
 usage: python examples/diffusion/table.py [--data pendulum-stitch-v0] [--seeds 3] [--jobs 2] [--model RUN]
                                           [--root runs/diffusion] [--guidance 0.5 1 2] [--trajectories 1024]
+                                          [--world RUN] [--updates N]
 
-Trains, each with the recipe of its method and task and on one thread: a trajectory diffusion model (unless ``--model``
-names one), a world model, and every agent of ``--methods`` on real data, on unguided synthetic data, and on data guided
-by itself with each coefficient of ``--used``: four pools as it trains, the first unguided. What is complete under
-``--root`` is read, not repeated.
+Trains, each with the recipe of its method and task and on one thread: a trajectory diffusion model and a world model
+(unless ``--model`` and ``--world`` name them), and every agent of ``--methods`` on real data, on unguided synthetic
+data, and on data guided by itself with each coefficient of ``--used``: four pools as it trains, the first unguided.
+``--updates`` are those of an agent in place of its recipe's. What is complete under ``--root`` is read, not repeated.
 
 Prints Markdown. First, for the agent of seed 0 on real data as target policy: the real data, synthetic ones by
 coefficient, and roll-outs of the policy in the world model, of equal length; errors are root mean squares in standard
@@ -57,11 +58,13 @@ def train(folder: Path, model: str, data: str, seed: int, *options: str) -> Path
 def agent(args: argparse.Namespace, method: str, source: str, guidance: float, seed: int) -> Path:
     """An agent on real ("real"), unguided ("unguided") or guided data ("policy-guided")."""
     label = f"guided-{guidance:g}" if source == "policy-guided" else source
-    folder = args.root / safe_name(args.data) / f"{method}-{label}" / f"seed{seed}"
+    length = [] if args.updates is None else ["--trainer.max_steps", str(args.updates)]
+    name = "-".join([method, label, *length[1:]])
+    folder = args.root / safe_name(args.data) / name / f"seed{seed}"
     if source == "real":
-        return train(folder, method, args.data, seed)
+        return train(folder, method, args.data, seed, *length)
     known = offpolicy.recipe(method, args.data)
-    steps = known.settings["trainer.max_steps"] if known else 1_000_000
+    steps = args.updates or (known.settings["trainer.max_steps"] if known else 1_000_000)
     options = {
         "source": source,
         "synthetic.model": str(args.model),
@@ -71,7 +74,7 @@ def agent(args: argparse.Namespace, method: str, source: str, guidance: float, s
         "synthetic.every": str(-(-steps // POOLS)),
     }
     given = [text for name, value in options.items() for text in (f"--data.{name}", value)]
-    return train(folder, method, args.data, seed, *given)
+    return train(folder, method, args.data, seed, *length, *given)
 
 
 def measures(args: argparse.Namespace, method: str, policy_run: Path, world_run: Path) -> Comparison:
@@ -128,6 +131,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--model", type=Path, help="run folder of a trajectory diffusion model of these data")
+    parser.add_argument("--world", type=Path, help="run folder of a world model of these data")
+    parser.add_argument("--updates", type=int, help="of every agent; left out, those of its recipe")
     parser.add_argument("--root", type=Path, default=Path("runs/diffusion"))
     parser.add_argument("--guidance", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="coefficients measured")
     parser.add_argument("--used", type=float, nargs="+", default=[1.0], help="coefficients that agents train with")
@@ -139,9 +144,14 @@ def main() -> None:
     kinds = [("real", 0.0), ("unguided", 0.0), *(("policy-guided", kappa) for kappa in args.used)]
     with ThreadPoolExecutor(args.jobs) as pool:
         first = [pool.submit(agent, args, method, "real", 0.0, 0) for method in args.methods]
-        world = pool.submit(train, place / "WorldModel", "WorldModel", args.data, 0)
-        if args.model is None:
-            args.model = pool.submit(train, place / "TrajectoryDiffusion", "TrajectoryDiffusion", args.data, 0).result()
+        kinds_of_model = {"model": "TrajectoryDiffusion", "world": "WorldModel"}
+        made = {
+            option: pool.submit(train, place / name, name, args.data, 0)
+            for option, name in kinds_of_model.items()
+            if getattr(args, option) is None
+        }
+        for option, job in made.items():
+            setattr(args, option, job.result())
         policies = {method: job.result() for method, job in zip(args.methods, first)}
         jobs = {
             (method, source, kappa): [pool.submit(agent, args, method, source, kappa, k) for k in range(args.seeds)]
@@ -149,7 +159,7 @@ def main() -> None:
             for source, kappa in kinds
         }
         for method, run in policies.items():
-            print_measures(args, method, measures(args, method, run, world.result()))
+            print_measures(args, method, measures(args, method, run, args.world))
         sys.stdout.flush()
         scores = {key: np.array([last_score(job.result()) for job in pending]) for key, pending in jobs.items()}
     if not args.seeds:
