@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import tiny_rl
 import torch
 import yaml
 from forks import run_pair, start_copy
 from tiny_rl import fit, method
-from toy import differences, run_files
+from toy import differences, quiet, run_files
 from vllm_engines import (
     PYTHON,
     context,
@@ -37,6 +38,7 @@ from vllm_engines import (
     texts,
 )
 
+from offpolicy.data.texts.problems import ProblemData
 from offpolicy.errors import UsageError
 from offpolicy.files import Table
 from offpolicy.language.rl import vllm_process
@@ -44,6 +46,7 @@ from offpolicy.language.rl.engine import ConcurrentEngine, Request, Sampling
 from offpolicy.language.rl.engines import make_engine
 from offpolicy.language.rl.vllm import VllmEngine, answer_seed
 from offpolicy.training.lightning_private import FullySharded
+from offpolicy.training.run_folder import RunFolder
 from offpolicy.trust import names_in, trusting
 
 HOW = Sampling(stop=(2, 5, 6), max_new_tokens=7, temperature=0.7, seed=3, iteration=4)
@@ -461,6 +464,22 @@ def test_lora(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         kept = run(kind, tmp_path, "kept", monkeypatch, lora_rank=4, lr=0.1, engine={"adapter": "keep"})
         assert "adapters beside the weights" in kept.answering.engine.description
         assert kept.answering.probed["engine/gap"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", STAND_IN_OR_VLLM)
+def test_rounds_of_a_preference_method(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds of DPO: vLLM answers with the weights of each round, and ends with the run."""
+    engine = {"name": "vllm", "python": PYTHON if kind == "vllm" else fake(tmp_path, monkeypatch)}
+    rounds: dict[str, Any] = {"rounds": 2, "answers": 4, "batch_size": 4, "max_new_tokens": 4}
+    words: dict[str, Any] = {"rewards": ["tiny_rl.early_letters"], "engine": engine, "lr": 1e-2}
+    module = tiny.method("DPO", policy_of(tmp_path), **rounds, **words)
+    data = ProblemData.of(tiny_rl.toy_problems(6), tiny_rl.toy_problems(3, seed=1))
+    module.bind_data(data)
+    given = {"default_root_dir": str(tmp_path / "run"), "enable_checkpointing": True}
+    quiet(50, [RunFolder(tmp_path / "run")], **given).fit(module, data)
+    assert module.round.number == 2 and len(list((tmp_path / "run" / "rounds").iterdir())) == 2
+    assert module.answering.probed["engine/gap"] < 1e-4  # after the last of the weights that it was given
+    assert not module.answering.engine._held  # the process has ended
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
