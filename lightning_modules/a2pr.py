@@ -106,7 +106,7 @@ class A2PR(OfflineModule):
         check_range("discount", discount, 0.0, 1.0, upper_open=True)
         check_range("tau", tau, 0.0, 1.0)
         check_range("policy_noise", policy_noise, 0.0)
-        check_range("noise_clip", noise_clip, 0.0)
+        check_range("noise_clip", noise_clip, 0.0, infinite=True)
         check_range("policy_freq", policy_freq, 1)
         if vae_action not in ("policy", "prior"):
             raise UsageError(f"`vae_action` is {vae_action!r}; expected 'policy' or 'prior'.")

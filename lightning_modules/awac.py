@@ -65,7 +65,7 @@ class AWAC(OfflineModule):
     ) -> None:
         super().__init__()
         check_range("lambda_", lambda_, 0.0, lower_open=True)
-        check_range("weight_max", weight_max, 0.0, lower_open=True)
+        check_range("weight_max", weight_max, 0.0, lower_open=True, infinite=True)
         check_range("discount", discount, 0.0, 1.0, upper_open=True)
         check_range("tau", tau, 0.0, 1.0)
         check_range("num_critics", num_critics, 1)

@@ -121,8 +121,12 @@ class CQL(OfflineModule):
         check_range("bc_steps", bc_steps, 0)
         check_range("discount", discount, 0.0, 1.0, upper_open=True)
         check_range("tau", tau, 0.0, 1.0)
+        check_range("lagrange_gap", lagrange_gap or 0.0)
+        check_range("penalty_min", penalty_min or 0.0)
+        check_range("penalty_max", penalty_max or 0.0)
         if penalty_min is not None and penalty_max is not None:
             check_range("penalty_max", penalty_max, penalty_min)
+        check_range("target_entropy", target_entropy or 0.0)
         check_widths("actor_hidden_dims", actor_hidden_dims)
         check_widths("critic_hidden_dims", critic_hidden_dims)
         if second_critic_hidden_dims is not None:

@@ -86,6 +86,7 @@ class DecisionTransformer(OfflineModule):
         check_range("num_layers", num_layers, 1)
         check_range("num_heads", num_heads, 1)
         check_range("dropout", dropout, 0.0, 1.0, upper_open=True)
+        check_range("target_return", target_return or 0.0)
         check_range("lr", lr, 0.0)
         check_range("warmup_steps", warmup_steps, 0)
         check_range("weight_decay", weight_decay, 0.0)

@@ -53,10 +53,12 @@ class GRPO(RolloutModule):
         entropy: float = 0.0,
         **rollouts: Any,
     ) -> None:
+        published = variant_of(variant)
+        variant = published.name  # in the one spelling
         given = {"clip": clip, "clip_high": clip_high, "beta": beta, "kl": kl, "entropy": entropy, **rollouts}
         self.of_variant = {
             name: value
-            for name, value in variant_of(variant).options.items()
+            for name, value in published.options.items()
             if given.get(name, DEFAULTS[name]) in (DEFAULTS[name], value)
         }
         rollouts |= {name: value for name, value in self.of_variant.items() if name not in OWN}

@@ -77,10 +77,11 @@ class IQL(OfflineModule):
         super().__init__()
         check_range("expectile", expectile, 0.0, 1.0, lower_open=True, upper_open=True)
         check_range("beta", beta, 0.0)
-        check_range("weight_max", weight_max, 0.0, lower_open=True)
+        check_range("weight_max", weight_max, 0.0, lower_open=True, infinite=True)
         check_range("discount", discount, 0.0, 1.0, upper_open=True)
         check_range("tau", tau, 0.0, 1.0)
         check_range("actor_dropout", actor_dropout, 0.0, 1.0, upper_open=True)
+        check_range("actor_lr", actor_lr, 0.0)
         check_range("num_critics", num_critics, 1)
         if lr_decay_steps is not None:
             check_range("lr_decay_steps", lr_decay_steps, 0)

@@ -118,7 +118,7 @@ class ODICE(OfflineModule):
         super().__init__()
         check_range("lambda_", lambda_, 0.0, 1.0, lower_open=True, upper_open=True)
         check_range("eta", eta, 0.0)
-        check_range("weight_max", weight_max, 0.0, lower_open=True)
+        check_range("weight_max", weight_max, 0.0, lower_open=True, infinite=True)
         check_range("num_values", num_values, 1)
         check_range("discount", discount, 0.0, 1.0, upper_open=True)
         check_range("tau", tau, 0.0, 1.0)

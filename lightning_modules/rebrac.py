@@ -88,7 +88,7 @@ class ReBRAC(OfflineModule):
         check_range("discount", discount, 0.0, 1.0, upper_open=True)
         check_range("tau", tau, 0.0, 1.0)
         check_range("policy_noise", policy_noise, 0.0)
-        check_range("noise_clip", noise_clip, 0.0)
+        check_range("noise_clip", noise_clip, 0.0, infinite=True)
         check_range("policy_freq", policy_freq, 1)
         check_range("num_critics", num_critics, 1)
         check_widths("hidden_dims", hidden_dims)

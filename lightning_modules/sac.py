@@ -118,6 +118,7 @@ class SAC(OfflineModule):
         check_range("init_alpha", init_alpha, 0.0, lower_open=True)
         check_range("discount", discount, 0.0, 1.0, upper_open=True)
         check_range("tau", tau, 0.0, 1.0)
+        check_range("target_entropy", target_entropy or 0.0)
         check_range("log_std_min", log_std_min, high=2.0)
         check_range("log_det_eps", log_det_eps, 0.0)
         check_widths("hidden_dims", hidden_dims)

@@ -92,6 +92,7 @@ class TrajectoryDiffusion(OfflineModule):
         super().__init__()
         check_range("num_blocks", num_blocks, 1)
         check_range("horizon", horizon, 2 ** (num_blocks - 1))
+        check_range("p_mean", p_mean)
         check_range("p_std", p_std, 0.0, lower_open=True)
         check_range("held_out", held_out, 0.0, 1.0, upper_open=True)
         check_range("lr", lr, 0.0)

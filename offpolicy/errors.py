@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,21 +94,29 @@ def fold(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").replace("+", "")
 
 
+def known_as(name: str, known: Iterable[str]) -> str | None:
+    """The one of the known names that a name means, whatever its case, '-', '_' and '+'; None when it means none."""
+    return next((one for one in known if fold(one) == fold(name)), None)
+
+
 def check_range(
     name: str,
     value: float,
-    low: float = float("-inf"),
-    high: float = float("inf"),
+    low: float = -math.inf,
+    high: float = math.inf,
     *,
     lower_open: bool = False,
     upper_open: bool = False,
+    infinite: bool = False,
     option: str | None = None,
 ) -> None:
     """Raise :class:`UsageError` unless ``low <= value <= high`` (an open end excludes its bound).
 
-    ``option`` is its name on the command line; unless given, that of a method's argument, or ``name`` where it has a
-    dot.
+    ``infinite`` allows infinity, as a limit that is never reached. ``option`` is its name on the command line; unless
+    given, that of a method's argument, or ``name`` where it has a dot.
     """
+    lower_open |= low == -math.inf and not infinite
+    upper_open |= high == math.inf and not infinite
     try:
         above = value > low if lower_open else value >= low
         below = value < high if upper_open else value <= high

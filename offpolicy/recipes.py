@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from offpolicy.errors import UsageError, fold, nearest
+from offpolicy.errors import UsageError, fold, known_as, nearest
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def recipe(method: str, task: str) -> Recipe | None:
 def named_recipe(method: str, name: str) -> Recipe:
     """The recipe in ``<method>/<name>.yaml``. Raises :class:`UsageError` with the nearest name."""
     known = {one.name.rpartition("/")[2]: one for one in recipes(method)}
-    key = next((k for k in known if fold(k) == fold(name)), None)
+    key = known_as(name, known)
     if key is None:
         names = ", ".join(known) or "none"
         raise UsageError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from offpolicy.errors import UsageError, described, fold, nearest
+from offpolicy.errors import UsageError, described, fold, known_as, nearest
 from offpolicy.trust import check_found, check_name
 
 SHORT = {  # what methods are called elsewhere, folded
@@ -64,7 +64,7 @@ def class_path(name: str) -> str:
         UsageError: neither; names the nearest method.
     """
     table = method_table()
-    key = next((known for known in table if fold(known) == fold(name)), None)
+    key = known_as(name, table)
     if key is not None:
         return table[key].replace(":", ".")
     module, _, attribute = name.rpartition(".")
@@ -90,8 +90,7 @@ def _initials(name: str) -> str:
 
 def find_method(name: str) -> Any:
     """The class of a method in the table, or None."""
-    known = {fold(key) for key in method_table()}
-    return import_class(class_path(name)) if fold(name) in known else None
+    return import_class(class_path(name)) if known_as(name, method_table()) else None
 
 
 def import_class(path: str) -> Any:

@@ -29,19 +29,20 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     try:
         code = main(sys.argv[1:])
     except UsageError as error:
-        code = _say(error, DIVERGED if isinstance(error, DivergenceError) else USAGE)
+        code = say(error, DIVERGED if isinstance(error, DivergenceError) else USAGE)
         if error.together and not is_first_process():
             code = 0  # the first process leaves with the error; another code here would have it killed before it can
     except DataError as error:
-        code = _say(error, DATA)
+        code = say(error, DATA)
     except (WriteError, ProcessLost) as error:
-        code = _say(error, MACHINE)
+        code = say(error, MACHINE)
     except KeyboardInterrupt:
-        code = _say("Interrupted.", CTRL_C)
+        code = say("Interrupted.", CTRL_C)
     sys.exit(code)
 
 
-def _say(message: object, code: int) -> int:
+def say(message: object, code: int) -> int:
+    """Tell the user why a command ends, and where the documentation explains it; returns the exit code."""
     print(f"Error: {message}" if code != CTRL_C else message, file=sys.stderr)
     if more := page_for(str(message)):
         print(f"More: {more}", file=sys.stderr)

@@ -230,7 +230,7 @@ def trained(recipe: Mapping[str, Any], *, until_medium: bool = False) -> Path:
     )
     if result.interrupted:
         raise KeyboardInterrupt(
-            f"interrupted; the run is kept in {folder}. Run the same command again to go on with it"
+            f"Interrupted; the run is kept in {folder}. Run the same command again to go on with it."
         )
     return folder
 

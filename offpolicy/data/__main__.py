@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from offpolicy.cli.pages import page_for
+from offpolicy.cli.entry import CTRL_C, DATA, USAGE, say
 from offpolicy.cli.reader import Parser
 from offpolicy.data.guard import read_json
 from offpolicy.data.names import Target, describe, known_names, resolve
@@ -36,17 +36,17 @@ def main(argv: list[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         options.run(options)
     except UsageError as error:
-        return _fail(2, error)
+        return say(error, USAGE)
     except DataError as error:
-        return _fail(3, error)
+        return say(error, DATA)
     except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter complains once more at exit
     except WriteError as error:
-        return _fail(3, error)
+        return say(error, DATA)
     except OSError as error:
-        return _fail(3, _write_fault(error))
+        return say(_write_fault(error), DATA)
     except KeyboardInterrupt as stop:
-        return _fail(130, str(stop) or "interrupted; nothing was left half-written")
+        return say(str(stop) or "Interrupted; nothing was left half-written.", CTRL_C)
     return 0
 
 
@@ -390,13 +390,6 @@ def _write_fault(error: OSError) -> str:
     cause = error.strerror or f"the data could not be written ({str(error).rstrip('.')})"
     where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
     return f"{cause}{where}. {remedy}; nothing was left half-written."
-
-
-def _fail(code: int, message: object) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    if more := page_for(str(message)):
-        print(f"More: {more}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from offpolicy.data.players import Players
 from offpolicy.data.replay import Replay
 from offpolicy.data.ring import Ring
 from offpolicy.data.rounds import StepNoise, fitted, in_environment, pieces_joined
-from offpolicy.errors import DataError, UsageError
+from offpolicy.errors import DataError, UsageError, amount
 from offpolicy.files import atomic_copy
 from offpolicy.trust import REFUSED, check_environment, environment_refusal
 
@@ -188,7 +188,6 @@ class Collection:
             random = f", the first {self.random_steps:,} with uniform actions"
         random += f", {o.warmup_steps:,} by the policy before it learns" if o.warmup_steps else ""
         rest = {"cut": "an episode is cut where a round ends", "whole": "whole episodes", "keep": "episodes go on"}
-        side = f" in {o.envs} environments side by side" if o.envs > 1 else ""
         mix = {"union": "all rows alike", "half": "half of each batch offline", "none": "without the offline rows"}
         drawn = mix.get(str(o.mix), f"{o.share} of each batch offline" if o.share else "")
         began = f"from update {self.switch:,} on: " if self.switch else ""
@@ -197,8 +196,16 @@ class Collection:
                 "online",
                 f"{began}{o.env_steps:,} steps of {self.env_id}{random}" + (f"; {drawn}" if self.offline else ""),
             ),
-            ("", f"rounds of {o.round_steps:,} steps{side} and {o.round_steps * o.utd:,} updates; {rest[o.episodes]}"),
+            ("", f"{self._rounds_told(' side by side', updates=True)}; {rest[o.episodes]}"),
         ]
+
+    def _rounds_told(self, how: str = "", *, updates: bool = False) -> str:
+        o = self.options
+        steps = min(o.round_steps, o.env_steps - self.lead)  # the first round may be all there is
+        made = f" and {amount(steps * o.utd, 'update')}" if updates else ""
+        side = f" in {o.envs} environments{how}" if o.envs > 1 else ""
+        kind = "rounds" if steps < o.env_steps - self.lead else "a round"
+        return f"{kind} of {amount(steps, 'step')}{side}{made}"
 
     # -- collecting ----------------------------------------------------------------------------------------------------
 
@@ -400,8 +407,7 @@ class Collection:
 
     def _told(self) -> str:
         o = self.options
-        side = f" in {o.envs} environments" if o.envs > 1 else ""
         return (
             f"collected in training, {self.steps:,} steps of {self.env_id}: {self.random_steps:,} with uniform "
-            f"actions, then rounds of {o.round_steps:,} steps{side}; episodes that ran when a round ended: {o.episodes}"
+            f"actions, then {self._rounds_told()}; episodes that ran when a round ended: {o.episodes}"
         )

@@ -19,7 +19,7 @@ from offpolicy.data.renewal import RENEWED, SOURCES, Renewal, Renewer, Synthetic
 from offpolicy.data.replay import Replay
 from offpolicy.data.ring import Ring
 from offpolicy.data.seed_collections import SeedCollections
-from offpolicy.errors import DataError, UsageError, check_range, fold, nearest
+from offpolicy.errors import DataError, UsageError, check_range, known_as, nearest
 from offpolicy.given import whole
 from offpolicy.moved import names_of
 
@@ -95,7 +95,7 @@ class DataModule(LightningDataModule):
         online: OnlineOptions = NOTHING,
     ) -> None:
         super().__init__()
-        source = next((known for known in SOURCES if fold(known) == fold(source)), source)
+        source = known_as(source, SOURCES) or source
         if source not in SOURCES:
             guess = nearest(source, SOURCES)
             raise UsageError(f"`data.source` is {source!r}; expected one of {', '.join(SOURCES)}.{guess}")

@@ -156,7 +156,7 @@ class NeighborIndex:
     @staticmethod
     def check(state_weight: float, search: str, candidates: int, k: int = 1) -> None:
         """Raise :class:`UsageError` for options that are out of range or do not go together."""
-        check_range("state_weight", state_weight, 0.0, math.inf, upper_open=True)
+        check_range("state_weight", state_weight, 0.0)
         check_range("candidates", candidates, 1, torch.iinfo(torch.int16).max)
         check_range("num_neighbors", k, 1)
         if search not in SEARCHES:

@@ -156,6 +156,7 @@ class LanguageModule(Module):
         check_range("warmup_ratio", warmup_ratio, 0.0, 1.0)
         check_range("weight_decay", weight_decay, 0.0)
         check_range("lora_rank", lora_rank, 0)
+        check_range("lora_alpha", lora_alpha or 0.0)
         check_range("lora_dropout", lora_dropout, 0.0, 1.0, upper_open=True)
         check_range("chunk", chunk, 1)
         check_range("eval_rows", eval_rows, 0)

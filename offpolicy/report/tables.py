@@ -146,6 +146,8 @@ def _unlike(found: Comparison) -> list[str]:
         counts = sorted({len(found.cells[task, method].runs) for task in found.tasks if (task, method) in found.cells})
         if len(counts) > 1:
             notes.append(f"{method}: {counts[0]} to {counts[-1]} seeds by task; aggregates take {counts[0]} of each.")
+    if found.measure == "score" and len(found.tasks) > 1 and all(score_matrix(found, m) is None for m in found.methods):
+        notes.append("No method has two seeds on every task, so there are no aggregates over tasks.")
     few = [cell for cell in found.cells.values() if len(cell.values) < FEWEST]
     if few:
         cells = "1 cell has" if len(few) == 1 else f"{len(few)} cells have"
@@ -169,14 +171,14 @@ def variants(runs: Sequence[Run]) -> dict[Path, str]:
 
 
 def mark_best(cells: Sequence[Cell], better: Callable[..., Any] = max) -> None:
-    """Mark the best mean of a row, and every method that Welch's test does not tell from it at 5 %."""
+    """Mark the best mean of a row, its equals, and every method that Welch's test does not tell from it at 5 %."""
     if len(cells) < 2:
         return
     best = better(cells, key=lambda cell: cell.mean)
     for cell in cells:
         several = min(len(cell.values), len(best.values)) >= FEWEST
         alike = several and welch_difference(best.values, cell.values).p >= SIGNIFICANT
-        cell.among_the_best = cell is best or alike
+        cell.among_the_best = math.isclose(cell.mean, best.mean) or alike
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ class Estimate:
 
 
 def aggregates_of(found: Comparison, replicates: int = 20_000) -> dict[str, list[Estimate | None]]:
-    """Aggregates over all tasks by method, with intervals of the stratified bootstrap; none for a single task.
+    """Aggregates over all tasks by method, with intervals of the stratified bootstrap; none for a single task, or where
+    no method has two seeds on every task.
 
     Returns:
         By the name of an aggregate a number per method, in the order of the methods and in the unit of the table. None
@@ -203,6 +206,8 @@ def aggregates_of(found: Comparison, replicates: int = 20_000) -> dict[str, list
     if len(found.tasks) < 2 or found.measure != "score":
         return {}
     matrices = [score_matrix(found, method) for method in found.methods]
+    if all(x is None for x in matrices):
+        return {}
     return {
         name: [None if x is None else _estimate(statistic, x, replicates) for x in matrices]
         for name, statistic in AGGREGATES.items()

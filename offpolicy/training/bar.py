@@ -108,6 +108,7 @@ def plus_minus(std: Any) -> str:
 
 def short(name: str) -> str:
     """A metric's name for the bar: "eval/score" as score, "eval/rewards/accuracies" as eval accuracies,
-    "train/reward/own" as reward."""
-    parts = name.removesuffix("/own").split("/")
-    return parts[-1] if len(parts) == 2 and parts[-1] != "loss" else f"{parts[0]} {parts[-1]}"
+    "train/reward/own" as reward, "eval/order_consistency/high" as order_consistency (high)."""
+    parts = name.removesuffix("/own").removesuffix("/high").split("/")
+    level = " (high)" if name.endswith("/high") else ""
+    return (parts[-1] if len(parts) == 2 and parts[-1] != "loss" else f"{parts[0]} {parts[-1]}") + level

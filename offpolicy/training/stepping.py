@@ -77,7 +77,8 @@ class SteppingModule(ActingModule):
         self._rates = self.rates()
         for name, rate in self._rates.items():
             if not callable(rate):
-                check_range(f"{name} learning rate", rate, 0.0)
+                option = next((n for n, value in self.hparams.items() if n.endswith("lr") and value is rate), f"{name}_lr")
+                check_range(f"{name} learning rate", rate, 0.0, option=f"model.{option}")
         self._params.clear()
         self._optimizers = {name: self.make_optimizer(name, self.params(name)) for name in self._rates}
         return list(self._optimizers.values())

@@ -148,4 +148,4 @@ def test_a_full_disk_leaves_nothing(folder: Path, capsys: pytest.CaptureFixture[
 
 def test_the_module_runs(folder: Path) -> None:
     result = run_python("-m", "offpolicy.data", "show", "hoper-medium-v2")
-    assert result.returncode == 2 and result.stderr.startswith("error: no data set is called")
+    assert result.returncode == 2 and result.stderr.startswith("Error: no data set is called")

@@ -16,11 +16,12 @@ from tiny_rl import SMALL, fit, method, toy_problems
 
 from offpolicy.data.texts.rollouts import CONTINUED, DEMONSTRATION, OWN
 from offpolicy.data.texts.sequences import token_ids
-from offpolicy.errors import DataError, UsageError
+from offpolicy.errors import DataError, UsageError, fold
 from offpolicy.files import Table
 from offpolicy.language.rl.engine import CONTINUES, Request
 from offpolicy.language.rl.engines import TransformersEngine
 from offpolicy.losses.variants import VARIANTS, Variant
+from offpolicy.losses.variants.absent import ABSENT
 from offpolicy.training.checkpoints import newest_checkpoint
 
 
@@ -442,7 +443,17 @@ def test_variants_beside_other_options(lag: int, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UsageError, match=r"Pass --model SFT --model\.weighting otr"):
         GRPO(policy="x", variant="otr")
     with pytest.raises(UsageError, match="which is not here: nothing draws the hot"):
-        GRPO(policy="x", variant="aepo")
+        GRPO(policy="x", variant="AEPO")
+    with pytest.raises(UsageError, match=r"Did you mean 'dapo'\?"):
+        GRPO(policy="x", variant="dapoo")
+    for name in ("DAPO", "Dr-GRPO"):
+        folded, usual = GRPO(policy="x", variant=name), GRPO(policy="x", variant=name.lower().replace("-", "_"))
+        assert folded.hparams == usual.hparams and folded.objective == usual.objective
+
+
+@pytest.mark.parametrize("known", [VARIANTS, ABSENT])
+def test_names_of_variants_stay_apart_without_their_case(known: dict[str, Any]) -> None:
+    assert len({fold(name) for name in known}) == len(known)
 
 
 def test_objectives_are_data(policy: Path) -> None:

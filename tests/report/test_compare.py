@@ -68,6 +68,22 @@ def test_few_seeds_show_values_and_no_interval(tmp_path: Path) -> None:
     assert any("fewer than 3 seeds" in note for note in table.notes)
 
 
+def test_equals_share_the_star(tmp_path: Path) -> None:
+    for method, scores in (("BC", [11.0, 14.0]), ("IQL", [14.0, 11.0]), ("TD3BC", [12.0, 12.9])):
+        three(tmp_path, method, scores)
+    (table,) = compare_runs(find_runs([tmp_path]))
+    assert [table.told(table.cells["maze", m])[-1] for m in table.methods] == ["*", "*", "9"]
+
+
+def test_tasks_that_no_method_has_all_of(tmp_path: Path) -> None:
+    three(tmp_path, "BC", [10.0, 12.0, 14.0], "a")
+    three(tmp_path, "IQL", [10.0, 12.0, 14.0], "b")
+    (table,) = compare_runs(find_runs([tmp_path]))
+    text = as_text(table, aggregate_lines(table, replicates=50))
+    assert "IQM" not in text and "bootstrap" not in text
+    assert "No method has two seeds on every task, so there are no aggregates over tasks." in table.notes
+
+
 def test_aggregates_over_tasks(tmp_path: Path) -> None:
     for data, scores in (("a", [10.0, 20.0, 30.0]), ("b", [50.0, 60.0, 70.0]), ("c", [90.0, 90.0, 90.0])):
         three(tmp_path, "BC", scores, data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from offpolicy.nn.policies import DeterministicPolicy
 from offpolicy.nn.stacked import MLP
 from offpolicy.registry import find_method
 from offpolicy.training.common import CommonOptions
+from offpolicy.training.module import Module
 from offpolicy.training.offline import Metrics, OfflineModule, Rate, Sizes
 
 CONTROL = [name for name in METHODS if issubclass(find_method(name), OfflineModule)]
@@ -69,11 +72,26 @@ def test_common_options_are_those_of_the_method_or_usual_ones() -> None:
         ({"obs_eps": -1.0}, "`obs_eps` is -1.0"),
         ({"reward_transform": "log r"}, "`reward_transform` is 'log r'"),
         ({"max_grad_norm": 0.0}, "`max_grad_norm` is 0.0"),
+        ({"obs_eps": math.inf}, r"`obs_eps` is inf; expected a value in \[0.0, inf\)"),
     ],
 )
 def test_common_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         CommonOptions(**options)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_infinity_is_no_number_of_an_option(name: str) -> None:
+    """Only bounds that are never reached may be infinite; rates are refused where the optimisers are made."""
+    cls: Any = find_method(name)
+    needs = {} if name in CONTROL else {"policy": "x"}
+    kinds = [inspect.signature(kind).parameters.values() for kind in cls.__mro__ if issubclass(kind, Module)]
+    options = {one.name for some in kinds for one in some if "float" in str(one.annotation)}
+    for option in sorted(options - {"adam_betas", "draws", "noise_clip", "weight_max"}):
+        with pytest.raises(UsageError, match=r"\binf\b|was given|off"):
+            cls(**needs, **{option: math.inf}).initialize(Sizes(3, 1)).configure_optimizers()
+    for option in {"noise_clip", "weight_max"} & options:
+        cls(**{option: math.inf})
 
 
 @pytest.mark.parametrize("name", CONTROL)

@@ -432,7 +432,7 @@ def test_other_sizes(replay: Replay) -> None:
         ("BC", {"batch_size": 0}, "`batch_size` is 0"),
         ("BC", {"max_grad_norm": 0.0}, "`max_grad_norm` is 0.0"),
         ("BC", {"reward_transform": "log r"}, "`reward_transform` is 'log r'"),
-        ("BC", {"actor_lr": -1.0}, "`actor learning rate` is -1.0"),
+        ("BC", {"actor_lr": -1.0}, "`actor learning rate` is -1.0.*--model.actor_lr"),
     ],
 )
 def test_impossible_settings(name: str, options: dict[str, Any], message: str, replay: Replay) -> None:

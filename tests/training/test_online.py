@@ -86,6 +86,21 @@ def test_every_transition_is_right(runs: dict[str, op.FitResult], episodes: str)
     assert Table(result.folder / "evals.csv").rows()[0]["env/steps"] == 40 or episodes == "whole"
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "rounds of 10 steps and 10 updates; "),
+        ({"env_steps": 21}, "a round of 1 step and 1 update; "),
+        ({"env_steps": 25, "utd": 2, "envs": 3, "episodes": "keep"}, "a round of 5 steps in 3 environments side by "),
+    ],
+)
+def test_the_first_screen_has_rounds_as_they_are_made(options: dict[str, Any], said: str) -> None:
+    data = scratch(**options)
+    data.load()
+    data.begin_at(0, None, 0)
+    assert data.collection.facts()[1][1].startswith(said)
+
+
 def test_a_run_that_was_killed_goes_on_bit_for_bit(runs: dict[str, op.FitResult], tmp_path: Path) -> None:
     """In the middle of a round, with an episode that runs on; then at the boundary of one. It evaluates less often."""
     folder, whole = tmp_path / "parts", runs["keep"]

@@ -12,7 +12,7 @@ from toy import fit, method, toy_replay
 
 import offpolicy as op
 from offpolicy.training import curves, headlines, screen
-from offpolicy.training.bar import UpdateBar
+from offpolicy.training.bar import UpdateBar, short
 from offpolicy.training.headlines import HEADLINES, SHOWN, headline
 from offpolicy.training.run_log import RunLog
 
@@ -69,6 +69,11 @@ def test_a_new_headline_is_named_in_one_place() -> None:
         assert headline({one.name: 1.0, "eval/loss": 2.0}) == one.name
         assert screen.scores_line({one.name.removeprefix("eval/"): 1.0}).startswith(f"{one.words}: last 1")
     assert headline({"eval/loss": 1.0}) is None and headlines.scores_line({"loss": 1.0}) == "held-out loss: 1"
+
+
+def test_names_on_the_bar_tell_metrics_apart() -> None:
+    told = [short(name) for name in UpdateBar.NAMES]
+    assert len(set(told)) == len(told) and "order_consistency (high)" in told
 
 
 def test_rows_of_an_update() -> None:

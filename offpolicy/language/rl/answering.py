@@ -92,9 +92,9 @@ class Answering:
             self.correction = make_correction(getattr(h, "correction", None))
         self.again = np.asarray(self._ids(self.correction.instruction), np.int64) if self.correction else None
         self.problems: Replay = self.asking.problems
-        with speaking(words), trusting(in_file=words.in_file or not h.rewards):
+        with speaking(words), trusting(in_file=words.in_file or h.rewards is None):
             self.rewards = Rewards(
-                h.rewards or [problems.meta.get("reward", "exact")],  # of the data: from a file
+                [problems.meta.get("reward", "exact")] if h.rewards is None else h.rewards,  # the former: from a file
                 columns=problems.meta.get("source_columns", ()),
                 seconds=h.reward_seconds,
             )

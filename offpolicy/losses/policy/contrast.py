@@ -34,7 +34,7 @@ class ShortnessAdvantage(AnswerAdvantage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("lambda_", self.lambda_, 0.0, lower_open=True)
+        check_range("lambda_", self.lambda_, 0.0, lower_open=True, infinite=True)
         check_range("max_length", self.max_length, 0)
 
     def __call__(self, answers: Answers) -> Tensor:

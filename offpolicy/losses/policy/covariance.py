@@ -48,7 +48,7 @@ class ClipCov(MaskedPPO):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("share", self.share, 0.0, 1.0)
-        check_range("ub", self.ub, self.lb, lower_open=True)
+        check_range("ub", self.ub, self.lb, lower_open=True, infinite=True)
 
     def step_facts(self, step: Tokens) -> dict[str, Tensor]:
         own, advantage, covariance = step.own, per_token(step.advantage), covariances(step)

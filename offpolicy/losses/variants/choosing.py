@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from offpolicy.errors import UsageError, nearest
+from offpolicy.errors import UsageError, known_as, nearest
 from offpolicy.losses.components import COMPONENTS
 from offpolicy.losses.policy.trust import PPO, Centred
 from offpolicy.losses.variants import VARIANTS, Variant
@@ -18,23 +18,25 @@ CORRECTS_AGE = ("age", "vcpo")  # weights
 
 
 def variant_of(name: str) -> Variant:
-    """A variant by name.
+    """A variant by name, whose case, '-' and '_' do not matter.
 
     Raises:
         UsageError: there is none, or it is a method of its own.
     """
-    if name in ABSENT and name not in VARIANTS:
+    key, absent = known_as(str(name), VARIANTS), known_as(str(name), ABSENT)
+    if absent and not key:
+        row = ABSENT[absent]
         raise UsageError(
-            f"`variant` is '{name}' ({ABSENT[name].title}), which is not here: {ABSENT[name].reason}; expected another "
+            f"`variant` is '{name}' ({row.title}), which is not here: {row.reason}; expected another "
             "one. `python -m offpolicy.fit --model.help variants` tells what there is."
         )
-    if name not in VARIANTS:
+    if key is None:
         known = [row.name for row in VARIANTS.values() if not row.method]
         raise UsageError(
-            f"`variant` is '{name}'; expected one of {', '.join(known)}.{nearest(name, VARIANTS)} "
+            f"`variant` is '{name}'; expected one of {', '.join(known)}.{nearest(str(name), VARIANTS)} "
             "`python -m offpolicy.fit --model.help variants` tells what they are."
         )
-    found = VARIANTS[name]
+    found = VARIANTS[key]
     if found.method:
         told = (f" --model.{option} {value}" for option, value in found.options.items() if isinstance(value, str))
         raise UsageError(

@@ -222,12 +222,12 @@ def test_when_a_reward_is_given_up() -> None:
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
-def run(policy: Path, tmp_path: Path, rows: list[dict[str, Any]], name: str, **options: Any) -> Any:
+def run(policy: Path, tmp_path: Path, rows: list[dict[str, Any]], *rewards: str, **options: Any) -> Any:
     from tiny_rl import ProblemData, method, quiet
 
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    module = method("GRPO", policy, rewards=[name], minibatches=1, eval_samples=0, **options)
+    module = method("GRPO", policy, rewards=list(rewards), minibatches=1, eval_samples=0, **options)
     quiet(2).fit(module, ProblemData(str(path), tokenizer=str(policy), eval_fraction=0.3))
     return module
 
@@ -238,6 +238,8 @@ def test_prompts_without_answers_and_columns_of_the_data(policy: Path, tmp_path:
     assert module.answering.rewards.problems == 0
     with pytest.raises(DataError, match=r"no right answers, with which the reward exact compares"):
         run(policy, tmp_path, rows, "exact")
+    with pytest.raises(UsageError, match=r"`reward` names none; expected one or several"):
+        run(policy, tmp_path, rows)
 
 
 def test_a_run_in_which_no_reward_works_ends_with_an_error(policy: Path, tmp_path: Path) -> None:
