@@ -65,6 +65,10 @@ from offpolicy.training.switching import write_switch
 from offpolicy.training.trainer import clear_errors, clear_restoring, make_trainer, quiet
 from offpolicy.trust import Trust, names_in, names_of_method, trusting
 
+KEPT = (
+    "those that this method has already; updates, optimisers and rates begin anew. For new weights make a new method; "
+    "to go on with its run pass the folder of that as `ckpt_path`"
+)
 Loadable = str | Path | Replay | Mapping[str, Any] | Sequence[Mapping[str, Any]] | DataModule
 __getattr__ = names_moved_from("offpolicy.api")  # what else stood here in version 0.1
 
@@ -87,7 +91,8 @@ def fit(
     """Train a method and keep a run folder with settings, curves and checkpoints.
 
     Args:
-        method: e.g. ``offpolicy.TD3BC(alpha=2.5)``.
+        method: e.g. ``offpolicy.TD3BC(alpha=2.5)``. One that has been trained or loaded begins a new run with the
+            weights that it has, as the first screen says.
         data: a known name, a file, a :class:`Replay`, a dict of arrays, or a :class:`DataModule`.
         max_steps: updates in all, ≥ 1; counts those of the checkpoint. None only for language models: ``epochs`` says.
         seed: of weights, batches and noise; None is 0.
@@ -132,6 +137,7 @@ def fit(
         module.begin_at(begin.updates, saved.get(type(module).__qualname__), method.seed or 0, method.seeds)
         max_steps = planned(method, module, max_steps)
         origin.lines += [screen.line("changed", begin.changed)] if begin.changed else []
+        origin.lines += [screen.line("weights", KEPT)] if begin.checkpoint is None and method.data_meta else []
         if is_first_process():
             check_held_out(method, module, begin.data_meta)
             origin.lines += [screen.line("held out", held_out_words(module))] if module.held_out is not None else []

@@ -62,6 +62,21 @@ def test_fit_and_load(capsys: pytest.CaptureFixture[str]) -> None:
     assert op.evaluate(loaded, episodes=3, seed=1)["returns"][:2] != found["returns"]
 
 
+def test_a_method_that_has_weights_begins_with_them_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    method, short = op.TD3BC(**SMALL), SHORT | {"verbose": True}
+    first = op.fit(method, toy_replay(), **short).folder
+    assert "has already" not in capsys.readouterr().out
+    for again in (method, op.load(first)):
+        before = weights(again)
+        result = op.fit(again, toy_replay(), **short | {"max_steps": 1})
+        assert "weights" in (said := capsys.readouterr().out) and "those that this method has already" in said
+        assert result.folder != first and result.updates == 1
+        moved = [float((weights(again)[name] - value).abs().max()) for name, value in before.items()]
+        assert 0 < max(moved) < 0.01  # one step from where it was
+    op.fit(method, toy_replay(), ckpt_path=first, **short | {"max_steps": 70})
+    assert "has already" not in capsys.readouterr().out
+
+
 def test_command_line_and_python_train_the_same(tmp_path: Path) -> None:
     toy_replay().save(tmp_path / "toy")
     result = op.fit(op.IQL(**SMALL), "toy", seed=2, **SHORT)

@@ -77,8 +77,8 @@ class SteppingModule(ActingModule):
         self._rates = self.rates()
         for name, rate in self._rates.items():
             if not callable(rate):
-                option = next((n for n, value in self.hparams.items() if n.endswith("lr") and value is rate), f"{name}_lr")
-                check_range(f"{name} learning rate", rate, 0.0, option=f"model.{option}")
+                options = [option for option, value in self.hparams.items() if option.endswith("lr") and value is rate]
+                check_range(f"{name} learning rate", rate, 0.0, option=f"model.{(*options, f'{name}_lr')[0]}")
         self._params.clear()
         self._optimizers = {name: self.make_optimizer(name, self.params(name)) for name in self._rates}
         return list(self._optimizers.values())
