@@ -74,7 +74,7 @@ def test_columns_and_shares_are_tiers() -> None:
 
 @pytest.mark.parametrize("spec", ['{"name": "tiers", "tiers": [0.5]', "./mine.py", "a b.c", "tiers."])
 def test_a_mapping_that_is_none_is_no_import_path(spec: str) -> None:
-    with pytest.raises(UsageError, match=r"`hints` is .*; expected one of tiers, scaffold, or an import path"):
+    with pytest.raises(UsageError, match=r"`hints` is .*; expected one of tiers, scaffold, written, or an import"):
         make("hints", spec, HINTS)
 
 

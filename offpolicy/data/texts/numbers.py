@@ -141,6 +141,12 @@ def last_number_in(text: str) -> Decimal | None:
     return None if found is None else _decimal(found[1], found[2])
 
 
+def numbers_in(text: str) -> set[Decimal]:
+    """The numbers anywhere in a text, without their signs, which a text may part from them."""
+    found = [_decimal("", one[2]) for one in _ANYWHERE.finditer(text.translate(PLAIN_FORMS))]
+    return {number for number in found if number is not None}
+
+
 def _decimal(sign: str, digits: str) -> Decimal | None:
     bare = re.sub(r"[^0-9.eE+-]", "", digits)
     if len(bare) > LONGEST or len(re.split("[eE][-+]?", bare + "e")[1]) > DIGITS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,8 @@ class OtherWords(NamedTuple):
     Attributes:
         text: with {prompt} in it, and {hint} where the hint stands.
         hint: the share of the words of the solution that is shown, in (0, 1), of which what follows "####" or \\boxed
-            is no part; or the column of the data that holds the hint; None for no hint.
+            is no part; or the column of the data that holds the hint; None for no hint. 1 shows the whole solution, in
+            a text that stands for itself, outside the template of the data.
         option: that asks for it, for messages.
     """
 
@@ -70,9 +72,29 @@ class Telling:
                 )
         return [self._tokens(rows, problems, self._hints(source, rows, problems, one), one) for one in words]
 
+    @cached_property
+    def _known(self) -> list[Problem]:
+        return list(read_problems(self.reopen(), self.named))
+
+    def behind(self, rows: Sequence[int], hints: Sequence[str], text: str) -> list[np.ndarray | None]:
+        """Tokens of these rows of the source, each with a hint of its own; None for what cannot be put to a policy.
+
+        The source is read once, and its texts stay in memory.
+
+        Args:
+            rows, hints: equally many.
+            text: with {prompt} and {hint} in it.
+        """
+        words = OtherWords(text, 0.0, "hints")
+        asked = [self._row(self._known[row], hint, words) for row, hint in zip(rows, hints, strict=True)]
+        found = encode(asked, self.tokenizer, Limits(1 << 30, truncation="keep_end"))
+        return [None if one.fault or not len(one.prompt) else one.prompt for one in found]
+
     def _hints(self, source: Source, rows: np.ndarray, problems: Sequence[Problem], words: OtherWords) -> list[str]:
         if words.hint is None:
             return [""] * len(problems)
+        if words.hint == 1:
+            return [problem.solution or "" for problem in problems]
         if not isinstance(words.hint, str):
             return [beginning(problem.solution, words.hint) for problem in problems]
         if words.hint not in source.names:
@@ -100,7 +122,7 @@ class Telling:
 
     def _row(self, problem: Problem, hint: str, words: OtherWords) -> Row:
         text = filled(words.text, prompt=str(problem.prompt), hint=hint)
-        text = text if words.hint is None else filled(self.template, prompt=text)
+        text = text if words.hint in (None, 1) else filled(self.template, prompt=text)
         asked = Problem(text, problem.system).asked("{prompt}", self.chat)
         return Row(asked, (), {**self.chat_template_kwargs, **problem.options})
 

@@ -33,12 +33,13 @@ from offpolicy.language.rl.engine import (
 )
 from offpolicy.language.rl.engines import TinyEngine, TransformersEngine, make_engine, room
 from offpolicy.language.rl.filtering import Filters
-from offpolicy.language.rl.hints import check_hinted_rewards, helped
+from offpolicy.language.rl.hints import check_hinted_rewards, helped, write_hints
 from offpolicy.language.rl.lengths import make_cycle
 from offpolicy.language.rl.options import check_right_answers
 from offpolicy.language.rl.probing import PROMPTS, probe
 from offpolicy.language.rl.rewards import Rewards, Scored
 from offpolicy.language.rl.rows import answer_row, rows_stored
+from offpolicy.language.rl.verifiers import final_part
 from offpolicy.language.sharding import gather
 from offpolicy.trust import Words, speaking, trusting
 
@@ -69,7 +70,7 @@ class Answering:
     """Answers of the policy to problems, and what they are worth.
 
     Args:
-        problems: what is asked; with templates or hints, the attribute has their texts too.
+        problems: what is asked.
         tokenizer: of the policy.
         options: of the method: the engine, the rewards, and how many answers of which length are drawn.
         words: whose word the names in the options are, see :mod:`offpolicy.trust`.
@@ -91,7 +92,6 @@ class Answering:
             self.asking = AskedProblems(problems, h)
             self.correction = make_correction(getattr(h, "correction", None))
         self.again = np.asarray(self._ids(self.correction.instruction), np.int64) if self.correction else None
-        self.problems: Replay = self.asking.problems
         with speaking(words), trusting(in_file=words.in_file or h.rewards is None):
             self.rewards = Rewards(
                 [problems.meta.get("reward", "exact")] if h.rewards is None else h.rewards,  # the former: from a file
@@ -113,6 +113,11 @@ class Answering:
         self.length = 0
         self.demonstrations: Demonstrations = None  # type: ignore[assignment]
         self.stops: Sequence[int] = ()  # tokens that end an answer
+
+    @property
+    def problems(self) -> Replay:
+        """What is asked, with the texts of all words."""
+        return self.asking.problems
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -329,6 +334,7 @@ class Answering:
         Raises:
             Stopped: the user wants to stop.
         """
+        write_hints(self, self.asking.of(asked, seed)[0], asked.iteration, seed, stop)
         return self.generated(self.requests(asked, seed), asked.iteration, seed, stop)
 
     def generated(self, requests: list[Request], iteration: int, seed: int, stop: Stop) -> Answers:
@@ -391,6 +397,11 @@ class Answering:
                 )
         return [known[token.tobytes()] for token in answers]
 
+    def finals(self, prompts: Sequence[np.ndarray], answers: Sequence[Completion]) -> list[str]:
+        """What counts of answers to these prompts: what they say behind their thinking."""
+        texts = zip(self.texts([one.token for one in answers]), prompts, answers)
+        return [final_part(text, prompt_text(self.tokenizer, p), ended=one.ended).strip() for text, p, one in texts]
+
     def judge(
         self,
         problems: Replay,
@@ -424,7 +435,7 @@ class Answering:
 
     def _column(self, problems: Replay, name: str, rows: Sequence[int]) -> list[Any]:
         """A column of the data, as it stands in the source, of rows of problems."""
-        key = id(problems), name
+        key = id(problems.tables.get("problems/row")), name  # of the data, whatever words were added
         if key not in self._columns:
             if name not in problems.meta.get("source_columns", ()) or not isinstance(problems, Problems):
                 raise UsageError(

@@ -14,14 +14,25 @@ import numpy as np
 import torch
 
 from offpolicy.data import sampling
+from offpolicy.data.texts.answers import alternatives
 from offpolicy.data.texts.replaying import Recent
-from offpolicy.data.texts.retelling import OtherWords, retold
-from offpolicy.data.texts.rollouts import OWN
+from offpolicy.data.texts.retelling import OtherWords, retold, with_prompts
+from offpolicy.data.texts.rollouts import OWN, prompt_lengths
 from offpolicy.data.texts.sequences import token_ids
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.rl.curricula import CURRICULA, Curriculum
 from offpolicy.language.rl.engine import engine_name
-from offpolicy.language.rl.hints import HINTS, Hints, Scaffold
+from offpolicy.language.rl.hints import (
+    GIVES_AWAY,
+    HINTS,
+    SHOWN,
+    UNFIT,
+    Hints,
+    Scaffold,
+    Written,
+    WrittenHint,
+    gives_away,
+)
 from offpolicy.registry import make
 
 
@@ -80,10 +91,12 @@ class AskedProblems:
             self.without = int(lacks.any(1).sum())
             if lacks.all():
                 raise DataError(
-                    f"`hints` has nothing to show of {problems.meta.get('name', 'the data')}; expected a column "
-                    "`solution` with words before the answer, or names of columns with hints as `tiers`. Name it with "
-                    "--data.columns, or leave the option out."
+                    f"`hints` has nothing to show of {problems.meta.get('name', 'the data')}; expected "
+                    f"{self.hints.needs}. Name it with --data.columns, or leave the option out."
                 )
+        self._told = self.problems  # without written hints
+        if isinstance(self.hints, Written):
+            self.show_hints()
 
     @property
     def scaffolds(self) -> int:
@@ -142,6 +155,35 @@ class AskedProblems:
         asked = self.problems.tables["problems/asked"]
         return [(slot, i) for slot, i in self.hints.wanted(rows) if asked[i, tier] != asked[i, 0]]
 
+    def has_hint(self, problem: int) -> bool:
+        """Whether the data have something to write a hint to a problem from."""
+        asked = self._told.tables["problems/asked"][problem]
+        return bool(asked[1] != asked[0])
+
+    def behind(self, problem: Sequence[int], hints: Sequence[str]) -> list[WrittenHint]:
+        """What becomes of hints that were written to these problems."""
+        assert self.hints is not None
+        told, empty = self._told, np.zeros(0, np.int64)
+        rows, answers = told.tables["problems/row"][problem].tolist(), told.tables["problems/answer"]
+        longest, found = int(prompt_lengths(told).max()), []
+        for i, hint, prompt in zip(problem, hints, told.telling.behind(rows, hints, self.hints.text)):
+            if hint and gives_away(hint, alternatives(str(answers[i]))):
+                found.append(WrittenHint(empty, GIVES_AWAY))
+            elif not hint or prompt is None or len(prompt) > longest:
+                found.append(WrittenHint(empty, UNFIT))
+            else:
+                found.append(WrittenHint(prompt, SHOWN))
+        return found
+
+    def show_hints(self) -> None:
+        """Put the hints that the policy has written behind their problems, as the last words of each."""
+        assert isinstance(self.hints, Written)
+        shown = {i: hint.prompt for i, hint in self.hints.hints.items() if hint.kind == SHOWN}
+        asked = self._told.tables["problems/asked"]
+        asked = np.column_stack([asked, asked[:, 0]])
+        asked[list(shown), -1] = len(self._told.start) + np.arange(len(shown))
+        self.problems = with_prompts(self._told, list(shown.values()), asked)
+
     def metrics(self, rows: Sequence[Mapping[str, Any]], hinted: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """The share of answers that were drawn behind a hint, and how many were drawn to replace another."""
         if self.hints is None:
@@ -149,6 +191,7 @@ class AskedProblems:
         problem, words = (np.asarray([row[name] for row in rows]) for name in ("problem", "asked"))
         asked = self.problems.tables["problems/asked"]
         facts = {"answers/hinted": float((asked[problem, words] != asked[problem, 0]).mean())}
+        facts |= self.hints.metrics() if isinstance(self.hints, Written) else {}
         return facts | ({"hints/drawn": float(len(hinted))} if self.scaffolds else {})
 
     def facts(self) -> list[tuple[str, str]]:
@@ -160,9 +203,8 @@ class AskedProblems:
         if self.templates:
             lines.append(("templates", f"{len(self.templates)}, one per group; evaluations have that of the data"))
         if self.hints is not None:
-            tiers = [t if isinstance(t, str) else f"{100 * t:g} % of the solution" for t in self.hints.tiers]
             patience = f"{self.hints.patience} iteration{'s' if self.hints.patience > 1 else ''}"
-            text = f"{', '.join(tiers)}, {self.hints.what}, after {patience} of failures; none in evaluations"
+            text = f"{self.hints.fact()}, after {patience} of failures; none in evaluations"
             if self.without:
                 text += f"; {self.without:,} problems lack the hint of a tier and stay as they are there"
             lines.append(("hints", text))
@@ -189,6 +231,8 @@ class AskedProblems:
             )
         for name, one in self._learners().items():
             one.load_state_dict(state[name])
+        if isinstance(self.hints, Written):
+            self.show_hints()
 
 
 def problems_in_turn(n: int, count: int, seen: int, seed: int) -> np.ndarray:
@@ -202,20 +246,26 @@ def check_hints(hints: Any, options: Any) -> None:
     """Raise :class:`UsageError` where a rule of hints is none, or cannot be followed."""
     if not isinstance(hints, Hints):
         raise UsageError(
-            f"`hints` is {options.hints!r}; expected 'tiers', 'scaffold', or a class that extends "
+            f"`hints` is {options.hints!r}; expected 'tiers', 'scaffold', 'written', or a class that extends "
             "offpolicy.language.rl.hints.Hints."
         )
-    if not isinstance(hints, Scaffold):
-        return
-    if options.group_size < 2:
+    if isinstance(hints, Written) and options.replay_window:
+        raise UsageError(
+            f"`hints` is 'written', whose hints are of one iteration, and `replay_window` is {options.replay_window}, "
+            "which brings answers of earlier ones back; expected 0. Pass --model.replay_window 0, or --model.hints "
+            "tiers."
+        )
+    if isinstance(hints, Scaffold) and options.group_size < 2:
         raise UsageError(
             f"`hints` is 'scaffold', which replaces one answer of a group, and `group_size` is {options.group_size}; "
             "expected ≥ 2. Pass --model.group_size 8."
         )
-    if engine_name(options.engine) == "replay":
+    if isinstance(hints, Scaffold | Written) and engine_name(options.engine) == "replay":
+        missing = "the replaced ones" if isinstance(hints, Scaffold) else "the hints"
         raise UsageError(
-            "`hints` is 'scaffold' and the engine 'replay' reads recorded answers, among which the replaced ones are "
-            "not; expected an engine that draws, or no hints: records hold what was kept."
+            f"`hints` is '{'scaffold' if isinstance(hints, Scaffold) else 'written'}' and the engine 'replay' reads "
+            f"recorded answers, among which {missing} are not; expected an engine that draws, or no hints: records "
+            "hold what was kept."
         )
 
 

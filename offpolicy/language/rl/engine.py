@@ -192,6 +192,9 @@ class FurtherAnswers(Protocol):
     def generated(self, requests: list[Request], iteration: int, seed: int, stop: Stop) -> list[list[Completion]]:
         """Answers to the requests."""
 
+    def finals(self, prompts: Sequence[np.ndarray], answers: Sequence[Completion]) -> list[str]:
+        """What counts of answers to these prompts: what they say behind their thinking."""
+
     def judged(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What was drawn on all processes, with its rewards."""
 

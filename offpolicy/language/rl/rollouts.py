@@ -133,9 +133,10 @@ class RolloutModule(IteratingModule):
         templates: texts with {prompt} in them, of which each group of new answers gets one in place of the data's
             template; None for that of the data, which evaluations always have.
         hints: shows the beginning of its solution, or a column of the data, with a problem that the policy has failed:
-            "tiers" to whole groups, "scaffold" to one answer of a failed group, ``{"name": …, "tiers": [0.25, 0.5,
-            0.75], "patience": 1, "text": "{prompt}\\nHint: {hint}"}``, or an import path
-            (:class:`offpolicy.language.rl.hints.Hints`); None for no hints.
+            "tiers" to whole groups, "scaffold" to one answer of a failed group; "written" lets the policy write hints
+            from the solution, for whole groups. ``{"name": …, "tiers": [0.25, 0.5, 0.75], "patience": 1, "text":
+            "{prompt}\\nHint: {hint}"}``, or an import path (:class:`offpolicy.language.rl.hints.Hints`); None for no
+            hints.
         correction: gives answers a second turn, in which the policy corrects the first: "score", ``{"name": "score",
             "bonus": 10.0, "first_stage": 100, "instruction": …}`` (:class:`offpolicy.language.rl.correcting.Score`), or
             an import path; None for one turn. ``max_new_tokens`` is of a turn.

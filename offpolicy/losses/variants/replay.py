@@ -171,14 +171,17 @@ ROWS = (
     ),
     Variant(
         "sage",
-        "SAGE, with the solution for a hint",
-        "no arXiv number known",
-        "all answers of a group are drawn behind a hint, and the ratio is that behind it; none in evaluations",
+        "SAGE",
+        "2602.03143",
+        "a problem that failed is asked behind a hint, which the policy of now writes from the solution; the ratio is "
+        "that behind the hint; none in evaluations",
         {},
-        {"hints": {"name": "tiers", "tiers": [0.2, 0.4, 0.6, 0.8], "patience": 1}},
-        differs="the policy writes its hints from the solution there; here a hint is the solution's beginning",
-        unverified="the tiers and when they change, which are ours; the request by which the policy writes hints, how "
-        "many it writes to a problem and when, what keeps the answer out of them, and whether it learns to write them",
+        {"hints": {"name": "written", "patience": 1}},
+        differs="the code writes three hints to a failed group, each of which says more, and draws the group again "
+        "behind one after the other until an answer is right, in one iteration; SAGE-light waits for the next time, "
+        "as here, and says more where at most 0.1 of the answers were right, less above 0.35: here where none was, and "
+        "where one was. There the instruction alone keeps the answer out. Neither learns to write hints",
+        unverified="the paper, of which the abstract and the code were read; the instruction and its tiers are ours",
     ),
     Variant(
         "vade",

@@ -41,6 +41,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "batch_size": 12,
         },
     ),
+    "written": (
+        "GRPO",
+        {
+            "hints": {"name": "written", "tiers": ["a", "b"], "instruction": "{tier}{prompt}{solution}"},
+            "rewards": ["tiny_rl.ends_early"],
+            "batch_size": 12,
+        },
+    ),
     "corrected": (
         "GRPO",
         {
@@ -113,5 +121,6 @@ def test_two_processes_equal_one(name: str, pair: tuple[Path, list[dict[str, Any
         for ours, theirs in zip(one[part], two[part]):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     stores = [Replay.load(sorted((folder / "replay").iterdir())[-1]) for folder in (tmp_path, root / name / "whole")]
-    for column in ("group", "prompt", "policy_version", "source", "digest", "reward", *({"asked"} & {name})):
+    asked = ["asked"] if name in ("asked", "written") else []
+    for column in ("group", "prompt", "policy_version", "source", "digest", "reward", *asked):
         assert (stores[0].episodes[column] == stores[1].episodes[column]).all(), column
