@@ -53,6 +53,15 @@ def claimed(folder: Path | None) -> Iterator[None]:
             os.close(file)
 
 
+def is_claimed(folder: Path) -> bool:
+    """Whether another process trains in this run folder, by the lock of the system: a file alone may be left over."""
+    try:
+        with claimed(folder):
+            return False
+    except UsageError:
+        return True
+
+
 def _lock(folder: Path) -> int | None:
     try:
         import fcntl

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
         if args.dry:
             return 0
     cells = cells_of(plan)
-    check_cells(plan, cells)
+    check_cells(plan, cells if plan.search is None else cells_of(begun_search(plan)))
     jobs = jobs_of(plan, cells, shares_seeds)
     if args.cell is not None:
         every = jobs_of(plan, cells, shares_seeds) if args.cell < 0 else slurm_jobs(plan, cells)
@@ -121,10 +122,12 @@ def pairs(words: list[str] | None, option: str) -> list[tuple[str, str]]:
 
 def spanned(name: str, text: str) -> Any:
     """What a search may take: 1:10, log:1:10 or a,b,c."""
+    from offpolicy.sweep.plan import number
+
     parts = text.split(":")
     if len(parts) == 1:
         return [yaml.safe_load(one) for one in text.split(",")]
-    numbers = [yaml.safe_load(one) for one in parts[-2:]]
+    numbers = [number(one) for one in parts[-2:]]
     if (
         len(parts) > 3
         or (len(parts) == 3 and parts[0] != "log")
@@ -145,6 +148,13 @@ def check_cells(plan: Any, cells: Any) -> None:
         if cell.folder.parent not in seen:
             seen.add(cell.folder.parent)
             parse(read_command([*commands_of([cell]), "--seed_everything", str(cell.seed)]))
+
+
+def begun_search(plan: Any) -> Any:
+    """The plan with the first value of everything that is searched for, to be checked as a grid is."""
+    space = plan.search.space
+    first = {key: (one["low"] if isinstance(one, dict) else one[0],) for key, one in space.items()}
+    return replace(plan, grid=first, search=None)
 
 
 def shares_seeds(method: str) -> bool:
@@ -176,8 +186,6 @@ def show(plan: Any, cells: Any, jobs: Any) -> None:
 
 def slurm_jobs(plan: Any, cells: Any) -> list[Any]:
     """Processes by number, the same whatever is done already: one per run."""
-    from dataclasses import replace
-
     from offpolicy.sweep.jobs import Job
 
     alone = replace(plan, pack=False)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offpolicy.compute.processes import LOCK, claimed
+from offpolicy.cli.entry import MACHINE
+from offpolicy.compute.processes import claimed, is_claimed
 from offpolicy.errors import UsageError
-from offpolicy.files import PLACES, atomic_write, known_folders
+from offpolicy.files import PLACES, WriteError, atomic_write, known_folders
 from offpolicy.given import seeds_text
-from offpolicy.report.records import RUNNING, read_record
 from offpolicy.report.runs import CONFIG, read_run, updates_kept
 from offpolicy.sweep.plan import LENGTH, RunCell, SweepPlan, commands_of
 
@@ -37,6 +37,7 @@ class Job:
         tries: how often it was started.
         seconds: it took in all.
         code: exit code of the last try.
+        fault: why it could not be started; empty where it was.
     """
 
     cells: list[RunCell]
@@ -44,6 +45,7 @@ class Job:
     tries: int = 0
     seconds: float = 0.0
     code: int = 0
+    fault: str = ""
     state: str = field(default="waiting")
 
     @property
@@ -137,10 +139,10 @@ def run_job(job: Job, plan: SweepPlan, threads: int, gpu: int | None, watch: Wat
     No other sweep runs the same meanwhile. A run that somebody else trains is "busy".
     """
     claim = plan.folder / ".claims" / job.log.stem
-    claim.mkdir(parents=True, exist_ok=True)
     try:
+        claim.mkdir(parents=True, exist_ok=True)
         with claimed(claim):
-            if any((one.folder / CONFIG).exists() and _is_running(one.folder) for one in job.cells):
+            if any(one.folder.is_dir() and is_claimed(one.folder) for one in job.cells):
                 job.state = BUSY
                 return job
             if all(map(is_done, job.cells)):
@@ -150,13 +152,9 @@ def run_job(job: Job, plan: SweepPlan, threads: int, gpu: int | None, watch: Wat
     except UsageError:  # another sweep has it
         job.state = BUSY
         return job
-
-
-def _is_running(folder: Path) -> bool:
-    try:
-        return (folder / LOCK).exists() and read_record(read_run(folder)).state == RUNNING
-    except UsageError:
-        return False
+    except (OSError, WriteError) as error:  # a disk or folder that cannot be written
+        job.state, job.code, job.fault = FAILED_RUN, MACHINE, str(error)
+        return job
 
 
 def _tried(job: Job, plan: SweepPlan, threads: int, gpu: int | None, watch: Watch | None) -> Job:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +21,7 @@ from offpolicy.files import method_folder
 from offpolicy.given import expanded, seed_numbers, seeds_text
 from offpolicy.registry import class_path
 
+OWN = ("model", "data", "data.name", "seed_everything", "seed", "seeds", "folder", "root", "ckpt_path")  # not settings
 LENGTH = "trainer.max_steps"  # not part of what a run is: raising it goes on with the runs there are
 PRUNERS = ("none", "median", "asha")
 
@@ -137,14 +140,22 @@ def read_plan(path: Path | None, given: Mapping[str, Any]) -> SweepPlan:
         seeds=seed_numbers(_seeds(raw.get("seeds", (0,)))),
         set=_settings("set", raw.get("set") or {}),
         grid={key: tuple(_many(values)) for key, values in _settings("grid", raw.get("grid") or {}).items()},
-        folder=Path(expanded(str(raw.get("folder", "runs/sweep")))),
+        folder=_folder(raw.get("folder", "runs/sweep")),
         workers=_whole("workers", raw.get("workers", 1), 1),
         threads=None if raw.get("threads") is None else _whole("threads", raw["threads"], 1),
         retries=_whole("retries", raw.get("retries", 1), 0),
-        timeout_s=raw.get("timeout_s"),
-        pack=bool(raw.get("pack", True)),
+        timeout_s=None if raw.get("timeout_s") is None else _seconds("timeout_s", raw["timeout_s"]),
+        pack=_flag("pack", raw.get("pack", True)),
         search=_search(raw.get("search")),
     )
+    for key, values in plan.grid.items():
+        if not values:
+            raise UsageError(f"`grid` has no value of {key}; expected at least one. Name some, or leave it out.")
+    if LENGTH in plan.grid or (plan.search is not None and LENGTH in plan.search.space):
+        raise UsageError(
+            f"`{LENGTH}` is to be varied, and a run is the same run at every length; expected one length. Set it with "
+            "`set`, and raise it to go on."
+        )
     if plan.search is not None and plan.grid:
         raise UsageError("the plan has both `grid` and `search`; expected one of the two. Leave one out.")
     return plan
@@ -168,6 +179,24 @@ def _whole(name: str, value: Any, low: int) -> int:
     return int(value)
 
 
+def _seconds(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UsageError(f"`{name}` is {value!r}; expected seconds > 0.")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"`{name}` is {value!r}; expected true or false.")
+    return value
+
+
+def _folder(value: Any) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise UsageError(f"`folder` is {value!r}; expected the name of a folder.")
+    return Path(expanded(str(value)))
+
+
 def _named(name: str) -> str | Path:
     target = resolve(name)
     return target.name if target.path is None or not Path(expanded(name)).exists() else Path(expanded(name)).resolve()
@@ -176,6 +205,12 @@ def _named(name: str) -> str | Path:
 def _settings(where: str, found: Any) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise UsageError(f"`{where}` is {found!r}; expected options and values, such as `model.alpha: 2.5`.")
+    own = next((key for key in found if key in OWN), None)
+    if own is not None:
+        raise UsageError(
+            f"`{where}` has `{own}`, which the plan decides; expected settings. Use `methods`, `data`, `seeds` and "
+            "`folder`."
+        )
     return {str(key): value for key, value in found.items()}
 
 
@@ -186,16 +221,36 @@ def _search(found: Any) -> Search | None:
         raise UsageError(f"`search` is {found!r}; expected options with their ranges, trials, pruner and seeds.")
     rest = {key: value for key, value in found.items() if key not in ("trials", "pruner", "seeds")}
     named = {key: found[key] for key in ("trials", "pruner") if key in found}
-    for key, space in rest.items():
+    for key, space in _settings("search", rest).items():
         many = isinstance(space, (list, tuple)) and space
         if not (many or (isinstance(space, Mapping) and {"low", "high"} <= set(space) <= {"low", "high", "log"})):
             raise UsageError(
                 f"`search` has {key}: {space!r}; expected a list of choices or low, high and log. For example "
                 "model.alpha: {low: 0.1, high: 10, log: true}."
             )
+        rest[key] = space if many else _span(key, **{"log": False, **space})
     if not rest:
         raise UsageError("`search` names no option; expected at least one, such as model.alpha: [1, 2.5].")
     return Search(dict(rest), seeds=seed_numbers(_seeds(found.get("seeds", (0,)))), **named)
+
+
+def number(value: Any) -> Any:
+    """A number that YAML takes for text, such as 1e-3; anything else as it is."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
+
+
+def _span(key: str, low: Any, high: Any, log: Any) -> dict[str, Any]:
+    low, high = number(low), number(high)
+    numbers = not any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in (low, high))
+    if not (numbers and -math.inf < low < high < math.inf and isinstance(log, bool) and (low > 0 or not log)):
+        raise UsageError(
+            f"`search` has {key} from {low!r} to {high!r} with log {log!r}; expected numbers, low < high, and low > 0 "
+            "where log is true."
+        )
+    return {"low": low, "high": high, "log": log}
 
 
 def settings_of(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:

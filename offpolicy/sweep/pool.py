@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from offpolicy.errors import UsageError
-from offpolicy.sweep.jobs import BUSY, DONE, FAILED_RUN, STOPPED, Job, run_job, separated
+from offpolicy.errors import UsageError, amount
+from offpolicy.sweep.jobs import BUSY, DONE, FAILED_RUN, STOPPED, Job, last_words, run_job, separated
 from offpolicy.sweep.plan import SweepPlan
 
 PAUSE = 2.0  # seconds until a run that somebody else trains is looked at again
@@ -33,9 +33,13 @@ def run_all(
     ready = OnRay(plan, ray) if ray else Local(plan, start)
     finished: list[Job] = []
     waiting = list(jobs)
+    waited: set[str] = set()
     try:
         for job in ready(waiting):
             if job.state == BUSY:
+                if job.name not in waited:
+                    tell(f"{job.name} is run by another process; it is waited for.")
+                waited.add(job.name)
                 time.sleep(PAUSE)
                 waiting.append(job)
                 continue
@@ -63,7 +67,8 @@ def _line(job: Job, finished: Sequence[Job], left: int, workers: int) -> str:
     if job.state == DONE:
         what = f"done in {job.seconds:,.0f} s" if job.tries else "done by another sweep"
     else:
-        what = f"failed with exit code {job.code} after {job.tries} tries, see {job.log}"
+        why = job.fault or last_words(job)
+        what = f"failed with exit code {job.code} after {amount(job.tries, 'try', 'tries')}, see {job.log}: {why}"
     seconds = sum(one.seconds for one in finished) / ended * left / min(workers, max(1, left))
     about = f"; about {told_time(seconds)} left" if left else ""
     return f"[{ended}/{total}] {job.name}: {what}{about}"

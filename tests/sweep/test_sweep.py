@@ -23,6 +23,7 @@ from offpolicy.compute.processes import claimed
 from offpolicy.errors import UsageError
 from offpolicy.sweep import __main__ as command
 from offpolicy.sweep import jobs as jobs_of_sweep
+from offpolicy.sweep import pool
 from offpolicy.sweep.jobs import BUSY, DONE, FAILED_RUN, STOPPED, command_of, is_done, jobs_of, run_job
 from offpolicy.sweep.plan import cells_of, plan_text, read_plan, settings_of
 from offpolicy.sweep.pool import run_all, told_time
@@ -105,6 +106,21 @@ def test_a_plan_means_the_same_as_yaml_and_as_flags(tmp_path: Path) -> None:
         ({"search": {"model.alpha": {"low": 1}}}, "low, high and log"),
         ({"search": {"model.alpha": [1], "pruner": "no"}}, "median"),
         ({"search": {"model.alpha": [1]}, "grid": {"model.alpha": [1]}}, "both"),
+        ({"search": {"model.alpha": {"low": "a", "high": 2}}}, "from 'a' to 2 .* expected numbers"),
+        ({"search": {"model.alpha": {"low": 3, "high": 1}}}, "low < high"),
+        ({"search": {"model.alpha": {"low": 0, "high": 1, "log": True}}}, "low > 0"),
+        ({"search": {"model.alpha": {"low": 1, "high": 2, "log": "no"}}}, "log 'no'"),
+        ({"search": {"trainer.max_steps": [10, 20]}}, "the same run at every length"),
+        ({"grid": {"trainer.max_steps": [10, 20]}}, "the same run at every length"),
+        ({"grid": {"model.alpha": []}}, "no value of model.alpha"),
+        ({"set": {"model": "TD3BC"}}, "`set` has `model`, which the plan decides"),
+        ({"set": {"seed_everything": 3}}, "which the plan decides"),
+        ({"grid": {"data": ["pendulum-stitch-v0"]}}, "`grid` has `data`, which the plan decides"),
+        ({"timeout_s": "abc"}, "expected seconds > 0"),
+        ({"timeout_s": -5}, "expected seconds > 0"),
+        ({"pack": "no"}, "`pack` is 'no'; expected true or false"),
+        ({"folder": ["a"]}, "expected the name of a folder"),
+        ({"folder": ""}, "expected the name of a folder"),
     ],
 )
 def test_bad_plans(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
@@ -122,17 +138,22 @@ def test_bad_files_and_words(tmp_path: Path) -> None:
         command.pairs(["model.alpha"], "grid")
     with pytest.raises(UsageError, match="LOW:HIGH"):
         command.spanned("x", "lin:1:2")
+    assert command.spanned("x", "log:1e-5:1e-3") == {"low": 1e-5, "high": 1e-3, "log": True}
     assert command.spanned("x", "log:0.1:2") == {"low": 0.1, "high": 2, "log": True} and command.spanned(
         "x", "a,2"
     ) == ["a", 2]
+    span = {"model.lr": {"low": "1e-5", "high": "1e-3", "log": True}}  # as YAML reads 1e-5
+    assert plan_of(tmp_path, search=span).search.space == {"model.lr": {"low": 1e-5, "high": 1e-3, "log": True}}
 
 
 @pytest.mark.slow
 def test_settings_that_fit_refuses_are_refused_before_anything_runs(tmp_path: Path) -> None:
     for bad in ({"model.alhpa": 1}, {"model.alpha": "much"}, {"model.alpha": -1}):
         plan = plan_of(tmp_path, methods=["TD3BC"], set=bad)
-        with pytest.raises(UsageError, match="alpha"):
-            command.check_cells(plan, cells_of(plan))
+        searched = plan_of(tmp_path, methods=["TD3BC"], search={key: [value] for key, value in bad.items()})
+        for one in (plan, command.begun_search(searched)):
+            with pytest.raises(UsageError, match="alpha"):
+                command.check_cells(one, cells_of(one))
     assert not (tmp_path / "s").exists()
 
 
@@ -208,6 +229,39 @@ with claimed(Path({str(claim)!r})):
     assert run_job(job, plan, 1, None).state == DONE
     with claimed(claim):
         pass  # free again
+
+
+@pytest.mark.parametrize("left", ['{"pid": 1, "host": "elsewhere", "since": "x"}', "garbage", ""])
+def test_a_lock_that_a_killed_run_left_holds_nobody(tmp_path: Path, fake: Any, left: str) -> None:
+    """As in folders that were moved here from the machine on which the run was killed."""
+    plan = plan_of(tmp_path, methods=["BC"], seeds="0")
+    (cell,) = cells_of(plan)
+    made_run(cell.folder, planned=100)
+    (cell.folder / ".lock").write_text(left)
+    (job,) = jobs_of(plan, [cell], lambda _: False)
+    assert run_job(job, plan, 1, None).state == DONE
+
+
+def test_a_run_that_is_waited_for_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "PAUSE", 0.0)
+    left = [BUSY, BUSY, DONE]
+
+    def start(job: Any) -> Any:
+        job.state = left.pop(0)
+        return job
+
+    _, lines = run(plan_of(tmp_path, methods=["BC"], seeds="0"), start=start)
+    assert sum("is run by another process; it is waited for" in line for line in lines) == 1 and len(lines) == 2
+
+
+def test_a_run_whose_folder_cannot_be_made_stops_no_other(tmp_path: Path, fake: Any) -> None:
+    plan = plan_of(tmp_path, methods=["BC"], pack=False)
+    folder = cells_of(plan)[0].folder
+    folder.parent.mkdir(parents=True)
+    folder.write_text("no folder")
+    done, lines = run(plan)
+    assert [job.state for job in done] == [FAILED_RUN, DONE]
+    assert "failed with exit code 1" in lines[0] and "cell.json" in lines[0] and folder.read_text() == "no folder"
 
 
 def test_what_goes_on_takes_its_checkpoint_and_the_new_length(tmp_path: Path, fake: Any) -> None:
