@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, file: Path, method: str, seed: int) -> dict[st
 
 
 def spread(values: list[float]) -> str:
-    return f"{np.mean(values):.1f} ± {interval(np.array(values)):.1f}"
+    return f"{np.mean(values):.1f}" + (f" ± {interval(np.array(values)):.1f}" if len(values) > 1 else "")
 
 
 def main() -> None:

@@ -59,12 +59,14 @@ def train(method: Any, data: Path, folder: Path, seed: int, **reading: Any) -> d
     """The last evaluation of one run; a run that is complete is read, not repeated."""
     import offpolicy as op
     from offpolicy.data.texts.module import TextData
+    from offpolicy.files import atomic_write
+    from offpolicy.training.checkpoints import place_in
 
     done = folder / "done.json"
     if not done.exists():
         texts = TextData(str(data), **READING, **reading)
-        result = op.fit(method, texts, folder=folder, seed=seed, eval_every=0, threads=1, verbose=False)
-        done.write_text(json.dumps(result.scores))
+        options: dict[str, Any] = {"seed": seed, "eval_every": 0, "threads": 1, "verbose": False}
+        atomic_write(done, json.dumps(op.fit(method, texts, **options, **place_in(folder)).complete().scores))
     return json.loads(done.read_text())
 
 

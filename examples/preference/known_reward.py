@@ -91,12 +91,14 @@ def train(method: Any, texts: Path, folder: Path, reading: dict[str, Any], **opt
     """One run, or the one that lies in the folder."""
     import offpolicy as op
     from offpolicy.data.texts.module import TextData
+    from offpolicy.files import atomic_write
+    from offpolicy.training.checkpoints import place_in
 
     if (folder / "done.json").exists():
         return op.load(folder)
     data = TextData(str(texts), separator=" ", show=0, **reading)
-    result = op.fit(method, data, folder=folder, verbose=False, threads=1, **options)
-    (folder / "done.json").write_text(json.dumps(result.scores))
+    result = op.fit(method, data, verbose=False, threads=1, **options, **place_in(folder)).complete()
+    atomic_write(folder / "done.json", json.dumps(result.scores))
     return result.method
 
 

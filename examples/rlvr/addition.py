@@ -14,12 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from offpolicy.cli import entry
+from offpolicy.cli.reader import Parser, at_least
+from offpolicy.files import atomic_write
 
 SYMBOLS = [*"0123456789+=", "<eos>", "<pad>"]
 MEASURES = ("accuracy", "mean@4", "pass@4")
@@ -121,7 +126,8 @@ def warm_up(
     sft = op.SFT(policy=str(folder / "start"), lr=1e-3, batch_size=128, warmup_ratio=0.0, lr_schedule="constant")
     texts = TextData(str(rows or warm_up_data(folder / "warm-up.jsonl", seed)), eval_fraction=0.0, show=0)
     run: dict[str, Any] = {"eval_every": 0, "log_every": 50, "verbose": False, "callbacks": [Until()]}
-    op.fit(sft, texts, max_steps=1000, seed=seed, folder=folder / "sft", threads=1, **run)
+    shutil.rmtree(folder / "sft", ignore_errors=True)  # of a warm-up that was interrupted: it is short
+    op.fit(sft, texts, max_steps=1000, seed=seed, folder=folder / "sft", threads=1, **run).complete()
     export(folder / "sft", folder / "policy")
     return folder / "policy"
 
@@ -148,12 +154,22 @@ def make_method(label: str, policy: Path, answers: int) -> Any:
     raise ValueError(f"`answers` is {answers}; expected fewer.")
 
 
+def results(pool: Executor, jobs: list[Future[Any]]) -> list[Any]:
+    """What the jobs return; after an error or Ctrl-C no other begins."""
+    try:
+        return [job.result() for job in jobs]
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+
+
 def one_run(label: str, folder: Path, policy: Path, seed: int, answers: list[int]) -> list[dict[str, Any]]:
     """Held-out numbers of a method after each number of answers."""
     import torch
 
     import offpolicy as op
     from offpolicy.data.texts.problems import ProblemData
+    from offpolicy.training.checkpoints import place_in
 
     torch.set_num_threads(1)
     found = []
@@ -165,14 +181,13 @@ def one_run(label: str, folder: Path, policy: Path, seed: int, answers: list[int
             ProblemData("addition", show=0),
             max_steps=steps_for(method, count),
             seed=seed,
-            folder=None if (run / "checkpoints").exists() else run,
-            ckpt_path=run if (run / "checkpoints").exists() else None,
+            **place_in(run),
             eval_every=0,
             log_every=20,
             threads=1,
             verbose=False,
             gradient_clip_val=1.0,
-        )
+        ).complete()
         found.append({"seed": seed, "method": label, "answers": count, **result.scores})
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     return found
@@ -189,10 +204,11 @@ def one_seed(seed: int, root: Path, answers: list[int], labels: list[str]) -> li
     options: dict[str, Any] = {"threads": 1, "verbose": False, "eval_every": 0}
     measured = folder / "warm-up.json"
     if not measured.exists():
+        shutil.rmtree(folder / "still", ignore_errors=True)
         result = op.fit(
             still, ProblemData("addition", show=0), max_steps=1, seed=seed, folder=folder / "still", **options
-        )
-        measured.write_text(json.dumps(result.scores))
+        ).complete()
+        atomic_write(measured, json.dumps(result.scores))
     rows = [{"seed": seed, "method": "warm-up", "answers": 0, **json.loads(measured.read_text())}]
     for label in labels:
         rows += one_run(label, folder, policy, seed, answers)
@@ -237,22 +253,23 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--answers", type=int, nargs="+", default=[10_240, 40_960], help="when to measure")
-    parser.add_argument("--only", nargs="+", default=list(RUNS), help="methods of the table")
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--jobs", type=at_least(1), default=1)
+    parser.add_argument("--answers", type=at_least(1), nargs="+", default=[10_240, 40_960], help="when to measure")
+    parser.add_argument("--only", nargs="+", default=list(RUNS), choices=RUNS, help="methods of the table")
     parser.add_argument("--root", type=Path, default=Path("runs/rlvr"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with ProcessPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(one_seed, seed, args.root, sorted(args.answers), args.only) for seed in range(args.seeds)]
-        rows = [row for job in jobs for row in job.result()]
+        rows = [row for found in results(pool, jobs) for row in found]
     print(table(rows, args.seeds))
     (args.root / "rows.json").write_text(json.dumps(rows, indent=1))
     draw(rows, args.root / "addition.png")
     print(f"\n{args.root / 'addition.png'}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

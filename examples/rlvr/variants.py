@@ -28,7 +28,12 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from addition import steps_for, warm_up
+from addition import results, steps_for, warm_up
+
+from offpolicy.cli import entry
+from offpolicy.cli.reader import Parser, at_least
+from offpolicy.files import atomic_write
+from offpolicy.losses.variants.choosing import variant_of
 
 VARIANTS = ["grpo", "dr_grpo", "dapo", "gspo", "mc_grpo", "ngrpo", "bnpo", "unlikeliness", "canon", "clip_cov"]
 VARIANTS += ["kl_cov", "bapo", "steer", "lp_reg", "vcpo", "rover"]
@@ -92,6 +97,7 @@ def one_run(task: str, variant: str, lag: int, seed: int, root: Path, answers: i
 
     import offpolicy as op
     from offpolicy.data.texts.problems import ProblemData
+    from offpolicy.training.checkpoints import place_in
 
     folder = root / task / f"seed{seed}" / f"{variant}-lag{lag}-{answers}"
     done = folder / "measured.json"
@@ -109,18 +115,18 @@ def one_run(task: str, variant: str, lag: int, seed: int, root: Path, answers: i
         ProblemData(name, show=0, **options),
         max_steps=steps_for(method, answers),
         seed=seed,
-        folder=folder,
+        **place_in(folder),
         eval_every=0,
         log_every=20,
         threads=1,
         verbose=False,
         gradient_clip_val=1.0,
         save_every=0,
-    )
+    ).complete()
     last = list(csv.DictReader((folder / "metrics.csv").open()))[-1]
     found = {"task": task, "variant": variant, "lag": lag, "seed": seed, **result.scores}
     found |= {"entropy": float(last["train/entropy"]), "length": float(last["train/answers/length"])}
-    done.write_text(json.dumps(found))
+    atomic_write(done, json.dumps(found))
     print(json.dumps(found), file=sys.stderr, flush=True)
     return found
 
@@ -158,32 +164,35 @@ def table(rows: list[dict[str, Any]], task: str, lag: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--lagged", nargs="+", default=list(LAGGED), help="variants of the tables with a lag")
-    parser.add_argument("--lags", type=int, nargs="+", default=[0, 4, 16])
+    parser.add_argument("--lags", type=at_least(0), nargs="+", default=[0, 4, 16])
     parser.add_argument("--tasks", nargs="+", default=["addition", "order"], choices=list(MEASURES))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--answers", type=int, default=10_240, help="that each run writes")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--answers", type=at_least(1), default=10_240, help="that each run writes")
+    parser.add_argument("--jobs", type=at_least(1), default=1)
     parser.add_argument("--root", type=Path, default=Path("runs/variants"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    variants, lagged = ([variant_of(name).name for name in names] for names in (args.variants, args.lagged))
     plan = [
         (task, name, lag, seed)
-        for task in args.tasks
-        for lag in (args.lags if task == "addition" else args.lags[:1])
-        for name in (args.lagged if lag else args.variants)
+        for task in dict.fromkeys(args.tasks)
+        for lag in dict.fromkeys(args.lags if task == "addition" else args.lags[:1])
+        for name in dict.fromkeys(lagged if lag else variants)
         for seed in range(args.seeds)
     ]
     with ProcessPoolExecutor(args.jobs) as pool:
-        list(pool.map(start, *zip(*[(task, args.root, seed) for task in args.tasks for seed in range(args.seeds)])))
+        begun = [pool.submit(start, task, args.root, seed) for task in args.tasks for seed in range(args.seeds)]
+        results(pool, begun)
         jobs = [pool.submit(one_run, task, name, lag, seed, args.root, args.answers) for task, name, lag, seed in plan]
-        rows = [job.result() for job in jobs]
+        rows = results(pool, jobs)
     (args.root / "rows.json").write_text(json.dumps(rows, indent=1))
     for task, lag in dict.fromkeys((task, lag) for task, _, lag, _ in plan):
         print(table(rows, task, lag), end="\n\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from offpolicy.errors import UsageError, nearest
@@ -55,6 +56,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}{'' if message.endswith('?') else '.'} `{self.prog} --help` shows how.")
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Reads a whole number of at least ``low``, as a ``type`` of arguments."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or int(text) < low:
+            raise argparse.ArgumentTypeError(f"'{text}' is none; expected a whole number of at least {low}")
+        return int(text)
+
+    return read
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

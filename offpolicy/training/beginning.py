@@ -86,6 +86,16 @@ class FitResult:
     folders: dict[int, Path] = field(default_factory=dict)
     selected: Path | None = None
 
+    def complete(self) -> FitResult:
+        """Itself, for scripts that go on with what was trained.
+
+        Raises:
+            KeyboardInterrupt: a signal ended the run early; it is kept and goes on with ``ckpt_path``.
+        """
+        if self.interrupted:
+            raise KeyboardInterrupt(f"the run in {self.folder} was interrupted at update {self.updates:,}")
+        return self
+
 
 def find_beginning(
     method: Module,

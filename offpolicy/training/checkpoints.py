@@ -234,6 +234,11 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     return None
 
 
+def place_in(folder: Path) -> dict[str, Path]:
+    """Where ``fit`` begins in this folder, as its argument: the run that lies there goes on, else a new one begins."""
+    return {"folder" if newest_checkpoint(folder) is None else "ckpt_path": folder}
+
+
 def newest_run(
     root: str | os.PathLike[str],
     data: str,
