@@ -108,6 +108,7 @@ def measured() -> dict[str, str]:
     turn = torch.where(mask > 0, 0, -1)
     columns = {"group": row // GROUP, "prompt": row // GROUP, "reward": drawn(ROWS).round(), "ended": row % 7 > 0}
     columns |= {"length": mask.sum(-1).long(), "turn": turn, "segment": turn, "weight": drawn(ROWS)}
+    columns |= {"tempered": row % GROUP == 1}
     columns |= {name: drawn(*grid) for one in made.values() for name in one.columns - columns.keys()}
     fields |= {"mask": mask, "advantage": drawn(ROWS) - 0.5, "lag": row % 2, "step": None, "columns": columns}
     fields |= {"external": (row % GROUP == 0)[:, None].expand(grid)}

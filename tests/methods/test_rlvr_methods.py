@@ -442,8 +442,8 @@ def test_variants_beside_other_options(lag: int, monkeypatch: pytest.MonkeyPatch
         GRPO(policy="x", variant="made")
     with pytest.raises(UsageError, match=r"Pass --model SFT --model\.weighting otr"):
         GRPO(policy="x", variant="otr")
-    with pytest.raises(UsageError, match="which is not here: nothing draws the hot"):
-        GRPO(policy="x", variant="AEPO")
+    with pytest.raises(UsageError, match="which is not here: answers branch"):
+        GRPO(policy="x", variant="ARPO")
     with pytest.raises(UsageError, match=r"Did you mean 'dapo'\?"):
         GRPO(policy="x", variant="dapoo")
     for name in ("DAPO", "Dr-GRPO"):

@@ -99,6 +99,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other c
         {"objective": {"advantage": "opob", "trust": "capo"}, "micro_batch_size": 4},
         {"curriculum": "gain", "hints": {"name": "scaffold", "patience": 1}},
         {"hints": {"name": "written", "tiers": ["a"], "instruction": "{tier}{prompt}{solution}"}, "batch_size": 16},
+        {"variant": "aepo", "rewards": ["tiny_rl.ends_early"], "micro_batch_size": 3},
         {"correction": "score", "objective": {"anchors": [{"name": "turn_kl", "coef": 0.1}]}},
     ],
 }

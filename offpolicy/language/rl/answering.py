@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ from offpolicy.language.rl.options import check_right_answers
 from offpolicy.language.rl.probing import PROMPTS, probe
 from offpolicy.language.rl.rewards import Rewards, Scored
 from offpolicy.language.rl.rows import answer_row, rows_stored
+from offpolicy.language.rl.tempering import draw_tempered, drawn_entropy, make_tempering
 from offpolicy.language.rl.verifiers import final_part
 from offpolicy.language.sharding import gather
 from offpolicy.trust import Words, speaking, trusting
@@ -58,12 +60,14 @@ class Fresh(NamedTuple):
         facts: for the metrics, over all that were drawn.
         problems: that were asked.
         written: answers of the policy, with those that a filter dropped.
+        tempered: right answers at another temperature; None for none.
     """
 
     store: Replay
     facts: dict[str, float]
     problems: int
     written: int
+    tempered: Replay | None = None
 
 
 class Answering:
@@ -91,6 +95,7 @@ class Answering:
         with speaking(words):
             self.asking = AskedProblems(problems, h)
             self.correction = make_correction(getattr(h, "correction", None))
+            self.tempering = make_tempering(getattr(h, "tempering", None))
         self.again = np.asarray(self._ids(self.correction.instruction), np.int64) if self.correction else None
         with speaking(words), trusting(in_file=words.in_file or h.rewards is None):
             self.rewards = Rewards(
@@ -228,6 +233,7 @@ class Answering:
             *self.asking.facts(),
             *self.filters.facts(),
             *([] if self.correction is None else [("turns", self.correction.fact())]),
+            *([] if self.tempering is None else [("tempered", self.tempering.fact())]),
             *([] if self.cycle is None else [("lengths", self.cycle.fact(self.length))]),
             ("reward", ", ".join(self.rewards.names)),
             *([("answers", f"by {by}")] if by else []),
@@ -292,11 +298,16 @@ class Answering:
         if self.filters.redraws:
             store, said = self.filters.chosen(store, wanted)
             facts |= said
+        tempered = None
+        if self.tempering is not None:
+            more, said = draw_tempered(self, store, drawn_entropy(alone), k, seed, stop)
+            tempered = rows_stored(more, k, self.length_of(k), self.problems, self.dtype)[0] if more else None
+            own, facts = own + int(said["tempered/drawn"]), facts | said
         speeds = [speed for speed in processes.gathered(self._speed()) if speed is not None]
         facts |= {"perf/engine_tokens_per_s": sum(speeds)} if speeds else {}
         facts |= self.asking.metrics(everyone, hinted) | ({} if self.correction is None else correction_facts(store))
         facts |= self.probed | (self.engine.facts() if hasattr(self.engine, "facts") else {})
-        return Fresh(store, facts, wanted + again, own)
+        return Fresh(store, facts, wanted + again, own, tempered)
 
     def judged(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What was drawn on all processes, with its rewards."""
@@ -337,10 +348,11 @@ class Answering:
         write_hints(self, self.asking.of(asked, seed)[0], asked.iteration, seed, stop)
         return self.generated(self.requests(asked, seed), asked.iteration, seed, stop)
 
-    def generated(self, requests: list[Request], iteration: int, seed: int, stop: Stop) -> Answers:
-        """Answers to requests of this process; raises as :meth:`draw`."""
+    def generated(self, requests: list[Request], iteration: int, seed: int, stop: Stop, heat: float = 1.0) -> Answers:
+        """Answers to requests of this process, at ``heat`` times the temperature; raises as :meth:`draw`."""
         wants_to_stop, on_any_process = stop
         how, began = self.sampling(iteration, seed), time.perf_counter()
+        how = replace(how, temperature=heat * how.temperature)
         answers = self.engine.generate(requests, how, wants_to_stop)
         self.note_drawn(answers, time.perf_counter() - began)
         if on_any_process(wants_to_stop()):

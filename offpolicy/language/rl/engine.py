@@ -180,17 +180,21 @@ class ConcurrentEngine(Protocol):
 
 
 class FurtherAnswers(Protocol):
-    """What answers requests of this process beside those of an iteration: behind a hint, or after a first answer."""
+    """What answers requests of this process beside those of an iteration: behind a hint, after a first answer, or at
+    another temperature."""
 
     asking: Any
     correction: Any
+    tempering: Any
     options: Any
 
     def prompt(self, problem: int, words: int) -> np.ndarray:
         """Tokens of a problem in its own words (0) or others."""
 
-    def generated(self, requests: list[Request], iteration: int, seed: int, stop: Stop) -> list[list[Completion]]:
-        """Answers to the requests."""
+    def generated(
+        self, requests: list[Request], iteration: int, seed: int, stop: Stop, heat: float = 1.0
+    ) -> list[list[Completion]]:
+        """Answers to the requests, drawn at ``heat`` times the temperature of sampling."""
 
     def finals(self, prompts: Sequence[np.ndarray], answers: Sequence[Completion]) -> list[str]:
         """What counts of answers to these prompts: what they say behind their thinking."""

@@ -32,6 +32,7 @@ from offpolicy.language.rl.forward import Forward
 from offpolicy.language.rl.iteration import Course, Shape, replayed_now, sweeps_of
 from offpolicy.language.rl.records import Recorder
 from offpolicy.language.rl.scoring import Scoring
+from offpolicy.language.rl.tempering import with_tempered
 from offpolicy.language.rl.tokens import batch_tokens
 from offpolicy.language.rl.trial import limited, unknown_shift, wants_trial
 from offpolicy.language.rl.whole_step import WholeStep, pieces
@@ -156,7 +157,7 @@ class IteratingModule(DrawingModule):
                 ahead.ask(late, stop)
 
             drawn = ahead.answers(k, stop), ask_ahead
-            fresh, facts, asked, written = self.answering.fresh(
+            fresh, facts, asked, written, tempered = self.answering.fresh(
                 k, groups - ahead.groups_of(k), seen, seed, stop, *drawn
             )
             ahead.drop(k)
@@ -169,6 +170,7 @@ class IteratingModule(DrawingModule):
                 facts |= left_out_facts(fresh) | said
                 if self.answering.correction is not None:
                     fresh.steps["advantage"] = self.answering.correction.advantages(fresh, k)
+                fresh = fresh if self.answering.tempering is None else with_tempered(fresh, tempered)
             store, said = self.extended(store_of.merged_answers(store, fresh), k)
             facts |= said
             steps = self._plan_steps(store, k, sweeps_of(old, len(old[0]) > 0, fraction))

@@ -13,6 +13,7 @@ Where it is told, in the order of an iteration::
     iteration.py   how many groups are fresh and replayed, which rows each step takes, where the run stands
     asking.py      which problems are asked, and in which words; by curricula.py and hints.py
     correcting.py  second answers, where the policy corrects its first ones
+    tempering.py   hot and cold answers, where the entropy has a target
     answering.py   the policy answers problems, by an engine (engines.py), and rewards.py judges the answers
     ahead.py       answers that are drawn before the iteration that they are for
     advantages.py  rewards become the advantage of an answer, or by a critic (critic.py) of a token
@@ -72,6 +73,7 @@ from offpolicy.language.rl.options import (
 )
 from offpolicy.language.rl.scoring import Scoring
 from offpolicy.language.rl.solving import solve
+from offpolicy.language.rl.tempering import check_tempering
 from offpolicy.language.rl.tokens import check_columns
 from offpolicy.language.rl.trial import check_trial, wants_trial
 from offpolicy.language.rl.whole_step import WholeStep
@@ -140,6 +142,10 @@ class RolloutModule(IteratingModule):
         correction: gives answers a second turn, in which the policy corrects the first: "score", ``{"name": "score",
             "bonus": 10.0, "first_stage": 100, "instruction": …}`` (:class:`offpolicy.language.rl.correcting.Score`), or
             an import path; None for one turn. ``max_new_tokens`` is of a turn.
+        tempering: asks some problems once more at a higher or lower temperature, so that the entropy comes to a target:
+            "aepo", ``{"name": "aepo", "target": 0.5, "high": 1.2, "low": 0.8, "share": 0.015625}``
+            (:class:`offpolicy.language.rl.tempering.Tempering`), or an import path; None for none. Beside the part
+            ``aepo`` of ``entropy``, which learns from the right ones.
         demonstrations: answers of each group that are demonstrations of the data, where there is one: 0 or 1.
         demonstration_share: of a demonstration that is given, in (0, 1]: below 1 the policy goes on from its first
             tokens (a share of them, rounded down; at least one, never the last).
@@ -188,6 +194,7 @@ class RolloutModule(IteratingModule):
         templates: list[str] | None = None,
         hints: Any = None,
         correction: Any = None,
+        tempering: Any = None,
         demonstrations: int = 0,
         demonstration_share: float = 1.0,
         base_kl: bool = True,
@@ -318,7 +325,9 @@ class RolloutModule(IteratingModule):
         )
         check_replay(self.replay_rule, self.hparams, critic=self.objective.uses_critic)
         check_masks(self.answering.filters.masks, critic=self.objective.uses_critic)
-        check_columns(self.objective.columns, self.answering.rewards.names, self.objective.gives | self.own_columns)
+        check_tempering(self.hparams, self.objective, self.answering, mixes=mixes)
+        given = self.objective.gives | self.own_columns | ({"tempered"} if self.answering.tempering else set())
+        check_columns(self.objective.columns, self.answering.rewards.names, given)
         check_demonstrations(self.objective, self.hparams.demonstrations, problems)
         self.objective.check_answers(self.answering.rewards.names, self.hparams.group_size)
         self.ahead = Ahead(self.answering, lambda: self.seed or 0, self.wants_to_stop)

@@ -197,8 +197,8 @@ class TemperedReinforce:
     """−coef·ℓ on right answers that were drawn at another temperature: REINFORCE with the advantage 1 (AEPO,
     arXiv:2510.08141). Hot ones raise the entropy, cold ones lower it.
 
-    The answers are those with a column ``tempered`` and a ``reward`` above 0. To draw them, hot where the entropy is
-    below its target and cold where it is above, is no part of the loss.
+    The answers are those with a column ``tempered`` and a ``reward`` above 0. The option ``tempering`` draws them, hot
+    where the entropy is not above its target and cold where it is.
 
     Args:
         coef: ≥ 0, or knots as in ``k3``.

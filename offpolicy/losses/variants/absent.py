@@ -22,13 +22,6 @@ class Absent(NamedTuple):
 
 
 ROWS = (
-    Absent(
-        "aepo",
-        "AEPO, arbitrary entropy",
-        "2510.08141",
-        "nothing draws the hot and cold answers; the part for them is `entropy` 'aepo', for a store with a column "
-        "`tempered`",
-    ),
     Absent("aspo", "ASPO, reasoning with tools", "", "a bonus for calling code early, and answers call no tools"),
     Absent("verl", "VERL, hidden states", "", "advantages by the rank of hidden states, one decomposition per answer"),
     Absent("ares", "ARES", "", "images, and windows of entropy over their texts"),

@@ -78,6 +78,21 @@ ROWS = (
         needs="vocabulary",
     ),
     Variant(
+        "aepo",
+        "AEPO, arbitrary entropy",
+        "2510.08141",
+        "some problems are asked again, at 1.2 times the temperature up to an entropy of .5 and at .8 times it above; "
+        "right answers have −ℓ beside the loss of the groups",
+        {"entropy": "aepo"},
+        {"tempering": "aepo"},
+        differs="in the code up to 60 answers, 30 cold ones, of groups with wrong ones take the place of others, with "
+        "the ratio clipped, and the entropy is that of the step before; here all right ones come beside them, and the "
+        "entropy is the mean of −ℓ of what was just drawn",
+        unverified="the share of the groups (1/64) and the coefficient (1, an answer counts as one); in version 7, "
+        "SCOPE-RL, the temperature is said to be 1 + target − entropy between these two",
+        off_policy="tempered answers are not kept",
+    ),
+    Variant(
         "dph_f",
         "DPH-RL, forward KL",
         "2509.07430",

@@ -58,6 +58,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "batch_size": 12,
         },
     ),
+    "tempered": (
+        "GRPO",
+        {
+            **{"variant": "aepo", "tempering": {"name": "aepo", "target": 3.5, "share": 0.5}},
+            **{"rewards": ["tiny_rl.ends_early"], "batch_size": 12, "micro_batch_size": 3},
+        },
+    ),
     "HPT": ("HPT", {"success": 0.6, "micro_batch_size": 3}),
     "many-parts": ("GRPO", {"objective": MANY_PARTS, "batch_size": 12, "micro_batch_size": 4}),
     "SPEAR": ("SPEAR", {"capacity": 2, "ramp": 3}),
@@ -121,6 +128,6 @@ def test_two_processes_equal_one(name: str, pair: tuple[Path, list[dict[str, Any
         for ours, theirs in zip(one[part], two[part]):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     stores = [Replay.load(sorted((folder / "replay").iterdir())[-1]) for folder in (tmp_path, root / name / "whole")]
-    asked = ["asked"] if name in ("asked", "written") else []
-    for column in ("group", "prompt", "policy_version", "source", "digest", "reward", *asked):
+    more = {"asked": ["asked"], "written": ["asked"], "tempered": ["tempered"]}.get(name, [])
+    for column in ("group", "prompt", "policy_version", "source", "digest", "reward", *more):
         assert (stores[0].episodes[column] == stores[1].episodes[column]).all(), column
