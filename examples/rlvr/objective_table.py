@@ -4,11 +4,11 @@ usage: python examples/rlvr/objective_table.py [--measure] [--steps [NAMES]] [--
 
 ``--measure`` takes the processor time of the objective of each variant beside GRPO's: facts of the step, loss and
 gradient by the tokens' log-probabilities, without a model, for 64 answers of at most 256 tokens; median over
-interleaved rounds. ``--steps`` takes that of whole iterations of one step of GRPO with each variant, or with those
-named, drawing and scoring included: 32 answers of at most 12 tokens of a Llama with random weights, 2 layers, 64 wide,
-2,048 tokens in its vocabulary; the least of the last six of eight. Both numbers are of the machine that takes them, on
-one thread, to be compared with each other. Without an option its column stays as it is. ``--check`` changes nothing
-and exits with 1 where the page is not what the code says.
+interleaved rounds. ``--steps`` takes that of whole iterations of GRPO with each variant, or with those named, of one
+step unless the variant makes several sweeps, drawing and scoring included: 32 answers of at most 12 tokens of a Llama
+with random weights, 2 layers, 64 wide, 2,048 tokens in its vocabulary; the least of the last six of eight. Both numbers
+are of the machine that takes them, on one thread, to be compared with each other. Without an option its column stays as
+it is. ``--check`` changes nothing and exits with 1 where the page is not what the code says.
 """
 
 from __future__ import annotations
@@ -175,12 +175,13 @@ def measured_steps(names: Collection[str]) -> dict[str, str]:
             try:
                 method = op.GRPO(policy=str(folder / "policy"), variant=variant.name, **(usual | sizes))
                 data = ProblemData(str(folder / "sums.jsonl"), show=0)
-                op.fit(method, data, max_steps=8, seed=0, folder=folder / f"{i}", eval_every=0, threads=1,
+                each = method.hparams.sweeps * method.hparams.minibatches  # steps of an iteration
+                op.fit(method, data, max_steps=8 * each, seed=0, folder=folder / f"{i}", eval_every=0, threads=1,
                        verbose=False, save_every=0, callbacks=[clock])  # fmt: skip
             except (DataError, UsageError) as error:  # it asks for what these data, or any here, do not have
                 print(f"{variant.name}: {error}", file=sys.stderr)
                 continue
-            times = [after - before for before, after in itertools.pairwise(clock.ends)]
+            times = [after - before for before, after in itertools.pairwise(clock.ends[each - 1 :: each])]
             found[cells(variant)[0]] = f"{min(times[-6:]):.0f}"
     return found
 

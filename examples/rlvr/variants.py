@@ -1,7 +1,8 @@
 """Published variants of the objective on two made tasks, at equal numbers of written answers.
 
 usage: python examples/rlvr/variants.py [--variants grpo dapo …] [--lags 0 4 16] [--tasks addition order] [--seeds 3]
-                                        [--answers 10240] [--jobs 1] [--root runs/variants] [--lagged NAMES]
+                                        [--answers 10240] [--lr 1e-4] [--jobs 1] [--root runs/variants]
+                                        [--lagged NAMES]
 
 ``addition``: two-digit sums by the warmed-up policy of addition.py, checked by arithmetic; a reward of 0 or 1.
 ``order``: four digits are to be written in ascending order; the reward is the share of the places that are right, so
@@ -38,7 +39,8 @@ from offpolicy.losses.variants.choosing import variant_of
 VARIANTS = ["grpo", "dr_grpo", "dapo", "gspo", "mc_grpo", "ngrpo", "bnpo", "unlikeliness", "canon", "clip_cov"]
 VARIANTS += ["kl_cov", "bapo", "steer", "lp_reg", "vcpo", "rover"]
 LAGGED = ["grpo", "gspo", "bapo", "vcpo", "unlikeliness", "clip_cov"]  # what stale answers are tried on
-COMMON: dict[str, Any] = {"lr": 1e-4, "batch_size": 128, "minibatches": 2, "group_size": 8, "eval_rows": 0}
+COMMON: dict[str, Any] = {"batch_size": 128, "minibatches": 2, "group_size": 8, "eval_rows": 0}
+RATE = 1e-4
 SETTINGS: dict[str, dict[str, Any]] = {"mc_grpo": {"group_size": 9, "batch_size": 126}}  # where they must differ
 CLAIMS = {  # name → what its paper says it improves
     "unlikeliness": "pass@4",
@@ -50,6 +52,7 @@ CLAIMS = {  # name → what its paper says it improves
     "vcpo": "learning from stale answers",
     "rover": "pass@4",
     "ngrpo": "pass@4",
+    "capo": "learning at high rates",
 }
 MEASURES = {"addition": ("accuracy", "mean@4", "pass@4", "carry/pass@4", "entropy"),
             "order": ("accuracy", "mean@4", "pass@4", "entropy", "length")}  # fmt: skip
@@ -91,7 +94,7 @@ def start(task: str, root: Path, seed: int) -> Path:
     return warm_up(folder, seed, until=0.3, data=name, rows=order_data(root)[2], **options)
 
 
-def one_run(task: str, variant: str, lag: int, seed: int, root: Path, answers: int) -> dict[str, Any]:
+def one_run(task: str, variant: str, lag: int, seed: int, root: Path, answers: int, lr: float = RATE) -> dict[str, Any]:
     """What is measured after one run."""
     import torch
 
@@ -99,7 +102,7 @@ def one_run(task: str, variant: str, lag: int, seed: int, root: Path, answers: i
     from offpolicy.data.texts.problems import ProblemData
     from offpolicy.training.checkpoints import place_in
 
-    folder = root / task / f"seed{seed}" / f"{variant}-lag{lag}-{answers}"
+    folder = root / task / f"seed{seed}" / f"{variant}-lag{lag}-{answers}{'' if lr == RATE else f'-lr{lr:g}'}"
     done = folder / "measured.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
@@ -108,7 +111,7 @@ def one_run(task: str, variant: str, lag: int, seed: int, root: Path, answers: i
     name, options = task_data(task, root)
     rewards = None if task == "addition" else ["variants.right_places"]
     longest = 4 if task == "addition" else 6
-    settings = COMMON | SETTINGS.get(variant, {}) | {"max_new_tokens": longest, "export": "none"}
+    settings = {"lr": lr, **COMMON, **SETTINGS.get(variant, {}), "max_new_tokens": longest, "export": "none"}
     method = op.GRPO(policy=str(policy), variant=variant, lag=lag, rewards=rewards, **settings)
     result = op.fit(
         method,
@@ -170,9 +173,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--lagged", nargs="+", default=list(LAGGED), help="variants of the tables with a lag")
     parser.add_argument("--lags", type=at_least(0), nargs="+", default=[0, 4, 16])
     parser.add_argument("--tasks", nargs="+", default=["addition", "order"], choices=list(MEASURES))
+<<<<<<< HEAD
     parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("--answers", type=at_least(1), default=10_240, help="that each run writes")
     parser.add_argument("--jobs", type=at_least(1), default=1)
+=======
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--answers", type=int, default=10_240, help="that each run writes")
+    parser.add_argument("--lr", type=float, default=RATE)
+    parser.add_argument("--jobs", type=int, default=1)
+>>>>>>> 7bbda58 (Variants on sums at a lag of 4 and on ordering; CAPO at high rates; times of all variants, by whole iterations)
     parser.add_argument("--root", type=Path, default=Path("runs/variants"))
     args = parser.parse_args(argv)
     variants, lagged = ([variant_of(name).name for name in names] for names in (args.variants, args.lagged))
@@ -184,10 +194,19 @@ def main(argv: list[str]) -> int:
         for seed in range(args.seeds)
     ]
     with ProcessPoolExecutor(args.jobs) as pool:
+<<<<<<< HEAD
         begun = [pool.submit(start, task, args.root, seed) for task in args.tasks for seed in range(args.seeds)]
         results(pool, begun)
         jobs = [pool.submit(one_run, task, name, lag, seed, args.root, args.answers) for task, name, lag, seed in plan]
         rows = results(pool, jobs)
+=======
+        list(pool.map(start, *zip(*[(task, args.root, seed) for task in args.tasks for seed in range(args.seeds)])))
+        jobs = [
+            pool.submit(one_run, task, name, lag, seed, args.root, args.answers, args.lr)
+            for task, name, lag, seed in plan
+        ]
+        rows = [job.result() for job in jobs]
+>>>>>>> 7bbda58 (Variants on sums at a lag of 4 and on ordering; CAPO at high rates; times of all variants, by whole iterations)
     (args.root / "rows.json").write_text(json.dumps(rows, indent=1))
     for task, lag in dict.fromkeys((task, lag) for task, _, lag, _ in plan):
         print(table(rows, task, lag), end="\n\n")
