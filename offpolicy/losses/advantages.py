@@ -153,14 +153,20 @@ class GAE:
         return self.of_tokens(rewards, value, mask)
 
     def of_tokens(
-        self, rewards: Tensor, value: Tensor, mask: Tensor, last_value: Tensor | None = None
+        self,
+        rewards: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        last_value: Tensor | None = None,
+        learned: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The same, with values after the last tokens (B,); None for 0."""
+        """The same, with values after the last tokens (B,), None for 0, and the tokens (B, T) that are normalised over,
+        None for the mask."""
         reward, kinds = last_token(rewards, mask), {"discount": self.discount, "lambda_": self.lambda_}
         advantage = gae(reward, value, mask, last_value=last_value, **kinds)
         returns = (advantage + value) * mask
         if self.normalize:
-            kept = advantage[mask > 0].double()
+            kept = advantage[(mask if learned is None else learned) > 0].double()
             spread = kept.std() if len(kept) > 1 else torch.zeros_like(kept.sum())
             advantage = ((advantage - kept.mean()) / (spread + 1e-8)).to(advantage.dtype) * mask
         return advantage, returns
@@ -182,7 +188,7 @@ def last_token(rewards: Tensor, mask: Tensor) -> Tensor:
 class ExtendedGAE(GAE):
     """As GAE; after an answer that was cut, the value is that of its last token (EGAE of T-PPO, arXiv:2506.15050).
 
-    So its last δ is r + (γ − 1)·V. Unverified: T-PPO fits the critic to answers that have ended alone; here all are.
+    So its last δ is r + (γ − 1)·V. That the critic learns from answers that have ended alone the part ``squared`` says.
 
     Args:
         discount: as in ``gae``.
@@ -190,13 +196,13 @@ class ExtendedGAE(GAE):
         normalize: likewise.
     """
 
-    reads = frozenset({"ended"})
+    reads = frozenset({"ended", "learned"})
 
     def __call__(  # type: ignore[override]  # it is told which answers have ended, as it says in `reads`
-        self, rewards: Tensor, value: Tensor, mask: Tensor, ended: Tensor
+        self, rewards: Tensor, value: Tensor, mask: Tensor, ended: Tensor, learned: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As :class:`GAE`, from ``ended`` (B,) bool besides."""
-        return self.of_tokens(rewards, value, mask, torch.where(ended, 0.0, last_kept(value, mask)))
+        """As :class:`GAE`, from ``ended`` (B,) bool and the tokens ``learned`` (B, T) that are normalised over."""
+        return self.of_tokens(rewards, value, mask, torch.where(ended, 0.0, last_kept(value, mask)), learned)
 
 
 def gae(

@@ -55,8 +55,8 @@ def measure(tokens: Tokens, ratio: Ratio, surrogate: Surrogate, losses: Tensor) 
     if tokens.entropy is not None:
         sums["entropy"] = mean(tokens.entropy, own)
     if tokens.value is not None and tokens.returns is not None:
-        error = torch.where(own, tokens.value - tokens.returns, 0.0)
-        sums["critic/error"] = mean(error.square(), own)
+        error = torch.where(tokens.judged, tokens.value - tokens.returns, 0.0)
+        sums["critic/error"] = mean(error.square(), tokens.judged)
     return sums
 
 
@@ -100,9 +100,10 @@ def table(tokens: Tokens, log_ratio: Tensor, ratio: Ratio, surrogate: Surrogate)
     x = torch.where(own, log_ratio, x.clamp(max=LARGEST_LOG_RATIO))
     histogram(kind, x, value, tokens.kept)
     add(kind, BINS + 1, surrogate.clipped & own)
-    whole = own.any(-1) & ~outside.any(-1)  # what goes on from a demonstration has no length of its own
+    written = tokens.judged
+    whole = written.any(-1) & ~outside.any(-1)  # what goes on from a demonstration has no length of its own
     add(by_row, BINS + 2, whole)
-    add(by_row, BINS + 3, torch.where(whole, own.sum(-1), 0))
+    add(by_row, BINS + 3, torch.where(whole, written.sum(-1), 0))
     if tokens.sampler_logp is not None:
         gap = difference(tokens.behavior_logp, tokens.sampler_logp, own).abs()
         histogram(torch.full_like(kind, engine), gap, gap, own)

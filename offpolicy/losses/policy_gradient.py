@@ -25,7 +25,8 @@ Anchors, ``entropy`` and ``value`` also take ``aggregation``, for a mean of thei
 micro-batch of one process. What else it needs it says in attributes:
 
 - ``reads``: names of optional fields of :class:`Tokens`; of an advantage, those of :class:`Answers` (``OF_POLICY`` in
-  :mod:`offpolicy.losses.answers`). ``reads_values``: the same of fields that it wants without gradient.
+  :mod:`offpolicy.losses.answers`), or with a critic ``ended`` and ``learned`` (:meth:`Objective.critic_advantages`).
+  ``reads_values``: the same of fields that it wants without gradient.
 - ``columns``: names of columns of the store, which :func:`offpolicy.losses.tokens.column` gives.
 - ``whole_groups = True``: a micro-batch holds whole groups.
 - ``step_facts(step)`` → name → (B, T), (B,) or 0-d: what it wants to know of all answers of the step. It is called once
@@ -57,7 +58,7 @@ from offpolicy.losses.components import COMPONENTS
 from offpolicy.losses.health import measure
 from offpolicy.losses.parts import OwnParts, told
 from offpolicy.losses.policy import means
-from offpolicy.losses.tokens import Ratio, Surrogate, Tokens, Totals, detached, per_token
+from offpolicy.losses.tokens import Ratio, Surrogate, Tokens, Totals, detached, of_critic, per_token
 from offpolicy.registry import Spec, make
 
 __all__ = ["COMPONENTS", "Answers", "Judged", "Objective", "Ratio", "Spec", "Surrogate", "Tokens", "Totals"]
@@ -291,7 +292,12 @@ class Objective:
         return found if isinstance(found, Judged) else Judged(found, torch.ones_like(answers.own))
 
     def critic_advantages(
-        self, rewards: Tensor, value: Tensor, mask: Tensor, ended: Tensor | None = None
+        self,
+        rewards: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        ended: Tensor | None = None,
+        learned: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Advantages and returns, (B, T) each, without gradient.
 
@@ -300,12 +306,15 @@ class Objective:
             value: of the critic before each token, (B, T).
             mask: (B, T), 1 on tokens of the answers.
             ended: (B,) bool, false for answers that were cut; for components that list it in ``reads``. None for all.
+            learned: (B, T), 1 on the tokens that the policy learns from, likewise. None for the mask.
         """
         if not self.uses_critic:
             raise UsageError("`advantage` needs no critic; expected 'gae'. Use `advantages`.")
-        said = {}
-        if "ended" in self.reads_of_answers:
-            said = {"ended": torch.ones_like(rewards, dtype=torch.bool) if ended is None else ended}
+        known = {
+            "ended": torch.ones_like(rewards, dtype=torch.bool) if ended is None else ended,
+            "learned": mask if learned is None else learned,
+        }
+        said = {name: known[name] for name in known if name in self.reads_of_answers}
         return self._parts["advantage"](rewards, value.detach(), mask, **said)
 
     def step_facts(self, step: Tokens) -> Facts:
@@ -352,8 +361,8 @@ class Objective:
         facts = self.step_facts(tokens) if facts is None else facts
         parts, advantage = self._parts, per_token(tokens.advantage)
 
-        def seen(name: str) -> Tokens:
-            return self._seen(name, tokens, facts)
+        def seen(name: str, of: Tokens = tokens) -> Tokens:
+            return self._seen(name, of, facts)
 
         ratio = parts["ratio"](seen("ratio"))
         surrogate = parts["trust"](ratio, advantage, seen("trust"))
@@ -365,9 +374,10 @@ class Objective:
             gain = gain if factor is None else gain * factor
         loss = parts["aggregation"](-gain, tokens.mask, totals)
         for slot in MEANS_OF_THEIR_OWN:
+            of, counted = of_critic(tokens, totals) if slot == "value" else (tokens, totals)
             for i, term in enumerate(parts[slot]):
-                values = term.values(seen(f"{slot}/{i}" if slot in MANY else slot), iteration=iteration)
-                loss = loss + term.aggregation(values, tokens.mask, totals)
+                values = term.values(seen(f"{slot}/{i}" if slot in MANY else slot, of), iteration=iteration)
+                loss = loss + term.aggregation(values, of.mask, counted)
         for i, share in enumerate(parts["terms"]):
             loss = loss + share(seen(f"terms/{i}"), totals, iteration=iteration)
         return loss, measure(tokens, ratio, surrogate, -gain) if health else {}

@@ -46,6 +46,8 @@ class Tokens(NamedTuple):
         uniform: (B, T), numbers in [0, 1) that are a function of the seed, the step, the answer and the place.
         columns: further columns of the store, by name, (B,) or (B, T), that a component lists in ``columns``: ``turn``,
             ``segment`` and ``stage`` (int64, −1 outside), ``group``, ``prompt``, ``reward``, ``length``, ``ended``.
+        whole_mask: (B, T), 1 on all tokens of answers that are finished, where the mask has those of the newest window
+            alone: what a critic learns from; None for the mask.
         step: what the component's ``step_facts`` said of the whole step: name → (B, T), (B,) or 0-d.
     """
 
@@ -71,6 +73,7 @@ class Tokens(NamedTuple):
     shift_variance: Tensor | None = None
     uniform: Tensor | None = None
     columns: Mapping[str, Tensor] | None = None
+    whole_mask: Tensor | None = None
     step: Mapping[str, Tensor] | None = None
 
     @property
@@ -82,6 +85,11 @@ class Tokens(NamedTuple):
     def own(self) -> Tensor:
         """(B, T) bool: tokens that a policy of this run emitted."""
         return self.kept if self.external is None else self.kept & ~self.external
+
+    @property
+    def judged(self) -> Tensor:
+        """(B, T) bool: tokens that a policy of this run emitted, of answers that are finished."""
+        return self.own if self.whole_mask is None else self.whole_mask > 0
 
     @property
     def kept(self) -> Tensor:
@@ -97,12 +105,14 @@ class Totals(NamedTuple):
         tokens: sum of the masks.
         max_length: the longest answer that may be generated, as configured.
         padded_length: tokens of the longest answer of the step.
+        whole_tokens: sum of the whole masks, where there are some.
     """
 
     rows: int
     tokens: int
     max_length: int
     padded_length: int
+    whole_tokens: int = 0
 
 
 class Ratio(NamedTuple):
@@ -135,6 +145,13 @@ def detached(tokens: Tokens) -> Tokens:
     """The same tokens without gradients."""
     values: list[Any] = [value.detach() if isinstance(value, Tensor) else value for value in tokens]
     return Tokens(*values)
+
+
+def of_critic(tokens: Tokens, totals: Totals) -> tuple[Tokens, Totals]:
+    """Tokens and totals as the part of the loss sees them that trains a critic."""
+    if tokens.whole_mask is None:
+        return tokens, totals
+    return tokens._replace(mask=tokens.whole_mask), totals._replace(tokens=totals.whole_tokens)
 
 
 def difference(first: Tensor, second: Tensor, kept: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ weights drew it: those at the start of that iteration), ``group`` (answers to on
 (row of the problems), ``asked`` (in which words of :mod:`offpolicy.data.texts.retelling`, 0 for its own; only where
 there are others), ``source`` (0 own, 1 demonstration, 2 the beginning of one that the policy went on from), ``given``
 (how many of its first tokens are a demonstration's), ``reward``, ``reward/<part>``, ``advantage``, ``ended``,
-``digest`` (of prompt and tokens; equal for equal answers), ``left_out`` (by the advantage, from every step).
+``digest`` (of prompt and tokens; equal for equal answers), ``left_out`` (by the advantage, from every step). Answers
+that are drawn a window at a time have the step column ``window`` and the episode columns ``windows`` and ``unfinished``
+(:mod:`offpolicy.language.rl.window`); their version is that of the newest window.
 
 Groups are whole, always: they are drawn, kept and evicted together. Which answers a step takes is a pure function of
 (seed, iteration) and the store.
@@ -214,6 +216,13 @@ def external_tokens(store: Replay) -> np.ndarray:
     """Which tokens are a demonstration's, (tokens of the store,) bool."""
     place = runs(np.zeros_like(store.length), store.length)
     return place < np.repeat(store.episodes["given"], store.length)
+
+
+def newest_tokens(store: Replay) -> np.ndarray:
+    """Tokens of the newest window of their answer, (tokens of the store,) bool; all where there are no windows."""
+    if "window" not in store.steps:
+        return np.ones(store.num_steps, bool)
+    return np.asarray(to_numpy(store.steps["window"]) == np.repeat(store.episodes["windows"] - 1, store.length))
 
 
 def group_rows(store: Replay, column: str = "group") -> dict[int, np.ndarray]:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from offpolicy.data.replay import Replay
-from offpolicy.data.texts.rollouts import OWN
+from offpolicy.data.texts.rollouts import OWN, newest_tokens
+from offpolicy.data.texts.sequences import spans
 from offpolicy.errors import UsageError
 from offpolicy.language.rl.filtering import Filters
 from offpolicy.losses.answers import Answers
@@ -88,5 +89,7 @@ def from_critic(objective: Objective, store: Replay, rows: np.ndarray, values: n
     value[mask] = torch.from_numpy(values)
     rewards = torch.from_numpy(store.episodes["reward"][rows]).to(value)
     ended = torch.from_numpy(store.episodes["ended"][rows])
-    found = objective.critic_advantages(rewards, value, mask.to(value), ended)
+    learned = torch.zeros_like(value)
+    learned[mask] = torch.from_numpy(newest_tokens(store)[spans(store, rows)]).to(value)
+    found = objective.critic_advantages(rewards, value, mask.to(value), ended, learned)
     return {name: part[mask].numpy() for name, part in zip(("advantage", "returns"), found)}

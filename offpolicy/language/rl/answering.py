@@ -42,6 +42,7 @@ from offpolicy.language.rl.rewards import Rewards, Scored
 from offpolicy.language.rl.rows import answer_row, rows_stored
 from offpolicy.language.rl.tempering import draw_tempered, drawn_entropy, make_tempering
 from offpolicy.language.rl.verifiers import final_part
+from offpolicy.language.rl.window import gone_on, in_windows, requests_on, unjudged, window_fact, window_facts
 from offpolicy.language.sharding import gather
 from offpolicy.trust import Words, speaking, trusting
 
@@ -96,6 +97,7 @@ class Answering:
             self.asking = AskedProblems(problems, h)
             self.correction = make_correction(getattr(h, "correction", None))
             self.tempering = make_tempering(getattr(h, "tempering", None))
+        self.window: int | None = getattr(h, "window", None)
         self.again = np.asarray(self._ids(self.correction.instruction), np.int64) if self.correction else None
         with speaking(words), trusting(in_file=words.in_file or h.rewards is None):
             self.rewards = Rewards(
@@ -136,6 +138,12 @@ class Answering:
         """Tokens of an answer that stand before its last turn, at most, where a turn has so many."""
         return 0 if self.again is None else length + len(self.again)
 
+    def longest_request(self) -> int:
+        """Tokens of the longest text that is gone on with, once the policy is open."""
+        begun = self.length - 1 if self.window is not None and self.window < self.length else 0
+        begun = begun or self.before_last(self.length)
+        return max(self.longest_prompt() + begun, self.demonstrations.longest_request())
+
     def open(self, model: Any, **place: Any) -> int:
         """Get ready for a policy, and make the engine.
 
@@ -159,7 +167,7 @@ class Answering:
             self.problems, wanted=h.demonstrations > 0, share=float(h.demonstration_share), length=self.length
         )
         context = EngineContext(
-            longest_prompt=max(self.longest_prompt() + before, self.demonstrations.longest_request()),
+            longest_prompt=self.longest_request(),
             longest_answer=self.length,
             longest=self.longest_prompt() + before + self.length,
             answers_at_once=h.generation_batch,
@@ -234,6 +242,7 @@ class Answering:
             *self.filters.facts(),
             *([] if self.correction is None else [("turns", self.correction.fact())]),
             *([] if self.tempering is None else [("tempered", self.tempering.fact())]),
+            *([] if self.window is None else [("window", window_fact(self.window, self.length))]),
             *([] if self.cycle is None else [("lengths", self.cycle.fact(self.length))]),
             ("reward", ", ".join(self.rewards.names)),
             *([("answers", f"by {by}")] if by else []),
@@ -248,6 +257,7 @@ class Answering:
         stop: Stop,
         drawn: Sequence[tuple[Asked, Answers]] = (),
         then: Callable[[int], None] | None = None,
+        carried: Sequence[dict[str, Any]] = (),
     ) -> Fresh:
         """New answers of the policy, and demonstrations, judged; the same on every process.
 
@@ -260,27 +270,34 @@ class Answering:
             drawn: what was asked for the iteration before, with its answers.
             then: called with the number of problems that a filter asked for, once all answers are drawn; before they
                 are judged, where nothing is drawn again.
+            carried: unfinished answers of the iteration before, with the first numbers of groups.
 
         Raises:
             Stopped: the user wants to stop.
         """
-        drawn = list(drawn)
-        if groups:
-            asked = Asked(k, k, seen, groups, first=sum(one.groups for one, _ in drawn))
-            drawn.append((asked, self.draw(asked, seed, stop)))
+        drawn, longer = list(drawn), []
+        if groups or carried:
+            asked = Asked(k, k, seen, groups, first=len(carried) + sum(one.groups for one, _ in drawn))
+            mine = carried[processes.rank() :: processes.world_size()]
+            answers = self.draw(asked, seed, stop, requests_on(self, mine, self.length))
+            drawn.append((asked, answers[: len(answers) - len(mine)]))
+            longer = [gone_on(row, some[0], k) for row, some in zip(mine, answers[len(answers) - len(mine) :])]
         wanted, again, then = sum(one.groups for one, _ in drawn), 0, then or (lambda extra: None)
         if not self.filters.redraws:
             then(0)
         alone: list[dict[str, Any]] = []  # what was answered without help
         hinted: list[dict[str, Any]] = []
 
-        def answered(parts: Sequence[tuple[Asked, Answers]]) -> list[dict[str, Any]]:
-            made = [row for one, answers in parts for row in self._rows(one, answers, seed)]
+        def answered(
+            parts: Sequence[tuple[Asked, Answers]], more: Sequence[dict[str, Any]] = ()
+        ) -> list[dict[str, Any]]:
+            made = [*more, *(row for one, answers in parts for row in self._rows(one, answers, seed))]
+            made = made if self.window is None else in_windows(made, self.length)
             rows = self.judged(made if self.again is None else corrected(self, made, self.again, k, seed, stop))
             alone.extend(rows)
             return helped(self, rows, hinted, k, seed, stop)
 
-        everyone = answered(drawn)
+        everyone = answered(drawn, longer)
         for _ in range(self.filters.redraws):
             missing = wanted - self.filters.with_signal(everyone)
             if missing <= 0:
@@ -294,7 +311,8 @@ class Answering:
             rows.sort(key=lambda row: row["slot"])  # stable: answers of a group keep their order
         self.asking.learn(alone)
         store, facts = rows_stored(everyone, k, self.length_of(k), self.problems, self.dtype)
-        own = self.turns * int((store.episodes["source"] != DEMONSTRATION).sum()) + len(hinted)
+        own = self.turns * int((store.episodes["source"] != DEMONSTRATION).sum()) + len(hinted) - len(carried)
+        facts |= {} if self.window is None else window_facts(store, len(carried))
         if self.filters.redraws:
             store, said = self.filters.chosen(store, wanted)
             facts |= said
@@ -339,14 +357,14 @@ class Answering:
         """Tokens of a problem in its own words (0) or others."""
         return token_ids(self.problems, asked_texts(self.problems, np.asarray([problem]), np.asarray([words]))[0])
 
-    def draw(self, asked: Asked, seed: int, stop: Stop) -> Answers:
-        """Answers to the requests of this process, by the weights that the engine has.
+    def draw(self, asked: Asked, seed: int, stop: Stop, more: Sequence[Request] = ()) -> Answers:
+        """Answers to the requests of this process, and to more, by the weights that the engine has.
 
         Raises:
             Stopped: the user wants to stop.
         """
         write_hints(self, self.asking.of(asked, seed)[0], asked.iteration, seed, stop)
-        return self.generated(self.requests(asked, seed), asked.iteration, seed, stop)
+        return self.generated([*self.requests(asked, seed), *more], asked.iteration, seed, stop)
 
     def generated(self, requests: list[Request], iteration: int, seed: int, stop: Stop, heat: float = 1.0) -> Answers:
         """Answers to requests of this process, at ``heat`` times the temperature; raises as :meth:`draw`."""
@@ -393,7 +411,7 @@ class Answering:
         """How answers are drawn in an iteration of a run with a seed."""
         return Sampling(
             stop=tuple(self.stops),
-            max_new_tokens=self.length_of(iteration),
+            max_new_tokens=min(self.window, self.length) if self.window and iteration else self.length_of(iteration),
             temperature=self.options.temperature,
             seed=seed,
             iteration=iteration,
@@ -462,6 +480,9 @@ class Answering:
         self.rewards.check(processes.gathered(self.rewards.tallies), ended=True)
 
     def _judge(self, made: list[dict[str, Any]]) -> None:
+        for row in made:
+            row |= unjudged(self.rewards.names) if row.get("unfinished") else {}
+        made = [row for row in made if not row.get("unfinished")]
         rows = [row["problem"] for row in made]
         answers, ended = [row["token"][row.get("behind", 0) :] for row in made], [row["ended"] for row in made]
         slots, words = [row["slot"] for row in made], [row["asked"] for row in made]

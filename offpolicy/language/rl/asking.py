@@ -44,7 +44,7 @@ class Asked:
         iteration: that the answers are for.
         version: the iteration whose weights answer.
         seen: place of the first problem in the endless stream of problems.
-        groups: problems, ≥ 1.
+        groups: problems, ≥ 0.
         first: number of the first group in its iteration.
     """
 
@@ -237,6 +237,8 @@ class AskedProblems:
 
 def problems_in_turn(n: int, count: int, seen: int, seed: int) -> np.ndarray:
     """The next of n problems in an endless stream in which every one comes once per pass, (count,)."""
+    if not count:
+        return np.zeros(0, np.int64)
     passes = range(seen // n, (seen + count - 1) // n + 1)
     stream = np.concatenate([sampling.permutation(seed, p, n).numpy() for p in passes])
     return stream[seen - n * passes[0] :][:count]

@@ -36,6 +36,7 @@ from offpolicy.language.rl.tempering import with_tempered
 from offpolicy.language.rl.tokens import batch_tokens
 from offpolicy.language.rl.trial import limited, unknown_shift, wants_trial
 from offpolicy.language.rl.whole_step import WholeStep, pieces
+from offpolicy.language.rl.window import unfinished_rows
 from offpolicy.language.sharding import gathered_model
 from offpolicy.losses.policy_gradient import Objective, Tokens, Totals
 from offpolicy.training import divergence
@@ -144,11 +145,12 @@ class IteratingModule(DrawingModule):
         ahead.collect()  # before the engine gets other weights
         with evaluating(self.model), self.precision_context(), gathered_model(self.model), gathered_model(self.critic):
             self.answering.sync(self.model, k)
+            carried = [] if self.answering.window is None else unfinished_rows(store, k, self.answering.length)
             store = self.before_iteration(k, store)
             wanted = min(shape.replayed(fraction), shape.groups - ahead.groups_of(k))
             draw = partial(self.replay_rule.drawn, count=wanted, sweeps=sweeps, seed=seed, iteration=k)
             store, old = self.scoring.admit(self.problems, store, draw, k, least=self.hparams.min_ess if wanted else 0)
-            groups = shape.groups - len(old[0])
+            groups = shape.groups - len(old[0]) - len(carried)
             stop = self.wants_to_stop, self.on_any_process
             seen = course.problems_seen + ahead.groups
 
@@ -158,7 +160,7 @@ class IteratingModule(DrawingModule):
 
             drawn = ahead.answers(k, stop), ask_ahead
             fresh, facts, asked, written, tempered = self.answering.fresh(
-                k, groups - ahead.groups_of(k), seen, seed, stop, *drawn
+                k, groups - ahead.groups_of(k), seen, seed, stop, *drawn, carried
             )
             ahead.drop(k)
             if not self.objective.uses_critic:
@@ -240,8 +242,8 @@ class IteratingModule(DrawingModule):
         """
         assert self.course.rollouts is not None
         padded = int(self.course.rollouts.store.length[rows].max(initial=1))
-        counted = int(self.course.counted[rows].sum())
-        totals = Totals(max(1, len(rows)), counted, self.answering.turns * self.answering.length, padded)
+        counted, whole = (int(tokens[rows].sum()) for tokens in (self.course.counted, self.course.whole))
+        totals = Totals(max(1, len(rows)), counted, self.answering.turns * self.answering.length, padded, whole)
         batch, tokens, real = self._micro_batch(some)
         if self.objective.sees_step and not split and self.whole_step.facts is None:
             seen, whole = [(batch.row.numpy(), tokens)], rows if real else self._filler

@@ -12,7 +12,7 @@ from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
 from offpolicy.data.texts.replaying import Recent
 from offpolicy.data.texts.rollouts import BoundRollouts
-from offpolicy.language.rl.rows import counted_length
+from offpolicy.language.rl.rows import counted_length, whole_length
 
 Mixture = Callable[[int], tuple[float, int]]  # iteration from 1 → share of replayed answers, sweeps
 
@@ -64,6 +64,7 @@ class Course:
         steps: the rows of the store that each of its steps takes.
         rollouts: the store with its problems; None before the first iteration.
         counted: tokens of each answer of the store that count in the loss.
+        whole: likewise in the part of the loss that trains a critic.
     """
 
     def __init__(self) -> None:
@@ -75,7 +76,10 @@ class Course:
     def lay_out(self, steps: list[np.ndarray], rollouts: BoundRollouts | None) -> None:
         """Take the steps of the iteration, and the answers that their rows stand for."""
         self.steps, self.rollouts = steps, rollouts
-        self.counted = np.zeros(0, np.int64) if rollouts is None else counted_length(rollouts.store)
+        none = np.zeros(0, np.int64)
+        self.counted, self.whole = (
+            none if rollouts is None else length(rollouts.store) for length in (counted_length, whole_length)
+        )
 
     def begins(self, step: int) -> bool:
         """Whether this is the first step of the iteration, so that the policy is still π_k."""

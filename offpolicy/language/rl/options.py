@@ -18,6 +18,7 @@ LEAST = {  # option → its least value
     "sweeps": 1,
     "iterations": 1,
     "max_new_tokens": 1,
+    "window": 1,
     "generation_batch": 1,
     "replay_window": 0,
     "lag": 0,

@@ -14,6 +14,7 @@ Where it is told, in the order of an iteration::
     asking.py      which problems are asked, and in which words; by curricula.py and hints.py
     correcting.py  second answers, where the policy corrects its first ones
     tempering.py   hot and cold answers, where the entropy has a target
+    window.py      answers that are drawn a window of tokens at a time, over several iterations
     answering.py   the policy answers problems, by an engine (engines.py), and rewards.py judges the answers
     ahead.py       answers that are drawn before the iteration that they are for
     advantages.py  rewards become the advantage of an answer, or by a critic (critic.py) of a token
@@ -77,6 +78,7 @@ from offpolicy.language.rl.tempering import check_tempering
 from offpolicy.language.rl.tokens import check_columns
 from offpolicy.language.rl.trial import check_trial, wants_trial
 from offpolicy.language.rl.whole_step import WholeStep
+from offpolicy.language.rl.window import check_window
 from offpolicy.language.room import base_dtype
 from offpolicy.language.sharding import gathered_model, shard
 from offpolicy.losses.policy_gradient import Objective
@@ -110,6 +112,10 @@ class RolloutModule(IteratingModule):
         max_new_tokens: longest answer in tokens, ≥ 1.
         length_cycle: lets the longest answer fall and rise along a cosine of the iteration (SIRI): ``{"low": share of
             max_new_tokens, "iterations": of a cycle}``; None for no such cycle.
+        window: new tokens that an iteration draws of an answer at most, ≥ 1; the next iteration goes on with what has
+            not ended and is shorter than ``max_new_tokens``, in the place of new problems. Needs a critic that knows of
+            cuts (``variant`` "t_ppo"). ``epochs`` are planned as if every answer ended in its first window. None draws
+            whole answers.
         temperature: of sampling and of the log-probabilities in training, > 0.
         engine: what writes the answers: "transformers" (with a cache), "tiny" (without), "vllm" (in a process of its
             own, :class:`offpolicy.language.rl.vllm.VllmEngine` has its options), "replay" (from ``records``), an import
@@ -178,6 +184,7 @@ class RolloutModule(IteratingModule):
         iterations: int | None = None,
         max_new_tokens: int = 256,
         length_cycle: dict[str, Any] | None = None,
+        window: int | None = None,
         temperature: float = 1.0,
         engine: dict[str, Any] | str = "transformers",
         records: str | None = None,
@@ -317,6 +324,7 @@ class RolloutModule(IteratingModule):
         kind = type(self)
         mixes = kind.mixture is not RolloutModule.mixture or kind.extended is not RolloutModule.extended
         check_correction(self.hparams, mixes=mixes, critic=self.objective.uses_critic)
+        check_window(self.hparams, self.replay_rule, self.objective, mixes=mixes)
         held_out = getattr(data, "eval_replay", None)
         self.eval_problems = held_out if held_out is not None and self.run.eval_episodes > 0 else None
         self.tokenizer = data.tokenizer if self.tokenizer is None else self.tokenizer

@@ -10,7 +10,7 @@ import torch
 
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
-from offpolicy.data.texts.rollouts import OWN
+from offpolicy.data.texts.rollouts import OWN, newest_tokens
 from offpolicy.language.rl.engine import Completion
 from offpolicy.losses.health import group_metrics
 
@@ -26,11 +26,17 @@ def answer_row(
 
 
 def counted_length(store: Replay) -> np.ndarray:
-    """Tokens of each answer that the policy wrote, (E,): all but an instruction between two turns."""
-    if "turn" not in store.steps:
+    """Tokens of each answer that count in the loss, (E,): none of earlier windows, none between two turns."""
+    if not {"turn", "window"} & store.steps.keys():
         return store.length
-    before = np.append(0, np.cumsum(np.asarray(store.steps["turn"]) >= 0))
+    counts = np.asarray(store.steps["turn"]) >= 0 if "turn" in store.steps else newest_tokens(store)
+    before = np.append(0, np.cumsum(counts))
     return before[store.start + store.length] - before[store.start]
+
+
+def whole_length(store: Replay) -> np.ndarray:
+    """Tokens of each answer that a critic learns from, (E,): all of those that are finished."""
+    return store.length * ~store.episodes["unfinished"] if "unfinished" in store.episodes else counted_length(store)
 
 
 def rows_stored(
@@ -60,20 +66,30 @@ def rows_stored(
         "reward": rewards.numpy(),
         "ended": np.asarray(column["ended"], bool),
     }
+    finished = np.ones(len(made), bool)
+    if "windows" in column:
+        episodes["windows"] = np.asarray(column["windows"], np.int64)
+        finished = ~np.asarray(column["unfinished"], bool)
+        episodes["unfinished"] = ~finished
     if "problems/asked" in problems.tables:
         episodes["asked"] = np.asarray(column["asked"], np.int64)
     for name in made[0]["parts"]:
         episodes[f"reward/{name}"] = np.asarray([row["parts"][name] for row in made], np.float32)
-    steps: dict[str, Any] = {name: column[name] for name in ("logp", "sampler_logp", "turn", "stage") if name in column}
+    steps: dict[str, Any] = {
+        name: column[name] for name in ("logp", "sampler_logp", "turn", "stage", "window") if name in column
+    }
     if "turn" in steps:
         episodes["first_reward"] = np.asarray(column["first_reward"], np.float64)
     floats = np.float64 if dtype == torch.float64 else np.float32
     store = store_of.make_store(column["token"], steps, episodes, problems.steps["token"].dtype, floats)
-    mine = np.flatnonzero(source == OWN)
+    mine = np.flatnonzero((source == OWN) & finished)
     last = store.length[mine] - np.asarray(column.get("behind", np.zeros(len(made), np.int64)))[mine]  # of two turns
     cut_short = ~episodes["ended"][mine] & (last < length)
-    facts = group_metrics(rewards, torch.from_numpy(group), own) | {
-        "answers/length": float(counted_length(store)[mine].mean()),
+    if not finished.any():
+        return store, {}
+    done = torch.from_numpy(finished)
+    facts = group_metrics(rewards[done], torch.from_numpy(group)[done], own[done]) | {
+        "answers/length": float(whole_length(store)[mine].mean()),
         "answers/ended": float(episodes["ended"][mine].mean()),
         "answers/aborted": float(cut_short.mean()),
         "answers/empty": float((last == 1).mean()),

@@ -14,7 +14,7 @@ from offpolicy.compute import processes
 from offpolicy.compute.devices import send
 from offpolicy.data.replay import Replay
 from offpolicy.data.texts import rollouts as store_of
-from offpolicy.data.texts.rollouts import BoundRollouts, Rollouts, external_tokens
+from offpolicy.data.texts.rollouts import BoundRollouts, Rollouts, external_tokens, newest_tokens
 from offpolicy.data.texts.sequences import runs, spans
 from offpolicy.language.head import FinalStates
 from offpolicy.language.reference import evaluating
@@ -175,9 +175,11 @@ class Scoring:
     def _drawn_now(self, store: Replay, k: int) -> np.ndarray:
         """Tokens that π_k drew, so that what it thinks of them is the behaviour; (tokens of the store,) bool.
 
-        Decided per answer, by its version; an engine that never draws from the weights it is given says so.
+        Decided per answer, by its version, which is that of its newest window; an engine that never draws from the
+        weights it is given says so.
         """
-        fresh = np.repeat(store.episodes["policy_version"] == k, store.length) & ~external_tokens(store)
+        fresh = np.repeat(store.episodes["policy_version"] == k, store.length)
+        fresh &= ~external_tokens(store) & newest_tokens(store)
         if self.on_policy:
             return fresh
         return fresh & np.isnan(np.asarray(store.steps["logp"]))

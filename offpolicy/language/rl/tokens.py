@@ -87,6 +87,10 @@ def batch_tokens(
     steps = {name: padded(send(values.to(scores.logps.dtype), device)) for name, values in batch.steps.items()}
     facts = {name: send(values, device) for name, values in batch.facts.items()}
     said = steps["turn"] >= 0 if "turn" in steps else True  # the rest is what the policy was told between two turns
+    mask, whole = padded(torch.full_like(scores.logps, float(real)).detach()), None
+    if "window" in steps:
+        said = steps["window"] == facts["windows"][:, None] - 1
+        whole = mask * ~facts["unfinished"][:, None]
     external = torch.arange(width, device=device) < facts["given"][:, None]
     advantage = steps["advantage"] if "advantage" in steps else facts["advantage"].to(scores.logps)
     behavior, previous, logp = steps["logp"], steps["previous_logp"], padded(scores.logps)
@@ -116,7 +120,8 @@ def batch_tokens(
     known |= {name: steps[name] for name in ("old_value", "returns") if name in steps}
     return Tokens(
         logp=logp,
-        mask=padded(torch.full_like(scores.logps, float(real)).detach()) * said,
+        mask=mask * said,
+        whole_mask=whole,
         advantage=advantage,
         behavior_logp=behavior,
         previous_logp=previous,

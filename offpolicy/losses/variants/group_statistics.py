@@ -167,9 +167,10 @@ ROWS = (
         "2506.15050",
         "values after a cut are those of the last token (EGAE), and the critic learns from finished answers alone",
         {"advantage": "egae", "value": {"name": "squared", "finished": True}},
-        differs="no window: an answer has one policy version, by which its log-probabilities are kept and its age is "
-        "told, and tokens before the new ones would be taken for a demonstration",
-        unverified="λ and γ (1 here)",
+        {"group_size": 1},
+        differs="answers are drawn whole unless `window` says how many new tokens an iteration draws of one",
+        unverified="λ and γ (1 here), the length of a window, and that the critic learns from all tokens of a finished "
+        "answer, those of earlier windows included",
         needs="critic",
     ),
     Variant(

@@ -65,6 +65,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"rewards": ["tiny_rl.ends_early"], "batch_size": 12, "micro_batch_size": 3},
         },
     ),
+    "windowed": (
+        "GRPO",
+        {
+            **{"variant": "t_ppo", "window": 2, "group_size": 1, "batch_size": 12, "micro_batch_size": 3},
+            "objective": {"aggregation": "token_mean"},
+        },
+    ),
     "HPT": ("HPT", {"success": 0.6, "micro_batch_size": 3}),
     "many-parts": ("GRPO", {"objective": MANY_PARTS, "batch_size": 12, "micro_batch_size": 4}),
     "SPEAR": ("SPEAR", {"capacity": 2, "ramp": 3}),

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     "risk": ("GRPO", {"objective": {"advantage": {"name": "risk", "bundle": 1}}}, (3,), 6),
     "ssb": ("GRPO", {"replay": "ssb", "replay_fraction": 0.5, "replay_window": 2, "filter": "ended"}, (3,), 6),
     "r3": ("GRPO", {"replay": {"name": "r3", "success": 0.5}, "rewards": ["tiny_rl.ends_early"]}, (3,), 6),
+    "windowed": ("GRPO", {"variant": "t_ppo", "window": 2, "group_size": 1, "critic": "head"}, (3, 4), 8),
     "HPT": ("HPT", {"success": 0.6}, (3,), 6),
     "SPEAR": ("SPEAR", {"capacity": 2, "ramp": 3, "micro_batch_size": 3}, (4,), 9),
     "own-state": ("GRPO", {"objective": {"weight": ["tiny_rl.Remembers"]}}, (3,), 6),
