@@ -173,16 +173,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--lagged", nargs="+", default=list(LAGGED), help="variants of the tables with a lag")
     parser.add_argument("--lags", type=at_least(0), nargs="+", default=[0, 4, 16])
     parser.add_argument("--tasks", nargs="+", default=["addition", "order"], choices=list(MEASURES))
-<<<<<<< HEAD
     parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("--answers", type=at_least(1), default=10_240, help="that each run writes")
-    parser.add_argument("--jobs", type=at_least(1), default=1)
-=======
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--answers", type=int, default=10_240, help="that each run writes")
     parser.add_argument("--lr", type=float, default=RATE)
-    parser.add_argument("--jobs", type=int, default=1)
->>>>>>> 7bbda58 (Variants on sums at a lag of 4 and on ordering; CAPO at high rates; times of all variants, by whole iterations)
+    parser.add_argument("--jobs", type=at_least(1), default=1)
     parser.add_argument("--root", type=Path, default=Path("runs/variants"))
     args = parser.parse_args(argv)
     variants, lagged = ([variant_of(name).name for name in names] for names in (args.variants, args.lagged))
@@ -194,19 +188,13 @@ def main(argv: list[str]) -> int:
         for seed in range(args.seeds)
     ]
     with ProcessPoolExecutor(args.jobs) as pool:
-<<<<<<< HEAD
         begun = [pool.submit(start, task, args.root, seed) for task in args.tasks for seed in range(args.seeds)]
         results(pool, begun)
-        jobs = [pool.submit(one_run, task, name, lag, seed, args.root, args.answers) for task, name, lag, seed in plan]
-        rows = results(pool, jobs)
-=======
-        list(pool.map(start, *zip(*[(task, args.root, seed) for task in args.tasks for seed in range(args.seeds)])))
         jobs = [
             pool.submit(one_run, task, name, lag, seed, args.root, args.answers, args.lr)
             for task, name, lag, seed in plan
         ]
-        rows = [job.result() for job in jobs]
->>>>>>> 7bbda58 (Variants on sums at a lag of 4 and on ordering; CAPO at high rates; times of all variants, by whole iterations)
+        rows = results(pool, jobs)
     (args.root / "rows.json").write_text(json.dumps(rows, indent=1))
     for task, lag in dict.fromkeys((task, lag) for task, _, lag, _ in plan):
         print(table(rows, task, lag), end="\n\n")
