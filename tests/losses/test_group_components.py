@@ -226,6 +226,9 @@ def test_dcpo() -> None:
     tilt = [math.exp(0.1), math.exp(0.2)]
     z = normal(1, 0)
     close(found, 0.8 * z[0] + 0.2 * tilt[0] * 2 / sum(tilt), 0.8 * z[1])
+    found = made("dcpo", [1, 0, 0], mean_logp=f64(0, 0, 0), mean_entropy=f64(0.4, 0.4, 0.4))
+    z = normal(1, 0, 0)
+    close(found, 0.7 * z[0] + 0.3, 0.7 * z[1], 0.7 * z[2])  # a third of the answers right: a = .3
 
 
 def test_drpo() -> None:

@@ -367,6 +367,13 @@ def part(given: Tokens, rows: slice) -> Tokens:
     return Tokens(*(None if x is None else x[rows] for x in given))  # type: ignore[arg-type]
 
 
+def test_a_share_of_a_step_is_as_exact_as_its_values() -> None:
+    """One answer of three, whose only token has the loss 1."""
+    mean = COMPONENTS["aggregation"]["token_mean_local"]()
+    one = torch.ones(1, 1, dtype=torch.float64)
+    assert float(mean(one, one, Totals(3, 3, 1, 1))) == 1 / 3
+
+
 @pytest.mark.parametrize("aggregation", [n for n in COMPONENTS["aggregation"] if n != "token_mean_local"])
 def test_shares_add_up(aggregation: str) -> None:
     """Micro-batches of 2, 3 and a padding row give the loss and gradient of the whole step; so do the health sums."""

@@ -43,7 +43,7 @@ class TokenMeanLocal:
     """
 
     def __call__(self, values: Tensor, mask: Tensor, totals: Totals) -> Tensor:
-        share = (mask.sum(-1) > 0).sum() / totals.rows
+        share = (mask.sum(-1) > 0).sum().to(values.dtype) / totals.rows
         return token_sums(values, mask).sum() / mask.sum().clamp(min=1.0) * share
 
 

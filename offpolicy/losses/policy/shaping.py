@@ -284,7 +284,7 @@ class TemperedAdvantage(AnswerAdvantage):
         entropy = (answer_field(answers, "mean_entropy") * length).sum() / length.sum().clamp(min=1.0)
         many = counted.sum().clamp(min=1)
         right = counted & (answers.reward > RIGHT)
-        rate = (right.sum() / many).double()
+        rate = right.sum().double() / many
         share = torch.where(rate > 0, (entropy - self.target).abs().clamp(max=self.cap) / rate, 0.0).clamp(max=1.0)
         power = torch.where(entropy <= self.target, torch.full_like(entropy, 1 / self.hot - 1), 1 / self.cold - 1)
         tilt = torch.where(counted, (power * answer_field(answers, "mean_logp")).exp(), 0.0)
