@@ -242,8 +242,8 @@ class IteratingModule(DrawingModule):
         """
         assert self.course.rollouts is not None
         padded = int(self.course.rollouts.store.length[rows].max(initial=1))
-        counted, whole = (int(tokens[rows].sum()) for tokens in (self.course.counted, self.course.whole))
-        totals = Totals(max(1, len(rows)), counted, self.answering.turns * self.answering.length, padded, whole)
+        counted, finished = (int(tokens[rows].sum()) for tokens in (self.course.counted, self.course.whole))
+        totals = Totals(max(1, len(rows)), counted, self.answering.turns * self.answering.length, padded, finished)
         batch, tokens, real = self._micro_batch(some)
         if self.objective.sees_step and not split and self.whole_step.facts is None:
             seen, whole = [(batch.row.numpy(), tokens)], rows if real else self._filler
