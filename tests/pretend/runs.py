@@ -100,7 +100,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of methods, that lead to other c
         {"curriculum": "gain", "hints": {"name": "scaffold", "patience": 1}},
         {"hints": {"name": "written", "tiers": ["a"], "instruction": "{tier}{prompt}{solution}"}, "batch_size": 16},
         {"variant": "aepo", "rewards": ["tiny_rl.ends_early"], "micro_batch_size": 3},
-        {"variant": "t_ppo", "window": 2, "group_size": 1, "max_new_tokens": 5, "micro_batch_size": 3},
+        {"variant": "t_ppo", "window": 2, "group_size": 1, "minibatches": 1, "micro_batch_size": 3},
         {"correction": "score", "objective": {"anchors": [{"name": "turn_kl", "coef": 0.1}]}},
     ],
 }
