@@ -249,7 +249,16 @@ class VllmEngine:
         try:
             self._living().send(kind, arrays, **facts)
         except WorkerFault as fault:
-            self._restart(fault)
+            self._restart(self._last_words(fault))
+
+    def _last_words(self, fault: WorkerFault) -> WorkerFault:
+        """What a process said before it ended, of which messages may be unread, in place of how it ended."""
+        try:
+            while (message := self._living().receive(0.0)) is not None:
+                self._take(message)
+        except WorkerFault as last:
+            return last
+        return fault
 
     def _request_message(self, ticket: int) -> Message:
         requests, how = self._tickets[ticket].requests, self._tickets[ticket].how

@@ -277,8 +277,12 @@ def test_a_second_fault_ends_the_run(clean: None, stand_in: Any) -> None:
         engine.generate(requests(), HOW)
 
 
-def test_a_model_that_vllm_does_not_know(stand_in: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_model_that_vllm_does_not_know(ended: bool, stand_in: Any, tmp_path: Path) -> None:
+    """Its process may have ended before it is told anything, or while it is."""
     engine, model = stand_in("start")
+    if ended:
+        engine._living().process.wait(60)
     with pytest.raises(UsageError, match=r"(?s)cannot run .*not supported.*engine transformers.*engine.log"):
         engine.sync(model, 1)
     assert not engine._folder.path.exists() and "Odd" in (tmp_path / "run" / "engine.log").read_text()
