@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from tiny_rl import fit, make_policy, method, told_problems
+from tiny_rl import early_letters, fit, make_policy, method, told_problems
 from toy import differences, run_files
 from transformers import AutoTokenizer
 
@@ -150,20 +150,26 @@ def test_what_is_drawn_kept_and_learned(target: float, heat: float, policy: Path
         assert row[f"train/{name}"] == plain.metric_row[f"train/{name}"]
 
 
+def always_right(prompt: str, answer: str, reference: str | None) -> float:
+    """A reward by which every answer is right, and some are better."""
+    return 1.0 + early_letters(prompt, answer, reference)
+
+
 @pytest.mark.slow
 def test_a_run_with_tempered_answers_resumes(policy: Path, tmp_path: Path) -> None:
     """Bit for bit, in the middle of an iteration too; steps have whole groups as ever."""
     how: dict[str, Any] = {"problems": told_problems(policy), "held_out": False}
-    whole = fit(method("GRPO", policy, **OPTIONS), 6, tmp_path / "whole", **how)
+    options = {**OPTIONS, "rewards": [f"{__name__}.always_right"]}
+    whole = fit(method("GRPO", policy, **options), 6, tmp_path / "whole", **how)
     for steps in (3, 4):
         path = newest_checkpoint(tmp_path / "cut") if steps > 3 else None
-        fit(method("GRPO", policy, **OPTIONS), steps, tmp_path / "cut", ckpt_path=path, **how)
-    fit(method("GRPO", policy, **OPTIONS), 6, tmp_path / "cut", ckpt_path=newest_checkpoint(tmp_path / "cut"), **how)
+        fit(method("GRPO", policy, **options), steps, tmp_path / "cut", ckpt_path=path, **how)
+    fit(method("GRPO", policy, **options), 6, tmp_path / "cut", ckpt_path=newest_checkpoint(tmp_path / "cut"), **how)
     found, expected = (run_files(tmp_path / one, 6) for one in ("cut", "whole"))
     for part in ("state_dict", "optimizer_states", "offpolicy"):
         assert not differences(found[part], expected[part], part)
     hot = whole.course.rollouts.store.episodes["tempered"]
-    assert hot.any() and [int((~hot[rows]).sum()) for rows in whole.course.steps] == [8, 8]
+    assert int(hot.sum()) == 8 and [int((~hot[rows]).sum()) for rows in whole.course.steps] == [8, 8]
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
