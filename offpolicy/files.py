@@ -245,7 +245,7 @@ def known_folders(joint: Path) -> dict[int, Path]:
     taken, as the file may be anybody's."""
     found = {}
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        for seed, place in json.loads((joint / PLACES).read_text()).items():
+        for seed, place in json.loads(read_file(joint / PLACES)).items():
             if re.fullmatch(rf"(\.\./)?seed{int(seed)}(-\d+)?", str(place)):
                 found[int(seed)] = joint / place if not place.startswith("../") else joint.parent / place[3:]
     return found
@@ -261,12 +261,22 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.").encode()[:LONGEST].decode(errors="ignore") or "unnamed"
 
 
+def read_file(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: there is none, or a folder or a pipe in its place, which would be waited for without an end.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no file", str(path))
+    return path.read_bytes()
+
+
 def _whole_lines(path: Path) -> list[str]:
     """The lines that were written to their end; none when there is no file."""
-    try:
-        text = path.read_bytes().decode(errors="surrogateescape")
-    except FileNotFoundError:
+    if not path.is_file():
         return []
+    text = read_file(path).decode(errors="surrogateescape")
     return [line + "\n" for line in text.split("\n")[:-1]]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from offpolicy.compute.processes import LOCK
-from offpolicy.files import MARGINS
+from offpolicy.files import MARGINS, read_file
 from offpolicy.report.runs import Run, printable, versions_of
 from offpolicy.training.headlines import is_loss_name
 from offpolicy.training.switching import FILE as SWITCH
@@ -175,6 +175,6 @@ def _number(row: list[str], i: int) -> float | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8", errors="replace")
+        return read_file(path).decode(errors="replace").replace("\r\n", "\n")
     except OSError:
         return ""

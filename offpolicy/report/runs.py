@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from offpolicy.errors import UsageError
-from offpolicy.files import PLACES, Table, known_folders
+from offpolicy.files import PLACES, Table, known_folders, read_file
 from offpolicy.training.headlines import judged_by
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def _folders(place: Path) -> list[Path]:
         return found
     if (place / CONFIG).is_file():
         return [place]
-    inside = [path.parent for path in sorted(place.rglob(CONFIG)) if not (path.parent / PLACES).exists()]
+    inside = [path.parent for path in sorted(place.rglob(CONFIG)) if not (path.parent / PLACES).is_file()]
     if not inside:
         raise UsageError(f"{place} holds no run; expected folders with a {CONFIG}. Pass the root of your runs.")
     return inside
@@ -115,7 +115,7 @@ def read_run(folder: Path) -> Run:
     """
     path = folder / CONFIG
     try:
-        config = yaml.load(path.read_text("utf-8"), Loader=LOADER)
+        config = yaml.load(read_file(path).decode(), Loader=LOADER)
         model, data, seed = config["model"], config["data"], config.get("seed_everything", 0)
         options = model.get("init_args") or {}
         method, name = str(model["class_path"]).rpartition(".")[2], str(data["name"])
@@ -145,13 +145,15 @@ def read_run(folder: Path) -> Run:
 def versions_of(folder: Path) -> dict[str, Any]:
     """What a run was made with, its ``versions.json``; empty where that cannot be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads((folder / "versions.json").read_text("utf-8"))
+        found = json.loads(read_file(folder / "versions.json"))
         return found if isinstance(found, dict) else {}
     return {}
 
 
 def newest_step(table: Path) -> int:
     """The update of the last whole row of a table, read from its end; 0 for none."""
+    if not table.is_file():
+        return 0
     with contextlib.suppress(OSError, ValueError, IndexError), open(table, "rb") as file:
         file.seek(max(0, file.seek(0, 2) - TAIL))
         return int(file.read().split(b"\n")[-2].split(b",", 1)[0])

@@ -9,13 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from offpolicy.files import read_file
+
 SELECTED = "selected.json"
 
 
 def selection_of(folder: Path) -> dict[str, Any]:
     """What :mod:`offpolicy.training.selecting` has left in a run folder; empty where there is nothing of that kind."""
     try:
-        found = json.loads((folder / SELECTED).read_text("utf-8"))
+        found = json.loads(read_file(folder / SELECTED))
     except (OSError, ValueError, RecursionError):
         return {}
     usable = isinstance(found, dict) and isinstance(found.get("step"), int) and isinstance(found.get("updates"), int)

@@ -12,8 +12,10 @@ from made_runs import made_run, three
 from offpolicy.compare import main
 from offpolicy.errors import UsageError
 from offpolicy.evaluation.scores import interval
+from offpolicy.report.records import read_record
 from offpolicy.report.runs import find_runs, read_run
 from offpolicy.report.tables import aggregate_lines, as_text, compare_runs
+from offpolicy.training.selection import selection_of
 
 
 def test_a_table_by_hand(tmp_path: Path) -> None:
@@ -159,3 +161,18 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
         UsageError, match=r"finished with an evaluation.*without an environment are .* offpolicy\.ope RUN RUN"
     ):
         main([str(tmp_path)])
+
+
+def test_pipes_and_folders_in_the_place_of_files(tmp_path: Path) -> None:
+    """A pipe would be waited for without an end."""
+    three(tmp_path, "BC", [10.0, 12.0, 14.0])
+    folder = made_run(tmp_path / "odd", seed=7)
+    for make in (os.mkfifo, os.mkdir):
+        for name in ("evals.csv", "metrics.csv", "versions.json", "command.txt", "seeds.json", "selected.json"):
+            (folder / name).unlink(missing_ok=True)
+            make(folder / name)
+        record = read_record(read_run(folder))
+        assert record.commands == () and record.run.rows == () and selection_of(folder) == {}
+        assert find_runs([tmp_path])[-1].seed == 7
+        for name in ("evals.csv", "metrics.csv", "versions.json", "command.txt", "seeds.json", "selected.json"):
+            (folder / name).unlink() if make is os.mkfifo else (folder / name).rmdir()
