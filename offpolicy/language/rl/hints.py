@@ -21,7 +21,7 @@ from offpolicy.errors import UsageError, check_range, check_whole_number
 from offpolicy.language.rl.engine import FurtherAnswers, Request, Stop
 from offpolicy.language.rl.rows import answer_row
 
-WRITES = 1 << 30  # added to the number of a problem for the request that writes a hint to it
+WRITES = 255 << 24  # added to the number of a problem for the request that writes a hint to it; odd times 2²⁴
 BEHIND_HINT = 1 << 24  # times the tier: added to the number of a group for a single answer behind a hint
 
 
