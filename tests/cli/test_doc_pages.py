@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scripts import ROOT
 
-from offpolicy.cli.entry import _say
+from offpolicy.cli.entry import say
 from offpolicy.cli.pages import DOCS, TOPICS, page_for
 from offpolicy.data.__main__ import main as data_command
 
@@ -28,9 +28,9 @@ def test_links_of_messages_are_headings_of_the_page() -> None:
 
 
 def test_an_error_ends_with_its_page(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _say("runs/a is being trained by process 7", 2) == 2
+    assert say("runs/a is being trained by process 7", 2) == 2
     assert capsys.readouterr().err.splitlines()[1] == f"More: {DOCS}faq.md#trained-by-another-process"
-    _say("something else", 2)
+    say("something else", 2)
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert page_for("no message") == ""
 
