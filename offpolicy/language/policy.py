@@ -19,7 +19,7 @@ from torch import nn
 from offpolicy.errors import UsageError
 from offpolicy.language import adapters
 from offpolicy.language.adapters import adapter_base
-from offpolicy.language.quantizing import quantization
+from offpolicy.language.quantizing import check_read, quantization
 from offpolicy.trust import allows, words
 
 
@@ -63,6 +63,7 @@ def open_model(
             model: Any = AutoModelForCausalLM.from_pretrained(
                 name, config=config, dtype=dtype_of(dtype), trust_remote_code=False, **settings
             )
+            check_read(model)
             model.source_dtype = source  # an export has it again
             return model
     except UsageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 from offpolicy.errors import UsageError, check_choice
 from offpolicy.language.optimisers import import_bitsandbytes
 
-# a code of 4 bits, a byte of scale per 64 numbers, and the scale of 256 scales in float32
-QUANTIZED_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+BLOCK = 64  # numbers with one scale
+# a code of 4 bits, a byte of scale per block, and the scale of 256 scales in float32
+QUANTIZED_BYTES = 1 / 2 + 1 / BLOCK + 4 / (BLOCK * 256)
 
 
 KINDS = ("4bit",)
@@ -44,6 +46,38 @@ def quantization(kind: str | None, dtype: str) -> dict[str, Any]:
     compute = torch.float32 if dtype == "float32" else torch.bfloat16
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **settings)}
+
+
+def check_read(model: nn.Module) -> None:
+    """Let weights of four bits stay what was read, and see that their numbers come back.
+
+    On CPUs with products in bfloat16 ``bitsandbytes`` packs them anew in place before the first product without a
+    gradient, with scales rounded to bfloat16, so training would change at its first evaluation; this is turned off. Its
+    CPU code for AVX-512 (0.50.2) takes scales from the wrong blocks in layers of some widths.
+
+    Raises:
+        UsageError: a layer whose numbers do not come back on this processor.
+    """
+    for name, layer in model.named_modules():
+        if getattr(getattr(layer, "weight", None), "quant_state", None) is None:
+            continue
+        layer.support_avx512bf16_for_cpu = False
+        width = int(layer.in_features)  # type: ignore[arg-type]
+        if width % BLOCK and not comes_back(width):
+            raise UsageError(
+                f"{name} has {width} inputs, no multiple of {BLOCK}, and this version of bitsandbytes does not give "
+                "back the weights of four bits of such a layer on this processor; expected another width. Leave "
+                "`quantize` out; bfloat16 weights (--model.dtype bfloat16) save memory too."
+            )
+
+
+@cache
+def comes_back(width: int) -> bool:
+    """Whether weights of four bits of a layer of so many inputs are read as they were written on this CPU."""
+    from bitsandbytes import functional
+
+    written = (torch.arange(BLOCK * width) // BLOCK + 1.0).reshape(BLOCK, width)  # a block is its scale: no rounding
+    return torch.equal(functional.dequantize_4bit(*functional.quantize_4bit(written, quant_type="nf4")), written)
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -114,7 +114,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def halved(place: Path) -> Path:
     """The policy with its files in bfloat16, its embeddings and its head being one weight."""
-    make_policy(place / "plain", tie_word_embeddings=True)
+    make_policy(place / "plain", hidden_size=64, intermediate_size=64, initializer_range=0.1, tie_word_embeddings=True)
     export_model(open_model(str(place / "plain")), None, place / "halved", dtype="bfloat16")
     for file in (place / "plain").glob("tokenizer*"):
         shutil.copy(file, place / "halved")
@@ -184,7 +184,7 @@ def test_biases_and_layers_without_adapters_survive_four_bits(tmp_path: Path) ->
     pytest.importorskip("bitsandbytes")
     from offpolicy.language.weights import exported
 
-    make_policy(tmp_path / "policy", attention_bias=True)
+    make_policy(tmp_path / "policy", hidden_size=64, intermediate_size=64, attention_bias=True)
     plain = open_model(str(tmp_path / "policy"))
     with torch.no_grad():
         for name, p in plain.named_parameters():
