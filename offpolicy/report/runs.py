@@ -127,8 +127,8 @@ def read_run(folder: Path) -> Run:
         planned = versions_of(folder).get("planned_updates")
     settings = {f"model.{key}": value for key, value in flat(options).items()}
     settings |= {f"data.{key}": value for key, value in flat(data).items() if key != "name"}
-    rows = Table(folder / "evals.csv").rows()
-    steps = [*(row["step"] for row in rows[-1:]), newest_step(folder / "metrics.csv"), *updates_kept(folder)]
+    rows = evaluations_of(folder)
+    steps = [*(int(row["step"]) for row in rows[-1:]), newest_step(folder / "metrics.csv"), *updates_kept(folder)]
     return Run(
         folder,
         printable(method),
@@ -136,10 +136,25 @@ def read_run(folder: Path) -> Run:
         seed if isinstance(seed, int) else 0,
         settings,
         tuple(row for row in rows if "error" not in row),
-        max((step for step in steps if isinstance(step, int)), default=0),
+        max(steps, default=0),
         planned if isinstance(planned, int) else None,
         bool(rows) and "error" in rows[-1],
     )
+
+
+def evaluations_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's ``evals.csv``, but those whose update is no number, which is said."""
+    table = Table(folder / "evals.csv")
+    rows: list[dict[str, Any]] = table.rows()
+    kept = [row for row in rows if isinstance(row.get("step"), int) and 0 <= row["step"] < 2**53]
+    if len(kept) < len(rows):
+        log.warning(
+            "%s has %d of %d rows whose `step` is no number of updates; expected one in each. They are left out.",
+            table.path,
+            len(rows) - len(kept),
+            len(rows),
+        )
+    return kept
 
 
 def versions_of(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from made_runs import made_run, three
 from offpolicy.compare import main
 from offpolicy.errors import UsageError
 from offpolicy.evaluation.scores import interval
+from offpolicy.report.curves import line_of
 from offpolicy.report.records import read_record
 from offpolicy.report.runs import find_runs, read_run
 from offpolicy.report.tables import aggregate_lines, as_text, compare_runs
@@ -149,6 +150,24 @@ def test_a_damaged_run_among_others_is_left_out_and_said(tmp_path: Path, caplog:
     (tmp_path / "b" / "config.yaml").write_text("model: 3")
     assert [run.seed for run in find_runs([tmp_path])] == [0]
     assert "It is left out." in caplog.text
+
+
+@pytest.mark.parametrize("step", ["", "2nan", "nan", "1e999", "-3", "1" + "0" * 400])
+def test_evaluations_without_an_update_are_left_out_and_said(
+    step: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    three(tmp_path, "BC", [10.0, 12.0, 14.0])
+    table = next(tmp_path.rglob("evals.csv"))
+    table.write_text(table.read_text().replace("\n10,", f"\n{step},"))
+    records = [read_record(run) for run in find_runs([tmp_path])]
+    assert sorted(len(line_of(one, "eval/score").x) for one in records) == [1, 2, 2]
+    assert f"{table} has 1 of 2 rows whose `step` is no number" in caplog.text
+
+
+def test_a_table_of_evaluations_without_the_column_of_updates(tmp_path: Path) -> None:
+    table = made_run(tmp_path / "a") / "evals.csv"
+    table.write_text(table.read_text().replace("step", "stop"))
+    assert read_run(tmp_path / "a").rows == ()
 
 
 def test_names_cannot_steer_a_terminal(tmp_path: Path) -> None:
