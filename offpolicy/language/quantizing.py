@@ -76,7 +76,8 @@ def comes_back(width: int) -> bool:
     """Whether weights of four bits of a layer of so many inputs are read as they were written on this CPU."""
     from bitsandbytes import functional
 
-    written = (torch.arange(BLOCK * width) // BLOCK + 1.0).reshape(BLOCK, width)  # a block is its scale: no rounding
+    written = torch.arange(BLOCK * width, device="cpu") // BLOCK + 1.0  # a block is its scale: no rounding
+    written = written.reshape(BLOCK, width)
     return torch.equal(functional.dequantize_4bit(*functional.quantize_4bit(written, quant_type="nf4")), written)
 
 
