@@ -281,7 +281,9 @@ class Answering:
             mine = carried[processes.rank() :: processes.world_size()]
             answers = self.draw(asked, seed, stop, requests_on(self, mine, self.length))
             drawn.append((asked, answers[: len(answers) - len(mine)]))
-            longer = [gone_on(row, some[0], k) for row, some in zip(mine, answers[len(answers) - len(mine) :])]
+            longer = [
+                gone_on(row, some[0], k, self.length) for row, some in zip(mine, answers[len(answers) - len(mine) :])
+            ]
         wanted, again, then = sum(one.groups for one, _ in drawn), 0, then or (lambda extra: None)
         if not self.filters.redraws:
             then(0)

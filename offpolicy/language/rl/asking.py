@@ -271,6 +271,20 @@ def check_hints(hints: Any, options: Any) -> None:
         )
 
 
+def check_kept_hints(hints: Hints | None, *, mixes: bool) -> None:
+    """Raise :class:`UsageError` where a method keeps answers longer than the hints that they were drawn behind.
+
+    Args:
+        hints: of the run.
+        mixes: whether the method makes up the answers of an iteration by itself.
+    """
+    if isinstance(hints, Written) and mixes:
+        raise UsageError(
+            "`hints` is 'written', whose hints are of one iteration, and this method brings answers of earlier ones "
+            "back; expected --model GRPO, or --model.hints tiers."
+        )
+
+
 def check_asking(options: Any, rule: Recent) -> None:
     """Raise :class:`UsageError` where problems cannot be chosen or put into other words."""
     templates = options.templates

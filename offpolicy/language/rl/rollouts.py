@@ -56,7 +56,7 @@ from offpolicy.language.meters import SumMeter
 from offpolicy.language.reference import evaluating
 from offpolicy.language.rl.ahead import Ahead
 from offpolicy.language.rl.answering import Answering, Stopped
-from offpolicy.language.rl.asking import check_asking
+from offpolicy.language.rl.asking import check_asking, check_kept_hints
 from offpolicy.language.rl.correcting import check_correction
 from offpolicy.language.rl.critic import Critic
 from offpolicy.language.rl.forward import Forward
@@ -331,6 +331,7 @@ class RolloutModule(IteratingModule):
         self.answering = Answering(
             problems, self.tokenizer, self.hparams, words=self.words, held_out=self.eval_problems
         )
+        check_kept_hints(self.answering.asking.hints, mixes=mixes)
         check_replay(self.replay_rule, self.hparams, critic=self.objective.uses_critic)
         check_masks(self.answering.filters.masks, critic=self.objective.uses_critic)
         check_tempering(self.hparams, self.objective, self.answering, mixes=mixes)

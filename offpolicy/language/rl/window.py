@@ -5,9 +5,9 @@ unfinished: the next iteration goes on with it under the weights of then, and as
 
 In the store, such an answer is a row of its iteration, with the tokens of earlier windows in front. The column
 ``window`` of the tokens says in which of its windows a token was drawn, from 0; ``windows`` of the answers, how many
-there are; and ``unfinished``, which answers go on. The policy learns from the newest window, the critic from all tokens
-of answers that are finished. An unfinished answer is not judged, and its reward is 0. The next iteration needs to know
-nothing but these rows, so they travel with the store.
+there are; and ``unfinished``, which answers go on. The policy learns from the newest window. The critic may learn from
+all tokens of finished answers; T-PPO's leaves out those that ``max_new_tokens`` has cut. An unfinished answer is not
+judged, and its reward is 0. The next iteration needs to know nothing but these rows, so they travel with the store.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from offpolicy.data.texts.replaying import Recent
 from offpolicy.data.texts.rollouts import OWN, iteration_of
 from offpolicy.errors import DataError, UsageError
 from offpolicy.language.rl.engine import Completion, FurtherAnswers, Request, engine_name
+from offpolicy.language.rl.records import cut_answer
 from offpolicy.language.rl.rows import answer_row
 from offpolicy.losses.policy_gradient import Objective
 
@@ -66,14 +67,15 @@ def requests_on(answering: FurtherAnswers, rows: Sequence[dict[str, Any]], lengt
     ]
 
 
-def gone_on(row: dict[str, Any], answer: Completion, k: int) -> dict[str, Any]:
-    """The row of an answer with a window more, drawn in iteration k.
+def gone_on(row: dict[str, Any], answer: Completion, k: int, length: int) -> dict[str, Any]:
+    """The row of an answer with a window more, drawn in iteration k; what is longer than an answer may be is cut.
 
     Raises:
         DataError: the window has no token.
     """
     if not len(answer.token):
         raise DataError("an engine went on with an answer by no token; expected at least the one that ends it.")
+    answer = cut_answer(answer, length - len(row["token"]))
     new = answer_row(row["slot"], row["problem"], OWN, answer, k, asked=row["asked"])
     new["window"] = np.full(len(answer.token), row["windows"])
     joined = {name: np.concatenate([row[name], new[name]]) for name in ("token", *COLUMNS)}

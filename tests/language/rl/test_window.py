@@ -222,13 +222,16 @@ def test_what_is_gone_on_with() -> None:
         ([105, 2, 12, 13], 0, 1, 3),
         ([107, 1, 16, 17], 1, 1, 3),
     ]
-    row = gone_on(rows[0], Completion(np.array([3, 2]), np.array([-1.0, -2.0]), True), 3)
+    row = gone_on(rows[0], Completion(np.array([3, 2]), np.array([-1.0, -2.0]), True), 3, 5)
     assert row["token"].tolist() == [12, 13, 3, 2] and row["window"].tolist() == [2, 3, 1, 1]
     assert row["logp"].tolist() == row["sampler_logp"].tolist() == [2, 3, -1, -2]
     assert (row["version"], row["windows"], row["ended"], row["asked"]) == (3, 2, True, 2)
+    more = Completion(np.array([3, 4, 5, 2]), np.zeros(4), True)  # of an engine that knows no room
+    cut = gone_on(rows[0], more, 3, 5)
+    assert cut["token"].tolist() == [12, 13, 3, 4, 5] and cut["window"].tolist() == [2, 3, 1, 1, 1] and not cut["ended"]
     assert unfinished_rows(store, 4, 5) == [] == unfinished_rows(None, 1, 5)
     with pytest.raises(DataError, match="by no token"):
-        gone_on(rows[0], Completion(np.zeros(0, np.int64), np.zeros(0), False), 3)
+        gone_on(rows[0], Completion(np.zeros(0, np.int64), np.zeros(0), False), 3, 5)
 
 
 # -- equalities of runs ------------------------------------------------------------------------------------------------

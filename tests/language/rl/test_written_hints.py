@@ -191,6 +191,12 @@ def test_hints_of_an_iteration_are_written_once(policy: Path, problems: Problems
         assert not differences(written(both, 3), one.asking.state_dict())
 
 
+def test_a_method_that_keeps_answers_is_refused(policy: Path, problems: Problems) -> None:
+    """Its old answers would be scored behind the hints of now."""
+    with pytest.raises(UsageError, match="brings answers of earlier ones"):
+        fit(method("SPEAR", policy, hints=SPEC, max_new_tokens=12), 1, problems=problems, held_out=False)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
